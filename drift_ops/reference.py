@@ -1,0 +1,112 @@
+"""The definition of the drifting field in dense PyTorch: what every kernel is judged against.
+
+Each function materialises its ``[..., N, M]`` matrices and computes in the dtype it is given, so that float64
+in means float64 throughout. Distances are direct differences, never a Gram matrix. Nothing is checked here:
+the public functions of :mod:`drift_ops` do that.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+MASKED = -1e30  # a logit whose softmax is exactly 0; finite, so that a fully masked row has no NaN gradient
+
+
+def distances(x: Tensor, y: Tensor) -> Tensor:
+    """Euclidean distances ``[..., N, M]`` of ``x [..., N, D]`` and ``y [..., M, D]``; subgradient 0 where they coincide."""
+    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def affinity(logits: Tensor, floor: float = 0.0) -> Tensor:
+    """``sqrt(max(softmax_rows · softmax_cols, floor))`` of ``logits [..., N, M]``, in log space."""
+    return ((logits.log_softmax(-1) + logits.log_softmax(-2)) / 2).exp().clamp(min=floor**0.5)
+
+
+def compute_V(
+    x: Tensor, x_data: Tensor, x_gen: Tensor, sigmas: Sequence[float], temperature: float,
+    normalize_features: bool, normalize_drift: bool,
+) -> Tensor:  # fmt: skip
+    """Form A: Gaussian kernel, each side normalised on its own, averaged over ``sigmas``. ``[..., N, D]``."""
+
+    def mean_under_kernel(y: Tensor, sigma: float) -> Tensor:
+        if y.shape[-2] == 0:
+            return torch.zeros_like(x)
+        d = distances(unit_features(x), unit_features(y)) if normalize_features else distances(x, y)
+        A = affinity(torch.exp(-d.square() / (2 * sigma**2)) / temperature)  # [..., N, M]
+        A = A / A.sum((-2, -1), keepdim=True)
+        W = A / (A.sum(-1, keepdim=True) + 1e-8)
+        return W @ y
+
+    V = sum(mean_under_kernel(x_data, s) - mean_under_kernel(x_gen, s) for s in sigmas) / len(sigmas)
+    return unit_drift(V) if normalize_drift else V
+
+
+def unit_features(x: Tensor) -> Tensor:
+    """Rows of ``x [..., D]`` scaled to norm √D."""
+    return F.normalize(x, dim=-1, eps=1e-12) * x.shape[-1] ** 0.5
+
+
+def unit_drift(V: Tensor) -> Tensor:
+    """``V [..., N, D]`` divided by its mean row norm, per problem."""
+    return V / ((V.norm(dim=-1, keepdim=True) + 1e-8).mean(-2, keepdim=True) + 1e-8)
+
+
+def drift_field(
+    x: Tensor, pos: Tensor, neg: Tensor, temperatures: Sequence[float],
+    weight_pos: Tensor | None, weight_neg: Tensor | None, include_self: bool, affinity_floor: float,
+) -> Tensor:  # fmt: skip
+    """Form B, Algorithm 2 of the paper: Laplacian kernel, both sides normalised jointly. ``[T, ..., N, D]``."""
+    negatives = torch.cat([x, neg], -2) if include_self else neg
+    targets = torch.cat([negatives, pos], -2)
+    n, n_neg = x.shape[-2], negatives.shape[-2]
+    is_self = torch.zeros(n, targets.shape[-2], dtype=torch.bool, device=x.device)
+    if include_self:
+        is_self.fill_diagonal_(True)
+    d = distances(x, targets)  # [..., N, M]
+    fields = []
+    for T in temperatures:
+        A = affinity((-d / T).masked_fill(is_self, MASKED), affinity_floor).masked_fill(is_self, 0.0)
+        A_neg, A_pos = A[..., :n_neg], A[..., n_neg:]
+        if weight_neg is not None:
+            ones = weight_neg.new_ones(*weight_neg.shape[:-1], n_neg - neg.shape[-2])
+            A_neg = A_neg * torch.cat([ones, weight_neg], -1).unsqueeze(-2)
+        if weight_pos is not None:
+            A_pos = A_pos * weight_pos.unsqueeze(-2)
+        sum_neg, sum_pos = A_neg.sum(-1, keepdim=True), A_pos.sum(-1, keepdim=True)
+        fields.append(sum_neg * (A_pos @ pos) - sum_pos * (A_neg @ negatives))
+    return torch.stack(fields)
+
+
+def drift_loss_sums(
+    gen: Tensor, neg: Tensor, pos: Tensor, weight_gen: Tensor, weight_neg: Tensor, weight_pos: Tensor,
+) -> Tensor:  # fmt: skip
+    """Form C, what the scale is made of: ``[Σ_gij d·w, Σ_gj w]``. All inputs ``[G, count, D]``, weights ``[G, count]``."""
+    w = torch.cat([weight_gen, weight_neg, weight_pos], 1)
+    d = _loss_distances(gen, neg, pos)
+    return torch.stack([(d * w.unsqueeze(1)).sum(), w.sum()])
+
+
+def drift_loss_forces(
+    gen: Tensor, neg: Tensor, pos: Tensor, weight_gen: Tensor, weight_neg: Tensor, weight_pos: Tensor,
+    scale: Tensor, R_list: Sequence[float], affinity_floor: float,
+) -> Tensor:  # fmt: skip
+    """Form C, the force ``F_R [R, G, N, D]`` of every R before it is divided by λ_R, in units of ``s``."""
+    N, D = gen.shape[1:]
+    n_neg = N + neg.shape[1]
+    targets = torch.cat([gen, neg, pos], 1) / (scale / D**0.5).clamp(min=1e-3)
+    w = torch.cat([weight_gen, weight_neg, weight_pos], 1).unsqueeze(1)  # [G, 1, M]
+    delta = _loss_distances(gen, neg, pos) / scale.clamp(min=1e-3)
+    delta = delta + 100 * torch.eye(N, targets.shape[1], dtype=gen.dtype, device=gen.device)
+    forces = []
+    for R in R_list:
+        A = affinity(-delta / R, affinity_floor) * w
+        A_neg, A_pos = A[..., :n_neg], A[..., n_neg:]
+        c = torch.cat([-A_neg * A_pos.sum(-1, keepdim=True), A_pos * A_neg.sum(-1, keepdim=True)], -1)
+        forces.append(c @ targets)
+    return torch.stack(forces)
+
+
+def _loss_distances(gen: Tensor, neg: Tensor, pos: Tensor) -> Tensor:
+    return distances(gen, torch.cat([gen, neg, pos], 1)).clamp(min=1e-4)
