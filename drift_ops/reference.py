@@ -79,34 +79,57 @@ def drift_field(
     return torch.stack(fields)
 
 
-def drift_loss_sums(
-    gen: Tensor, neg: Tensor, pos: Tensor, weight_gen: Tensor, weight_neg: Tensor, weight_pos: Tensor,
-) -> Tensor:  # fmt: skip
-    """Form C, what the scale is made of: ``[Σ_gij d·w, Σ_gj w]``. All inputs ``[G, count, D]``, weights ``[G, count]``."""
-    w = torch.cat([weight_gen, weight_neg, weight_pos], 1)
-    d = _loss_distances(gen, neg, pos)
-    return torch.stack([(d * w.unsqueeze(1)).sum(), w.sum()])
+def loss_scale(points: Sequence[Tensor], weights: Sequence[Tensor], backend: str) -> tuple[Tensor, list[Tensor]]:
+    """Form C, phase 1: ``[mean d·w, mean w]`` of every map, ``[maps, 2]``, and its distances ``[G, N, M]``.
+
+    ``points`` and ``weights`` hold gen, neg, pos of map 0, then of map 1, and so on.
+    """
+    means, kept = [], []
+    for points_of_map, weights_of_map in _maps(points, weights):
+        w = torch.cat(weights_of_map, 1)  # [G, M]
+        d = distances(points_of_map[0], torch.cat(points_of_map, 1)).clamp(min=1e-4)
+        means.append(torch.stack([(d * w.unsqueeze(1)).double().mean(), w.double().mean()]))
+        kept.append(d)
+    return torch.stack(means), kept
 
 
-def drift_loss_forces(
-    gen: Tensor, neg: Tensor, pos: Tensor, weight_gen: Tensor, weight_neg: Tensor, weight_pos: Tensor,
-    scale: Tensor, R_list: Sequence[float], affinity_floor: float,
-) -> Tensor:  # fmt: skip
-    """Form C, the force ``F_R [R, G, N, D]`` of every R before it is divided by λ_R, in units of ``s``."""
-    N, D = gen.shape[1:]
-    n_neg = N + neg.shape[1]
-    targets = torch.cat([gen, neg, pos], 1) / (scale / D**0.5).clamp(min=1e-3)
-    w = torch.cat([weight_gen, weight_neg, weight_pos], 1).unsqueeze(1)  # [G, 1, M]
-    delta = _loss_distances(gen, neg, pos) / scale.clamp(min=1e-3)
-    delta = delta + 100 * torch.eye(N, targets.shape[1], dtype=gen.dtype, device=gen.device)
+def loss_forces(
+    points: Sequence[Tensor], weights: Sequence[Tensor], kept: Sequence[Tensor], scale: Tensor, R_list: Sequence[float],
+    affinity_floor: float, backend: str,
+) -> tuple[list[Tensor], Tensor]:  # fmt: skip
+    """Form C, phase 2: the forces ``F_R [R, G, N, D]`` of every map, and their mean squares λ_R² ``[maps, R]``."""
     forces = []
-    for R in R_list:
-        A = affinity(-delta / R, affinity_floor) * w
-        A_neg, A_pos = A[..., :n_neg], A[..., n_neg:]
-        c = torch.cat([-A_neg * A_pos.sum(-1, keepdim=True), A_pos * A_neg.sum(-1, keepdim=True)], -1)
-        forces.append(c @ targets)
-    return torch.stack(forces)
+    for m, (points_of_map, weights_of_map) in enumerate(_maps(points, weights)):
+        gen, neg, _ = points_of_map
+        N, D = gen.shape[1:]
+        scale_of_map = scale[m].to(gen.dtype)
+        targets = torch.cat(points_of_map, 1) / (scale_of_map / D**0.5).clamp(min=1e-3)
+        w = torch.cat(weights_of_map, 1).unsqueeze(1)  # [G, 1, M]
+        delta = kept[m] / scale_of_map.clamp(min=1e-3)
+        delta = delta + 100 * torch.eye(N, targets.shape[1], dtype=gen.dtype, device=gen.device)
+        of_R = []
+        for R in R_list:
+            A = affinity(-delta / R, affinity_floor) * w
+            A_neg, A_pos = A.split([N + neg.shape[1], A.shape[2] - N - neg.shape[1]], -1)
+            c = torch.cat([-A_neg * A_pos.sum(-1, keepdim=True), A_pos * A_neg.sum(-1, keepdim=True)], -1)
+            of_R.append(c @ targets)
+        forces.append(torch.stack(of_R))
+    return forces, torch.stack([f.double().square().mean((1, 2, 3)) for f in forces])
 
 
-def _loss_distances(gen: Tensor, neg: Tensor, pos: Tensor) -> Tensor:
-    return distances(gen, torch.cat([gen, neg, pos], 1)).clamp(min=1e-4)
+def loss_gradient(
+    forces: Sequence[Tensor], squared_lambda: Tensor, scale: Tensor, backend: str
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Form C, phase 3: with ``F = Σ_R F_R/λ_R``, losses ``mean F²`` ``[G]`` and gradients ``−2F/(N·D·s)`` ``[G, N, D]``."""
+    losses, grads = [], []
+    for m, of_R in enumerate(forces):
+        N, D = of_R.shape[2:]
+        factors = squared_lambda[m].clamp(min=1e-8).rsqrt().to(of_R.dtype)
+        F_total = (of_R * factors.view(-1, 1, 1, 1)).sum(0)
+        losses.append(F_total.square().mean((1, 2)))
+        grads.append(F_total * (-2 / (N * D * (scale[m] / D**0.5).clamp(min=1e-3))).to(of_R.dtype))
+    return losses, grads
+
+
+def _maps(points: Sequence[Tensor], weights: Sequence[Tensor]) -> list[tuple[Sequence[Tensor], Sequence[Tensor]]]:
+    return [(points[i : i + 3], weights[i : i + 3]) for i in range(0, len(points), 3)]

@@ -1,0 +1,219 @@
+// What every form computes on a tile of queries × keys: distances, logits, softmax statistics, affinities.
+//
+// The doubly normalised affinity is A_ij = sqrt(softmax_j(L)_ij · softmax_i(L)_ij). With the row maximum m_i and row sum
+// s_i = Σ_j exp(L_ij − m_i), and likewise n_j, t_j for columns, A_ij = exp(L_ij − (m_i + n_j)/2) · (s_i · t_j)^-½:
+// two statistics a row and a column, one exponential an element, no matrix kept.
+#pragma once
+#include <cmath>
+#include <limits>
+
+#include "gemm.hpp"
+
+namespace drift::DRIFT_ISA {
+
+constexpr int64_t TILE_ROWS = 64, TILE_COLS = 256;  // a float tile is 64 KiB: two or three of them stay in L2
+
+template <class T> constexpr T INF = std::numeric_limits<T>::infinity();
+
+// Rows [row, row + rows) × columns [col, col + cols) of one problem. The matrices of a tile (distances, logits, …) are
+// passed as pointers to its corner, row-major with leading dimension ld, padded to `width` columns.
+template <class T> struct Tile {
+    int64_t row, rows, col, cols, ld;
+    int64_t width = round_up(cols, WIDTH<T>);
+};
+
+template <class T> T sum(const T* x, int64_t count) {
+    Vec<T> total{};
+    int64_t n = 0;
+    for (; n + WIDTH<T> <= count; n += WIDTH<T>) total += load<T>(x + n);
+    T tail = horizontal_sum<T>(total);
+    for (; n < count; ++n) tail += x[n];
+    return tail;
+}
+
+// Multiplies x by the weights w (null: ones) and returns the sum of the products.
+template <class T> T weigh(T* x, const T* w, int64_t count) {
+    if (w)
+        for (int64_t n = 0; n < count; ++n) x[n] *= w[n];
+    return sum<T>(x, count);
+}
+
+template <class T> DRIFT_INLINE T squared_norm(const T* x, int64_t depth) {
+    Vec<T> sum{};
+    int64_t d = 0;
+    for (; d + WIDTH<T> <= depth; d += WIDTH<T>) sum += load<T>(x + d) * load<T>(x + d);
+    T tail = horizontal_sum<T>(sum);
+    for (; d < depth; ++d) tail += x[d] * x[d];
+    return tail;
+}
+
+template <class T> T squared_distance(const T* x, const T* y, int64_t depth) {
+    Vec<T> sum{};
+    int64_t d = 0;
+    for (; d + WIDTH<T> <= depth; d += WIDTH<T>) {
+        const Vec<T> difference = load<T>(x + d) - load<T>(y + d);
+        sum += difference * difference;
+    }
+    T tail = horizontal_sum<T>(sum);
+    for (; d < depth; ++d) tail += (x[d] - y[d]) * (x[d] - y[d]);
+    return tail;
+}
+
+// One side of the distances of a problem, centred: rows as given, and what the matrix product wants.
+template <class T> struct Queries {
+    const T* rows;  // [N, D], centred
+    const T* norms;
+};
+template <class T> struct Keys {
+    const T* const* rows;  // M pointers, in the coordinates of `exact_queries` below
+    const T* panels;       // pack_transposed of the centred rows
+    const T* norms;        // of the centred rows; +∞ in the padding, so that padded distances are +∞
+};
+
+// d[i][j] = max(‖q_i − k_j‖, least). Products of centred rows, except where the pair is so close that they would cancel
+// (d² below 1/32 of the squared norms: 5 bits lost): those pairs are recomputed from differences. With `has_self`, key i
+// is query i, and its distance is exactly `least`. Padding columns get +∞.
+template <class T>
+void distances(const Tile<T>& t, int64_t depth, const Queries<T>& q, const T* const* exact_queries, const Keys<T>& k,
+               bool has_self, T least, T* d) {
+    multiply<T>(t.rows, t.width, depth, q.rows + t.row * depth, depth, 1, k.panels + t.col * depth, depth * PANEL<T>, d, t.ld, false);
+    for (int64_t i = 0; i < t.rows; ++i) {
+        T* row = d + i * t.ld;
+        const int64_t self = has_self ? t.row + i - t.col : -1;
+        const Vec<T> norm = splat<T>(q.norms[t.row + i]);
+        for (int64_t j = 0; j < t.width; j += WIDTH<T>) {
+            const Vec<T> norms = norm + load<T>(k.norms + t.col + j);
+            Vec<T> square = norms - T(2) * load<T>(row + j);
+            auto close = square < norms * T(1.0 / 32);
+            if (self >= j && self < j + WIDTH<T>) close[self - j] = 0, square[self - j] = 0;
+            auto any = close[0];
+            for (int l = 1; l < WIDTH<T>; ++l) any |= close[l];
+            if (any)
+                for (int l = 0; l < WIDTH<T>; ++l)
+                    if (close[l]) square[l] = squared_distance(exact_queries[t.row + i], k.rows[t.col + j + l], depth);
+            const Vec<T> root = square_root<T>(square);
+            store<T>(row + j, root < least ? splat<T>(least) : root);
+        }
+    }
+}
+
+template <class T> void add_to_self_pairs(const Tile<T>& t, T amount, T* d) {
+    for (int64_t i = 0; i < t.rows; ++i) {
+        const int64_t self = t.row + i - t.col;
+        if (self >= 0 && self < t.cols) d[i * t.ld + self] += amount;
+    }
+}
+
+enum class Kernel : int { laplace, gaussian };
+
+// L = −d/T (Laplace) or exp(−d²/(2σ²))/T (Gaussian); −∞ in the padding.
+template <class T> struct Logits {
+    Kernel kernel;
+    T sigma, temperature;
+
+    void operator()(const Tile<T>& t, const T* d, T* logits) const {
+        const T inverse = T(1) / temperature, falloff = T(-0.5) / (sigma * sigma);
+        if (kernel == Kernel::laplace) {
+            for (int64_t i = 0; i < t.rows; ++i)
+                for (int64_t n = i * t.ld; n < i * t.ld + t.width; n += WIDTH<T>) store<T>(logits + n, load<T>(d + n) * -inverse);
+            return;
+        }
+        for (int64_t i = 0; i < t.rows; ++i) {
+            T* row = logits + i * t.ld;
+            for (int64_t j = 0; j < t.width; j += WIDTH<T>) {
+                const Vec<T> distance = load<T>(d + i * t.ld + j);
+                store<T>(row + j, exp_nonpositive(distance * distance * falloff) * inverse);
+            }
+            for (int64_t j = t.cols; j < t.width; ++j) row[j] = -INF<T>;
+        }
+    }
+
+    // The factor h for which the gradient of L w.r.t. q_i, times dL, is h·(q_i − k_j); 0 where the points coincide.
+    DRIFT_INLINE Vec<T> point_factor(Vec<T> logit, Vec<T> distance, Vec<T> grad_logit) const {
+        if (kernel == Kernel::laplace) {
+            const Vec<T> h = -grad_logit / (distance * temperature);
+            return distance > T(0) ? h : Vec<T>{};
+        }
+        const Vec<T> value = logit < T(0) ? Vec<T>{} : logit;  // the padding's −∞
+        return -grad_logit * value / (sigma * sigma);
+    }
+};
+
+// Softmax statistics along one axis: running maxima and sums of exp(L − max), then max and sum^-½.
+template <class T> struct Statistics {
+    T* max;
+    T* sum;
+    Statistics at(int64_t n) const { return {max + n, sum + n}; }
+
+    void start(int64_t count) {
+        std::fill(max, max + count, -INF<T>);
+        std::fill(sum, sum + count, T(0));
+    }
+    // An index with nothing unmasked (sum 0) gets max 0 and factor 0, hence affinity 0.
+    void finish(int64_t count) {
+        for (int64_t n = 0; n < count; ++n) {
+            const bool empty = sum[n] == 0;
+            max[n] = empty ? 0 : max[n];
+            sum[n] = empty ? 0 : 1 / std::sqrt(sum[n]);
+        }
+    }
+};
+
+// −∞ (nothing unmasked so far) shifts by 0, so that exp(−∞ − shift) is 0 and not NaN.
+template <class T> DRIFT_INLINE Vec<T> finite_shift(Vec<T> max) { return max < -std::numeric_limits<T>::max() ? Vec<T>{} : max; }
+
+template <class T> void raise(Statistics<T> running, const T* fresh_max, int64_t count) {
+    for (int64_t n = 0; n < count; n += WIDTH<T>) {
+        const Vec<T> old = load<T>(running.max + n), now = greater<T>(load<T>(fresh_max + n), old);
+        store<T>(running.sum + n, load<T>(running.sum + n) * exp_nonpositive(old - finite_shift<T>(now)));
+        store<T>(running.max + n, now);
+    }
+}
+
+// Adds a tile of logits to the statistics of its rows and columns (both arrays start at the tile's corner, padded).
+template <class T> void add_to_statistics(const Tile<T>& t, const T* logits, Statistics<T> rows, Statistics<T> cols) {
+    T row_max[TILE_ROWS + WIDTH<T>], col_max[TILE_COLS];
+    std::fill(col_max, col_max + t.width, -INF<T>);
+    std::fill(row_max, row_max + TILE_ROWS + WIDTH<T>, -INF<T>);
+    for (int64_t i = 0; i < t.rows; ++i) {
+        Vec<T> top = splat<T>(-std::numeric_limits<T>::max()) * 2;
+        for (int64_t j = 0; j < t.width; j += WIDTH<T>) {
+            const Vec<T> logit = load<T>(logits + i * t.ld + j);
+            top = greater<T>(logit, top);
+            store<T>(col_max + j, greater<T>(logit, load<T>(col_max + j)));
+        }
+        row_max[i] = horizontal_max<T>(top);
+    }
+    raise(rows, row_max, t.rows);
+    raise(cols, col_max, t.width);
+    for (int64_t j = 0; j < t.width; j += WIDTH<T>) store<T>(col_max + j, finite_shift<T>(load<T>(cols.max + j)));
+    for (int64_t i = 0; i < t.rows; ++i) {
+        const Vec<T> shift = finite_shift<T>(splat<T>(rows.max[i]));
+        Vec<T> sum{};
+        for (int64_t j = 0; j < t.width; j += WIDTH<T>) {
+            const Vec<T> logit = load<T>(logits + i * t.ld + j);
+            sum += exp_nonpositive(logit - shift);
+            store<T>(cols.sum + j, load<T>(cols.sum + j) + exp_nonpositive(logit - load<T>(col_max + j)));
+        }
+        rows.sum[i] += horizontal_sum<T>(sum);
+    }
+}
+
+// Logits to affinities; `rows` and `cols` are finished and start at the tile's corner. With `masked_self` the self pairs
+// are 0 whatever the floor.
+template <class T>
+void affinities(const Tile<T>& t, const T* logits, Statistics<T> rows, Statistics<T> cols, T floor, bool masked_self, T* out) {
+    const T least = std::sqrt(floor);
+    for (int64_t i = 0; i < t.rows; ++i) {
+        const T row_half = rows.max[i] * T(0.5), row_factor = rows.sum[i];
+        for (int64_t j = 0; j < t.width; j += WIDTH<T>) {
+            const Vec<T> exponent = load<T>(logits + i * t.ld + j) - (load<T>(cols.max + j) * T(0.5) + row_half);
+            const Vec<T> value = exp_nonpositive(exponent) * (load<T>(cols.sum + j) * row_factor);
+            store<T>(out + i * t.ld + j, value < least ? splat<T>(least) : value);
+        }
+        const int64_t self = t.row + i - t.col;
+        if (masked_self && self >= 0 && self < t.cols) out[i * t.ld + self] = 0;
+    }
+}
+
+}  // namespace drift::DRIFT_ISA

@@ -1,0 +1,93 @@
+// A small matrix product for matrices that sit in cache: C += A·B with B packed in panels of PANEL columns.
+//
+//   A  element (i, k) at a[i * row_stride + k * depth_stride]: plain or transposed, never copied
+//   B  panels[c / PANEL][k][c % PANEL], zero-padded to whole panels
+//   C  row-major with leading dimension ldc; columns past `cols` are not touched
+#pragma once
+#include <algorithm>
+
+#include "simd.hpp"
+
+namespace drift::DRIFT_ISA {
+
+template <class T> constexpr int PANEL = 2 * WIDTH<T>;
+#if DRIFT_VECTOR_BYTES == 64 || defined(__aarch64__)
+constexpr int BLOCK_ROWS = 8;  // 32 vector registers: 8×2 accumulators
+#else
+constexpr int BLOCK_ROWS = 6;  // 16 vector registers
+#endif
+
+constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+template <class T> DRIFT_INLINE void write_row(T* c, Vec<T> v, int64_t room, bool accumulate) {
+    if (room >= WIDTH<T>) {
+        store<T>(c, accumulate ? load<T>(c) + v : v);
+    } else {
+        for (int l = 0; l < room; ++l) c[l] = accumulate ? c[l] + v[l] : v[l];
+    }
+}
+
+template <class T, int ROWS, int VECS>
+void multiply_block(int64_t depth, const T* a, int64_t row_stride, int64_t depth_stride, const T* panel, T* c, int64_t ldc,
+                    int64_t cols, bool accumulate) {
+    Vec<T> sum[ROWS][VECS] = {};
+    const T* row[ROWS];
+    for (int i = 0; i < ROWS; ++i) row[i] = a + i * row_stride;
+    for (int64_t k = 0, at = 0; k < depth; ++k, at += depth_stride, panel += PANEL<T>) {
+        Vec<T> b[VECS];
+        for (int v = 0; v < VECS; ++v) b[v] = load<T>(panel + v * WIDTH<T>);
+        for (int i = 0; i < ROWS; ++i)
+            for (int v = 0; v < VECS; ++v) sum[i][v] += row[i][at] * b[v];
+    }
+    for (int i = 0; i < ROWS; ++i)
+        for (int v = 0; v < VECS; ++v) write_row<T>(c + i * ldc + v * WIDTH<T>, sum[i][v], cols - v * WIDTH<T>, accumulate);
+}
+
+template <class T, int ROWS>
+void multiply_rows(int64_t rows, int64_t cols, int64_t depth, const T* a, int64_t row_stride, int64_t depth_stride,
+                   const T* panel, T* c, int64_t ldc, bool accumulate) {
+    if (rows == ROWS) {
+        if (cols > WIDTH<T>)
+            multiply_block<T, ROWS, 2>(depth, a, row_stride, depth_stride, panel, c, ldc, cols, accumulate);
+        else
+            multiply_block<T, ROWS, 1>(depth, a, row_stride, depth_stride, panel, c, ldc, cols, accumulate);
+    } else if constexpr (ROWS > 1) {
+        multiply_rows<T, ROWS - 1>(rows, cols, depth, a, row_stride, depth_stride, panel, c, ldc, accumulate);
+    }
+}
+
+// `panels` points at the first row wanted of the first panel; consecutive panels are `panel_stride` elements apart.
+template <class T>
+void multiply(int64_t rows, int64_t cols, int64_t depth, const T* a, int64_t row_stride, int64_t depth_stride,
+              const T* panels, int64_t panel_stride, T* c, int64_t ldc, bool accumulate) {
+    for (int64_t j = 0; j < cols; j += PANEL<T>, panels += panel_stride)
+        for (int64_t i = 0; i < rows; i += BLOCK_ROWS)
+            multiply_rows<T, BLOCK_ROWS>(std::min<int64_t>(BLOCK_ROWS, rows - i), std::min<int64_t>(PANEL<T>, cols - j), depth,
+                                         a + i * row_stride, row_stride, depth_stride, panels, c + i * ldc + j, ldc, accumulate);
+}
+
+// Rows as the columns of B: panels[j / PANEL][d][j % PANEL] = rows[j][d] − centre[d]; 0 past `count` and where rows[j] is null.
+template <class T>
+void pack_transposed(int64_t count, int64_t depth, const T* const* rows, const T* centre, T* panels) {
+    for (int64_t j = 0; j < count; j += PANEL<T>) {
+        const int64_t here = std::min<int64_t>(PANEL<T>, count - j);
+        for (int64_t d = 0; d < depth; ++d, panels += PANEL<T>) {
+            for (int64_t l = 0; l < here; ++l) panels[l] = rows[j + l] ? rows[j + l][d] - (centre ? centre[d] : T(0)) : T(0);
+            for (int64_t l = here; l < PANEL<T>; ++l) panels[l] = 0;
+        }
+    }
+}
+
+// Rows as the rows of B: panels[d / PANEL][j][d % PANEL] = rows[j][d] − centre[d]. Columns past `depth` are 0.
+template <class T>
+void pack_rows(int64_t count, int64_t depth, const T* const* rows, const T* centre, T* panels) {
+    for (int64_t d = 0; d < depth; d += PANEL<T>) {
+        const int64_t here = std::min<int64_t>(PANEL<T>, depth - d);
+        for (int64_t j = 0; j < count; ++j, panels += PANEL<T>) {
+            for (int64_t l = 0; l < here; ++l) panels[l] = rows[j][d + l] - (centre ? centre[d + l] : T(0));
+            for (int64_t l = here; l < PANEL<T>; ++l) panels[l] = 0;
+        }
+    }
+}
+
+}  // namespace drift::DRIFT_ISA

@@ -1,0 +1,180 @@
+// Form C for many groups: the release's training loss. Each thread takes whole groups; a group's matrices stay in cache.
+//
+//   loss_scale   distances, and the sums the global scale is made of
+//   loss_forces  the three softmax tables, the force of every R, and the sums the global λ are made of
+// Sums are kept in double, one a group, and added in group order: the same result whatever the number of threads.
+#pragma once
+#include "field.hpp"
+
+namespace drift::DRIFT_ISA {
+
+constexpr int64_t KEPT_ALIGN = 16;  // columns; a multiple of every vector width
+
+template <class T> class LossGroup {
+    const LossProblem<T>& p;
+    const int64_t N, M, D, ld, depth;
+    Buffer<const T*> rows;
+    Buffer<T> centre, query_rows, panels, query_norms, norms, weights, own_distances, A, row_stats, col_stats;
+    double weight_total = 0;
+
+  public:
+    explicit LossGroup(const LossProblem<T>& p)
+        : p(p), N(p.count[0]), M(p.count[0] + p.count[1] + p.count[2]), D(p.D), ld(round_up(M, KEPT_ALIGN)),
+          depth(round_up(D, PANEL<T>)), rows(round_up(M, PANEL<T>)), centre(D), query_rows(N * D),
+          panels(std::max(round_up(M, PANEL<T>) * D, M * depth)), query_norms(N), norms(round_up(M, PANEL<T>)), weights(ld),
+          own_distances(N * ld), A(N * ld), row_stats(2 * round_up(N, ROW_GRAIN)), col_stats(2 * ld) {}
+
+    // Distances into `kept` (null: into the group's own memory); returns Σ d·w, and Σ w through `total_weight`.
+    double find_distances(int64_t g, T* kept, double* total_weight) {
+        open(g);
+        T* d = kept ? kept : own_distances;
+        std::fill_n(static_cast<T*>(norms), round_up(M, PANEL<T>), INF<T>);
+        for (int64_t i = 0; i < N; ++i)
+            for (int64_t e = 0; e < D; ++e) query_rows[i * D + e] = rows[i][e] - centre[e];
+        pack_transposed<T>(M, D, rows, centre, panels);
+        for (int64_t j = 0; j < M; j += PANEL<T>) add_panel_norms(panels + j * D, std::min<int64_t>(PANEL<T>, M - j), norms + j);
+        std::copy_n(static_cast<T*>(norms), N, static_cast<T*>(query_norms));
+        for_tiles([&](const Tile<T>& t) {
+            distances<T>(t, D, {query_rows, query_norms}, rows, {rows, panels, norms}, true, T(1e-4), d + t.row * ld + t.col);
+        });
+        double total = 0;
+        for (int64_t i = 0; i < N; ++i) total += dot(d + i * ld, weights);
+        *total_weight = weight_total;
+        return total;
+    }
+
+    // Forces of every R into forces[R][g], their squares added to squares[R]. `kept` as above, or null to find them again.
+    void find_forces(int64_t g, T* kept, T scale, int R, const double* R_list, T floor, T* forces, double* squares) {
+        double ignored;
+        if (!kept) find_distances(g, nullptr, &ignored);
+        const T* d = kept ? kept : own_distances;
+        if (kept) open(g);
+        pack_rows<T>(M, D, rows, centre, panels);
+        const T kernel_scale = std::max(scale, T(1e-3)), unit = std::max(scale / std::sqrt(T(D)), T(1e-3));
+        for (int r = 0; r < R; ++r) {
+            find_coefficients(d, {Kernel::laplace, T(1), T(R_list[r]) * kernel_scale}, T(100) * kernel_scale, floor, 1 / unit);
+            T* force = forces + (r * p.groups + g) * N * D;
+            multiply<T>(N, D, M, A, ld, 1, panels, M * PANEL<T>, force, D, false);
+            squares[r] = 0;
+            for (int64_t i = 0; i < N; ++i) squares[r] += squared_norm(force + i * D, D);
+        }
+    }
+
+  private:
+    void open(int64_t g) {
+        int64_t j = 0;
+        weight_total = 0;
+        std::fill_n(static_cast<const T**>(rows), round_up(M, PANEL<T>), nullptr);
+        std::fill_n(static_cast<T*>(weights), ld, T(0));
+        for (int kind = 0; kind < 3; ++kind)
+            for (int64_t n = 0; n < p.count[kind]; ++n, ++j) {
+                rows[j] = p.points[kind] + (g * p.count[kind] + n) * D;
+                weights[j] = p.weights[kind][g * p.count[kind] + n];
+                weight_total += weights[j];
+            }
+        std::fill_n(static_cast<T*>(centre), D, T(0));
+        for (j = 0; j < M; ++j)
+            for (int64_t e = 0; e < D; ++e) centre[e] += rows[j][e];
+        for (int64_t e = 0; e < D; ++e) centre[e] /= T(M);
+    }
+
+    template <class Body> void for_tiles(Body body) const {
+        for (int64_t i = 0; i < N; i += TILE_ROWS)
+            for (int64_t j = 0; j < M; j += TILE_COLS)
+                body(Tile<T>{i, std::min(TILE_ROWS, N - i), j, std::min(TILE_COLS, M - j), ld});
+    }
+
+    // Squared norms of the packed columns of one panel.
+    void add_panel_norms(const T* panel, int64_t count, T* out) const {
+        Vec<T> sum[2] = {};
+        for (int64_t e = 0; e < D; ++e, panel += PANEL<T>)
+            for (int v = 0; v < 2; ++v) sum[v] += load<T>(panel + v * WIDTH<T>) * load<T>(panel + v * WIDTH<T>);
+        for (int64_t l = 0; l < count; ++l) out[l] = sum[l / WIDTH<T>][l % WIDTH<T>];
+    }
+
+    double dot(const T* d, const T* w) const {
+        Vec<T> total{};
+        int64_t j = 0;
+        for (; j + WIDTH<T> <= M; j += WIDTH<T>) total += load<T>(d + j) * load<T>(w + j);
+        double sum = horizontal_sum<T>(total);
+        for (; j < M; ++j) sum += d[j] * w[j];
+        return sum;
+    }
+
+    // c⁻_ij = −A⁻_ij Σ⁺_i and c⁺_ij = A⁺_ij Σ⁻_i, times `unit`, left in A.
+    void find_coefficients(const T* d, const Logits<T>& logits, T self_distance, T floor, T unit) {
+        const int64_t padded = round_up(N, ROW_GRAIN), split = p.count[0] + p.count[1];
+        Statistics<T> row{row_stats, row_stats + padded}, col{col_stats, col_stats + ld};
+        row.start(padded), col.start(ld);
+        for_tiles([&](const Tile<T>& t) {
+            T* corner = A + t.row * ld + t.col;
+            logits(t, d + t.row * ld + t.col, corner);
+            add_to_self_pairs(t, -self_distance / logits.temperature, corner);
+            add_to_statistics<T>(t, corner, row.at(t.row), col.at(t.col));
+        });
+        row.finish(padded), col.finish(ld);
+        for_tiles([&](const Tile<T>& t) {
+            T* corner = A + t.row * ld + t.col;
+            affinities<T>(t, corner, row.at(t.row), col.at(t.col), floor, false, corner);
+        });
+        for (int64_t i = 0; i < N; ++i) {
+            T* a = A + i * ld;
+            const T negative = weigh<T>(a, weights, split), positive = weigh<T>(a + split, weights + split, M - split);
+            for (int64_t j = 0; j < split; ++j) a[j] *= -positive * unit;
+            for (int64_t j = split; j < M; ++j) a[j] *= negative * unit;
+        }
+    }
+};
+
+template <class T, class Body> void for_groups(const LossProblem<T>& p, Body body) {
+    const int parts = int(std::min<int64_t>(p.threads, p.groups));
+    std::vector<LossGroup<T>> group;
+    group.reserve(parts);
+    for (int part = 0; part < parts; ++part) group.emplace_back(p);
+    parallel(parts, [&](int part) {
+        for (auto [g, end] = share(p.groups, 1, part, parts); g < end; ++g) body(group[part], g);
+    });
+}
+
+template <class T> int64_t kept_size(const LossProblem<T>& p) {
+    return p.count[0] * round_up(p.count[0] + p.count[1] + p.count[2], KEPT_ALIGN);
+}
+
+template <class T> void loss_scale(const LossProblem<T>& p, double* sums, T* kept) {
+    Buffer<double> parts(2 * p.groups);
+    for_groups(p, [&](LossGroup<T>& group, int64_t g) {
+        parts[2 * g] = group.find_distances(g, kept ? kept + g * kept_size(p) : nullptr, parts + 2 * g + 1);
+    });
+    sums[0] = sums[1] = 0;
+    for (int64_t g = 0; g < p.groups; ++g) sums[0] += parts[2 * g], sums[1] += parts[2 * g + 1];
+}
+
+template <class T>
+void loss_forces(const LossProblem<T>& p, double scale, int R, const double* R_list, double floor, T* kept, T* forces, double* squares) {
+    Buffer<double> parts(R * p.groups);
+    for_groups(p, [&](LossGroup<T>& group, int64_t g) {
+        group.find_forces(g, kept ? kept + g * kept_size(p) : nullptr, T(scale), R, R_list, T(floor), forces, parts + R * g);
+    });
+    std::fill_n(squares, R, 0.0);
+    for (int64_t g = 0; g < p.groups; ++g)
+        for (int r = 0; r < R; ++r) squares[r] += parts[R * g + r];
+}
+
+template <class T>
+void loss_gradient(int64_t groups, int64_t size, int R, const T* forces, const double* factors, double grad_factor, int threads,
+                   T* loss, T* grad) {
+    parallel(threads, [&](int part) {
+        for (auto [g, end] = share(groups, 1, part, threads); g < end; ++g) {
+            T* out = grad + g * size;
+            for (int r = 0; r < R; ++r) {
+                const T* force = forces + (r * groups + g) * size;
+                const T factor = T(factors[r]);
+                for (int64_t n = 0; n < size; ++n) out[n] = r == 0 ? force[n] * factor : out[n] + force[n] * factor;
+            }
+            loss[g] = squared_norm(out, size) / T(size);
+            for (int64_t n = 0; n < size; ++n) out[n] *= T(grad_factor);
+        }
+    });
+}
+
+}  // namespace drift::DRIFT_ISA

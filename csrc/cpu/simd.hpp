@@ -1,0 +1,92 @@
+// One SIMD vector type per scalar type, written in the compiler's vector extensions so that the same source serves
+// every instruction set: the width is what DRIFT_VECTOR_BYTES says, the instructions are what the flags allow.
+#pragma once
+#include <cstdint>
+
+namespace drift::DRIFT_ISA {
+
+#define DRIFT_INLINE inline __attribute__((always_inline))
+
+template <class T> struct Simd;
+template <> struct Simd<float> {
+    typedef float vec __attribute__((vector_size(DRIFT_VECTOR_BYTES)));
+    typedef int32_t ivec __attribute__((vector_size(DRIFT_VECTOR_BYTES)));
+    typedef float unaligned __attribute__((vector_size(DRIFT_VECTOR_BYTES), aligned(4), may_alias));
+};
+template <> struct Simd<double> {
+    typedef double vec __attribute__((vector_size(DRIFT_VECTOR_BYTES)));
+    typedef int64_t ivec __attribute__((vector_size(DRIFT_VECTOR_BYTES)));
+    typedef double unaligned __attribute__((vector_size(DRIFT_VECTOR_BYTES), aligned(8), may_alias));
+};
+
+template <class T> using Vec = typename Simd<T>::vec;
+template <class T> constexpr int WIDTH = DRIFT_VECTOR_BYTES / sizeof(T);
+
+template <class T> DRIFT_INLINE Vec<T> load(const T* p) { return *reinterpret_cast<const typename Simd<T>::unaligned*>(p); }
+template <class T> DRIFT_INLINE void store(T* p, Vec<T> v) { *reinterpret_cast<typename Simd<T>::unaligned*>(p) = v; }
+template <class T> DRIFT_INLINE Vec<T> load_up_to(const T* p, int64_t count) {  // zeros past `count`
+    if (count >= WIDTH<T>) return load<T>(p);
+    Vec<T> v{};
+    for (int l = 0; l < count; ++l) v[l] = p[l];
+    return v;
+}
+template <class T> DRIFT_INLINE Vec<T> splat(T x) { return x - Vec<T>{}; }
+
+// a where a > b, else b: a NaN in `a` is dropped, a NaN in `b` kept.
+template <class T> DRIFT_INLINE Vec<T> greater(Vec<T> a, Vec<T> b) { return a > b ? a : b; }
+
+template <class T> DRIFT_INLINE T horizontal_sum(Vec<T> v) {
+    T sum = 0;
+    for (int l = 0; l < WIDTH<T>; ++l) sum += v[l];
+    return sum;
+}
+template <class T> DRIFT_INLINE T horizontal_max(Vec<T> v) {
+    T top = v[0];
+    for (int l = 1; l < WIDTH<T>; ++l) top = v[l] > top ? v[l] : top;
+    return top;
+}
+
+// exp(x) for x <= 0: range reduction to |r| <= ln(2)/2, a polynomial, 2^n by exponent bits. About 1 ulp; results that
+// would be subnormal are 0; NaN stays NaN (the comparison is false for it).
+DRIFT_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
+    const Vec<float> shifted = x * 1.44269504f + 12582912.0f;  // 1.5·2^23: the low mantissa bits now hold round(x/ln 2)
+    const Vec<float> n = shifted - 12582912.0f;
+    const Vec<float> r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    Vec<float> p = r * 1.9875691500e-4f + 1.3981999507e-3f;  // Cephes expf
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    typedef Simd<float>::ivec ivec;
+    const Vec<float> power = (Vec<float>)(((ivec)shifted << 23) + 0x3f800000);
+    return x < -87.0f ? Vec<float>{} : p * power;
+}
+DRIFT_INLINE Vec<double> exp_nonpositive(Vec<double> x) {
+    const Vec<double> shifted = x * 1.4426950408889634 + 6755399441055744.0;  // 1.5·2^52
+    const Vec<double> n = shifted - 6755399441055744.0;
+    const Vec<double> r = x - n * 6.93145751953125e-1 - n * 1.42860682030941723212e-6;
+    Vec<double> p = r * (1.0 / 6227020800.0) + 1.0 / 479001600.0;  // Taylor to r^13/13!: |r| <= 0.35 leaves 4e-18
+    p = p * r + 1.0 / 39916800.0;
+    p = p * r + 1.0 / 3628800.0;
+    p = p * r + 1.0 / 362880.0;
+    p = p * r + 1.0 / 40320.0;
+    p = p * r + 1.0 / 5040.0;
+    p = p * r + 1.0 / 720.0;
+    p = p * r + 1.0 / 120.0;
+    p = p * r + 1.0 / 24.0;
+    p = p * r + 1.0 / 6.0;
+    p = p * r + 0.5;
+    p = p * (r * r) + r + 1.0;
+    typedef Simd<double>::ivec ivec;
+    const Vec<double> power = (Vec<double>)(((ivec)shifted << 52) + 0x3ff0000000000000);
+    return x < -708.0 ? Vec<double>{} : p * power;
+}
+
+template <class T> DRIFT_INLINE Vec<T> square_root(Vec<T> v) {
+    Vec<T> root;
+    for (int l = 0; l < WIDTH<T>; ++l) root[l] = sizeof(T) == 4 ? __builtin_sqrtf(v[l]) : __builtin_sqrt(v[l]);
+    return root;
+}
+
+}  // namespace drift::DRIFT_ISA

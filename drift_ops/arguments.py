@@ -1,0 +1,87 @@
+"""Checks of what users pass. Every message names the argument, what was received and what is expected."""
+
+import math
+from collections.abc import Sequence
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_tensor(name: str, value: object) -> Tensor:
+    """``value`` as a floating-point tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor (torch.as_tensor converts arrays)")
+    if value.dtype not in DTYPES:
+        raise TypeError(f"{name}: got dtype {value.dtype}, expected a floating one: float64, float32, bfloat16 or float16")
+    return value
+
+
+def check_points(name: str, value: object, like: Tensor | None = None, like_name: str = "", *, rank: int | None = None,
+                 empty: bool = False) -> Tensor:  # fmt: skip
+    """``value`` as points ``[..., count, D]`` that go with the points ``like``: same groups, D, dtype and device."""
+    points = check_tensor(name, value)
+    shape = tuple(points.shape)
+    if rank is not None and points.dim() != rank:
+        raise ValueError(f"{name}: got shape {shape}, expected {rank} dimensions [G, count, D]")
+    if points.dim() < 2:
+        raise ValueError(f"{name}: got shape {shape}, expected at least 2 dimensions [..., count, D]")
+    if points.shape[-1] == 0 or (points.numel() == 0 and not (empty and points.shape[-2] == 0 and 0 not in shape[:-2])):
+        raise ValueError(f"{name}: got shape {shape}, expected at least one point of at least one dimension")
+    if like is None:
+        return points
+    if points.dim() != like.dim() or points.shape[:-2] != like.shape[:-2] or points.shape[-1] != like.shape[-1]:
+        expected = [*map(str, like.shape[:-2]), "count", str(like.shape[-1])]
+        raise ValueError(f"{name}: got shape {shape}, expected [{', '.join(expected)}] to go with {like_name} {tuple(like.shape)}")
+    check_same("dtype", name, points.dtype, like_name, like.dtype)
+    check_same("device", name, points.device, like_name, like.device)
+    return points
+
+
+def check_weights(name: str, value: object, points: Tensor, points_name: str) -> Tensor | None:
+    """``value`` as one weight a point, or None."""
+    if value is None:
+        return None
+    weights = check_tensor(name, value)
+    if weights.shape != points.shape[:-1]:
+        expected = tuple(points.shape[:-1])
+        raise ValueError(f"{name}: got shape {tuple(weights.shape)}, expected {expected}, one weight for each of {points_name}")
+    check_same("device", name, weights.device, points_name, points.device)
+    return weights
+
+
+def check_same(what: str, name: str, got: object, like_name: str, expected: object) -> None:
+    """``got`` equals ``expected``, which is what the argument ``like_name`` has."""
+    if got != expected:
+        raise ValueError(f"{name}: got {what} {got}, expected {expected}, the {what} of {like_name}")
+
+
+def check_positive(name: str, value: object) -> float:
+    """``value`` as a finite float above 0."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: got {value!r} ({type(value).__name__}), expected a positive float")
+    number = float(value)
+    if not (math.isfinite(number) and number > 0):
+        raise ValueError(f"{name}: got {number}, expected a finite number above 0")
+    return number
+
+
+def check_positives(name: str, values: object) -> tuple[float, ...]:
+    """``values`` as a non-empty sequence of finite floats above 0."""
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise TypeError(f"{name}: got {values!r} ({type(values).__name__}), expected a list or tuple of positive floats")
+    if len(values) == 0:
+        raise ValueError(f"{name}: got an empty sequence, expected at least one positive float")
+    return tuple(check_positive(f"{name}[{i}]", value) for i, value in enumerate(values))
+
+
+def check_floor(value: object) -> float:
+    """``affinity_floor`` as a float in [0, 1)."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"affinity_floor: got {value!r} ({type(value).__name__}), expected a float in [0, 1)")
+    number = float(value)
+    if not 0 <= number < 1:
+        raise ValueError(f"affinity_floor: got {number}, expected a number in [0, 1)")
+    return number

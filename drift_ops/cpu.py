@@ -1,0 +1,150 @@
+"""The ``cpu`` backend: the C++ kernels of ``csrc/cpu`` on contiguous float32 or float64 CPU tensors.
+
+Everything here takes and returns plain tensors and is called by :mod:`drift_ops.ops` only.
+"""
+
+import os
+from collections.abc import Sequence
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+# Groups up to this many query-target pairs keep them in cache and go through the group kernel of form C; larger ones
+# are streamed. In the group kernel the distances of phase 1 are kept for phase 2 unless D is so small that computing
+# them again is cheaper than the memory.
+GROUP_PAIRS = 1 << 18
+KEEP_DISTANCES_FROM_D = 32
+
+
+@cache
+def _load() -> tuple[ModuleType | None, str | None]:
+    try:
+        from . import _cpu
+    except ImportError as error:
+        return None, f"the compiled module drift_ops._cpu cannot be imported ({error}); reinstall with a C++17 compiler: pip install ."
+    if wanted := os.environ.get("DRIFT_OPS_CPU_ISA"):
+        try:
+            _cpu.choose(wanted)
+        except ValueError as error:
+            return None, f"DRIFT_OPS_CPU_ISA: {error}"
+    return _cpu, None
+
+
+def load_error() -> str | None:
+    """Why the compiled module cannot be used, or None if it can."""
+    return _load()[1]
+
+
+def _native(name: str, dtype: torch.dtype, owner: object = None):  # type: ignore[no-untyped-def]
+    return getattr(owner or _load()[0], f"{name}_{str(dtype).removeprefix('torch.')}")
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
+
+
+def _affinity(q: Tensor, k: Tensor, kernel: str, widths: Sequence[float], temperature: float, split: int, has_self: bool,
+              floor: float, least_distance: float, self_distance: float):  # type: ignore[no-untyped-def]  # fmt: skip
+    G, N, D = q.shape
+    module = _load()[0]
+    assert module is not None
+    return module.Affinity(
+        groups=G, N=N, M=k.shape[1], D=D, split=split, sides=2 if split else 1, gaussian=kernel == "gaussian",
+        has_self=has_self, widths=list(widths), temperature=temperature, floor=floor, least_distance=least_distance,
+        self_distance=self_distance, threads=torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def affinity_sums(
+    q: Tensor, k: Tensor, v: Tensor, w: Tensor | None, kernel: str, widths: Sequence[float], temperature: float, split: int,
+    has_self: bool, floor: float, least_distance: float = 0.0, self_distance: float = float("inf"),
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """See :func:`drift_ops.ops.affinity_sums`; ``self_distance`` is added to the self pairs, infinity masks them."""
+    (G, N, D), M, S = q.shape, k.shape[1], len(widths)
+    sides = 2 if split else 1
+    num, den = q.new_empty(S, G, sides, N, D), q.new_empty(S, G, sides, N)
+    row_stats, col_stats = q.new_empty(S, G, 2, N), q.new_empty(S, G, 2, M)
+    problem = _affinity(q, k, kernel, widths, temperature, split, has_self, floor, least_distance, self_distance)
+    _native("forward", q.dtype, problem)(*map(_address, (q, k, v, w, num, den, row_stats, col_stats)))
+    return num, den, row_stats, col_stats
+
+
+def affinity_sums_backward(
+    q: Tensor, k: Tensor, v: Tensor, w: Tensor | None, row_stats: Tensor, col_stats: Tensor, grad_num: Tensor, grad_den: Tensor,
+    kernel: str, widths: Sequence[float], temperature: float, split: int, has_self: bool, floor: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """See :func:`drift_ops.ops.affinity_sums_backward`."""
+    grads = [torch.zeros_like(t) for t in (q, k, v)]
+    grad_w = q.new_zeros(0) if w is None else torch.zeros_like(w)
+    problem = _affinity(q, k, kernel, widths, temperature, split, has_self, floor, 0.0, float("inf"))
+    arguments = (q, k, v, w, row_stats, col_stats, grad_num, grad_den, *grads, grad_w)
+    _native("backward", q.dtype, problem)(*map(_address, arguments))
+    return grads[0], grads[1], grads[2], grad_w
+
+
+def _loss(points: Sequence[Tensor], weights: Sequence[Tensor]):  # type: ignore[no-untyped-def]
+    module = _load()[0]
+    assert module is not None
+    return module.Loss(
+        groups=points[0].shape[0], D=points[0].shape[2], counts=[t.shape[1] for t in points],
+        points=[_address(t) for t in points], weights=[_address(w) for w in weights], threads=torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def kept_shape(points: Sequence[Tensor]) -> tuple[int, ...]:
+    """Shape of the distances that phase 1 of form C keeps for phase 2: [G, N, M padded to 16], or [0] for none."""
+    (G, N, D), M = points[0].shape, sum(t.shape[1] for t in points)
+    return (G, N, -(-M // 16) * 16) if N * M <= GROUP_PAIRS and D >= KEEP_DISTANCES_FROM_D else (0,)
+
+
+def loss_scale(points: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Phase 1 of one map: ``[mean d·w, mean w]`` in float64, and the distances kept for phase 2."""
+    (G, N, _), M = points[0].shape, sum(t.shape[1] for t in points)
+    means = torch.empty(2, dtype=torch.float64)
+    kept = points[0].new_empty(kept_shape(points))
+    _native("scale", points[0].dtype, _loss(points, weights))(means.data_ptr(), _address(kept))
+    return means.div_(torch.tensor([G * N * M, G * M])), kept
+
+
+def loss_forces(
+    points: Sequence[Tensor], weights: Sequence[Tensor], kept: Tensor, scale: Tensor, R_list: Sequence[float], floor: float
+) -> tuple[Tensor, Tensor]:
+    """Phase 2 of one map: the forces ``[R, G, N, D]`` before the division by λ, and λ_R² ``[R]`` in float64."""
+    gen = points[0]
+    (G, N, D), M = gen.shape, sum(t.shape[1] for t in points)
+    if N * M > GROUP_PAIRS:
+        return _stream_forces(points, weights, float(scale), R_list, floor)
+    forces, squares = gen.new_empty(len(R_list), G, N, D), torch.empty(len(R_list), dtype=torch.float64)
+    native = _native("forces", gen.dtype, _loss(points, weights))
+    native(float(scale), list(R_list), floor, _address(kept), _address(forces), squares.data_ptr())
+    return forces, squares.div_(gen.numel())
+
+
+def _stream_forces(
+    points: Sequence[Tensor], weights: Sequence[Tensor], scale: float, R_list: Sequence[float], floor: float
+) -> tuple[Tensor, Tensor]:
+    """Forces of groups too large for the group kernel: form B's sums with temperatures in units of the scale."""
+    gen = points[0]
+    targets = torch.cat(tuple(points), 1)
+    targets -= targets.mean(1, keepdim=True)
+    unit, kernel_scale = max(scale / gen.shape[2] ** 0.5, 1e-3), max(scale, 1e-3)
+    num, den, _, _ = affinity_sums(
+        targets[:, : gen.shape[1]].contiguous(), targets, targets, torch.cat(tuple(weights), 1), "laplace",
+        [R * kernel_scale for R in R_list], 1.0, gen.shape[1] + points[1].shape[1], True, floor, 1e-4, 100 * kernel_scale,
+    )  # fmt: skip
+    den = den.unsqueeze(-1) / unit
+    forces = num[:, :, 1].mul_(den[:, :, 0]).sub_(num[:, :, 0].mul_(den[:, :, 1])).contiguous()
+    return forces, forces.double().square().mean((1, 2, 3))
+
+
+def loss_gradient(forces: Tensor, squared_lambda: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Phase 3 of one map: loss ``[G]`` and gradient ``[G, N, D]`` from the forces and the global statistics."""
+    _, G, N, D = forces.shape
+    loss, grad = forces.new_empty(G), forces.new_empty(G, N, D)
+    factors = squared_lambda.clamp(min=1e-8).rsqrt().tolist()
+    grad_factor = -2 / (N * D * max(float(scale) / D**0.5, 1e-3))
+    native = _native("loss_gradient", forces.dtype)
+    native(G, N * D, factors, grad_factor, torch.get_num_threads(), *map(_address, (forces, loss, grad)))
+    return loss, grad
