@@ -79,21 +79,24 @@ void distances(const Tile<T>& t, int64_t depth, const Queries<T>& q, const T* co
     multiply<T>(t.rows, t.width, depth, q.rows + t.row * depth, depth, 1, k.panels + t.col * depth, depth * PANEL<T>, d, t.ld, false);
     for (int64_t i = 0; i < t.rows; ++i) {
         T* row = d + i * t.ld;
-        const int64_t self = has_self ? t.row + i - t.col : -1;
-        const Vec<T> norm = splat<T>(q.norms[t.row + i]);
+        const T* k_norms = k.norms + t.col;
+        const Vec<T> q_norm = splat<T>(q.norms[t.row + i]);
+        const int64_t self = t.row + i - t.col;
+        const bool self_here = has_self && self >= 0 && self < t.cols;
+        if (self_here) row[self] = -INF<T>;  // far, so that it does not count as close
+        typename Simd<T>::ivec close{};
         for (int64_t j = 0; j < t.width; j += WIDTH<T>) {
-            const Vec<T> norms = norm + load<T>(k.norms + t.col + j);
-            Vec<T> square = norms - T(2) * load<T>(row + j);
-            auto close = square < norms * T(1.0 / 32);
-            if (self >= j && self < j + WIDTH<T>) close[self - j] = 0, square[self - j] = 0;
-            auto any = close[0];
-            for (int l = 1; l < WIDTH<T>; ++l) any |= close[l];
-            if (any)
-                for (int l = 0; l < WIDTH<T>; ++l)
-                    if (close[l]) square[l] = squared_distance(exact_queries[t.row + i], k.rows[t.col + j + l], depth);
-            const Vec<T> root = square_root<T>(square);
-            store<T>(row + j, root < least ? splat<T>(least) : root);
+            const Vec<T> norms = q_norm + load<T>(k_norms + j), square = norms - T(2) * load<T>(row + j);
+            close |= square < norms * T(1.0 / 32);
+            store<T>(row + j, at_least<T>(square_root<T>(square), least));
         }
+        if (self_here) row[self] = least;
+        if (!any<T>(close)) continue;
+        for (int64_t j = 0; j < t.cols; ++j)  // a bound a little wider than above: rounding must not miss a close pair
+            if (!(row[j] * row[j] > (q_norm[0] + k_norms[j]) * T(1.0 / 31)) && !(self_here && j == self)) {
+                const T exact = std::sqrt(squared_distance(exact_queries[t.row + i], k.rows[t.col + j], depth));
+                row[j] = exact < least ? least : exact;  // NaN stays NaN
+            }
     }
 }
 
@@ -209,7 +212,7 @@ void affinities(const Tile<T>& t, const T* logits, Statistics<T> rows, Statistic
         for (int64_t j = 0; j < t.width; j += WIDTH<T>) {
             const Vec<T> exponent = load<T>(logits + i * t.ld + j) - (load<T>(cols.max + j) * T(0.5) + row_half);
             const Vec<T> value = exp_nonpositive(exponent) * (load<T>(cols.sum + j) * row_factor);
-            store<T>(out + i * t.ld + j, value < least ? splat<T>(least) : value);
+            store<T>(out + i * t.ld + j, at_least<T>(value, least));
         }
         const int64_t self = t.row + i - t.col;
         if (masked_self && self >= 0 && self < t.cols) out[i * t.ld + self] = 0;

@@ -23,21 +23,23 @@ template <class T> DRIFT_INLINE void write_row(T* c, Vec<T> v, int64_t room, boo
     if (room >= WIDTH<T>) {
         store<T>(c, accumulate ? load<T>(c) + v : v);
     } else {
-        for (int l = 0; l < room; ++l) c[l] = accumulate ? c[l] + v[l] : v[l];
+        T lanes[WIDTH<T>];
+        store<T>(lanes, v);
+        for (int l = 0; l < room; ++l) c[l] = accumulate ? c[l] + lanes[l] : lanes[l];
     }
 }
 
 template <class T, int ROWS, int VECS>
 void multiply_block(int64_t depth, const T* a, int64_t row_stride, int64_t depth_stride, const T* panel, T* c, int64_t ldc,
                     int64_t cols, bool accumulate) {
-    Vec<T> sum[ROWS][VECS] = {};
-    const T* row[ROWS];
-    for (int i = 0; i < ROWS; ++i) row[i] = a + i * row_stride;
-    for (int64_t k = 0, at = 0; k < depth; ++k, at += depth_stride, panel += PANEL<T>) {
+    Vec<T> sum[ROWS][VECS];
+    for (int i = 0; i < ROWS; ++i)
+        for (int v = 0; v < VECS; ++v) sum[i][v] = Vec<T>{};
+    for (int64_t k = 0; k < depth; ++k, a += depth_stride, panel += PANEL<T>) {
         Vec<T> b[VECS];
         for (int v = 0; v < VECS; ++v) b[v] = load<T>(panel + v * WIDTH<T>);
         for (int i = 0; i < ROWS; ++i)
-            for (int v = 0; v < VECS; ++v) sum[i][v] += row[i][at] * b[v];
+            for (int v = 0; v < VECS; ++v) sum[i][v] += a[i * row_stride] * b[v];
     }
     for (int i = 0; i < ROWS; ++i)
         for (int v = 0; v < VECS; ++v) write_row<T>(c + i * ldc + v * WIDTH<T>, sum[i][v], cols - v * WIDTH<T>, accumulate);
@@ -66,16 +68,25 @@ void multiply(int64_t rows, int64_t cols, int64_t depth, const T* a, int64_t row
                                          a + i * row_stride, row_stride, depth_stride, panels, c + i * ldc + j, ldc, accumulate);
 }
 
-// Rows as the columns of B: panels[j / PANEL][d][j % PANEL] = rows[j][d] − centre[d]; 0 past `count` and where rows[j] is null.
+// Rows as the columns of B: panels[j / PANEL][d][j % PANEL] = rows[j][d] − centre[d]; 0 past `count` and where rows[j] is
+// null. A null centre is 0.
 template <class T>
 void pack_transposed(int64_t count, int64_t depth, const T* const* rows, const T* centre, T* panels) {
-    for (int64_t j = 0; j < count; j += PANEL<T>) {
-        const int64_t here = std::min<int64_t>(PANEL<T>, count - j);
-        for (int64_t d = 0; d < depth; ++d, panels += PANEL<T>) {
-            for (int64_t l = 0; l < here; ++l) panels[l] = rows[j + l] ? rows[j + l][d] - (centre ? centre[d] : T(0)) : T(0);
-            for (int64_t l = here; l < PANEL<T>; ++l) panels[l] = 0;
+    for (int64_t j = 0; j < count; j += WIDTH<T>) {
+        T* panel = panels + j / PANEL<T> * PANEL<T> * depth + j % PANEL<T>;
+        for (int64_t d = 0; d < depth; d += WIDTH<T>) {
+            const int64_t here = std::min<int64_t>(WIDTH<T>, depth - d);
+            const Vec<T> origin = centre ? load_up_to<T>(centre + d, here) : Vec<T>{};
+            Vec<T> square[WIDTH<T>];
+            for (int l = 0; l < WIDTH<T>; ++l)
+                square[l] = j + l < count && rows[j + l] ? load_up_to<T>(rows[j + l] + d, here) - origin : Vec<T>{};
+            transpose<T>(square);
+            for (int64_t l = 0; l < here; ++l) store<T>(panel + (d + l) * PANEL<T>, square[l]);
         }
     }
+    if (count % PANEL<T> > 0 && count % PANEL<T> <= WIDTH<T>)  // the last panel's second half
+        for (int64_t d = 0; d < depth; ++d)
+            store<T>(panels + count / PANEL<T> * PANEL<T> * depth + d * PANEL<T> + WIDTH<T>, Vec<T>{});
 }
 
 // Rows as the rows of B: panels[d / PANEL][j][d % PANEL] = rows[j][d] − centre[d]. Columns past `depth` are 0.

@@ -2,6 +2,7 @@
 // every instruction set: the width is what DRIFT_VECTOR_BYTES says, the instructions are what the flags allow.
 #pragma once
 #include <cstdint>
+#include <utility>
 
 namespace drift::DRIFT_ISA {
 
@@ -35,6 +36,15 @@ template <class T> DRIFT_INLINE Vec<T> splat(T x) { return x - Vec<T>{}; }
 // a where a > b, else b: a NaN in `a` is dropped, a NaN in `b` kept.
 template <class T> DRIFT_INLINE Vec<T> greater(Vec<T> a, Vec<T> b) { return a > b ? a : b; }
 
+// NaN stays NaN.
+template <class T> DRIFT_INLINE Vec<T> at_least(Vec<T> v, T least) { return v < least ? splat<T>(least) : v; }
+
+template <class T> DRIFT_INLINE bool any(typename Simd<T>::ivec mask) {
+    auto lanes = mask[0];
+    for (int l = 1; l < WIDTH<T>; ++l) lanes |= mask[l];
+    return lanes != 0;
+}
+
 template <class T> DRIFT_INLINE T horizontal_sum(Vec<T> v) {
     T sum = 0;
     for (int l = 0; l < WIDTH<T>; ++l) sum += v[l];
@@ -44,6 +54,30 @@ template <class T> DRIFT_INLINE T horizontal_max(Vec<T> v) {
     T top = v[0];
     for (int l = 1; l < WIDTH<T>; ++l) top = v[l] > top ? v[l] : top;
     return top;
+}
+
+// {a0, b0, a1, b1, …} of the lower (first = 0) or upper (first = WIDTH/2) halves of a and b.
+template <class T, int FIRST, int... LANE>
+DRIFT_INLINE Vec<T> interleave(Vec<T> a, Vec<T> b, std::integer_sequence<int, LANE...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+    return __builtin_shufflevector(a, b, (LANE % 2 * WIDTH<T> + LANE / 2 + FIRST)...);
+#else
+    return Vec<T>{(LANE % 2 ? b : a)[LANE / 2 + FIRST]...};
+#endif
+}
+
+// Transposes a square of WIDTH vectors: after log2(WIDTH) perfect shuffles of the rows, row i holds column i.
+template <class T> DRIFT_INLINE void transpose(Vec<T> (&square)[WIDTH<T>]) {
+    constexpr int HALF = WIDTH<T> / 2;
+    constexpr auto lanes = std::make_integer_sequence<int, WIDTH<T>>();
+    for (int stage = 1; stage < WIDTH<T>; stage *= 2) {
+        Vec<T> shuffled[WIDTH<T>];
+        for (int i = 0; i < HALF; ++i) {
+            shuffled[2 * i] = interleave<T, 0>(square[i], square[i + HALF], lanes);
+            shuffled[2 * i + 1] = interleave<T, HALF>(square[i], square[i + HALF], lanes);
+        }
+        for (int i = 0; i < WIDTH<T>; ++i) square[i] = shuffled[i];
+    }
 }
 
 // exp(x) for x <= 0: range reduction to |r| <= ln(2)/2, a polynomial, 2^n by exponent bits. About 1 ulp; results that
