@@ -4,6 +4,7 @@ Needs a C++17 compiler (GCC or Clang) and pybind11, not torch.
 """
 
 import platform
+from glob import glob
 
 import pybind11
 from setuptools import Extension, setup
@@ -23,7 +24,9 @@ class BuildKernels(build_ext):
     def build_extension(self, ext: Extension) -> None:
         for name, flags in INSTRUCTION_SETS.items():
             source = f"csrc/cpu/kernels_{name}.cpp"
-            ext.extra_objects += self.compiler.compile([source], self.build_temp, extra_postargs=FLAGS + flags, depends=ext.depends)
+            ext.extra_objects += self.compiler.compile(
+                [source], self.build_temp, extra_postargs=FLAGS + flags, depends=ext.depends
+            )
         super().build_extension(ext)
 
 
@@ -32,7 +35,7 @@ setup(
         Extension(
             "drift_ops._cpu",
             sources=["csrc/cpu/module.cpp", "csrc/cpu/parallel.cpp"],
-            depends=[f"csrc/cpu/{name}.hpp" for name in ("affinity", "buffer", "field", "gemm", "instantiate", "kernels", "loss", "parallel", "simd")],
+            depends=glob("csrc/cpu/*.hpp"),
             include_dirs=[pybind11.get_include()],
             define_macros=[("DRIFT_X86", "1")] if X86 else [],
             extra_compile_args=FLAGS,

@@ -1,6 +1,8 @@
 """Fused operators for the drifting field of "Generative Modeling via Drifting" (arXiv 2602.04770)."""
 
 from .backends import Backend, backends
-from .functional import compute_V, compute_V_multiscale, drift_field, drift_loss
+from .gaussian_field import compute_V, compute_V_multiscale
+from .laplacian_field import drift_field
+from .loss import drift_loss
 
 __all__ = ["Backend", "backends", "compute_V", "compute_V_multiscale", "drift_field", "drift_loss"]

@@ -13,14 +13,25 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 def check_tensor(name: str, value: object) -> Tensor:
     """``value`` as a floating-point tensor."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor (torch.as_tensor converts arrays)")
+        raise TypeError(
+            f"{name}: got {type(value).__name__}, expected a torch.Tensor (torch.as_tensor converts arrays)"
+        )
     if value.dtype not in DTYPES:
-        raise TypeError(f"{name}: got dtype {value.dtype}, expected a floating one: float64, float32, bfloat16 or float16")
+        raise TypeError(
+            f"{name}: got dtype {value.dtype}, expected a floating one: float64, float32, bfloat16 or float16"
+        )
     return value
 
 
-def check_points(name: str, value: object, like: Tensor | None = None, like_name: str = "", *, rank: int | None = None,
-                 empty: bool = False) -> Tensor:  # fmt: skip
+def check_points(
+    name: str,
+    value: object,
+    like: Tensor | None = None,
+    like_name: str = "",
+    *,
+    rank: int | None = None,
+    empty: bool = False,
+) -> Tensor:
     """``value`` as points ``[..., count, D]`` that go with the points ``like``: same groups, D, dtype and device."""
     points = check_tensor(name, value)
     shape = tuple(points.shape)
@@ -34,7 +45,9 @@ def check_points(name: str, value: object, like: Tensor | None = None, like_name
         return points
     if points.dim() != like.dim() or points.shape[:-2] != like.shape[:-2] or points.shape[-1] != like.shape[-1]:
         expected = [*map(str, like.shape[:-2]), "count", str(like.shape[-1])]
-        raise ValueError(f"{name}: got shape {shape}, expected [{', '.join(expected)}] to go with {like_name} {tuple(like.shape)}")
+        raise ValueError(
+            f"{name}: got shape {shape}, expected [{', '.join(expected)}] to go with {like_name} {tuple(like.shape)}"
+        )
     check_same("dtype", name, points.dtype, like_name, like.dtype)
     check_same("device", name, points.device, like_name, like.device)
     return points
@@ -47,7 +60,9 @@ def check_weights(name: str, value: object, points: Tensor, points_name: str) ->
     weights = check_tensor(name, value)
     if weights.shape != points.shape[:-1]:
         expected = tuple(points.shape[:-1])
-        raise ValueError(f"{name}: got shape {tuple(weights.shape)}, expected {expected}, one weight for each of {points_name}")
+        raise ValueError(
+            f"{name}: got shape {tuple(weights.shape)}, expected {expected}, one weight for each of {points_name}"
+        )
     check_same("device", name, weights.device, points_name, points.device)
     return weights
 
@@ -71,7 +86,9 @@ def check_positive(name: str, value: object) -> float:
 def check_positives(name: str, values: object) -> tuple[float, ...]:
     """``values`` as a non-empty sequence of finite floats above 0."""
     if isinstance(values, str) or not isinstance(values, Sequence):
-        raise TypeError(f"{name}: got {values!r} ({type(values).__name__}), expected a list or tuple of positive floats")
+        raise TypeError(
+            f"{name}: got {values!r} ({type(values).__name__}), expected a list or tuple of positive floats"
+        )
     if len(values) == 0:
         raise ValueError(f"{name}: got an empty sequence, expected at least one positive float")
     return tuple(check_positive(f"{name}[{i}]", value) for i, value in enumerate(values))

@@ -1,7 +1,6 @@
 """Which implementations there are, whether this machine can use them, and which one serves a call."""
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 
@@ -17,15 +16,17 @@ class Backend:
     reason: str | None = None
 
 
-@cache
+_BACKENDS = {
+    "triton": Backend("triton", False, "this version has no Triton kernels yet"),
+    "cuda": Backend("cuda", False, "this version has no CUDA C++ kernels yet"),
+    "cpu": Backend("cpu", cpu.load_error is None, cpu.load_error),
+    "reference": Backend("reference", True),
+}
+
+
 def backends() -> dict[str, Backend]:
-    """Every backend by name: ``triton``, ``cuda``, ``cpu``, ``reference``, each with ``.usable`` and, if not, ``.reason``."""
-    return {
-        "triton": Backend("triton", False, "this version has no Triton kernels yet"),
-        "cuda": Backend("cuda", False, "this version has no CUDA C++ kernels yet"),
-        "cpu": Backend("cpu", cpu.load_error() is None, cpu.load_error()),
-        "reference": Backend("reference", True),
-    }
+    """``triton``, ``cuda``, ``cpu`` and ``reference`` by name; ``.reason`` says why one is not ``.usable``."""
+    return dict(_BACKENDS)
 
 
 def choose(name: str | None, device: torch.device) -> str:
@@ -34,13 +35,12 @@ def choose(name: str | None, device: torch.device) -> str:
     Raises:
         ValueError: ``name`` is unknown, cannot be used on this machine, or does not serve ``device``.
     """
-    available = backends()
     if name is None:
-        return "cpu" if device.type == "cpu" and available["cpu"].usable else "reference"
-    if name not in available:
-        raise ValueError(f"backend: got {name!r}, expected None or one of {', '.join(map(repr, available))}")
-    if not available[name].usable:
-        raise ValueError(f"backend: {name!r} cannot be used here: {available[name].reason}")
+        return "cpu" if device.type == "cpu" and _BACKENDS["cpu"].usable else "reference"
+    if name not in _BACKENDS:
+        raise ValueError(f"backend: got {name!r}, expected None or one of {', '.join(map(repr, _BACKENDS))}")
+    if not _BACKENDS[name].usable:
+        raise ValueError(f"backend: {name!r} cannot be used here: {_BACKENDS[name].reason}")
     if name == "cpu" and device.type != "cpu":
         raise ValueError(f"backend: 'cpu' serves CPU tensors, got tensors on {device}; move them or leave backend=None")
     return name

@@ -4,9 +4,10 @@ Everything here takes and returns plain tensors and is called by :mod:`drift_ops
 """
 
 import os
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,49 +19,72 @@ GROUP_PAIRS = 1 << 18
 KEEP_DISTANCES_FROM_D = 32
 
 
-@cache
-def _load() -> tuple[ModuleType | None, str | None]:
-    try:
-        from . import _cpu
-    except ImportError as error:
-        return None, f"the compiled module drift_ops._cpu cannot be imported ({error}); reinstall with a C++17 compiler: pip install ."
-    if wanted := os.environ.get("DRIFT_OPS_CPU_ISA"):
-        try:
-            _cpu.choose(wanted)
-        except ValueError as error:
-            return None, f"DRIFT_OPS_CPU_ISA: {error}"
-    return _cpu, None
+_cpu: ModuleType | None = None
+load_error: str | None = None  # why the compiled module cannot be used
+try:
+    _cpu = import_module("._cpu", __package__)
+    if _wanted := os.environ.get("DRIFT_OPS_CPU_ISA"):
+        _cpu.choose(_wanted)
+except ImportError as error:
+    load_error = f"drift_ops._cpu cannot be imported ({error}); reinstall with a C++17 compiler: pip install ."
+except ValueError as error:
+    load_error = f"DRIFT_OPS_CPU_ISA: {error}"
 
 
-def load_error() -> str | None:
-    """Why the compiled module cannot be used, or None if it can."""
-    return _load()[1]
-
-
-def _native(name: str, dtype: torch.dtype, owner: object = None):  # type: ignore[no-untyped-def]
-    return getattr(owner or _load()[0], f"{name}_{str(dtype).removeprefix('torch.')}")
+def _native(name: str, dtype: torch.dtype, owner: object = None) -> Callable[..., None]:
+    return getattr(owner or _cpu, f"{name}_{str(dtype).removeprefix('torch.')}")
 
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
 
 
-def _affinity(q: Tensor, k: Tensor, kernel: str, widths: Sequence[float], temperature: float, split: int, has_self: bool,
-              floor: float, least_distance: float, self_distance: float):  # type: ignore[no-untyped-def]  # fmt: skip
+def _affinity(
+    q: Tensor,
+    k: Tensor,
+    kernel: str,
+    widths: Sequence[float],
+    temperature: float,
+    split: int,
+    has_self: bool,
+    floor: float,
+    least_distance: float,
+    self_distance: float,
+) -> Any:
     G, N, D = q.shape
-    module = _load()[0]
-    assert module is not None
-    return module.Affinity(
-        groups=G, N=N, M=k.shape[1], D=D, split=split, sides=2 if split else 1, gaussian=kernel == "gaussian",
-        has_self=has_self, widths=list(widths), temperature=temperature, floor=floor, least_distance=least_distance,
-        self_distance=self_distance, threads=torch.get_num_threads(),
-    )  # fmt: skip
+    assert _cpu is not None
+    return _cpu.Affinity(
+        groups=G,
+        N=N,
+        M=k.shape[1],
+        D=D,
+        split=split,
+        sides=2 if split else 1,
+        gaussian=kernel == "gaussian",
+        has_self=has_self,
+        widths=list(widths),
+        temperature=temperature,
+        floor=floor,
+        least_distance=least_distance,
+        self_distance=self_distance,
+        threads=torch.get_num_threads(),
+    )
 
 
 def affinity_sums(
-    q: Tensor, k: Tensor, v: Tensor, w: Tensor | None, kernel: str, widths: Sequence[float], temperature: float, split: int,
-    has_self: bool, floor: float, least_distance: float = 0.0, self_distance: float = float("inf"),
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor | None,
+    kernel: str,
+    widths: Sequence[float],
+    temperature: float,
+    split: int,
+    has_self: bool,
+    floor: float,
+    least_distance: float = 0.0,
+    self_distance: float = float("inf"),
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`drift_ops.ops.affinity_sums`; ``self_distance`` is added to the self pairs, infinity masks them."""
     (G, N, D), M, S = q.shape, k.shape[1], len(widths)
     sides = 2 if split else 1
@@ -72,9 +96,21 @@ def affinity_sums(
 
 
 def affinity_sums_backward(
-    q: Tensor, k: Tensor, v: Tensor, w: Tensor | None, row_stats: Tensor, col_stats: Tensor, grad_num: Tensor, grad_den: Tensor,
-    kernel: str, widths: Sequence[float], temperature: float, split: int, has_self: bool, floor: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor | None,
+    row_stats: Tensor,
+    col_stats: Tensor,
+    grad_num: Tensor,
+    grad_den: Tensor,
+    kernel: str,
+    widths: Sequence[float],
+    temperature: float,
+    split: int,
+    has_self: bool,
+    floor: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`drift_ops.ops.affinity_sums_backward`."""
     grads = [torch.zeros_like(t) for t in (q, k, v)]
     grad_w = q.new_zeros(0) if w is None else torch.zeros_like(w)
@@ -84,13 +120,16 @@ def affinity_sums_backward(
     return grads[0], grads[1], grads[2], grad_w
 
 
-def _loss(points: Sequence[Tensor], weights: Sequence[Tensor]):  # type: ignore[no-untyped-def]
-    module = _load()[0]
-    assert module is not None
-    return module.Loss(
-        groups=points[0].shape[0], D=points[0].shape[2], counts=[t.shape[1] for t in points],
-        points=[_address(t) for t in points], weights=[_address(w) for w in weights], threads=torch.get_num_threads(),
-    )  # fmt: skip
+def _loss(points: Sequence[Tensor], weights: Sequence[Tensor]) -> Any:
+    assert _cpu is not None
+    return _cpu.Loss(
+        groups=points[0].shape[0],
+        D=points[0].shape[2],
+        counts=[t.shape[1] for t in points],
+        points=[_address(t) for t in points],
+        weights=[_address(w) for w in weights],
+        threads=torch.get_num_threads(),
+    )
 
 
 def kept_shape(points: Sequence[Tensor]) -> tuple[int, ...]:
@@ -109,7 +148,12 @@ def loss_scale(points: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Ten
 
 
 def loss_forces(
-    points: Sequence[Tensor], weights: Sequence[Tensor], kept: Tensor, scale: Tensor, R_list: Sequence[float], floor: float
+    points: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    kept: Tensor,
+    scale: Tensor,
+    R_list: Sequence[float],
+    floor: float,
 ) -> tuple[Tensor, Tensor]:
     """Phase 2 of one map: the forces ``[R, G, N, D]`` before the division by λ, and λ_R² ``[R]`` in float64."""
     gen = points[0]
@@ -131,9 +175,19 @@ def _stream_forces(
     targets -= targets.mean(1, keepdim=True)
     unit, kernel_scale = max(scale / gen.shape[2] ** 0.5, 1e-3), max(scale, 1e-3)
     num, den, _, _ = affinity_sums(
-        targets[:, : gen.shape[1]].contiguous(), targets, targets, torch.cat(tuple(weights), 1), "laplace",
-        [R * kernel_scale for R in R_list], 1.0, gen.shape[1] + points[1].shape[1], True, floor, 1e-4, 100 * kernel_scale,
-    )  # fmt: skip
+        targets[:, : gen.shape[1]].contiguous(),
+        targets,
+        targets,
+        torch.cat(tuple(weights), 1),
+        "laplace",
+        [R * kernel_scale for R in R_list],
+        1.0,
+        gen.shape[1] + points[1].shape[1],
+        True,
+        floor,
+        1e-4,
+        100 * kernel_scale,
+    )
     den = den.unsqueeze(-1) / unit
     forces = num[:, :, 1].mul_(den[:, :, 0]).sub_(num[:, :, 0].mul_(den[:, :, 1])).contiguous()
     return forces, forces.double().square().mean((1, 2, 3))

@@ -1,7 +1,7 @@
 """The operator as ``torch.library`` custom ops: what autograd, ``torch.compile`` and autocast see.
 
-Points are contiguous ``[G, count, D]`` float32 or float64 tensors; :mod:`drift_ops.functional` brings them there. Each op
-has a fake implementation (shapes only) and dispatches to the backend named in its last argument.
+Points are contiguous ``[G, count, D]`` float32 or float64 tensors; the public functions bring them there.
+Each op has a fake implementation (shapes only) and dispatches to the backend named in its last argument.
 """
 
 from collections.abc import Sequence
@@ -17,41 +17,88 @@ BACKENDS = {"cpu": cpu}  # modules that implement the ops
 
 @torch.library.custom_op("drift_ops::affinity_sums", mutates_args=())
 def affinity_sums(
-    q: Tensor, k: Tensor, v: Tensor, w: Tensor | None, kernel: str, widths: Sequence[float], temperature: float, split: int,
-    has_self: bool, floor: float, backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor | None,
+    kernel: str,
+    widths: Sequence[float],
+    temperature: float,
+    split: int,
+    has_self: bool,
+    floor: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Weighted sums of values under the doubly normalised affinity of queries and keys (forms A and B).
 
-    ``num[s, g, side, i] = Σ_{j in side} w_j A_ij v_j`` and ``den[...] = Σ_{j in side} w_j A_ij`` for each of S ``widths``
-    (temperatures of the ``"laplace"`` kernel, sigmas of the ``"gaussian"`` one). Keys ``[0, split)`` are side 0
-    (negatives), the rest the last side; with ``split=0`` there is one side. ``has_self``: key i is query i, and masked.
+    ``num[s, g, side, i] = Σ_{j in side} w_j A_ij v_j`` and ``den[...] = Σ_{j in side} w_j A_ij`` for each of S
+    ``widths`` (temperatures of the ``"laplace"`` kernel, sigmas of the ``"gaussian"`` one). Keys ``[0, split)`` are
+    side 0 (negatives), the rest the last side; with ``split=0`` there is one side. ``has_self``: key i is query i, and masked.
 
     Returns:
         ``num [S, G, sides, N, D]``, ``den [S, G, sides, N]``, and the softmax statistics the backward needs:
         ``[S, G, 2, N]`` and ``[S, G, 2, M]``.
     """
     return BACKENDS[backend].affinity_sums(
-        q.contiguous(), k.contiguous(), v.contiguous(), None if w is None else w.contiguous(), kernel, widths, temperature,
-        split, has_self, floor,
-    )  # fmt: skip
+        q.contiguous(),
+        k.contiguous(),
+        v.contiguous(),
+        None if w is None else w.contiguous(),
+        kernel,
+        widths,
+        temperature,
+        split,
+        has_self,
+        floor,
+    )
 
 
 @affinity_sums.register_fake
 def _(q, k, v, w, kernel, widths, temperature, split, has_self, floor, backend):  # type: ignore[no-untyped-def]
     (G, N, D), M, S, sides = q.shape, k.shape[1], len(widths), 2 if split else 1
-    return (q.new_empty(S, G, sides, N, D), q.new_empty(S, G, sides, N), q.new_empty(S, G, 2, N), q.new_empty(S, G, 2, M))
+    return (
+        q.new_empty(S, G, sides, N, D),
+        q.new_empty(S, G, sides, N),
+        q.new_empty(S, G, 2, N),
+        q.new_empty(S, G, 2, M),
+    )
 
 
 @torch.library.custom_op("drift_ops::affinity_sums_backward", mutates_args=())
 def affinity_sums_backward(
-    q: Tensor, k: Tensor, v: Tensor, w: Tensor | None, row_stats: Tensor, col_stats: Tensor, grad_num: Tensor, grad_den: Tensor,
-    kernel: str, widths: Sequence[float], temperature: float, split: int, has_self: bool, floor: float, backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor | None,
+    row_stats: Tensor,
+    col_stats: Tensor,
+    grad_num: Tensor,
+    grad_den: Tensor,
+    kernel: str,
+    widths: Sequence[float],
+    temperature: float,
+    split: int,
+    has_self: bool,
+    floor: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Vector-Jacobian product of :func:`affinity_sums`: gradients of q, k, v, w (empty without w)."""
     return BACKENDS[backend].affinity_sums_backward(
-        q.contiguous(), k.contiguous(), v.contiguous(), None if w is None else w.contiguous(), row_stats, col_stats,
-        grad_num.contiguous(), grad_den.contiguous(), kernel, widths, temperature, split, has_self, floor,
-    )  # fmt: skip
+        q.contiguous(),
+        k.contiguous(),
+        v.contiguous(),
+        None if w is None else w.contiguous(),
+        row_stats,
+        col_stats,
+        grad_num.contiguous(),
+        grad_den.contiguous(),
+        kernel,
+        widths,
+        temperature,
+        split,
+        has_self,
+        floor,
+    )
 
 
 @affinity_sums_backward.register_fake
@@ -77,7 +124,7 @@ affinity_sums.register_autograd(_affinity_backward, setup_context=_save_for_affi
 
 @torch.library.custom_op("drift_ops::loss_scale", mutates_args=())
 def loss_scale(points: Sequence[Tensor], weights: Sequence[Tensor], backend: str) -> tuple[Tensor, list[Tensor]]:
-    """Form C, phase 1, for all maps: ``[mean d·w, mean w]`` of each, ``[maps, 2]`` float64, and what phase 2 keeps of each.
+    """Form C, phase 1, for all maps: ``[mean d·w, mean w]`` of each, ``[maps, 2]`` float64, and what phase 2 keeps.
 
     ``points`` and ``weights`` hold gen, neg, pos of map 0, then of map 1, and so on.
     """
@@ -93,15 +140,22 @@ def _(points, weights, backend):  # type: ignore[no-untyped-def]
 
 @torch.library.custom_op("drift_ops::loss_forces", mutates_args=())
 def loss_forces(
-    points: Sequence[Tensor], weights: Sequence[Tensor], kept: Sequence[Tensor], scale: Tensor, R_list: Sequence[float],
-    floor: float, backend: str,
-) -> tuple[list[Tensor], Tensor]:  # fmt: skip
+    points: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    kept: Sequence[Tensor],
+    scale: Tensor,
+    R_list: Sequence[float],
+    floor: float,
+    backend: str,
+) -> tuple[list[Tensor], Tensor]:
     """Form C, phase 2, for all maps: forces ``[R, G, N, D]`` before the division by λ, and λ_R² ``[maps, R]``.
 
     ``scale [maps]`` is the global scale of each map.
     """
     results = [
-        BACKENDS[backend].loss_forces(points[3 * m : 3 * m + 3], weights[3 * m : 3 * m + 3], kept[m], scale[m], R_list, floor)
+        BACKENDS[backend].loss_forces(
+            points[3 * m : 3 * m + 3], weights[3 * m : 3 * m + 3], kept[m], scale[m], R_list, floor
+        )
         for m in range(len(kept))
     ]
     return [forces for forces, _ in results], torch.stack([means for _, means in results])

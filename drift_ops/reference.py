@@ -15,7 +15,7 @@ MASKED = -1e30  # a logit whose softmax is exactly 0; finite, so that a fully ma
 
 
 def distances(x: Tensor, y: Tensor) -> Tensor:
-    """Euclidean distances ``[..., N, M]`` of ``x [..., N, D]`` and ``y [..., M, D]``; subgradient 0 where they coincide."""
+    """Euclidean distances ``[..., N, M]`` of ``x [..., N, D]`` and ``y [..., M, D]``; gradient 0 at 0."""
     return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
 
 
@@ -25,9 +25,14 @@ def affinity(logits: Tensor, floor: float = 0.0) -> Tensor:
 
 
 def compute_V(
-    x: Tensor, x_data: Tensor, x_gen: Tensor, sigmas: Sequence[float], temperature: float,
-    normalize_features: bool, normalize_drift: bool,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    x_data: Tensor,
+    x_gen: Tensor,
+    sigmas: Sequence[float],
+    temperature: float,
+    normalize_features: bool,
+    normalize_drift: bool,
+) -> Tensor:
     """Form A: Gaussian kernel, each side normalised on its own, averaged over ``sigmas``. ``[..., N, D]``."""
 
     def mean_under_kernel(y: Tensor, sigma: float) -> Tensor:
@@ -39,7 +44,7 @@ def compute_V(
         W = A / (A.sum(-1, keepdim=True) + 1e-8)
         return W @ y
 
-    V = sum(mean_under_kernel(x_data, s) - mean_under_kernel(x_gen, s) for s in sigmas) / len(sigmas)
+    V = torch.stack([mean_under_kernel(x_data, s) - mean_under_kernel(x_gen, s) for s in sigmas]).mean(0)
     return unit_drift(V) if normalize_drift else V
 
 
@@ -54,9 +59,15 @@ def unit_drift(V: Tensor) -> Tensor:
 
 
 def drift_field(
-    x: Tensor, pos: Tensor, neg: Tensor, temperatures: Sequence[float],
-    weight_pos: Tensor | None, weight_neg: Tensor | None, include_self: bool, affinity_floor: float,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    pos: Tensor,
+    neg: Tensor,
+    temperatures: Sequence[float],
+    weight_pos: Tensor | None,
+    weight_neg: Tensor | None,
+    include_self: bool,
+    affinity_floor: float,
+) -> Tensor:
     """Form B, Algorithm 2 of the paper: Laplacian kernel, both sides normalised jointly. ``[T, ..., N, D]``."""
     negatives = torch.cat([x, neg], -2) if include_self else neg
     targets = torch.cat([negatives, pos], -2)
@@ -94,9 +105,14 @@ def loss_scale(points: Sequence[Tensor], weights: Sequence[Tensor], backend: str
 
 
 def loss_forces(
-    points: Sequence[Tensor], weights: Sequence[Tensor], kept: Sequence[Tensor], scale: Tensor, R_list: Sequence[float],
-    affinity_floor: float, backend: str,
-) -> tuple[list[Tensor], Tensor]:  # fmt: skip
+    points: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    kept: Sequence[Tensor],
+    scale: Tensor,
+    R_list: Sequence[float],
+    affinity_floor: float,
+    backend: str,
+) -> tuple[list[Tensor], Tensor]:
     """Form C, phase 2: the forces ``F_R [R, G, N, D]`` of every map, and their mean squares λ_R² ``[maps, R]``."""
     forces = []
     for m, (points_of_map, weights_of_map) in enumerate(_maps(points, weights)):
@@ -120,7 +136,7 @@ def loss_forces(
 def loss_gradient(
     forces: Sequence[Tensor], squared_lambda: Tensor, scale: Tensor, backend: str
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Form C, phase 3: with ``F = Σ_R F_R/λ_R``, losses ``mean F²`` ``[G]`` and gradients ``−2F/(N·D·s)`` ``[G, N, D]``."""
+    """Form C, phase 3: with ``F = Σ_R F_R/λ_R``, losses ``[G] = mean F²`` and gradients ``[G, N, D] = −2F/(N·D·s)``."""
     losses, grads = [], []
     for m, of_R in enumerate(forces):
         N, D = of_R.shape[2:]
@@ -131,5 +147,5 @@ def loss_gradient(
     return losses, grads
 
 
-def _maps(points: Sequence[Tensor], weights: Sequence[Tensor]) -> list[tuple[Sequence[Tensor], Sequence[Tensor]]]:
-    return [(points[i : i + 3], weights[i : i + 3]) for i in range(0, len(points), 3)]
+def _maps(points: Sequence[Tensor], weights: Sequence[Tensor]) -> list[tuple[list[Tensor], list[Tensor]]]:
+    return [(list(points[i : i + 3]), list(weights[i : i + 3])) for i in range(0, len(points), 3)]

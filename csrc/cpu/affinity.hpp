@@ -70,8 +70,10 @@ template <class T> struct Keys {
     const T* norms;        // of the centred rows; +∞ in the padding, so that padded distances are +∞
 };
 
-// d[i][j] = max(‖q_i − k_j‖, least). Products of centred rows, except where the pair is so close that they would cancel
-// (d² below 1/32 of the squared norms: 5 bits lost): those pairs are recomputed from differences. With `has_self`, key i
+// Pairs with d² below this share of their squared norms (5 bits lost in ‖q‖² + ‖k‖² − 2q·k) are worked out from differences.
+constexpr double CLOSE = 1.0 / 32;
+
+// d[i][j] = max(‖q_i − k_j‖, least), from products of centred rows, except for close pairs. With `has_self`, key i
 // is query i, and its distance is exactly `least`. Padding columns get +∞.
 template <class T>
 void distances(const Tile<T>& t, int64_t depth, const Queries<T>& q, const T* const* exact_queries, const Keys<T>& k,
@@ -87,13 +89,13 @@ void distances(const Tile<T>& t, int64_t depth, const Queries<T>& q, const T* co
         typename Simd<T>::ivec close{};
         for (int64_t j = 0; j < t.width; j += WIDTH<T>) {
             const Vec<T> norms = q_norm + load<T>(k_norms + j), square = norms - T(2) * load<T>(row + j);
-            close |= square < norms * T(1.0 / 32);
+            close |= square < norms * T(CLOSE);
             store<T>(row + j, at_least<T>(square_root<T>(square), least));
         }
         if (self_here) row[self] = least;
         if (!any<T>(close)) continue;
         for (int64_t j = 0; j < t.cols; ++j)  // a bound a little wider than above: rounding must not miss a close pair
-            if (!(row[j] * row[j] > (q_norm[0] + k_norms[j]) * T(1.0 / 31)) && !(self_here && j == self)) {
+            if (!(row[j] * row[j] > (q_norm[0] + k_norms[j]) * T(CLOSE * 1.03)) && !(self_here && j == self)) {
                 const T exact = std::sqrt(squared_distance(exact_queries[t.row + i], k.rows[t.col + j], depth));
                 row[j] = exact < least ? least : exact;  // NaN stays NaN
             }

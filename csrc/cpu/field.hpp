@@ -309,6 +309,7 @@ template <class T> class FieldBackward : Field<T> {
         T col_sums[TILE_COLS] = {};
         for (int64_t i = 0; i < t.rows; ++i) {
             T* h = mine.h + i * t.ld;  // −h, so that products add
+            add_close_pairs(t, i, d + i * t.ld, h, q + i * p.D, k, grad_q + i * p.D, grad_k);
             const T row_sum = sum<T>(h, t.cols);
             for (int64_t j = 0; j < t.cols; ++j) col_sums[j] += h[j];
             for (int64_t e = 0; e < p.D; ++e) grad_q[i * p.D + e] -= row_sum * q[i * p.D + e];
@@ -318,6 +319,27 @@ template <class T> class FieldBackward : Field<T> {
         multiply<T>(t.rows, p.D, t.cols, mine.h, t.ld, 1, key_rows_panels + t.key * PANEL<T>, p.M * PANEL<T>, grad_q, p.D, true);
         pack_tile_rows(q, t.rows, mine, mine.query_panels);
         multiply<T>(t.cols, p.D, t.rows, mine.h, 1, t.ld, mine.query_panels, t.rows * PANEL<T>, grad_k, p.D, true);
+    }
+
+    // Pairs so close that h·q − h·k would cancel contribute through their difference instead; their h becomes 0.
+    void add_close_pairs(const FieldTile<T>& t, int64_t i, const T* d, T* h, const T* q, const T* k, T* grad_q, T* grad_k) const {
+        const T q_norm = this->query_norms[t.row + i];
+        const T* k_norms = this->key_norms + t.col;
+        typename Simd<T>::ivec close{};
+        for (int64_t j = 0; j < t.width; j += WIDTH<T>) {
+            const Vec<T> distance = load<T>(d + j);
+            close |= distance * distance < (q_norm + load<T>(k_norms + j)) * T(CLOSE);
+        }
+        if (!any<T>(close)) return;
+        for (int64_t j = 0; j < t.cols; ++j) {
+            if (!(d[j] * d[j] < (q_norm + k_norms[j]) * T(CLOSE))) continue;
+            for (int64_t e = 0; e < p.D; ++e) {
+                const T pull = h[j] * (q[e] - k[j * p.D + e]);
+                grad_q[e] -= pull;
+                grad_k[j * p.D + e] += pull;
+            }
+            h[j] = 0;
+        }
     }
 
     void add_row_factors(const FieldTile<T>& t, int s, int64_t i, const T* d, Own& mine) const {

@@ -14,13 +14,13 @@ template <class T> class LossGroup {
     const LossProblem<T>& p;
     const int64_t N, M, D, ld, depth;
     Buffer<const T*> rows;
-    Buffer<T> centre, query_rows, panels, query_norms, norms, weights, own_distances, A, row_stats, col_stats;
+    Buffer<T> query_rows, panels, query_norms, norms, weights, own_distances, A, row_stats, col_stats;
     double weight_total = 0;
 
   public:
     explicit LossGroup(const LossProblem<T>& p)
         : p(p), N(p.count[0]), M(p.count[0] + p.count[1] + p.count[2]), D(p.D), ld(round_up(M, KEPT_ALIGN)),
-          depth(round_up(D, PANEL<T>)), rows(round_up(M, PANEL<T>)), centre(D), query_rows(N * D),
+          depth(round_up(D, PANEL<T>)), rows(round_up(M, PANEL<T>)), query_rows(N * D),
           panels(std::max(round_up(M, PANEL<T>) * D, M * depth)), query_norms(N), norms(round_up(M, PANEL<T>)), weights(ld),
           own_distances(N * ld), A(N * ld), row_stats(2 * round_up(N, ROW_GRAIN)), col_stats(2 * ld) {}
 
@@ -29,6 +29,7 @@ template <class T> class LossGroup {
         open(g);
         T* d = kept ? kept : own_distances;
         std::fill_n(static_cast<T*>(norms), round_up(M, PANEL<T>), INF<T>);
+        const T* centre = rows[0];  // any of the points will do: pairs too close for it are worked out from differences
         for (int64_t i = 0; i < N; ++i)
             for (int64_t e = 0; e < D; ++e) query_rows[i * D + e] = rows[i][e] - centre[e];
         pack_transposed<T>(M, D, rows, centre, panels);
@@ -49,7 +50,7 @@ template <class T> class LossGroup {
         if (!kept) find_distances(g, nullptr, &ignored);
         const T* d = kept ? kept : own_distances;
         if (kept) open(g);
-        pack_rows<T>(M, D, rows, centre, panels);
+        pack_rows<T>(M, D, rows, medoid(d), panels);
         const T kernel_scale = std::max(scale, T(1e-3)), unit = std::max(scale / std::sqrt(T(D)), T(1e-3));
         for (int r = 0; r < R; ++r) {
             find_coefficients(d, {Kernel::laplace, T(1), T(R_list[r]) * kernel_scale}, T(100) * kernel_scale, floor, 1 / unit);
@@ -72,10 +73,18 @@ template <class T> class LossGroup {
                 weights[j] = p.weights[kind][g * p.count[kind] + n];
                 weight_total += weights[j];
             }
-        std::fill_n(static_cast<T*>(centre), D, T(0));
-        for (j = 0; j < M; ++j)
-            for (int64_t e = 0; e < D; ++e) centre[e] += rows[j][e];
-        for (int64_t e = 0; e < D; ++e) centre[e] /= T(M);
+    }
+
+    // The generated sample nearest to all targets together: an origin that a few far outliers do not move away from the
+    // rest, where the rest would lose digits.
+    const T* medoid(const T* d) const {
+        int64_t best = 0;
+        T least = INF<T>;
+        for (int64_t i = 0; i < N; ++i) {
+            const T total = sum<T>(d + i * ld, M);
+            if (total < least) least = total, best = i;
+        }
+        return rows[best];
     }
 
     template <class Body> void for_tiles(Body body) const {

@@ -1,0 +1,42 @@
+# make train   set up .venv and train the digits model
+# make test    set up .venv and run the linters, the type checker and all tests
+# make bench   time the operator against dense PyTorch
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+INPUTS := setup.py pyproject.toml constraints.txt $(wildcard csrc/*/*)
+# make test and make bench fail, rather than skip, where the compiled backend cannot be used.
+export DRIFT_OPS_REQUIRE ?= cpu
+
+.PHONY: train test lint bench clean
+
+train: $(VENV)/installed
+	$(RUN) -m drifting.train
+
+test: lint
+	$(RUN) -m pytest
+
+lint: $(VENV)/installed-dev
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+
+bench: $(VENV)/installed-dev
+	$(RUN) -m pytest benchmarks/ --benchmark-only
+	$(RUN) -m benchmarks.compare
+
+clean:
+	rm -rf $(VENV) build *.egg-info drift_ops/_cpu*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+
+$(RUN):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed, and $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+# Either stamp is newer than everything that its installation read.
+$(VENV)/installed: $(INPUTS) | $(RUN)
+	$(RUN) -m pip install -q -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/installed-dev: $(INPUTS) | $(RUN)
+	$(RUN) -m pip install -q -c constraints.txt -e ".[dev]"
+	@touch $@ $(VENV)/installed

@@ -1,0 +1,92 @@
+"""Ours against dense PyTorch, in one process and taking turns: ``python -m benchmarks.compare [--json FILE]``.
+
+Prints a table of median milliseconds and ratios, each ratio beside its target, and how far memory grows for one large
+problem. Times of ``drift_loss`` are forward and backward to the gradient of the generated samples; the others forward.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from typing import Any
+
+import torch
+
+from .cases import CASES, Case, matrix_products
+from .measure import interleaved_medians
+
+MOST_MEMORY_GROWTH_MB = 400
+
+
+def measure(case: Case, seconds: float) -> dict[str, Any]:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    calls = case.contenders()
+    if case.form == "drift_loss":
+        calls["matmuls"] = matrix_products(case)
+    medians = interleaved_medians(calls, seconds)
+    ours = medians["ours"]
+    return {
+        "case": case.name,
+        "milliseconds": {name: 1e3 * median for name, median in medians.items()},
+        "eager / ours": medians["eager"] / ours,
+        "eager / ours, at least": case.eager_ratio,
+        "compile / ours": medians["compile"] / ours,
+        "compile / ours, at least": case.compile_ratio,
+        "ours / matmuls": ours / medians["matmuls"] if "matmuls" in medians else None,
+        "ours / matmuls, at most": case.matmul_ratio,
+    }
+
+
+def memory(form: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.memory", form]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+TIMES = ("eager", "compile", "ours", "matmuls")
+RATIOS = {"eager / ours": "at least", "compile / ours": "at least", "ours / matmuls": "at most"}
+
+
+def header() -> str:
+    return f"{'case':<42}" + "".join(f"{name:>10}" for name in TIMES) + "".join(f"{name:>18}" for name in RATIOS)
+
+
+def row(result: dict[str, Any]) -> str:
+    times = [f"{result['milliseconds'][name]:.2f}" if name in result["milliseconds"] else "" for name in TIMES]
+    ratios = []
+    for name, bound in RATIOS.items():
+        value, target = result[name], result[f"{name}, {bound}"]
+        wanted = f" ({'>=' if bound == 'at least' else '<='} {target})" if target else ""
+        ratios.append(f"{value:.2f}{wanted}" if value else "")
+    return f"{result['case']:<42}" + "".join(f"{time:>10}" for time in times) + "".join(f"{r:>18}" for r in ratios)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", metavar="FILE", help="write the results there too")
+    parser.add_argument("--only", default="", metavar="TEXT", help="cases with TEXT in their name")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of timing for each case (default 10)")
+    parser.add_argument("--threads", type=int, default=2, help="of torch (default 2)")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    print(f"torch {torch.__version__}, {args.threads} threads, float32; median milliseconds, ratios with their targets")
+    print(header())
+    speed = []
+    for case in CASES:
+        if args.only in case.name:
+            speed.append(measure(case, args.seconds))
+            print(row(speed[-1]), flush=True)
+    growth = [] if args.only else [memory(form) for form in ("compute_V", "drift_field")]
+    for of_form in growth:
+        print(
+            f"{of_form['form']} forward and backward, N = P = M = {of_form['points']}, D = {of_form['dim']}: peak memory"
+            f" grows by {of_form['growth_mb']} MB (<= {MOST_MEMORY_GROWTH_MB}) in {of_form['seconds']} s"
+        )
+    if args.json:
+        with open(args.json, "w") as file:
+            machine = {"torch": torch.__version__, "threads": args.threads}
+            json.dump(machine | {"speed": speed, "memory": growth}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""One-step image generation by drifting (arXiv 2602.04770)."""

@@ -1,0 +1,27 @@
+"""What the commands share: mistakes of the person at the keyboard are told in one line, with exit status 2."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+
+class UserError(ValueError):
+    """Something about the command, its files or its configuration is wrong; the message says what to do."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Raises :class:`UserError` instead of printing the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see `{self.prog} --help`)")
+
+
+def run_command(command: Callable[[], int]) -> NoReturn:
+    """Exit with the status that ``command`` returns, or with 2 and one line on stderr for a :class:`UserError`."""
+    try:
+        status = command()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 2
+    sys.exit(status)

@@ -1,0 +1,162 @@
+"""First-in-first-out queues of real samples, one a class and one over all classes (appendix A.8 of the paper)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class RingBuffers:
+    """``rows`` ring buffers of ``size`` samples each. Samples live on ``device``, the bookkeeping on the host."""
+
+    def __init__(self, rows: int, size: int, sample_shape: tuple[int, ...], device: torch.device | str) -> None:
+        self.samples = torch.zeros(rows, size, *sample_shape, device=device)
+        self.count = torch.zeros(rows, dtype=torch.long)  # samples held
+        self.head = torch.zeros(rows, dtype=torch.long)  # slot of the next write
+
+    @property
+    def size(self) -> int:
+        return self.samples.shape[1]
+
+    def push(self, samples: Tensor, row: Tensor) -> None:
+        """Append ``samples [B, ...]`` to the buffers ``row [B]``, in order; the oldest ones fall out."""
+        added = torch.bincount(row, minlength=len(self.count))
+        order = torch.argsort(row, stable=True)
+        first = (added.cumsum(0) - added)[row[order]]  # where each sample's row begins in `order`
+        rank = torch.empty_like(row)  # how many samples before this one went to the same row
+        rank[order] = torch.arange(len(row)) - first
+        kept = (added[row] - rank <= self.size).nonzero().squeeze(1)  # of a batch larger than the buffer, the newest
+        slot = (self.head[row] + rank) % self.size
+        device = self.samples.device
+        self.samples[row[kept].to(device), slot[kept].to(device)] = samples[kept.to(samples.device)].to(self.samples)
+        self.count = (self.count + added).clamp(max=self.size)
+        self.head = (self.head + added) % self.size
+
+    def draw(self, row: Tensor, num: int, generator: torch.Generator | None) -> Tensor:
+        """``num`` samples ``[len(row), num, ...]`` of each buffer in ``row``, without repeats while they last.
+
+        A buffer that holds fewer gives every sample equally often, up to one.
+        """
+        count = self.count[row].unsqueeze(1)  # [L, 1]
+        key = torch.rand(len(row), self.size, generator=generator)
+        key.masked_fill_(torch.arange(self.size) >= count, 2.0)  # empty slots sort last
+        slot = key.argsort(1).gather(1, torch.arange(num) % count)
+        device = self.samples.device
+        return self.samples[row.unsqueeze(1).to(device), slot.to(device)]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"samples": self.samples, "count": self.count, "head": self.head}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        if state["samples"].shape != self.samples.shape:
+            raise ValueError(
+                f"the saved queue holds {list(state['samples'].shape)}, this one {list(self.samples.shape)} "
+                "([classes, size, *sample]): build it with the sizes it was saved with"
+            )
+        self.samples.copy_(state["samples"])
+        self.count = state["count"].cpu().clone()
+        self.head = state["head"].cpu().clone()
+
+
+class SampleQueue:
+    """The newest real samples of every class, and of all classes together.
+
+    Class queues supply the positives of a label, the queue over all classes the unconditional negatives.
+
+    Args:
+        queue_size: samples kept a class.
+        num_classes: labels are ``0 … num_classes - 1``.
+        latent_shape: shape of one sample, ``(C, H, W)``.
+        device: where the samples are kept.
+        unconditional_queue_size: samples kept of all classes together.
+
+    Raises:
+        ValueError: a size below 1.
+    """
+
+    def __init__(
+        self,
+        queue_size: int = 128,
+        num_classes: int = 1000,
+        latent_shape: tuple[int, ...] = (4, 32, 32),
+        device: torch.device | str = "cpu",
+        unconditional_queue_size: int = 1000,
+    ) -> None:
+        sizes = {
+            "queue_size": queue_size, "num_classes": num_classes, "unconditional_queue_size": unconditional_queue_size,
+        }  # fmt: skip
+        for name, value in sizes.items():
+            if value < 1:
+                raise ValueError(f"{name} is {value}, expected 1 or more")
+        self.num_classes = num_classes
+        self.latent_shape = tuple(latent_shape)
+        self.by_class = RingBuffers(num_classes, queue_size, self.latent_shape, device)
+        self.unconditional = RingBuffers(1, unconditional_queue_size, self.latent_shape, device)
+
+    def __len__(self) -> int:
+        """Samples held in the class queues."""
+        return int(self.by_class.count.sum())
+
+    @property
+    def available_labels(self) -> Tensor:
+        """Labels with at least one sample, int64 on the host, ascending."""
+        return self.by_class.count.nonzero().squeeze(1)
+
+    def add(self, samples: Tensor, labels: Tensor) -> None:
+        """Put ``samples [B, *latent_shape]`` with integer ``labels [B]`` into their class queues and the common one.
+
+        Raises:
+            ValueError: samples of another shape, as many labels as there are not samples, a label out of range.
+        """
+        if samples.shape[1:] != self.latent_shape or labels.shape != samples.shape[:1]:
+            raise ValueError(
+                f"samples have shape {list(samples.shape)} and labels {list(labels.shape)}, "
+                f"expected [B, {', '.join(map(str, self.latent_shape))}] and [B]"
+            )
+        labels = self._checked(labels)
+        self.by_class.push(samples, labels)
+        self.unconditional.push(samples, torch.zeros_like(labels))
+
+    def sample(self, labels: Tensor, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+        """Samples ``[L, num_samples, *latent_shape]`` of the classes ``labels [L]``, without replacement.
+
+        A class that holds fewer than ``num_samples`` repeats its samples, each equally often up to one.
+
+        Args:
+            labels: integer labels; one that occurs twice is drawn for twice, independently.
+            num_samples: how many of each.
+            generator: CPU generator of the choice.
+
+        Raises:
+            ValueError: a label out of range, or one that has no sample yet.
+        """
+        labels = self._checked(labels)
+        empty = labels[self.by_class.count[labels] == 0]
+        if len(empty):
+            raise ValueError(f"no samples of class {int(empty[0])} in the queue yet: add() some before sampling it")
+        return self.by_class.draw(labels, num_samples, generator)
+
+    def sample_unconditional(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+        """Samples ``[num_samples, *latent_shape]`` of any class, without replacement while they last.
+
+        Raises:
+            ValueError: the queue is empty.
+        """
+        if not self.unconditional.count.item():
+            raise ValueError("the queue is empty: add() samples before drawing from it")
+        return self.unconditional.draw(torch.zeros(1, dtype=torch.long), num_samples, generator).squeeze(0)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"by_class": self.by_class.state_dict(), "unconditional": self.unconditional.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`; raises ValueError if it was saved by a queue of other sizes."""
+        self.by_class.load_state_dict(state["by_class"])
+        self.unconditional.load_state_dict(state["unconditional"])
+
+    def _checked(self, labels: Tensor) -> Tensor:
+        labels = labels.cpu().long()
+        wrong = labels[(labels < 0) | (labels >= self.num_classes)]
+        if len(wrong):
+            raise ValueError(f"label {int(wrong[0])} is out of range, expected 0 to {self.num_classes - 1}")
+        return labels

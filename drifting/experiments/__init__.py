@@ -1,0 +1,1 @@
+"""Small experiments that run as modules: ``python -m drifting.experiments.toy_2d_drifting``."""

@@ -1,0 +1,47 @@
+"""From the generator's values to pixels and pictures."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+TILE = 48  # least side of an image in a picture, in pixels
+GAP = 4
+HEADER = 20
+
+Pixels = NDArray[np.uint8]  # [N, H, W, C]
+
+
+def to_uint8(images: Tensor, pixel_range: tuple[float, float]) -> Pixels:
+    """``images [N, C, H, W]`` as uint8 ``[N, H, W, C]``: ``pixel_range`` maps to 0 … 255, what lies outside is clipped."""
+    low, high = pixel_range
+    pixels = ((images.float() - low) * (255 / (high - low))).round().clamp(0, 255)
+    return pixels.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def grid(images: Pixels, columns: int) -> Image.Image:
+    """``images`` row by row on a grey ground, small ones enlarged."""
+    count, height, width, channels = images.shape
+    factor = max(1, -(-TILE // height))
+    step_y, step_x = height * factor + GAP, width * factor + GAP
+    rows = -(-count // columns)
+    picture = Image.new("RGB", (columns * step_x + GAP, rows * step_y + GAP), "grey")
+    for index, image in enumerate(images):
+        tile = Image.fromarray(image.squeeze(-1) if channels == 1 else image)
+        tile = tile.resize((width * factor, height * factor), Image.Resampling.BICUBIC)
+        picture.paste(tile, (GAP + index % columns * step_x, GAP + index // columns * step_y))
+    return picture
+
+
+def save_comparison(generated: Pixels, real: Pixels, columns: int, path: Path) -> None:
+    """Two grids of ``columns`` columns side by side under the headings "generated" and "real"."""
+    left, right = grid(generated, columns), grid(real, columns)
+    picture = Image.new("RGB", (left.width + 5 * GAP + right.width, HEADER + left.height), "white")
+    draw = ImageDraw.Draw(picture)
+    for title, part, x in (("generated", left, 0), ("real", right, left.width + 5 * GAP)):
+        draw.text((x + GAP, GAP), title, fill="black")
+        picture.paste(part, (x, HEADER))
+    picture.save(path)

@@ -1,0 +1,379 @@
+"""DriftingDiT: the one-step generator, a transformer from noise, label, CFG scale and style codes to an image.
+
+Architecture of appendix A.2 of the paper (arXiv 2602.04770), layer by layer that of ``models/generator.py`` in the
+official release, so that its weights fit this class.
+"""
+
+import math
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+NORM_EPS = 1e-6
+CFG_WEIGHT = 0.02  # share of the CFG-scale embedding in the condition
+INIT_STD = 0.02  # of every embedding table
+
+
+class DriftingDiT(nn.Module):
+    """Generator ``G(z, y, α, style)`` of one forward pass.
+
+    Noise patches get sin-cos positions and ``n_cls_tokens`` class tokens in front; every block is modulated (adaLN-zero)
+    by one condition vector, the sum of class embedding, style codes and CFG-scale embedding.
+
+    Args:
+        img_size: height and width of noise and image; a multiple of ``patch_size``.
+        patch_size: side of a square patch, one token each.
+        in_chans: channels of the noise, and of the image unless ``out_chans`` says otherwise.
+        num_classes: labels are ``0 … num_classes - 1``.
+        embed_dim: token width; a multiple of 4 and of ``num_heads``.
+        depth: number of transformer blocks.
+        num_heads: attention heads; with RoPE the width of a head must be even.
+        mlp_ratio: hidden width of the feed-forward over ``embed_dim`` (SwiGLU: two thirds of that, rounded up to 32).
+        num_style_tokens: style codes a sample, one from each codebook; 0 for none.
+        style_vocab: entries of each style codebook.
+        n_cls_tokens: in-context class tokens; 0 for none.
+        cond_dim: width of the condition vector, ``embed_dim`` by default.
+        out_chans: channels of the image, ``in_chans`` by default.
+        use_qknorm, use_swiglu, use_rope, use_rmsnorm: the release's switches. Without them: no norm on queries and
+            keys, a GELU feed-forward, no rotary positions, LayerNorm.
+
+    Raises:
+        ValueError: sizes that do not divide or are not positive.
+
+    ``config`` holds these arguments, so that ``DriftingDiT(**model.config)`` builds the same network.
+    """
+
+    def __init__(
+        self,
+        img_size: int = 32,
+        patch_size: int = 2,
+        in_chans: int = 4,
+        num_classes: int = 1000,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        num_style_tokens: int = 32,
+        style_vocab: int = 64,
+        n_cls_tokens: int = 16,
+        cond_dim: int | None = None,
+        out_chans: int | None = None,
+        use_qknorm: bool = True,
+        use_swiglu: bool = True,
+        use_rope: bool = True,
+        use_rmsnorm: bool = True,
+    ) -> None:
+        config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        super().__init__()
+        self.config = config
+        _check_sizes(config)
+        self.img_size, self.patch_size, self.in_chans = img_size, patch_size, in_chans
+        self.out_chans = in_chans if out_chans is None else out_chans
+        self.num_classes, self.num_style_tokens, self.style_vocab = num_classes, num_style_tokens, style_vocab
+        self.n_cls_tokens, self.use_rope, self.head_dim = n_cls_tokens, use_rope, embed_dim // num_heads
+        self.grid = img_size // patch_size
+        cond_dim = embed_dim if cond_dim is None else cond_dim
+
+        self.class_embed = nn.Embedding(num_classes, cond_dim)
+        if num_style_tokens:
+            self.style_codebooks = nn.Parameter(torch.empty(num_style_tokens, style_vocab, cond_dim))
+        self.cfg_embed = ScaleEmbedding(cond_dim)
+
+        self.patch_embed = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
+        self.pos_embed = nn.Parameter(torch.empty(1, self.grid**2, embed_dim))
+        if n_cls_tokens:
+            self.cls_proj = nn.Linear(cond_dim, embed_dim)
+            self.cls_embed = nn.Parameter(torch.empty(1, n_cls_tokens, embed_dim))
+        self.blocks = nn.ModuleList(
+            Block(embed_dim, cond_dim, num_heads, mlp_ratio, use_qknorm, use_swiglu, use_rmsnorm) for _ in range(depth)
+        )
+        self.final = FinalLayer(embed_dim, cond_dim, patch_size**2 * self.out_chans, use_rmsnorm)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise as the release: Xavier, tables N(0, 0.02²), modulations and output zero (so a fresh model returns 0)."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                nn.init.xavier_uniform_(module.weight.flatten(1))  # a patch convolution is a linear map of its patch
+                nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+        for module in self.modules():
+            if isinstance(module, (Block, FinalLayer)):
+                nn.init.zeros_(module.modulation.weight)
+        nn.init.zeros_(self.final.proj.weight)
+        for linear in (self.cfg_embed.fc1, self.cfg_embed.fc2):
+            nn.init.normal_(linear.weight, std=INIT_STD)
+        nn.init.normal_(self.class_embed.weight, std=INIT_STD)
+        if self.num_style_tokens:
+            nn.init.normal_(self.style_codebooks, std=INIT_STD)
+        if self.n_cls_tokens:
+            nn.init.normal_(self.cls_embed, std=INIT_STD)
+        with torch.no_grad():
+            self.pos_embed.copy_(sincos_positions(self.grid, self.pos_embed.shape[-1]))
+
+    def forward(self, z: Tensor, y: Tensor, cfg_scale: float | Tensor = 1.0, style: Tensor | None = None) -> Tensor:
+        """One-step generation.
+
+        Args:
+            z: Gaussian noise ``[B, in_chans, img_size, img_size]``.
+            y: integer labels ``[B]`` in ``[0, num_classes)``.
+            cfg_scale: guidance scale α ≥ 1, a number or a tensor ``[B]``.
+            style: integer style codes ``[B, num_style_tokens]`` in ``[0, style_vocab)``; drawn at random if None.
+
+        Returns:
+            Images ``[B, out_chans, img_size, img_size]``.
+
+        Raises:
+            ValueError: a wrong shape or dtype. Values out of range raise it too on the CPU; on other devices, where
+                looking at them would stall the queue, the lookup's own device-side assertion fires.
+        """
+        B = z.shape[0]
+        if z.shape[1:] != (self.in_chans, self.img_size, self.img_size):
+            raise ValueError(
+                f"z has shape {list(z.shape)}, expected [B, {self.in_chans}, {self.img_size}, {self.img_size}]: "
+                "noise of the size this model was built for"
+            )
+        cond = self.condition(y, cfg_scale, style, batch_size=B)  # [B, cond_dim]
+        x = self.patch_embed(z).flatten(2).transpose(1, 2) + self.pos_embed  # [B, grid², embed_dim]
+        if self.n_cls_tokens:
+            x = torch.cat([self.cls_proj(cond).unsqueeze(1) + self.cls_embed, x], 1)
+        rope = rotary_angles(x.shape[1], self.head_dim, x.device) if self.use_rope else None
+        for block in self.blocks:
+            x = block(x, cond, rope)
+        x = self.final(x[:, self.n_cls_tokens :], cond)  # [B, grid², patch² · out_chans]
+        x = x.view(B, self.grid, self.grid, self.patch_size, self.patch_size, self.out_chans)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(B, self.out_chans, self.img_size, self.img_size)
+
+    def condition(self, y: Tensor, cfg_scale: float | Tensor, style: Tensor | None, batch_size: int) -> Tensor:
+        """The condition vector ``[B, cond_dim]``: class embedding + sum of style codes + 0.02 · CFG-scale embedding."""
+        _check_indices("y", y, (batch_size,), self.num_classes)
+        cond = self.class_embed(y)
+        if self.num_style_tokens:
+            if style is None:
+                style = torch.randint(self.style_vocab, (batch_size, self.num_style_tokens), device=y.device)
+            _check_indices("style", style, (batch_size, self.num_style_tokens), self.style_vocab)
+            codebook = torch.arange(self.num_style_tokens, device=style.device)
+            cond = cond + self.style_codebooks[codebook, style].sum(1)
+        elif style is not None:
+            raise ValueError("style was given, but this model was built with num_style_tokens=0: leave it out")
+        if isinstance(cfg_scale, Tensor):
+            scale = cfg_scale.to(cond.device, torch.float32)
+        else:  # filled on the device: no copy from the host
+            scale = torch.full((), float(cfg_scale), device=cond.device)
+        if scale.shape not in ((), (batch_size,)):
+            raise ValueError(f"cfg_scale has shape {list(scale.shape)}, expected a number or [{batch_size}]")
+        return cond + CFG_WEIGHT * self.cfg_embed(scale.expand(batch_size))
+
+    @torch.no_grad()
+    def generate(
+        self,
+        batch_size: int,
+        y: Tensor | None = None,
+        cfg_scale: float | Tensor = 1.0,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draw noise and style codes and generate in one forward pass, in evaluation mode.
+
+        Args:
+            batch_size: number of images B.
+            y: integer labels ``[B]``; drawn uniformly if None.
+            cfg_scale: guidance scale, a number or a tensor ``[B]``.
+            device: where to generate; the model is moved there first. By default, where the model is.
+            generator: source of all randomness. Everything is drawn on its device, then moved, so that one CPU seed
+                gives the same images on every device.
+
+        Returns:
+            Images ``[B, out_chans, img_size, img_size]`` on ``device``.
+        """
+        if device is not None:
+            self.to(device)
+        weight = self.pos_embed
+        source = weight.device if generator is None else generator.device
+        draw = {"generator": generator, "device": source}
+        z = torch.randn(batch_size, self.in_chans, self.img_size, self.img_size, **draw).to(weight)
+        style = None
+        if self.num_style_tokens:
+            style = torch.randint(self.style_vocab, (batch_size, self.num_style_tokens), **draw).to(weight.device)
+        if y is None:
+            y = torch.randint(self.num_classes, (batch_size,), **draw)
+        was_training = self.training
+        self.eval()
+        try:
+            return self(z, y.to(weight.device), cfg_scale, style)
+        finally:
+            self.train(was_training)
+
+
+DriftingDiTSmall = partial(DriftingDiT, embed_dim=384, depth=6, num_heads=6)
+DriftingDiTBase = partial(DriftingDiT, embed_dim=768, depth=12, num_heads=12)
+DriftingDiTLarge = partial(DriftingDiT, embed_dim=1024, depth=24, num_heads=16)
+DriftingDiTXL = partial(DriftingDiT, embed_dim=1152, depth=28, num_heads=16)
+
+
+class Block(nn.Module):
+    """Transformer block, modulated by the condition: attention and feed-forward, each behind a gate that starts at 0."""
+
+    def __init__(
+        self, dim: int, cond_dim: int, num_heads: int, mlp_ratio: float,
+        use_qknorm: bool, use_swiglu: bool, use_rmsnorm: bool,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.norm1 = _token_norm(dim, use_rmsnorm)
+        self.attn = Attention(dim, num_heads, use_qknorm, use_rmsnorm)
+        self.norm2 = _token_norm(dim, use_rmsnorm)
+        self.mlp = SwiGLU(dim, mlp_ratio) if use_swiglu else GELUMLP(dim, mlp_ratio)
+        self.modulation = nn.Linear(cond_dim, 6 * dim)
+
+    def forward(self, x: Tensor, cond: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(F.silu(cond)).unsqueeze(1).chunk(6, -1)
+        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), rope)
+        return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
+
+
+class FinalLayer(nn.Module):
+    """Modulated norm, then the projection of each token to its patch of the image."""
+
+    def __init__(self, dim: int, cond_dim: int, out_dim: int, use_rmsnorm: bool) -> None:
+        super().__init__()
+        self.norm = _token_norm(dim, use_rmsnorm)
+        self.modulation = nn.Linear(cond_dim, 2 * dim)
+        self.proj = nn.Linear(dim, out_dim)
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        shift, scale = self.modulation(F.silu(cond)).unsqueeze(1).chunk(2, -1)
+        return self.proj(modulate(self.norm(x), shift, scale))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over tokens ``[B, N, dim]``, with norms on queries and keys and rotary positions."""
+
+    def __init__(self, dim: int, num_heads: int, use_qknorm: bool, use_rmsnorm: bool) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        norm = (nn.RMSNorm if use_rmsnorm else nn.LayerNorm) if use_qknorm else None
+        self.q_norm = norm(dim // num_heads, eps=NORM_EPS) if norm else nn.Identity()
+        self.k_norm = norm(dim // num_heads, eps=NORM_EPS) if norm else nn.Identity()
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+        B, N, dim = x.shape
+        qkv = self.qkv(x).view(B, N, 3, self.num_heads, dim // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, N, head_dim]
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        out = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
+        return self.proj(out.transpose(1, 2).reshape(B, N, dim))
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward ``W₂(silu(W₁x) ⊙ W₃x)``; two thirds of the usual hidden width keep its parameter count."""
+
+    def __init__(self, dim: int, mlp_ratio: float) -> None:
+        super().__init__()
+        hidden = math.ceil(int(2 / 3 * int(dim * mlp_ratio)) / 32) * 32
+        self.w1 = nn.Linear(dim, hidden)
+        self.w3 = nn.Linear(dim, hidden)
+        self.w2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class GELUMLP(nn.Module):
+    """Plain feed-forward ``W₂ gelu(W₁x)``."""
+
+    def __init__(self, dim: int, mlp_ratio: float) -> None:
+        super().__init__()
+        hidden = int(dim * mlp_ratio)
+        self.w1 = nn.Linear(dim, hidden)
+        self.w2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.gelu(self.w1(x)))
+
+
+class ScaleEmbedding(nn.Module):
+    """A scalar per sample ``[B]`` to ``[B, dim]``: 256 sinusoids, a two-layer MLP, RMSNorm."""
+
+    NUM_FREQUENCIES = 128
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(2 * self.NUM_FREQUENCIES, dim)
+        self.fc2 = nn.Linear(dim, dim)
+        self.norm = nn.RMSNorm(dim, eps=NORM_EPS)
+
+    def forward(self, scale: Tensor) -> Tensor:
+        angles = scale[:, None] * _frequencies(self.NUM_FREQUENCIES, scale.device)
+        waves = torch.cat([angles.cos(), angles.sin()], -1).to(self.fc1.weight.dtype)
+        return self.norm(self.fc2(F.silu(self.fc1(waves))))
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """adaLN: ``x (1 + scale) + shift``."""
+    return x * (1 + scale) + shift
+
+
+def rotary_angles(length: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines ``[length, head_dim]`` of the rotary positions; dimension i is paired with i + head_dim/2."""
+    positions = torch.arange(length, dtype=torch.float32, device=device)
+    angles = torch.outer(positions, _frequencies(head_dim // 2, device)).repeat(1, 2)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding of ``x [..., N, head_dim]`` by the angles of :func:`rotary_angles`."""
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat([-second, first], -1) * sin
+
+
+def sincos_positions(grid: int, dim: int) -> Tensor:
+    """Fixed 2-D positions ``[grid², dim]``, row-major: the first half of the channels tells the column, the rest the row."""
+    index = torch.arange(grid, dtype=torch.float64)
+    angles = torch.outer(index, _frequencies(dim // 4, index.device, index.dtype))
+    axis = torch.cat([angles.sin(), angles.cos()], -1)  # [grid, dim/2]
+    column = axis.expand(grid, grid, -1)
+    row = axis[:, None].expand(grid, grid, -1)
+    return torch.cat([column, row], -1).flatten(0, 1)
+
+
+def _frequencies(count: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """``10000^(-i/count)`` for i = 0 … count − 1."""
+    return torch.exp(torch.arange(count, dtype=dtype, device=device) * (-math.log(10000) / count))
+
+
+def _token_norm(dim: int, use_rmsnorm: bool) -> nn.Module:
+    """Norm of a block's input: RMSNorm has a weight, LayerNorm none (the modulation does its work)."""
+    return nn.RMSNorm(dim, eps=NORM_EPS) if use_rmsnorm else nn.LayerNorm(dim, eps=NORM_EPS, elementwise_affine=False)
+
+
+def _check_sizes(config: dict) -> None:
+    positive = ("img_size", "patch_size", "in_chans", "num_classes", "embed_dim", "num_heads", "style_vocab")
+    for name, value in config.items():
+        if name in (*positive, "mlp_ratio", "cond_dim", "out_chans") and value is not None and value <= 0:
+            raise ValueError(f"{name} is {value}, expected a positive number")
+        if name in ("depth", "num_style_tokens", "n_cls_tokens") and value < 0:
+            raise ValueError(f"{name} is {value}, expected 0 or more")
+    for whole, part in (("img_size", "patch_size"), ("embed_dim", "num_heads")):
+        if config[whole] % config[part]:
+            raise ValueError(f"{whole}={config[whole]} is not a multiple of {part}={config[part]}")
+    if config["embed_dim"] % 4:
+        raise ValueError(f"embed_dim={config['embed_dim']} is not a multiple of 4, which 2-D sin-cos positions need")
+    if config["use_rope"] and (config["embed_dim"] // config["num_heads"]) % 2:
+        raise ValueError(
+            f"a head is embed_dim/num_heads = {config['embed_dim'] // config['num_heads']} wide; RoPE needs an even width"
+        )
+
+
+def _check_indices(name: str, index: Tensor, shape: tuple[int, ...], size: int) -> None:
+    if index.shape != shape or index.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"{name} is {index.dtype} {list(index.shape)}, expected an integer tensor of shape {list(shape)}")
+    if index.device.type != "cpu" or torch.compiler.is_compiling() or not index.numel():
+        return
+    low, high = index.min().item(), index.max().item()
+    if low < 0 or high >= size:
+        raise ValueError(f"{name} has values from {low} to {high}, expected 0 … {size - 1}")

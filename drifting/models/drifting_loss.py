@@ -1,0 +1,222 @@
+"""The drifting loss: a generator's training signal, computed on feature maps by :mod:`drift_ops`."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+import drift_ops
+from drift_ops.reference import unit_drift
+
+from .feature_extractor import FeatureExtractor, FeatureMaps, LatentFeatureExtractor, PixelFeatureExtractor
+
+FIELDS = ("paper", "gaussian")
+
+
+class DriftingLoss(nn.Module):
+    """Loss whose gradient moves generated samples along the drifting field of their label group.
+
+    Args:
+        feature_extractor: 'latent', 'resnet18', 'pixels', or a module from images ``[B, C, H, W]`` to maps
+            ``{name: [B, T, D]}``, which is frozen here.
+        temperatures: bandwidths of the kernel, each > 0: R of the paper's field, sigma of the Gaussian one.
+        normalize_features, normalize_drift: part of the method for ``field='paper'``, where both must be True; optional
+            for ``field='gaussian'``.
+        field: 'paper' – the training loss of the official release, :func:`drift_ops.drift_loss`; 'gaussian' – the
+            separate-sides Gaussian field :func:`drift_ops.compute_V_multiscale`, which draws every sample to the mean of
+            its group on feature maps of many dimensions.
+        affinity_floor: lower bound of the paper field's squared affinities; the release has 1e-6, 0 is the definition.
+        in_chans: image channels of the extractors built here ('latent', 'resnet18').
+        backend: of :mod:`drift_ops`; None picks the best available.
+
+    Raises:
+        ValueError: an unknown name, or a flag that the field does not have.
+    """
+
+    softmax_temperature = 1.0  # T of the Gaussian field
+
+    def __init__(
+        self,
+        feature_extractor: str | nn.Module = "latent",
+        temperatures: Sequence[float] = (0.02, 0.05, 0.2),
+        normalize_features: bool = True,
+        normalize_drift: bool = True,
+        field: str = "paper",
+        affinity_floor: float = 0.0,
+        in_chans: int = 4,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        if field not in FIELDS:
+            raise ValueError(f"field is {field!r}, expected one of {FIELDS}")
+        if field == "paper" and not (normalize_features and normalize_drift):
+            raise ValueError(
+                "normalize_features and normalize_drift are part of the paper's method: leave both True, "
+                "or use field='gaussian', where they are optional"
+            )
+        self.feature_extractor = _build_extractor(feature_extractor, in_chans).requires_grad_(False).eval()
+        self.temperatures = tuple(float(t) for t in temperatures)
+        self.normalize_features, self.normalize_drift = normalize_features, normalize_drift
+        self.field, self.affinity_floor, self.backend = field, affinity_floor, backend
+
+    def train(self, mode: bool = True) -> "DriftingLoss":
+        super().train(mode)
+        self.feature_extractor.eval()
+        return self
+
+    def forward(
+        self, x_gen: Tensor, x_real: Tensor, x_uncond: Tensor | None = None, weight_uncond: Tensor | None = None
+    ) -> Tensor:
+        """The loss of :meth:`loss_and_info`, a 0-d tensor."""
+        return self.loss_and_info(x_gen, x_real, x_uncond, weight_uncond)[0]
+
+    def loss_and_info(
+        self, x_gen: Tensor, x_real: Tensor, x_uncond: Tensor | None = None, weight_uncond: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Sum over feature maps of the mean loss over the map's groups (one for each label and location).
+
+        Args:
+            x_gen: generated images, ``[G, C, H, W]`` of one label or ``[L, G, C, H, W]`` of L labels.
+            x_real: real images of the same labels, ``[P, C, H, W]`` or ``[L, P, C, H, W]``.
+            x_uncond: real images of any label, repelling like generated ones (classifier-free guidance, section 3.5 of
+                the paper), ``[U, C, H, W]`` or ``[L, U, C, H, W]``.
+            weight_uncond: weight ≥ 0 of each unconditional image relative to a generated one, ``[L]``; 1 if None.
+
+        Returns:
+            The loss, whose gradient reaches ``x_gen`` only, and 0-d tensors to log. For the paper's field
+            ``{map}/scale``, the mean distance, and ``{map}/lambda_{R}``, the RMS of the raw drift at R in units of
+            scale/√D: the loss itself is constant by construction, these fall as the distributions approach. For the
+            Gaussian field ``{map}/drift``, the RMS of the raw drift.
+
+        Raises:
+            ValueError: shapes that do not fit each other, or unconditional images with ``field='gaussian'``.
+        """
+        x_gen, x_real, x_uncond = _as_label_groups(x_gen, x_real, x_uncond)
+        weight = _check_weight(weight_uncond, x_gen, x_uncond)
+        P = x_real.shape[1]
+        fixed = x_real if x_uncond is None else torch.cat([x_real, x_uncond], 1)
+        gen = self._groups(x_gen)
+        with torch.no_grad():
+            fixed_groups = self._groups(fixed)
+        pos = {name: g[:, :P] for name, g in fixed_groups.items()}
+        if self.field == "gaussian":
+            if x_uncond is not None:
+                raise ValueError("field='gaussian' has no unconditional negatives: leave x_uncond out or use field='paper'")
+            return self._gaussian(gen, pos)
+        neg = {name: g[:, P:] for name, g in fixed_groups.items()}
+        return self._paper(gen, pos, neg, weight)
+
+    def _groups(self, images: Tensor) -> FeatureMaps:
+        """Maps of ``[L, n, C, H, W]`` images as groups ``[L·T, n, D]``, one forward pass of the extractor."""
+        L, n = images.shape[:2]
+        groups = {}
+        for name, feature in self.feature_extractor(images.flatten(0, 1)).items():
+            if feature.ndim != 3 or feature.shape[0] != L * n:
+                raise ValueError(
+                    f"the feature extractor's map {name!r} has shape {list(feature.shape)} for {L * n} images, "
+                    f"expected [{L * n}, locations, features]"
+                )
+            groups[name] = feature.unflatten(0, (L, n)).transpose(1, 2).flatten(0, 1)
+        return groups
+
+    def _paper(
+        self, gen: FeatureMaps, pos: FeatureMaps, neg: FeatureMaps, weight: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        L = weight.shape[0]
+        weights = [weight.repeat_interleave(g.shape[0] // L, dim=0) for g in neg.values()]  # one row a location
+        losses, infos = drift_ops.drift_loss(
+            list(gen.values()), list(pos.values()), list(neg.values()), weight_neg=weights,
+            R_list=self.temperatures, affinity_floor=self.affinity_floor, backend=self.backend,
+        )  # fmt: skip
+        loss = torch.stack([group_losses.mean() for group_losses in losses]).sum()
+        names = [f"{name}/lambda_{R}" for name in gen for R in self.temperatures]
+        squares = [info[f"loss_{R}"] for info in infos for R in self.temperatures]
+        info = {f"{name}/scale": info["scale"] for name, info in zip(gen, infos, strict=True)}
+        return loss, info | dict(zip(names, torch.stack(squares).sqrt().unbind(), strict=True))
+
+    def _gaussian(self, gen: FeatureMaps, pos: FeatureMaps) -> tuple[Tensor, dict[str, Tensor]]:
+        losses, info = [], {}
+        for name, x in gen.items():
+            with torch.no_grad():
+                raw = drift_ops.compute_V_multiscale(
+                    x, pos[name], x, self.temperatures, self.softmax_temperature,
+                    normalize_features=self.normalize_features, normalize_drift=False, backend=self.backend,
+                )  # fmt: skip
+                target = x + (unit_drift(raw) if self.normalize_drift else raw)
+                info[f"{name}/drift"] = raw.square().mean().sqrt()
+            losses.append((x - target).square().mean())
+        return torch.stack(losses).sum(), info
+
+
+class SimpleDriftingLoss(DriftingLoss):
+    """The Gaussian field on raw vectors or pixels, without features: for toy problems.
+
+    Args:
+        sigma: bandwidth of the kernel, > 0.
+        temperature: of the two softmaxes, > 0.
+        normalize_features, normalize_drift: as in :func:`drift_ops.compute_V`.
+
+    Called with generated ``[G, D]`` and real ``[P, D]`` points, or with images as :class:`DriftingLoss`.
+    """
+
+    def __init__(
+        self,
+        sigma: float = 1.0,
+        temperature: float = 1.0,
+        normalize_features: bool = True,
+        normalize_drift: bool = True,
+    ) -> None:
+        super().__init__("pixels", (sigma,), normalize_features, normalize_drift, field="gaussian")
+        self.softmax_temperature = temperature
+
+    def loss_and_info(
+        self, x_gen: Tensor, x_real: Tensor, x_uncond: Tensor | None = None, weight_uncond: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        def image(x: Tensor) -> Tensor:
+            return x[..., None, None] if x.ndim == 2 else x
+
+        return super().loss_and_info(image(x_gen), image(x_real), x_uncond, weight_uncond)
+
+
+def _build_extractor(extractor: str | nn.Module, in_chans: int) -> nn.Module:
+    if isinstance(extractor, nn.Module):
+        return extractor
+    if extractor == "latent":
+        return LatentFeatureExtractor(in_chans)
+    if extractor == "pixels":
+        return PixelFeatureExtractor()
+    if extractor == "resnet18":
+        return FeatureExtractor(in_chans)
+    raise ValueError(f"feature_extractor is {extractor!r}, expected 'latent', 'pixels', 'resnet18' or an nn.Module")
+
+
+def _as_label_groups(
+    x_gen: Tensor, x_real: Tensor, x_uncond: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The three as ``[L, count, C, H, W]``, checked against each other."""
+    named = {"x_gen": x_gen, "x_real": x_real} | ({} if x_uncond is None else {"x_uncond": x_uncond})
+    for name, x in named.items():
+        if x.ndim not in (4, 5):
+            raise ValueError(f"{name} has shape {list(x.shape)}, expected [count, C, H, W] or [labels, count, C, H, W]")
+        if x.ndim == 4:
+            named[name] = x.unsqueeze(0)
+    first = named["x_gen"]
+    for name, x in named.items():
+        if x.shape[0] != first.shape[0] or x.shape[2:] != first.shape[2:]:
+            raise ValueError(
+                f"{name} has shape {list(x.shape)} but x_gen {list(first.shape)} (as [labels, count, C, H, W]): "
+                "labels and image sizes must agree"
+            )
+    return first, named["x_real"], named.get("x_uncond")
+
+
+def _check_weight(weight: Tensor | None, x_gen: Tensor, x_uncond: Tensor | None) -> Tensor:
+    """Weights ``[L, U]`` of the unconditional negatives."""
+    L, U = x_gen.shape[0], 0 if x_uncond is None else x_uncond.shape[1]
+    if weight is None:
+        return x_gen.new_ones(L, U)
+    if x_uncond is None:
+        raise ValueError("weight_uncond was given without x_uncond")
+    if weight.shape != (L,):
+        raise ValueError(f"weight_uncond has shape {list(weight.shape)}, expected [{L}], one weight a label")
+    return weight.to(x_gen).unsqueeze(1).expand(L, U)

@@ -1,0 +1,205 @@
+"""Frozen feature extractors: images ``[B, C, H, W]`` to feature maps ``{name: [B, T, D]}``.
+
+T counts the locations of a map and D the features of a location; the drifting loss treats each location as a problem
+of its own. Map names and contents follow appendix A.5 of the paper (arXiv 2602.04770) and ``get_activations`` in the
+release's ``models/mae_model.py``. Parameters never train, but gradients pass through to the images.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+FeatureMaps = dict[str, Tensor]
+
+NORM_EPS = 1e-6
+STD_EPS = 1e-6  # inside the square root, so that a constant patch has a finite gradient
+PATCH_SIZES = (2, 4)
+
+
+class FrozenModule(nn.Module):
+    """A module that stays in evaluation mode and whose parameters, once :meth:`freeze` was called, never train."""
+
+    def freeze(self) -> None:
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> "FrozenModule":
+        return super().train(False)
+
+
+class PixelFeatureExtractor(FrozenModule):
+    """The image itself as one map, ``pixels`` ``[B, 1, C·H·W]``."""
+
+    def forward(self, x: Tensor) -> FeatureMaps:
+        return {"pixels": x.flatten(1).unsqueeze(1)}
+
+
+class LatentFeatureExtractor(FrozenModule):
+    """Multi-scale maps of a GroupNorm ResNet, at full resolution in its first stage (the encoder of the release's MAE).
+
+    Maps: ``global`` (the input, flattened), ``norm_x`` (RMS of each input channel), then for ``conv1``, ``layer1`` …
+    ``layer4`` and every ``every_k_block``-th block of a stage (``layer3_blk2`` …) the maps of :func:`multiscale_maps`.
+    With the default four stages, 86 maps for a 32 × 32 input.
+
+    Args:
+        in_chans: channels of the input.
+        base_channels: width of the first stage; each later stage doubles it and halves the resolution.
+        layers: residual blocks of the four stages.
+        every_k_block: which blocks inside a stage also give maps.
+        seed: of the random convolution weights. ``load_state_dict`` replaces them by trained ones.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 4,
+        base_channels: int = 64,
+        layers: Sequence[int] = (3, 4, 6, 3),
+        every_k_block: int = 2,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if len(layers) != 4 or min(layers) < 1:
+            raise ValueError(f"layers is {list(layers)}, expected the block counts of four stages, each 1 or more")
+        self.in_chans, self.every_k_block = in_chans, every_k_block
+        self.conv1 = nn.Conv2d(in_chans, base_channels, 3, padding=1, bias=False)
+        self.gn1 = group_norm(base_channels)
+        self.stages = nn.ModuleList()
+        self.stage_norms = nn.ModuleList()
+        width = base_channels
+        for index, count in enumerate(layers):
+            out = base_channels * 2**index
+            blocks = [BasicBlock(width if i == 0 else out, out, stride=2 if index and i == 0 else 1) for i in range(count)]
+            self.stages.append(nn.ModuleList(blocks))
+            self.stage_norms.append(group_norm(out))
+            width = out
+        generator = torch.Generator().manual_seed(seed)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu", generator=generator)
+        self.freeze()
+
+    def forward(self, x: Tensor) -> FeatureMaps:
+        """Maps of ``x [B, in_chans, H, W]``; raises ValueError for another channel count."""
+        _check_channels(x, self.in_chans)
+        maps = input_maps(x)
+        x = F.relu(self.gn1(self.conv1(x)))
+        maps |= multiscale_maps("conv1", x)
+        for index, (stage, norm) in enumerate(zip(self.stages, self.stage_norms, strict=True), start=1):
+            for number, block in enumerate(stage, start=1):  # type: ignore[arg-type]
+                x = block(x)
+                if number % self.every_k_block == 0:
+                    maps |= multiscale_maps(f"layer{index}_blk{number}", x)
+            x = norm(x)
+            maps |= multiscale_maps(f"layer{index}", x)
+        return maps
+
+
+class FeatureExtractor(FrozenModule):
+    """Multi-scale maps of torchvision's ResNet-18 trained on ImageNet.
+
+    Maps: ``global`` and ``norm_x`` of the input, then those of :func:`multiscale_maps` for ``conv1`` and ``layer1`` …
+    ``layer4``. RGB input is taken to lie in [-1, 1]. For another channel count the first convolution's filters are
+    averaged over RGB and shared by all channels.
+
+    Args:
+        in_chans: channels of the input.
+        pretrained: load the ImageNet weights (downloaded once by torchvision); False leaves them random.
+
+    Raises:
+        ImportError: torchvision is not installed.
+    """
+
+    RGB_MEAN = (0.485, 0.456, 0.406)
+    RGB_STD = (0.229, 0.224, 0.225)
+
+    def __init__(self, in_chans: int = 3, pretrained: bool = True) -> None:
+        super().__init__()
+        try:
+            from torchvision.models import resnet18  # type: ignore[import-not-found]
+        except ImportError as error:
+            raise ImportError(
+                "feature_extractor='resnet18' needs torchvision, which is not installed: `pip install torchvision`, "
+                "or use feature_extractor='latent', which needs nothing"
+            ) from error
+        self.in_chans = in_chans
+        self.resnet = resnet18(weights="IMAGENET1K_V1" if pretrained else None)
+        if in_chans != 3:
+            shared = self.resnet.conv1.weight.mean(1, keepdim=True) * 3 / in_chans
+            self.resnet.conv1.weight = nn.Parameter(shared.repeat(1, in_chans, 1, 1))
+        self.register_buffer("mean", torch.tensor(self.RGB_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(self.RGB_STD).view(3, 1, 1), persistent=False)
+        self.freeze()
+
+    def forward(self, x: Tensor) -> FeatureMaps:
+        """Maps of ``x [B, in_chans, H, W]``; raises ValueError for another channel count."""
+        _check_channels(x, self.in_chans)
+        maps = input_maps(x)
+        if self.in_chans == 3:
+            x = ((x + 1) / 2 - self.mean) / self.std
+        net = self.resnet
+        x = F.relu(net.bn1(net.conv1(x)))
+        maps |= multiscale_maps("conv1", x)
+        x = net.maxpool(x)
+        for name in ("layer1", "layer2", "layer3", "layer4"):
+            x = getattr(net, name)(x)
+            maps |= multiscale_maps(name, x)
+        return maps
+
+
+class BasicBlock(nn.Module):
+    """Residual block of two 3 × 3 convolutions with GroupNorm."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
+        self.gn1 = group_norm(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.gn2 = group_norm(out_channels)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or in_channels != out_channels:
+            self.shortcut.append(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False))
+            self.shortcut.append(group_norm(out_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.gn2(self.conv2(F.relu(self.gn1(self.conv1(x)))))
+        return F.relu(y + self.shortcut(x))
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """GroupNorm with the largest number of groups up to 32 that divides ``channels``."""
+    groups = next(g for g in range(min(32, channels), 0, -1) if channels % g == 0)
+    return nn.GroupNorm(groups, channels, eps=NORM_EPS)
+
+
+def input_maps(x: Tensor) -> FeatureMaps:
+    """Of the input ``[B, C, H, W]``: ``global`` ``[B, 1, C·H·W]``, itself; ``norm_x`` ``[B, 1, C]``, RMS by channel."""
+    return {"global": x.flatten(1).unsqueeze(1), "norm_x": (x.square().mean((2, 3)) + STD_EPS).sqrt().unsqueeze(1)}
+
+
+def multiscale_maps(name: str, feature: Tensor) -> FeatureMaps:
+    """What one convolutional feature ``[B, C, H, W]`` is seen as.
+
+    ``{name}`` ``[B, H·W, C]`` by location; ``{name}_mean`` and ``{name}_std`` ``[B, 1, C]``; and for patches of side
+    p = 2, 4 that tile the map, ``{name}_mean_{p}`` and ``{name}_std_{p}`` ``[B, H·W/p², C]``.
+    """
+    B, C, H, W = feature.shape
+    maps = {name: feature.flatten(2).transpose(1, 2)}
+    maps[f"{name}_mean"], maps[f"{name}_std"] = _mean_and_std(maps[name].unsqueeze(1))
+    for p in PATCH_SIZES:
+        if H % p == 0 and W % p == 0:
+            patches = feature.view(B, C, H // p, p, W // p, p).permute(0, 2, 4, 3, 5, 1).reshape(B, -1, p * p, C)
+            maps[f"{name}_mean_{p}"], maps[f"{name}_std_{p}"] = _mean_and_std(patches)
+    return maps
+
+
+def _mean_and_std(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and smoothed standard deviation over the points of each patch, ``[B, T, points, C]`` to two ``[B, T, C]``."""
+    var, mean = torch.var_mean(patches.float(), dim=2, correction=0)
+    return mean.to(patches.dtype), (var + STD_EPS).sqrt().to(patches.dtype)
+
+
+def _check_channels(x: Tensor, in_chans: int) -> None:
+    if x.ndim != 4 or x.shape[1] != in_chans:
+        raise ValueError(f"images have shape {list(x.shape)}, expected [B, {in_chans}, H, W] (set in_chans to change it)")

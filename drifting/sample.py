@@ -1,0 +1,89 @@
+"""``python -m drifting.sample RUN --num N --out FILE.npz|FILE.png``: images from a trained generator, one step each."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .cli import ArgumentParser, UserError, run_command
+from .images import Pixels, grid, to_uint8
+from .models import DriftingDiT
+from .run_directory import load_generator
+
+BATCH = 500  # images generated at once
+
+
+def spread_labels(num: int, choices: Sequence[int]) -> Tensor:
+    """``num`` labels, each of ``choices`` equally often up to one, sorted by their place in ``choices``."""
+    place = (torch.arange(num) % len(choices)).sort().values
+    return torch.tensor(choices)[place]
+
+
+def draw_samples(
+    model: DriftingDiT, labels: Tensor, pixel_range: tuple[float, float], cfg_scale: float = 1.0, seed: int = 0
+) -> Pixels:
+    """uint8 images ``[N, H, W, C]`` for ``labels [N]``; ``seed`` fixes them on any device."""
+    generator = torch.Generator().manual_seed(seed)
+    batches = [model.generate(len(y), y, cfg_scale, generator=generator) for y in labels.split(BATCH)]
+    return to_uint8(torch.cat(batches), pixel_range)
+
+
+def check_sampling(cfg_scale: float, seed: int) -> None:
+    """Raise :class:`UserError` for a guidance scale or seed out of range."""
+    if not 1 <= cfg_scale < math.inf:
+        raise UserError(f"--cfg-scale is {cfg_scale}, expected 1 or more")
+    if not 0 <= seed < 2**63:
+        raise UserError(f"--seed is {seed}, expected 0 or more, below 2**63")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = ArgumentParser(prog="python -m drifting.sample", description="Draw images from a trained generator.")
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory of drifting.train")
+    parser.add_argument("--num", type=int, required=True, help="how many images")
+    parser.add_argument("--out", type=Path, required=True, help=".npz (arr_0 images, arr_1 labels) or .png (a grid)")
+    parser.add_argument("--labels", help="labels to spread the images over, such as 3,5 (default: all)")
+    parser.add_argument("--cfg-scale", type=float, default=1.0, help="guidance scale, 1 or more (default: 1)")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args(argv)
+
+    if arguments.num < 1:
+        raise UserError(f"--num is {arguments.num}, expected 1 or more")
+    if arguments.out.suffix not in (".npz", ".png"):
+        raise UserError(f"--out is {arguments.out}, expected a file that ends in .npz or .png")
+    check_sampling(arguments.cfg_scale, arguments.seed)
+    trained = load_generator(arguments.run)
+    labels = spread_labels(arguments.num, _parse_labels(arguments.labels, trained.model.num_classes))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    images = draw_samples(
+        trained.model.to(device), labels, trained.pixel_range, arguments.cfg_scale, arguments.seed
+    )
+    try:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        if arguments.out.suffix == ".npz":
+            np.savez(arguments.out, images, labels.numpy())
+        else:
+            grid(images, columns=math.ceil(math.sqrt(len(images)))).save(arguments.out)
+    except OSError as error:
+        raise UserError(f"cannot write {arguments.out}: {error.strerror}") from error
+    print(f"wrote {len(images)} images of labels {sorted(set(labels.tolist()))} to {arguments.out}")
+    return 0
+
+
+def _parse_labels(text: str | None, num_classes: int) -> list[int]:
+    if text is None:
+        return list(range(num_classes))
+    try:
+        labels = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--labels is {text!r}, expected numbers with commas between them, such as 3,5") from None
+    for label in labels:
+        if not 0 <= label < num_classes:
+            raise UserError(f"--labels names {label}, expected labels from 0 to {num_classes - 1}")
+    return labels
+
+
+if __name__ == "__main__":
+    run_command(main)

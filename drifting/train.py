@@ -1,0 +1,198 @@
+"""``python -m drifting.train [--config NAME|FILE] [--out DIR] [key=value ...]``: train a generator, or go on with it."""
+
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+from tqdm import tqdm
+
+from .cli import ArgumentParser, UserError, run_command
+from .config import Config, changed_keys, load_config, save_config
+from .data import DATASETS, Dataset, EndlessShuffle
+from .evaluate import NUM_SAMPLES
+from .evaluation import Evaluator
+from .images import save_comparison, to_uint8
+from .models import DriftingDiT
+from .run_directory import RunDirectory, save_generator
+from .sample import draw_samples, spread_labels
+from .training import DriftingTrainer, create_trainer
+from .training.checkpoint import load_checkpoint, save_checkpoint
+from .training.metrics_log import MetricsLog, to_record
+
+COLUMNS = 10  # images of a class in a picture
+INTERRUPTED = 130  # exit status
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = ArgumentParser(
+        prog="python -m drifting.train",
+        description="Train a generator. The same command again goes on where the last one stopped.",
+    )
+    parser.add_argument("--config", default="digits", metavar="NAME|FILE", help="configuration (default: digits)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="run directory (default: runs/NAME)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="values over the configuration's")
+    arguments = parser.parse_intermixed_args(argv)
+    config = load_config(arguments.config, arguments.overrides)
+    return train(config, arguments.out or Path("runs") / Path(arguments.config).stem)
+
+
+def train(config: Config, out: Path) -> int:
+    """Train to ``config.train.steps`` in ``out``, from its newest checkpoint if it has one; returns the exit status.
+
+    Raises:
+        UserError: ``out`` belongs to another configuration or cannot be written.
+    """
+    run = RunDirectory(out)
+    _open_run(run, config)
+    dataset = DATASETS[config.data]()
+    trainer = _build_trainer(config, dataset)
+    try:
+        state = load_checkpoint(run.checkpoints)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if state is not None:
+        trainer.load_state_dict(state)
+    if trainer.step > config.train.steps:
+        raise UserError(f"{out} is at step {trainer.step} already, expected train.steps of at least that")
+    save_config(config, run.config)
+
+    evaluator = Evaluator(dataset)
+    log = MetricsLog(run.metrics, trainer.step)
+    with _interruptible() as interrupts:
+        finished = _train_steps(config, run, trainer, dataset, evaluator, log, interrupts)
+    log.close()
+    if not finished:
+        print(f"interrupted at step {trainer.step}, saved in {run.checkpoints}: the same command again goes on")
+        return INTERRUPTED
+    save_generator(run, trainer.ema.module, dataset, trainer.step)
+    print_summary(_evaluate(trainer, dataset, evaluator), run)
+    return 0
+
+
+def _train_steps(
+    config: Config, run: RunDirectory, trainer: DriftingTrainer, dataset: Dataset, evaluator: Evaluator,
+    log: MetricsLog, interrupts: list[int],
+) -> bool:  # fmt: skip
+    """The remaining steps; False if a signal ended them early."""
+    every, total = config.train, config.train.steps
+    bar = tqdm(total=total, initial=trainer.step, unit="step", mininterval=0.5 if sys.stderr.isatty() else 10)
+    quality: dict[str, float] = {}
+    with bar:
+        for images, labels in islice(_batches(config, dataset, trainer.step), total - trainer.step):
+            metrics = trainer.train_step(images, labels)
+            step = trainer.step
+            evaluating = step == total or (every.eval_every and step % every.eval_every == 0)
+            if evaluating:
+                quality = _evaluate(trainer, dataset, evaluator)
+                _save_picture(run, trainer, dataset)
+            if evaluating or step % every.log_every == 0:
+                record = {"step": step} | to_record(metrics)
+                bar.set_postfix_str(_progress(record, quality), refresh=False)
+                log.write(record | (quality if evaluating else {}))
+            bar.update()
+            if step == total or step % every.save_every == 0 or interrupts:
+                save_checkpoint(run.checkpoints, trainer.state_dict())
+                save_generator(run, trainer.ema.module, dataset, step)
+            if interrupts:
+                return step == total
+    return True
+
+
+def _open_run(run: RunDirectory, config: Config) -> None:
+    """Make the folder; if it holds a run, refuse a configuration that would train something else."""
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+        run.samples.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot use {run.path} as a run directory: {error.strerror}") from error
+    if run.config.exists():
+        changed = changed_keys(load_config(str(run.config)), config)
+        if changed:
+            raise UserError(
+                f"{run.path} holds a run with another configuration ({'; '.join(changed)}): "
+                "choose another --out, or give the values it was started with"
+            )
+
+
+def _build_trainer(config: Config, dataset: Dataset) -> DriftingTrainer:
+    channels, size = dataset.train_images.shape[1:3]
+    torch.manual_seed(config.seed)
+    try:
+        model = DriftingDiT(img_size=size, in_chans=channels, num_classes=dataset.num_classes, **vars(config.model))
+    except ValueError as error:
+        raise UserError(f"model: {error}") from error
+    settings: dict[str, Any] = vars(config.loss) | vars(config.step) | vars(config.guidance) | vars(config.optimizer)
+    decay_steps = config.train.steps if settings.pop("cosine_decay") else None
+    return create_trainer(model, decay_steps=decay_steps, seed=config.seed, **settings)
+
+
+def _batches(config: Config, dataset: Dataset, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches ``(images, labels)`` without end, from the one that ``step`` takes."""
+    order = EndlessShuffle(len(dataset.train_labels), config.seed, start=step * config.train.batch_size)
+    images = TensorDataset(dataset.train_images, dataset.train_labels)
+    return iter(DataLoader(images, config.train.batch_size, sampler=order))
+
+
+def _evaluate(trainer: DriftingTrainer, dataset: Dataset, evaluator: Evaluator) -> dict[str, float]:
+    labels = spread_labels(NUM_SAMPLES, range(dataset.num_classes))
+    return evaluator(draw_samples(trainer.ema.module, labels, dataset.pixel_range), labels.numpy())
+
+
+def _save_picture(run: RunDirectory, trainer: DriftingTrainer, dataset: Dataset) -> None:
+    """Generated images of every class, one a row, beside training images of it."""
+    labels = spread_labels(COLUMNS * dataset.num_classes, range(dataset.num_classes))
+    generated = draw_samples(trainer.ema.module, labels, dataset.pixel_range)
+    rows = [dataset.train_images[dataset.train_labels == y][:COLUMNS] for y in range(dataset.num_classes)]
+    real = to_uint8(torch.cat(rows), dataset.pixel_range)
+    save_comparison(generated, real, COLUMNS, run.samples / f"step_{trainer.step:08d}.png")
+
+
+def _progress(record: dict[str, Any], quality: dict[str, float]) -> str:
+    """The terms worth watching: mean λ of each R over the feature maps, spread, Fréchet distance."""
+    maps = list(record["lambda"].values())
+    text = " ".join(f"λ{R}={sum(m[R] for m in maps) / len(maps):.4f}" for R in maps[0])
+    text += f" spread={record['sample_spread']:.2f}"
+    if quality:
+        text += f" Fréchet={quality['frechet_distance']:.1f} ({quality['frechet_ratio']:.2f}x train)"
+    return text
+
+
+def print_summary(quality: dict[str, float], run: RunDirectory) -> None:
+    """The closing table, generated images beside real ones."""
+    rows = [
+        ("Frechet distance to the test images", "frechet_distance", "frechet_distance_train", "training images", "8.1f"),
+        ("recognised as their class", "recognised_share", "recognised_share_test", "test images", "8.1%"),
+        ("distance to the nearest training image", "nearest_distance", "nearest_distance_test", "test images", "8.2f"),
+    ]
+    print(f"\n{NUM_SAMPLES} images, one step each{'':16} generated      real")
+    for title, generated, real, of, form in rows:
+        print(f"{title:40} {quality[generated]:{form}}  {quality[real]:{form}}  ({of})")
+    print(f"\nsamples: {run.samples}\nmore:    python -m drifting.sample {run.path} --num 100 --out digits.png")
+
+
+@contextmanager
+def _interruptible() -> Iterator[list[int]]:
+    """Inside, Ctrl-C and SIGTERM only fill the list, so that the step in hand ends well; a second one kills."""
+    received: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        received.append(number)
+        signal.signal(number, before[number])
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,288 @@
+"""The training step of Algorithm 1 of the paper (arXiv 2602.04770), and the trainer around it."""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+from ..data.sample_queue import SampleQueue
+from ..models import DriftingDiT, DriftingLoss
+from .guidance import sample_cfg_scale, uncond_weight
+
+BETAS = (0.9, 0.95)
+
+
+class DriftingTrainer:
+    """Trains a generator by drifting, one class-grouped step at a time.
+
+    A step takes ``labels_per_step`` labels, generates ``gen_per_label`` images of each, and pulls them towards
+    ``pos_per_label`` real images of that label and away from each other and, where the label's guidance scale α is
+    above 1, from ``uncond_per_label`` real images of any label.
+
+    Args:
+        model: generator, called as ``model(z, y, cfg_scale=..., style=...)``.
+        loss_fn: the drifting loss.
+        optimizer, scheduler: of ``model``; the scheduler is stepped once a training step.
+        sample_queue: source of the real images.
+        labels_per_step, gen_per_label, pos_per_label, uncond_per_label: sizes of a step, each at least 1.
+        cfg_scale_range, cfg_exponent, uncond_prob: distribution of α, see :func:`sample_cfg_scale`.
+        ema_decay: of the averaged weights that :meth:`generate` uses.
+        max_grad_norm: gradients are clipped to this norm.
+        seed: all randomness of step n derives from (seed, n), so that a resumed run repeats an uninterrupted one.
+        device: of the model.
+
+    ``step`` counts the steps taken.
+    """
+
+    def __init__(
+        self,
+        model: DriftingDiT,
+        loss_fn: DriftingLoss,
+        optimizer: torch.optim.Optimizer,
+        scheduler: torch.optim.lr_scheduler.LRScheduler,
+        sample_queue: SampleQueue,
+        *,
+        labels_per_step: int,
+        gen_per_label: int,
+        pos_per_label: int,
+        uncond_per_label: int,
+        cfg_scale_range: tuple[float, float],
+        cfg_exponent: float,
+        uncond_prob: float,
+        ema_decay: float,
+        max_grad_norm: float,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self.model, self.loss_fn, self.optimizer, self.scheduler = model, loss_fn, optimizer, scheduler
+        self.sample_queue = sample_queue
+        self.labels_per_step, self.gen_per_label = labels_per_step, gen_per_label
+        self.pos_per_label, self.uncond_per_label = pos_per_label, uncond_per_label
+        self.cfg_scale_range, self.cfg_exponent, self.uncond_prob = cfg_scale_range, cfg_exponent, uncond_prob
+        self.max_grad_norm, self.seed, self.device = max_grad_norm, seed, device
+        self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay)).requires_grad_(False)
+        self.step = 0
+
+    def train_step(self, images: Tensor, labels: Tensor, use_cfg_training: bool = True) -> dict[str, Tensor]:
+        """Put a batch of real images into the queue, then take one optimiser step.
+
+        Args:
+            images: real images ``[B, C, H, W]``.
+            labels: integer labels ``[B]``.
+            use_cfg_training: whether to draw guidance scales; otherwise every α is 1 and no label needs negatives.
+
+        Returns:
+            0-d tensors, left on the device: ``loss``, ``grad_norm`` (before clipping), ``sample_spread`` (standard
+            deviation of the generated images of a label over that of the real ones; 0 is collapse, 1 is right) and
+            what the loss reports of each feature map.
+        """
+        self.sample_queue.add(images, labels)
+        host, noise = self._generators()
+        label = self._draw_labels(host)  # [L]
+        pos = self.sample_queue.sample(label, self.pos_per_label, host)  # [L, P, C, H, W]
+        cfg_scale = torch.ones(len(label))  # [L], on the host
+        if use_cfg_training:
+            cfg_scale = sample_cfg_scale(len(label), self.cfg_scale_range, self.cfg_exponent, self.uncond_prob, host)
+        uncond = weight = None
+        if cfg_scale.max() > 1:
+            uncond = self.sample_queue.sample_unconditional(len(label) * self.uncond_per_label, host)
+            uncond = uncond.unflatten(0, (len(label), self.uncond_per_label))  # [L, U, C, H, W]
+            weight = uncond_weight(cfg_scale, self.gen_per_label, self.uncond_per_label).to(self.device)
+
+        self.model.train()
+        gen = self._generate_groups(label, cfg_scale, noise)  # [L, G, C, H, W]
+        loss, info = self.loss_fn.loss_and_info(gen, pos, uncond, weight)
+        self.optimizer.zero_grad()
+        loss.backward()
+        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.ema.update_parameters(self.model)
+        self.step += 1
+        with torch.no_grad():
+            spread = gen.std(1).mean() / pos.std(1).mean()
+        return {"loss": loss.detach(), "grad_norm": grad_norm, "sample_spread": spread} | info
+
+    def train_epoch(
+        self, dataloader: Iterable[tuple[Tensor, Tensor]], use_cfg_training: bool = True
+    ) -> dict[str, float]:
+        """One step for each batch ``(images, labels)`` of ``dataloader``.
+
+        Returns:
+            ``avg_loss`` and the averages of ``grad_norm`` and ``sample_spread`` over the epoch, and ``num_steps``.
+            The loss is constant by construction (each λ is normalised): watch the spread.
+
+        Raises:
+            ValueError: the dataloader yields nothing.
+        """
+        sums: dict[str, Tensor] = {}
+        num_steps = 0
+        for images, labels in tqdm(dataloader, desc="train_epoch", leave=False, disable=None):
+            metrics = self.train_step(images, labels, use_cfg_training)
+            for name in ("loss", "grad_norm", "sample_spread"):
+                sums[name] = sums.get(name, 0) + metrics[name]
+            num_steps += 1
+        if not num_steps:
+            raise ValueError("the dataloader yielded no batch, expected batches of (images, labels)")
+        averages = {name: value.item() / num_steps for name, value in sums.items()}
+        return {"avg_loss": averages.pop("loss"), "num_steps": num_steps} | averages
+
+    def generate(
+        self,
+        batch_size: int,
+        labels: Tensor | None = None,
+        cfg_scale: float | Tensor = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Images ``[batch_size, C, H, W]`` of the averaged model in one step; see :meth:`DriftingDiT.generate`."""
+        return self.ema.module.generate(batch_size, labels, cfg_scale, generator=generator)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that shapes the rest of the run: weights, average, optimiser, schedule, queue, step."""
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "sample_queue": self.sample_queue.state_dict(),
+            "step": self.step,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from :meth:`state_dict` of a trainer that was created with the same arguments."""
+        self.model.load_state_dict(state["model"])
+        self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.sample_queue.load_state_dict(state["sample_queue"])
+        self.step = state["step"]
+
+    def _generators(self) -> tuple[torch.Generator, torch.Generator]:
+        """This step's sources of randomness: one on the host for what is chosen there, one on the device for noise."""
+        seeds = np.random.SeedSequence([self.seed, self.step]).generate_state(2).tolist()
+        return torch.Generator().manual_seed(seeds[0]), torch.Generator(self.device).manual_seed(seeds[1])
+
+    def _draw_labels(self, generator: torch.Generator) -> Tensor:
+        """Labels ``[labels_per_step]`` of the queue's classes, none twice while they last."""
+        available = self.sample_queue.available_labels
+        order = torch.randperm(len(available), generator=generator)
+        return available[order[torch.arange(self.labels_per_step) % len(available)]]
+
+    def _generate_groups(self, label: Tensor, cfg_scale: Tensor, noise: torch.Generator) -> Tensor:
+        """``gen_per_label`` images ``[L, G, C, H, W]`` of each label ``[L]`` at its ``cfg_scale [L]``."""
+        model, num = self.model, len(label) * self.gen_per_label
+        z = torch.randn(num, model.in_chans, model.img_size, model.img_size, generator=noise, device=self.device)
+        style = None
+        if model.num_style_tokens:
+            size = (num, model.num_style_tokens)
+            style = torch.randint(model.style_vocab, size, generator=noise, device=self.device)
+        y = label.to(self.device).repeat_interleave(self.gen_per_label)
+        alpha = cfg_scale.to(self.device).repeat_interleave(self.gen_per_label)
+        return model(z, y, alpha, style).unflatten(0, (len(label), self.gen_per_label))
+
+
+def create_trainer(
+    model: DriftingDiT,
+    feature_extractor: str | nn.Module = "latent",
+    learning_rate: float = 1e-4,
+    device: torch.device | str | None = None,
+    queue_size: int = 128,
+    cfg_scale_range: Sequence[float] = (1.0, 7.5),
+    uncond_prob: float = 0.1,
+    *,
+    cfg_exponent: float = 3.0,
+    temperatures: Sequence[float] = (0.02, 0.05, 0.2),
+    affinity_floor: float = 0.0,
+    labels_per_step: int = 4,
+    gen_per_label: int = 32,
+    pos_per_label: int = 32,
+    uncond_per_label: int = 16,
+    unconditional_queue_size: int = 1000,
+    weight_decay: float = 0.01,
+    warmup_steps: int = 1000,
+    decay_steps: int | None = None,
+    ema_decay: float = 0.999,
+    max_grad_norm: float = 2.0,
+    seed: int = 0,
+) -> DriftingTrainer:
+    """A trainer with its loss, queue, AdamW and schedule.
+
+    The learning rate rises linearly over ``warmup_steps`` steps, then stays (``decay_steps=None``) or falls along a
+    cosine to 0 at step ``decay_steps``.
+
+    Args:
+        model: the generator; moved to ``device``.
+        feature_extractor: where distances are taken: ``'latent'``, ``'pixels'``, ``'resnet18'`` or a module.
+        learning_rate: after the warm-up.
+        device: by default CUDA if there is one, else the CPU.
+        queue_size: real images kept a class.
+        cfg_scale_range: least and greatest guidance scale α to train for.
+        uncond_prob: share of labels trained without guidance, at α = 1.
+        cfg_exponent: of the power law that the other scales follow.
+        temperatures, affinity_floor: of the drifting loss.
+        labels_per_step, gen_per_label, pos_per_label, uncond_per_label: sizes of a step; the paper's ablation uses
+            64 labels, 64 generated and 64 positive images and 16 unconditional ones.
+        unconditional_queue_size: real images kept over all classes.
+        weight_decay, ema_decay, max_grad_norm: as in the paper's table 8.
+        seed: of all randomness in training. The model's initial weights are the caller's.
+
+    Raises:
+        ValueError: an argument out of its range, named with its value.
+    """
+    _check_arguments(
+        positive={
+            "learning_rate": learning_rate, "max_grad_norm": max_grad_norm, "labels_per_step": labels_per_step,
+            "gen_per_label": gen_per_label, "pos_per_label": pos_per_label, "uncond_per_label": uncond_per_label,
+        },
+        share={"uncond_prob": uncond_prob, "ema_decay": ema_decay},
+        cfg_scale_range=tuple(cfg_scale_range),
+    )  # fmt: skip
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model = model.to(where)
+    loss_fn = DriftingLoss(
+        feature_extractor, tuple(temperatures), affinity_floor=affinity_floor, in_chans=model.out_chans
+    ).to(where)
+    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, BETAS, weight_decay=weight_decay, fused=True)
+    queue = SampleQueue(
+        queue_size, model.num_classes, (model.out_chans, model.img_size, model.img_size), where,
+        unconditional_queue_size,
+    )  # fmt: skip
+    return DriftingTrainer(
+        model, loss_fn, optimizer, warmup_then_cosine(optimizer, warmup_steps, decay_steps), queue,
+        labels_per_step=labels_per_step, gen_per_label=gen_per_label, pos_per_label=pos_per_label,
+        uncond_per_label=uncond_per_label, cfg_scale_range=(cfg_scale_range[0], cfg_scale_range[1]),
+        cfg_exponent=cfg_exponent, uncond_prob=uncond_prob, ema_decay=ema_decay, max_grad_norm=max_grad_norm,
+        seed=seed, device=where,
+    )  # fmt: skip
+
+
+def warmup_then_cosine(
+    optimizer: torch.optim.Optimizer, warmup_steps: int, decay_steps: int | None
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Factor of the learning rate at step n = 0, 1, …: min(1, (n + 1)/warmup_steps), times a half cosine to 0."""
+
+    def factor(step: int) -> float:
+        warmup = min(1.0, (step + 1) / max(warmup_steps, 1))
+        if decay_steps is None:
+            return warmup
+        return warmup * 0.5 * (1 + math.cos(math.pi * min(1.0, step / decay_steps)))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def _check_arguments(
+    positive: dict[str, float], share: dict[str, float], cfg_scale_range: tuple[float, ...]
+) -> None:
+    for name, value in positive.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} is {value}, expected a positive number")
+    for name, value in share.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} is {value}, expected a number from 0 to 1")
+    if len(cfg_scale_range) != 2 or not 1 <= cfg_scale_range[0] <= cfg_scale_range[1] < math.inf:
+        raise ValueError(f"cfg_scale_range is {cfg_scale_range}, expected (least, greatest) with 1 <= least <= greatest")

@@ -1,0 +1,92 @@
+"""Two ranks, each with half the groups, against one rank with all of them. Gloo, two processes, one spawn for all."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from cases import device_of, loss_inputs
+from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import ProfilerActivity, profile
+
+import drift_ops
+
+GROUPS = 4
+
+
+def maps_of(ranks: int, rank: int) -> dict[str, list[torch.Tensor]]:
+    """Two feature maps; a rank has its share of the groups."""
+    maps = [loss_inputs(6, 5, 3, 10, GROUPS, weighted=True), loss_inputs(9, 4, 2, 33, GROUPS, weighted=True)]
+    share = slice(rank * GROUPS // ranks, (rank + 1) * GROUPS // ranks)
+    return {name: [tensors[name][share].float().contiguous() for tensors in maps] for name in maps[0]}
+
+
+def loss_of_maps(ranks, rank, process_group, backend):
+    maps = maps_of(ranks, rank)
+    for gen in maps["gen"]:
+        gen.requires_grad_()
+    losses, infos = drift_ops.drift_loss(**maps, process_group=process_group, backend=backend)
+    gradients = torch.autograd.grad(sum(loss.sum() for loss in losses), maps["gen"])
+    return [loss.detach() for loss in losses], infos, gradients
+
+
+def training_step(ranks, rank, process_group, backend, wrap=lambda module: module):
+    """Gradient of a generator's parameters under the mean loss over this rank's groups."""
+    torch.manual_seed(0)
+    layer = wrap(torch.nn.Linear(10, 10))
+    maps = {name: of_maps[0] for name, of_maps in maps_of(ranks, rank).items()}
+    loss, _ = drift_ops.drift_loss(
+        **(maps | {"gen": layer(maps["gen"])}), process_group=process_group, backend=backend
+    )
+    field = drift_ops.drift_field(layer(maps["gen"]), maps["fixed_pos"], temperature=1.0, backend=backend)
+    (loss.mean() + field.square().mean()).backward()
+    return [parameter.grad for parameter in layer.parameters()]
+
+
+def worker(rank: int, directory: str, backends: list[str]) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2)
+    results = {}
+    for backend in backends:
+        with profile(activities=[ProfilerActivity.CPU]) as trace:
+            loss = loss_of_maps(2, rank, dist.group.WORLD, backend)
+        collectives = sum(event.name.startswith("gloo:") for event in trace.events())
+        step = training_step(2, rank, dist.group.WORLD, backend, DistributedDataParallel)
+        results[backend] = (loss, collectives, step)
+    torch.save(results, f"{directory}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def two_ranks(tmp_path_factory):
+    """Results of both ranks, by backend: ``[(loss, number of collectives, training step) of each rank]``."""
+    directory = tmp_path_factory.mktemp("ranks")
+    backends = [n for n, status in drift_ops.backends().items() if status.usable and device_of(n) == "cpu"]
+    torch.multiprocessing.spawn(worker, (str(directory), backends), nprocs=2)
+    ranks = [torch.load(directory / f"{rank}.pt") for rank in range(2)]
+    return {backend: [results[backend] for results in ranks] for backend in backends}
+
+
+@pytest.fixture
+def cpu_backend(backend):
+    if device_of(backend) != "cpu":
+        pytest.skip("gloo is tested on the CPU")
+    return backend
+
+
+def test_loss_over_ranks(two_ranks, cpu_backend):
+    losses, infos, gradients = loss_of_maps(1, 0, None, cpu_backend)
+    ranks = [loss for loss, _, _ in two_ranks[cpu_backend]]
+    for k in range(2):
+        torch.testing.assert_close(torch.cat([rank[0][k] for rank in ranks]), losses[k])
+        torch.testing.assert_close(torch.cat([rank[2][k] for rank in ranks]), gradients[k])
+        for _, rank_infos, _ in ranks:
+            torch.testing.assert_close(rank_infos[k], infos[k])
+
+
+def test_all_maps_cost_two_collectives(two_ranks, cpu_backend):
+    for _, collectives, _ in two_ranks[cpu_backend]:
+        assert 1 <= collectives <= 2
+
+
+def test_distributed_data_parallel(two_ranks, cpu_backend):
+    expected = training_step(1, 0, None, cpu_backend)
+    for _, _, step in two_ranks[cpu_backend]:
+        torch.testing.assert_close(step, expected)

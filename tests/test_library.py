@@ -1,0 +1,152 @@
+"""The ops as citizens of PyTorch: opcheck, torch.compile, autocast, and no double backward."""
+
+import pytest
+import torch
+from cases import compute_V_inputs, device_of, field_inputs, loss_inputs, points
+from torch.library import opcheck
+
+import drift_ops
+from drift_ops import ops
+
+G, N, P, M, D, R_LIST = 2, 4, 5, 3, 6, [0.05, 0.2]
+
+
+def float32(tensors, backend, grad=True):
+    return {name: t.float().to(device_of(backend)).requires_grad_(grad) for name, t in tensors.items()}
+
+
+def op_samples(backend):
+    """Arguments for every op that ``drift_ops.ops`` registers: those of form A and of form B, of one map and of two."""
+    tensors = float32(field_inputs(N, P, M, D, (G,), weighted=True), backend)
+    q, pos = tensors["x"], tensors["pos"]
+    targets = torch.cat([q, tensors["neg"], pos], 1).detach().requires_grad_()
+    w = torch.cat([q.new_ones(G, N), tensors["weight_neg"], tensors["weight_pos"]], 1).detach().requires_grad_()
+    gaussian = (q, pos, pos, None, "gaussian", [0.5, 1.0], 0.7, 0, False, 0.0, backend)
+    laplace = (q, targets, targets, w, "laplace", [0.5, 1.0], 1.0, N + M, True, 1e-6, backend)
+    backward = []
+    for arguments in (gaussian, laplace):
+        tensors_in = [t if t is None else t.detach() for t in arguments[:4]]
+        num, den, *statistics = ops.affinity_sums(*tensors_in, *arguments[4:])
+        incoming = [points(*t.shape, seed=seed).to(t) for seed, t in enumerate((num, den))]
+        backward.append((*tensors_in, *statistics, *incoming, *arguments[4:]))
+
+    one = [t.detach() for t in (q, tensors["neg"], pos)]
+    weights = [t.new_ones(t.shape[:2]) for t in one]
+    maps = (one + one, weights + weights)
+    scale = torch.ones(2, dtype=torch.float64, device=q.device)
+    _, kept = ops.loss_scale(*maps, backend)
+    forces, squared_lambda = ops.loss_forces(*maps, kept, scale, R_LIST, 1e-6, backend)
+    losses, gradients = ops.loss_gradient(forces, squared_lambda, scale, backend)
+    return {
+        ops.affinity_sums: [gaussian, laplace],
+        ops.affinity_sums_backward: backward,
+        ops.loss_scale: [(one, weights, backend), (*maps, backend)],
+        ops.loss_forces: [(*maps, kept, scale, R_LIST, 1e-6, backend)],
+        ops.loss_gradient: [(forces, squared_lambda, scale, backend)],
+        ops.attach_gradient: [(q, losses[0], gradients[0])],
+        ops.scale_gradient: [(gradients[0], losses[0])],
+    }
+
+
+def test_opcheck(kernel_backend):
+    samples = op_samples(kernel_backend)
+    registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("drift_ops::")}
+    assert {op._qualname for op in samples} == registered, "an op without samples, or a sample without its op"
+    for op, calls in samples.items():
+        for arguments in calls:
+            opcheck(op, arguments)
+
+
+FORMS = {
+    "compute_V": (drift_ops.compute_V, compute_V_inputs(N, P, M, D, (G,)), {"sigma": 2.0}),
+    "compute_V_multiscale": (drift_ops.compute_V_multiscale, compute_V_inputs(N, P, M, D), {"normalize_drift": False}),
+    "drift_field": (drift_ops.drift_field, field_inputs(N, P, M, D, (G,), weighted=True), {"temperature": (0.5, 1.0)}),
+    "drift_loss": (drift_ops.drift_loss, loss_inputs(N, P, M, D, G, weighted=True), {"R_list": R_LIST}),
+}
+every_form = pytest.mark.parametrize(("function", "tensors", "options"), FORMS.values(), ids=FORMS)
+
+
+def step(function, tensors, options):
+    """A use in which something happens before and after the op: ``(value, gradients, info)``."""
+    result = function(**{name: t * 1.0 for name, t in tensors.items()}, **options)
+    output, info = result if isinstance(result, tuple) else (result, {})
+    return (output.float().square() + output).sum(), info
+
+
+def values_and_gradients(call, tensors):
+    value, info = call()
+    gradients = torch.autograd.grad(value, list(tensors.values()), allow_unused=True)
+    return [value.detach(), *info.values(), *(g for g in gradients if g is not None)]
+
+
+@every_form
+def test_compile(backend, function, tensors, options):
+    torch._dynamo.reset()
+    tensors = float32(tensors, backend)
+    options = options | {"backend": backend}
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    ours = values_and_gradients(lambda: compiled(function, tensors, options), tensors)
+    expected = values_and_gradients(lambda: step(function, tensors, options), tensors)
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_compile_lists_of_maps(backend):
+    torch._dynamo.reset()
+    maps = [float32(loss_inputs(N, P, M, D, G), backend), float32(loss_inputs(3, 4, 2, 7, 3), backend)]
+    gens = {f"gen{k}": tensors["gen"] for k, tensors in enumerate(maps)}
+
+    def total_loss():
+        losses, infos = drift_ops.drift_loss(**{name: [m[name] for m in maps] for name in maps[0]}, backend=backend)
+        return sum(loss.mean() for loss in losses), {"scale": sum(info["scale"] for info in infos)}
+
+    compiled = torch.compile(total_loss, fullgraph=True, backend="aot_eager")
+    for a, b in zip(values_and_gradients(compiled, gens), values_and_gradients(total_loss, gens), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_compile_with_inductor(kernel_backend):
+    """The default compiler; one form, as it is slow and treats all custom ops alike."""
+    torch._dynamo.reset()
+    function, tensors, options = FORMS["drift_field"]
+    tensors, options = float32(tensors, kernel_backend), options | {"backend": kernel_backend}
+    compiled = torch.compile(step, fullgraph=True)
+    ours = values_and_gradients(lambda: compiled(function, tensors, options), tensors)
+    expected = values_and_gradients(lambda: step(function, tensors, options), tensors)
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@every_form
+def test_autocast_changes_nothing(backend, function, tensors, options):
+    """Distances and softmaxes stay in float32 where autocast would have matrix products in bfloat16."""
+    tensors = float32(tensors, backend)
+    options = options | {"backend": backend}
+    expected = values_and_gradients(lambda: step(function, tensors, options), tensors)
+    with torch.autocast(device_of(backend), dtype=torch.bfloat16):
+        inside = step(function, tensors, options)
+    for a, b in zip(values_and_gradients(lambda: inside, tensors), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_autocast_features_reach_the_generator(backend):
+    """Features in bfloat16 from a layer under autocast: the loss takes them as they come."""
+    layer = torch.nn.Linear(D, D, device=device_of(backend))
+    tensors = float32(loss_inputs(N, P, 0, D, G), backend, grad=False)
+    with torch.autocast(device_of(backend), dtype=torch.bfloat16):
+        gen, pos = layer(tensors["gen"]), layer(tensors["fixed_pos"])
+        assert gen.dtype == torch.bfloat16
+        loss, _ = drift_ops.drift_loss(gen, pos.detach(), backend=backend)
+    assert loss.dtype == torch.float32
+    loss.mean().backward()
+    assert layer.weight.grad.isfinite().all() and layer.weight.grad.any()
+
+
+@every_form
+def test_no_double_backward(kernel_backend, function, tensors, options):
+    tensors = float32(tensors, kernel_backend)
+    first = next(iter(tensors.values()))
+    value, _ = step(function, tensors, options | {"backend": kernel_backend})
+    (gradient,) = torch.autograd.grad(value, first, create_graph=True)
+    with pytest.raises((RuntimeError, NotImplementedError), match="double backward"):
+        torch.autograd.grad(gradient.square().sum(), first)

@@ -1,0 +1,23 @@
+"""One large problem never has an N×M tensor in memory, forward or backward."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import drift_ops
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("form", ["compute_V", "drift_field"])
+def test_large_problem(form):
+    """32,768 points a side: a dense matrix takes 4 GB."""
+    if not drift_ops.backends()["cpu"].usable:
+        pytest.skip(drift_ops.backends()["cpu"].reason)
+    command = [sys.executable, "-m", "benchmarks.memory", form]
+    result = json.loads(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
+    assert result["dense_matrix_mb"] == 4096
+    assert result["growth_mb"] < 400
