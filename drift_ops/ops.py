@@ -32,8 +32,9 @@ def affinity_sums(
     """Weighted sums of values under the doubly normalised affinity of queries and keys (forms A and B).
 
     ``num[s, g, side, i] = Σ_{j in side} w_j A_ij v_j`` and ``den[...] = Σ_{j in side} w_j A_ij`` for each of S
-    ``widths`` (temperatures of the ``"laplace"`` kernel, sigmas of the ``"gaussian"`` one). Keys ``[0, split)`` are
-    side 0 (negatives), the rest the last side; with ``split=0`` there is one side. ``has_self``: key i is query i, and masked.
+    ``widths`` (temperatures of the ``"laplace"`` kernel, sigmas of the ``"gaussian"`` one). Keys ``[0, split)``
+    are side 0 (negatives), the rest the last side; with ``split=0`` there is one side. ``has_self``: key i is query i,
+    and masked.
 
     Returns:
         ``num [S, G, sides, N, D]``, ``den [S, G, sides, N]``, and the softmax statistics the backward needs:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from cases import compute_V_inputs, device_of, field_inputs, loss_inputs, points
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
 import drift_ops
@@ -115,6 +116,15 @@ def test_compile_with_inductor(kernel_backend):
     expected = values_and_gradients(lambda: step(function, tensors, options), tensors)
     for a, b in zip(ours, expected, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@every_form
+def test_nothing_waits_for_a_value(backend, function, tensors, options):
+    """Tensors without values go through: on a GPU, no step makes the host wait."""
+    with FakeTensorMode():
+        fakes = {name: torch.empty(t.shape, requires_grad=True) for name, t in tensors.items()}
+        value, _ = step(function, fakes, options | {"backend": backend})
+        torch.autograd.grad(value, list(fakes.values()), allow_unused=True)
 
 
 @every_form

@@ -48,6 +48,6 @@ def test_snippets_run(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     "call", ["DriftingDiT(", "model.generate(", "DriftingLoss(", "create_trainer(", ".train_epoch(", "trainer.generate("]
-)
+)  # fmt: skip
 def test_snippets_show(call):
     assert any(call in block for block in python_blocks())

@@ -367,7 +367,7 @@ template <class T, template <class> class Direction, class Outputs> void run_all
         for (int64_t g = 0; g < p.groups; ++g) direction.run(g);
         return;
     }
-    const int parts = int(std::min<int64_t>(p.threads, p.groups));
+    const int parts = int(std::min<int64_t>(threads_for(p.groups * p.N * p.M * p.D, p.threads), p.groups));
     std::vector<Direction<T>> direction;
     direction.reserve(parts);
     for (int part = 0; part < parts; ++part) direction.emplace_back(p, out, 1);

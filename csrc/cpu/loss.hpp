@@ -136,7 +136,8 @@ template <class T> class LossGroup {
 };
 
 template <class T, class Body> void for_groups(const LossProblem<T>& p, Body body) {
-    const int parts = int(std::min<int64_t>(p.threads, p.groups));
+    const int64_t pairs = p.groups * p.count[0] * (p.count[0] + p.count[1] + p.count[2]);
+    const int parts = int(std::min<int64_t>(threads_for(pairs * p.D, p.threads), p.groups));
     std::vector<LossGroup<T>> group;
     group.reserve(parts);
     for (int part = 0; part < parts; ++part) group.emplace_back(p);
@@ -172,8 +173,9 @@ void loss_forces(const LossProblem<T>& p, double scale, int R, const double* R_l
 template <class T>
 void loss_gradient(int64_t groups, int64_t size, int R, const T* forces, const double* factors, double grad_factor, int threads,
                    T* loss, T* grad) {
-    parallel(threads, [&](int part) {
-        for (auto [g, end] = share(groups, 1, part, threads); g < end; ++g) {
+    const int parts = threads_for(groups * size * R, threads);
+    parallel(parts, [&](int part) {
+        for (auto [g, end] = share(groups, 1, part, parts); g < end; ++g) {
             T* out = grad + g * size;
             for (int r = 0; r < R; ++r) {
                 const T* force = forces + (r * groups + g) * size;

@@ -162,9 +162,12 @@ def closing_table(cases: list[Case], seed: int) -> str:
 
 def scatter(axes: Axes, case: Case, generated: Tensor) -> None:
     """One panel: target samples under generated ones."""
-    style = {"s": 4, "linewidths": 0}
-    axes.scatter(*case.target_points[:NUM_SHOWN].T, c=TARGET_COLOR, alpha=0.4, label="target", **style)
-    axes.scatter(*generated[:NUM_SHOWN].T, c=GENERATED_COLOR, alpha=0.7, label="generated", **style)
+    for points, color, alpha, label in (
+        (case.target_points, TARGET_COLOR, 0.4, "target"),
+        (generated, GENERATED_COLOR, 0.7, "generated"),
+    ):
+        x, y = points[:NUM_SHOWN].T
+        axes.scatter(x, y, s=4, c=color, alpha=alpha, linewidths=0, label=label)
     ticks = np.arange(case.window[0], case.window[1] + 1, 2)
     axes.set(xlim=case.window, ylim=case.window, xticks=ticks, yticks=ticks, aspect="equal")
     axes.tick_params(labelsize=7)
@@ -202,7 +205,8 @@ def save_field(cases: list[Case], path: Path) -> None:
     """The field between all kept samples, on a grid; the arrows of a row share one scale."""
     shares = (0, 0.3, 1)
     figure = snapshot_figure(cases, shares, "Drifting field V: attraction by data − repulsion by samples", size=3.4)
-    for case, row in zip(cases, np.reshape(figure.axes, (len(cases), len(shares))), strict=True):
+    panels = iter(figure.axes)
+    for case in cases:
         low, high = case.window
         ticks = torch.linspace(low, high, 2 * ARROWS + 1)[1::2]
         points = torch.cartesian_prod(ticks, ticks)  # [ARROWS², 2]
@@ -210,8 +214,10 @@ def save_field(cases: list[Case], path: Path) -> None:
         fields = [field_at(points, case, steps[round(share * (len(steps) - 1))]) for share in shares]
         longest = max(V.norm(dim=-1).max().item() for V in fields)
         scale = longest / (0.15 * (high - low))
-        for axes, V in zip(row, fields, strict=True):
-            axes.quiver(*points.T, *V.T, color=ARROW_COLOR, width=0.004, angles="xy", scale_units="xy", scale=scale)
+        for V in fields:
+            next(panels).quiver(
+                *points.T, *V.T, color=ARROW_COLOR, width=0.004, angles="xy", scale_units="xy", scale=scale
+            )
     figure.savefig(path, dpi=100)
     plt.close(figure)
 

@@ -19,8 +19,8 @@ INIT_STD = 0.02  # of every embedding table
 class DriftingDiT(nn.Module):
     """Generator ``G(z, y, α, style)`` of one forward pass.
 
-    Noise patches get sin-cos positions and ``n_cls_tokens`` class tokens in front; every block is modulated (adaLN-zero)
-    by one condition vector, the sum of class embedding, style codes and CFG-scale embedding.
+    Noise patches get sin-cos positions and ``n_cls_tokens`` class tokens in front; every block is modulated
+    (adaLN-zero) by one condition vector, the sum of class embedding, style codes and CFG-scale embedding.
 
     Args:
         img_size: height and width of noise and image; a multiple of ``patch_size``.
@@ -93,7 +93,7 @@ class DriftingDiT(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise as the release: Xavier, tables N(0, 0.02²), modulations and output zero (so a fresh model returns 0)."""
+        """Initialise as the release: Xavier, tables N(0, 0.02²), modulations and output 0 (a fresh model returns 0)."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.xavier_uniform_(module.weight.flatten(1))  # a patch convolution is a linear map of its patch
@@ -191,13 +191,15 @@ class DriftingDiT(nn.Module):
             self.to(device)
         weight = self.pos_embed
         source = weight.device if generator is None else generator.device
-        draw = {"generator": generator, "device": source}
-        z = torch.randn(batch_size, self.in_chans, self.img_size, self.img_size, **draw).to(weight)
-        style = None
-        if self.num_style_tokens:
-            style = torch.randint(self.style_vocab, (batch_size, self.num_style_tokens), **draw).to(weight.device)
+
+        def draw_codes(size: int, *shape: int) -> Tensor:
+            return torch.randint(size, shape, generator=generator, device=source).to(weight.device)
+
+        shape = batch_size, self.in_chans, self.img_size, self.img_size
+        z = torch.randn(shape, generator=generator, device=source).to(weight)
+        style = draw_codes(self.style_vocab, batch_size, self.num_style_tokens) if self.num_style_tokens else None
         if y is None:
-            y = torch.randint(self.num_classes, (batch_size,), **draw)
+            y = draw_codes(self.num_classes, batch_size)
         was_training = self.training
         self.eval()
         try:
@@ -212,8 +214,18 @@ DriftingDiTLarge = partial(DriftingDiT, embed_dim=1024, depth=24, num_heads=16)
 DriftingDiTXL = partial(DriftingDiT, embed_dim=1152, depth=28, num_heads=16)
 
 
+class RMSNorm(nn.RMSNorm):
+    """``torch.nn.RMSNorm`` with the release's epsilon, and its weight in the input's dtype: else autocast is unfused."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, eps=NORM_EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class Block(nn.Module):
-    """Transformer block, modulated by the condition: attention and feed-forward, each behind a gate that starts at 0."""
+    """Transformer block modulated by the condition: attention and feed-forward, each behind a gate that starts at 0."""
 
     def __init__(
         self, dim: int, cond_dim: int, num_heads: int, mlp_ratio: float,
@@ -253,9 +265,7 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
-        norm = (nn.RMSNorm if use_rmsnorm else nn.LayerNorm) if use_qknorm else None
-        self.q_norm = norm(dim // num_heads, eps=NORM_EPS) if norm else nn.Identity()
-        self.k_norm = norm(dim // num_heads, eps=NORM_EPS) if norm else nn.Identity()
+        self.q_norm, self.k_norm = (_head_norm(dim // num_heads, use_qknorm, use_rmsnorm) for _ in range(2))
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -305,7 +315,7 @@ class ScaleEmbedding(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(2 * self.NUM_FREQUENCIES, dim)
         self.fc2 = nn.Linear(dim, dim)
-        self.norm = nn.RMSNorm(dim, eps=NORM_EPS)
+        self.norm = RMSNorm(dim)
 
     def forward(self, scale: Tensor) -> Tensor:
         angles = scale[:, None] * _frequencies(self.NUM_FREQUENCIES, scale.device)
@@ -332,7 +342,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def sincos_positions(grid: int, dim: int) -> Tensor:
-    """Fixed 2-D positions ``[grid², dim]``, row-major: the first half of the channels tells the column, the rest the row."""
+    """2-D positions ``[grid², dim]``, row-major: the first half of the channels tells the column, the rest the row."""
     index = torch.arange(grid, dtype=torch.float64)
     angles = torch.outer(index, _frequencies(dim // 4, index.device, index.dtype))
     axis = torch.cat([angles.sin(), angles.cos()], -1)  # [grid, dim/2]
@@ -348,7 +358,14 @@ def _frequencies(count: int, device: torch.device, dtype: torch.dtype = torch.fl
 
 def _token_norm(dim: int, use_rmsnorm: bool) -> nn.Module:
     """Norm of a block's input: RMSNorm has a weight, LayerNorm none (the modulation does its work)."""
-    return nn.RMSNorm(dim, eps=NORM_EPS) if use_rmsnorm else nn.LayerNorm(dim, eps=NORM_EPS, elementwise_affine=False)
+    return RMSNorm(dim) if use_rmsnorm else nn.LayerNorm(dim, eps=NORM_EPS, elementwise_affine=False)
+
+
+def _head_norm(head_dim: int, use_qknorm: bool, use_rmsnorm: bool) -> nn.Module:
+    """Norm of the queries or keys of a head."""
+    if not use_qknorm:
+        return nn.Identity()
+    return RMSNorm(head_dim) if use_rmsnorm else nn.LayerNorm(head_dim, eps=NORM_EPS)
 
 
 def _check_sizes(config: dict) -> None:
@@ -364,14 +381,15 @@ def _check_sizes(config: dict) -> None:
     if config["embed_dim"] % 4:
         raise ValueError(f"embed_dim={config['embed_dim']} is not a multiple of 4, which 2-D sin-cos positions need")
     if config["use_rope"] and (config["embed_dim"] // config["num_heads"]) % 2:
-        raise ValueError(
-            f"a head is embed_dim/num_heads = {config['embed_dim'] // config['num_heads']} wide; RoPE needs an even width"
-        )
+        width = config["embed_dim"] // config["num_heads"]
+        raise ValueError(f"a head is embed_dim/num_heads = {width} wide; RoPE needs an even width")
 
 
 def _check_indices(name: str, index: Tensor, shape: tuple[int, ...], size: int) -> None:
     if index.shape != shape or index.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"{name} is {index.dtype} {list(index.shape)}, expected an integer tensor of shape {list(shape)}")
+        raise ValueError(
+            f"{name} is {index.dtype} {list(index.shape)}, expected an integer tensor of shape {list(shape)}"
+        )
     if index.device.type != "cpu" or torch.compiler.is_compiling() or not index.numel():
         return
     low, high = index.min().item(), index.max().item()

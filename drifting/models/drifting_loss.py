@@ -23,8 +23,8 @@ class DriftingLoss(nn.Module):
         normalize_features, normalize_drift: part of the method for ``field='paper'``, where both must be True; optional
             for ``field='gaussian'``.
         field: 'paper' – the training loss of the official release, :func:`drift_ops.drift_loss`; 'gaussian' – the
-            separate-sides Gaussian field :func:`drift_ops.compute_V_multiscale`, which draws every sample to the mean of
-            its group on feature maps of many dimensions.
+            separate-sides Gaussian field :func:`drift_ops.compute_V_multiscale`, which draws every sample to the mean
+            of its group on feature maps of many dimensions.
         affinity_floor: lower bound of the paper field's squared affinities; the release has 1e-6, 0 is the definition.
         in_chans: image channels of the extractors built here ('latent', 'resnet18').
         backend: of :mod:`drift_ops`; None picks the best available.
@@ -91,6 +91,8 @@ class DriftingLoss(nn.Module):
         Raises:
             ValueError: shapes that do not fit each other, or unconditional images with ``field='gaussian'``.
         """
+        if self.field == "gaussian" and x_uncond is not None:
+            raise ValueError("field='gaussian' has no unconditional negatives: leave x_uncond out or use field='paper'")
         x_gen, x_real, x_uncond = _as_label_groups(x_gen, x_real, x_uncond)
         weight = _check_weight(weight_uncond, x_gen, x_uncond)
         P = x_real.shape[1]
@@ -100,8 +102,6 @@ class DriftingLoss(nn.Module):
             fixed_groups = self._groups(fixed)
         pos = {name: g[:, :P] for name, g in fixed_groups.items()}
         if self.field == "gaussian":
-            if x_uncond is not None:
-                raise ValueError("field='gaussian' has no unconditional negatives: leave x_uncond out or use field='paper'")
             return self._gaussian(gen, pos)
         neg = {name: g[:, P:] for name, g in fixed_groups.items()}
         return self._paper(gen, pos, neg, weight)
@@ -190,9 +190,7 @@ def _build_extractor(extractor: str | nn.Module, in_chans: int) -> nn.Module:
     raise ValueError(f"feature_extractor is {extractor!r}, expected 'latent', 'pixels', 'resnet18' or an nn.Module")
 
 
-def _as_label_groups(
-    x_gen: Tensor, x_real: Tensor, x_uncond: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def _as_label_groups(x_gen: Tensor, x_real: Tensor, x_uncond: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """The three as ``[L, count, C, H, W]``, checked against each other."""
     named = {"x_gen": x_gen, "x_real": x_real} | ({} if x_uncond is None else {"x_uncond": x_uncond})
     for name, x in named.items():

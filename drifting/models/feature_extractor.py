@@ -70,8 +70,8 @@ class LatentFeatureExtractor(FrozenModule):
         width = base_channels
         for index, count in enumerate(layers):
             out = base_channels * 2**index
-            blocks = [BasicBlock(width if i == 0 else out, out, stride=2 if index and i == 0 else 1) for i in range(count)]
-            self.stages.append(nn.ModuleList(blocks))
+            first = BasicBlock(width, out, stride=2 if index else 1)
+            self.stages.append(nn.Sequential(first, *(BasicBlock(out, out, stride=1) for _ in range(count - 1))))
             self.stage_norms.append(group_norm(out))
             width = out
         generator = torch.Generator().manual_seed(seed)
@@ -87,7 +87,7 @@ class LatentFeatureExtractor(FrozenModule):
         x = F.relu(self.gn1(self.conv1(x)))
         maps |= multiscale_maps("conv1", x)
         for index, (stage, norm) in enumerate(zip(self.stages, self.stage_norms, strict=True), start=1):
-            for number, block in enumerate(stage, start=1):  # type: ignore[arg-type]
+            for number, block in enumerate(stage.children(), start=1):
                 x = block(x)
                 if number % self.every_k_block == 0:
                     maps |= multiscale_maps(f"layer{index}_blk{number}", x)
@@ -113,6 +113,8 @@ class FeatureExtractor(FrozenModule):
 
     RGB_MEAN = (0.485, 0.456, 0.406)
     RGB_STD = (0.229, 0.224, 0.225)
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, in_chans: int = 3, pretrained: bool = True) -> None:
         super().__init__()
@@ -195,11 +197,13 @@ def multiscale_maps(name: str, feature: Tensor) -> FeatureMaps:
 
 
 def _mean_and_std(patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and smoothed standard deviation over the points of each patch, ``[B, T, points, C]`` to two ``[B, T, C]``."""
+    """Mean and smoothed standard deviation over each patch, ``[B, T, points, C]`` to two ``[B, T, C]``."""
     var, mean = torch.var_mean(patches.float(), dim=2, correction=0)
     return mean.to(patches.dtype), (var + STD_EPS).sqrt().to(patches.dtype)
 
 
 def _check_channels(x: Tensor, in_chans: int) -> None:
     if x.ndim != 4 or x.shape[1] != in_chans:
-        raise ValueError(f"images have shape {list(x.shape)}, expected [B, {in_chans}, H, W] (set in_chans to change it)")
+        raise ValueError(
+            f"images have shape {list(x.shape)}, expected [B, {in_chans}, H, W] (set in_chans to change it)"
+        )

@@ -14,7 +14,7 @@ __all__ = ["compute_V", "compute_V_multiscale", "compute_kernel", "drifting_loss
 
 
 def compute_kernel(x: Tensor, y: Tensor, sigma: float = 1.0, normalize: bool = True) -> Tensor:
-    """Gaussian kernel ``exp(−‖x_i − y_j‖² / (2σ²))``, ``[..., N, M]``, of points ``x [..., N, D]`` and ``y [..., M, D]``.
+    """Gaussian kernel ``exp(−‖x_i − y_j‖² / (2σ²))`` of ``x [..., N, D]`` and ``y [..., M, D]``, ``[..., N, M]``.
 
     With ``normalize``, of the points scaled to norm √D.
     """
