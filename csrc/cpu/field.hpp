@@ -261,8 +261,10 @@ template <class T> class FieldBackward : Field<T> {
         Base::logits(s)(t, d, mine.logits);
         Base::find_affinities(t, s, mine.logits, mine.A);
         multiply<T>(t.rows, t.width, p.D, io.grad_num + at * p.D, p.D, 1, value_panels + t.col * p.D, p.D * PANEL<T>, mine.G, t.ld, false);
-        for (int64_t i = 0; i < t.rows; ++i)
-            for (int64_t j = 0; j < t.cols; ++j) mine.G[i * t.ld + j] += io.grad_den[at + i];
+        for (int64_t i = 0; i < t.rows; ++i) {
+            const Vec<T> grad_den = splat<T>(io.grad_den[at + i]);
+            for (T *G = mine.G + i * t.ld, *end = G + t.width; G < end; G += WIDTH<T>) store<T>(G, load<T>(G) + grad_den);
+        }
     }
 
     // Pass 1: gradients of v and w, and the sums of G along rows and columns that pass 2 needs.
@@ -276,16 +278,18 @@ template <class T> class FieldBackward : Field<T> {
             T* grad_w = io.grad_w ? io.grad_w + g * p.M + t.key : nullptr;
             T* col = col_flow + s * cols + t.col;
             for (int64_t i = 0; i < t.rows; ++i) {
-                T *A = mine.A + i * t.ld, *G = mine.G + i * t.ld;
-                for (int64_t j = 0; j < t.cols; ++j) {
-                    const T grad_weight = A[j] * G[j];
-                    const bool above_floor = A[j] > least;
-                    if (grad_w) grad_w[j] += grad_weight;
-                    if (w) A[j] *= w[j];
-                    G[j] = above_floor ? (w ? grad_weight * w[j] : grad_weight) : T(0);
-                    col[j] += G[j];
+                Vec<T> row{};
+                for (int64_t j = 0; j < t.width; j += WIDTH<T>) {
+                    T *A = mine.A + i * t.ld + j, *G = mine.G + i * t.ld + j;
+                    const Vec<T> affinity = load<T>(A), grad_weight = affinity * load<T>(G);
+                    const Vec<T> weight = w ? load_up_to<T>(w + j, t.cols - j) : splat<T>(1);
+                    const Vec<T> flow = affinity <= least ? Vec<T>{} : grad_weight * weight;  // none through the floor
+                    if (grad_w) write_row<T>(grad_w + j, grad_weight, t.cols - j, true);
+                    store<T>(A, affinity * weight);
+                    store<T>(col + j, load<T>(col + j) + flow);
+                    row += flow;
                 }
-                row_flow[s * rows + t.row + i] += sum<T>(G, t.cols);
+                row_flow[s * rows + t.row + i] += horizontal_sum<T>(row);
             }
             pack_tile_rows(io.grad_num + Base::output_row(s, t) * p.D, t.rows, mine, mine.grad_panels);
             multiply<T>(t.cols, p.D, t.rows, mine.A, 1, t.ld, mine.grad_panels, t.rows * PANEL<T>,
@@ -352,7 +356,7 @@ template <class T> class FieldBackward : Field<T> {
             const Vec<T> L = load<T>(mine.logits + at), A = load<T>(mine.A + at), factor = load<T>(col.sum + j);
             Vec<T> G = A * load<T>(mine.G + at);
             if (w) G *= load_up_to<T>(w + j, t.cols - j);
-            G = A > least ? G : Vec<T>{};
+            G = A <= least ? Vec<T>{} : G;
             const Vec<T> grad_logit = G - row_half * exp_nonpositive(L - row.max[0])
                                       - T(0.5) * load<T>(col_flow + s * cols + t.col + j) * factor * factor * exp_nonpositive(L - load<T>(col.max + j));
             store<T>(mine.h + at, load<T>(mine.h + at) - logits.point_factor(L, load<T>(d + at), grad_logit));
