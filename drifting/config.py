@@ -6,14 +6,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from .data import DATASETS
 from .cli import UserError
+from .data import DATASETS
 
 CONFIG_DIR = Path(__file__).parent / "configs"
 
@@ -166,9 +166,7 @@ def check_values(config: Config) -> None:
     require(SHARES, lambda v: 0 <= v <= 1, "a number from 0 to 1")
     for key, choices in CHOICES.items():
         require([key], lambda v, choices=choices: v in choices, f"one of: {', '.join(choices)}")
-    require(
-        ["loss.temperatures"], lambda v: v and all(0 < R < math.inf for R in v), "one or more positive numbers"
-    )
+    require(["loss.temperatures"], lambda v: v and all(0 < R < math.inf for R in v), "one or more positive numbers")
     require(
         ["guidance.cfg_scale_range"],
         lambda v: len(v) == 2 and 1 <= v[0] <= v[1] < math.inf,
@@ -182,7 +180,8 @@ def check_values(config: Config) -> None:
 def changed_keys(old: Config, new: Config) -> list[str]:
     """``key: old, new`` for each value that differs and must not when a run is resumed."""
     before, after = flatten(dataclasses.asdict(old)), flatten(dataclasses.asdict(new))
-    return [f"{key}: {before[key]}, now {after[key]}" for key in before if key not in MAY_CHANGE and before[key] != after[key]]
+    differing = [key for key in before if key not in MAY_CHANGE and before[key] != after[key]]
+    return [f"{key}: {before[key]}, now {after[key]}" for key in differing]
 
 
 def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
@@ -232,7 +231,7 @@ def _leaf_types(schema: type = Config, prefix: str = "") -> dict[str, str]:
         if dataclasses.is_dataclass(hint):
             types |= _leaf_types(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
         else:
-            types[f"{prefix}{name}"] = hint.__name__ if isinstance(hint, type) and not hasattr(hint, "__args__") else str(hint)
+            types[f"{prefix}{name}"] = str(hint) if get_args(hint) else hint.__name__
     return types
 
 

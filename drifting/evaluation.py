@@ -2,7 +2,7 @@
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.spatial.distance import cdist
+from sklearn.metrics import pairwise_distances_argmin_min
 from sklearn.svm import SVC
 
 from .data import Dataset
@@ -69,7 +69,7 @@ def frechet_distance(a: Points, b: Points) -> float:
 
 def nearest_distance(a: Points, b: Points) -> float:
     """Mean Euclidean distance of each point of ``a [N, D]`` to its nearest in ``b [M, D]``."""
-    return float(cdist(a, b).min(1).mean())
+    return float(pairwise_distances_argmin_min(a, b)[1].mean())
 
 
 def _points(images: Pixels) -> Points:

@@ -16,7 +16,7 @@ Pixels = NDArray[np.uint8]  # [N, H, W, C]
 
 
 def to_uint8(images: Tensor, pixel_range: tuple[float, float]) -> Pixels:
-    """``images [N, C, H, W]`` as uint8 ``[N, H, W, C]``: ``pixel_range`` maps to 0 … 255, what lies outside is clipped."""
+    """``images [N, C, H, W]`` as uint8 ``[N, H, W, C]``; ``pixel_range`` maps to 0 … 255, the rest is clipped."""
     low, high = pixel_range
     pixels = ((images.float() - low) * (255 / (high - low))).round().clamp(0, 255)
     return pixels.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()

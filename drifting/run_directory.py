@@ -81,7 +81,7 @@ def load_generator(path: Path) -> Generator:
         raise UserError(f"there is no run directory {path}")
     for file in (run.description, run.weights):
         if not file.is_file():
-            raise UserError(f"{path} holds no {file.name}: expected a run directory that `python -m drifting.train` wrote")
+            raise UserError(f"{path} holds no {file.name}: expected a run directory of `python -m drifting.train`")
     try:
         description = json.loads(run.description.read_text())
         model = DriftingDiT(**description["model"])
@@ -89,4 +89,5 @@ def load_generator(path: Path) -> Generator:
         low, high = description["pixel_range"]
         return Generator(model.eval(), description["data"], (low, high), description["step"])
     except (ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"the model in {path} cannot be read: {type(error).__name__}: {error}".splitlines()[0]) from error
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"the model in {path} cannot be read: {type(error).__name__}: {reason}") from error

@@ -57,9 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     trained = load_generator(arguments.run)
     labels = spread_labels(arguments.num, _parse_labels(arguments.labels, trained.model.num_classes))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    images = draw_samples(
-        trained.model.to(device), labels, trained.pixel_range, arguments.cfg_scale, arguments.seed
-    )
+    images = draw_samples(trained.model.to(device), labels, trained.pixel_range, arguments.cfg_scale, arguments.seed)
     try:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         if arguments.out.suffix == ".npz":

@@ -1,4 +1,4 @@
-"""``python -m drifting.train [--config NAME|FILE] [--out DIR] [key=value ...]``: train a generator, or go on with it."""
+"""``python -m drifting.train [--config NAME|FILE] [--out DIR] [key=value ...]``: train a generator or resume it."""
 
 import signal
 import sys
@@ -71,7 +71,7 @@ def train(config: Config, out: Path) -> int:
     if not finished:
         print(f"interrupted at step {trainer.step}, saved in {run.checkpoints}: the same command again goes on")
         return INTERRUPTED
-    save_generator(run, trainer.ema.module, dataset, trainer.step)
+    save_generator(run, trainer.ema_model, dataset, trainer.step)
     print_summary(_evaluate(trainer, dataset, evaluator), run)
     return 0
 
@@ -99,7 +99,7 @@ def _train_steps(
             bar.update()
             if step == total or step % every.save_every == 0 or interrupts:
                 save_checkpoint(run.checkpoints, trainer.state_dict())
-                save_generator(run, trainer.ema.module, dataset, step)
+                save_generator(run, trainer.ema_model, dataset, step)
             if interrupts:
                 return step == total
     return True
@@ -130,7 +130,7 @@ def _build_trainer(config: Config, dataset: Dataset) -> DriftingTrainer:
         raise UserError(f"model: {error}") from error
     settings: dict[str, Any] = vars(config.loss) | vars(config.step) | vars(config.guidance) | vars(config.optimizer)
     decay_steps = config.train.steps if settings.pop("cosine_decay") else None
-    return create_trainer(model, decay_steps=decay_steps, seed=config.seed, **settings)
+    return create_trainer(model, decay_steps=decay_steps, pixel_range=dataset.pixel_range, seed=config.seed, **settings)
 
 
 def _batches(config: Config, dataset: Dataset, step: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -142,13 +142,13 @@ def _batches(config: Config, dataset: Dataset, step: int) -> Iterator[tuple[Tens
 
 def _evaluate(trainer: DriftingTrainer, dataset: Dataset, evaluator: Evaluator) -> dict[str, float]:
     labels = spread_labels(NUM_SAMPLES, range(dataset.num_classes))
-    return evaluator(draw_samples(trainer.ema.module, labels, dataset.pixel_range), labels.numpy())
+    return evaluator(draw_samples(trainer.ema_model, labels, dataset.pixel_range), labels.numpy())
 
 
 def _save_picture(run: RunDirectory, trainer: DriftingTrainer, dataset: Dataset) -> None:
     """Generated images of every class, one a row, beside training images of it."""
     labels = spread_labels(COLUMNS * dataset.num_classes, range(dataset.num_classes))
-    generated = draw_samples(trainer.ema.module, labels, dataset.pixel_range)
+    generated = draw_samples(trainer.ema_model, labels, dataset.pixel_range)
     rows = [dataset.train_images[dataset.train_labels == y][:COLUMNS] for y in range(dataset.num_classes)]
     real = to_uint8(torch.cat(rows), dataset.pixel_range)
     save_comparison(generated, real, COLUMNS, run.samples / f"step_{trainer.step:08d}.png")
@@ -167,13 +167,14 @@ def _progress(record: dict[str, Any], quality: dict[str, float]) -> str:
 def print_summary(quality: dict[str, float], run: RunDirectory) -> None:
     """The closing table, generated images beside real ones."""
     rows = [
-        ("Frechet distance to the test images", "frechet_distance", "frechet_distance_train", "training images", "8.1f"),
-        ("recognised as their class", "recognised_share", "recognised_share_test", "test images", "8.1%"),
-        ("distance to the nearest training image", "nearest_distance", "nearest_distance_test", "test images", "8.2f"),
+        ("Frechet distance to the test images", "frechet_distance", "8.1f", "train"),
+        ("recognised as their class", "recognised_share", "8.1%", "test"),
+        ("distance to the nearest training image", "nearest_distance", "8.2f", "test"),
     ]
-    print(f"\n{NUM_SAMPLES} images, one step each{'':16} generated      real")
-    for title, generated, real, of, form in rows:
-        print(f"{title:40} {quality[generated]:{form}}  {quality[real]:{form}}  ({of})")
+    print(f"\n{f'{NUM_SAMPLES} images in one step each':40} generated      real")
+    for title, measure, form, split in rows:
+        real = quality[f"{measure}_{split}"]
+        print(f"{title:40}  {quality[measure]:{form}}  {real:{form}}  ({split} images)")
     print(f"\nsamples: {run.samples}\nmore:    python -m drifting.sample {run.path} --num 100 --out digits.png")
 
 
@@ -186,7 +187,7 @@ def _interruptible() -> Iterator[list[int]]:
         received.append(number)
         signal.signal(number, before[number])
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {int(number): signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield received
     finally:

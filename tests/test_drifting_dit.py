@@ -24,7 +24,7 @@ TINY = {
 
 
 def tiny(**changes) -> DriftingDiT:
-    """A small model with every parameter drawn at random, so that no part is switched off by its zero initialisation."""
+    """A small model with every parameter moved at random, so that zero initialisation switches no part off."""
     model = DriftingDiT(**{**TINY, **changes})
     with torch.no_grad():
         for parameter in model.parameters():

@@ -15,15 +15,12 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from matplotlib.animation import FuncAnimation, PillowWriter
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -35,7 +32,7 @@ LEARNING_RATE = 1e-2
 TEMPERATURES = (0.02, 0.05, 0.2)
 NUM_KEPT = 2000  # points kept of the target and of each frame: what the field plot is computed from
 NUM_SHOWN = 600  # points drawn
-NUM_EVALUATED = 4000
+NUM_EVALUATED = 2000
 NUM_FRAMES = 48
 ARROWS = 20  # along a side of the field plot
 
@@ -176,7 +173,7 @@ def scatter(axes: Axes, case: Case, generated: Tensor) -> None:
 def snapshot_figure(cases: list[Case], shares: tuple[float, ...], title: str, size: float) -> Figure:
     """One row a case, one column a moment, at the given shares of the kept steps; one panel's axes like the next's."""
     shape = len(cases), len(shares)
-    figure = plt.figure(figsize=(size * shape[1], size * shape[0] + 0.6), layout="constrained")
+    figure = Figure(figsize=(size * shape[1], size * shape[0] + 0.6), layout="constrained")
     panels = figure.subplots(*shape, squeeze=False)
     for case, row in zip(cases, panels, strict=True):
         steps = sorted(case.frames)
@@ -198,7 +195,6 @@ def add_legend(figure: Figure, title: str) -> None:
 def save_progress(cases: list[Case], path: Path) -> None:
     figure = snapshot_figure(cases, (0, 0.15, 0.3, 0.5, 1), "Training progress", size=2.4)
     figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
 def save_field(cases: list[Case], path: Path) -> None:
@@ -219,7 +215,6 @@ def save_field(cases: list[Case], path: Path) -> None:
                 *points.T, *V.T, color=ARROW_COLOR, width=0.004, angles="xy", scale_units="xy", scale=scale
             )
     figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
 def field_at(points: Tensor, case: Case, step: int) -> Tensor:
@@ -231,30 +226,31 @@ def field_at(points: Tensor, case: Case, step: int) -> Tensor:
 
 def save_animation(cases: list[Case], path: Path) -> None:
     """All cases side by side, moving from the first step to the last."""
-    figure = plt.figure(figsize=(2.4 * len(cases), 3.1), layout="constrained")
+    figure = Figure(figsize=(2.4 * len(cases), 2.9), dpi=80, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(cases), squeeze=False)[0]
     for case, axes in zip(cases, panels, strict=True):
         scatter(axes, case, case.frames[0])
         axes.set_title(case.title, fontsize=9)
+        axes.set(xticks=[], yticks=[])
     add_legend(figure, "step 0")
-    figure.draw_without_rendering()
+    canvas.draw()
     figure.set_layout_engine("none")  # laid out once, not for every frame
-
-    def draw(step: int) -> None:
+    pictures = []
+    for step in sorted(cases[0].frames):
         figure.suptitle(f"step {step}", x=0.01, ha="left", fontsize=11)
         for case, axes in zip(cases, panels, strict=True):
             axes.collections[1].set_offsets(case.frames[step][:NUM_SHOWN])
-
-    steps = sorted(cases[0].frames)
-    hold = [steps[-1]] * 12  # stay on the result for a moment before looping
-    FuncAnimation(figure, draw, frames=steps + hold, blit=False).save(path, writer=PillowWriter(fps=12), dpi=80)
-    plt.close(figure)
+        canvas.draw()
+        pictures.append(Image.fromarray(np.array(canvas.buffer_rgba())).convert("RGB").quantize(64))
+    durations = [80] * (len(pictures) - 1) + [1500]  # in ms; stay on the result before looping
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=durations, loop=0)
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, default=Path("outputs/toy_2d"), help="folder for the pictures")
-    parser.add_argument("--steps", type=int, default=800, help="training steps of each case")
+    parser.add_argument("--steps", type=int, default=1000, help="training steps of each case")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dataset", choices=("all", *DATASETS), default="all")
     options = parser.parse_args(arguments)

@@ -215,7 +215,7 @@ DriftingDiTXL = partial(DriftingDiT, embed_dim=1152, depth=28, num_heads=16)
 
 
 class RMSNorm(nn.RMSNorm):
-    """``torch.nn.RMSNorm`` with the release's epsilon, and its weight in the input's dtype: else autocast is unfused."""
+    """``nn.RMSNorm`` with the release's epsilon and its weight in the input's dtype (else autocast runs it unfused)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__(dim, eps=NORM_EPS)

@@ -191,7 +191,8 @@ def multiscale_maps(name: str, feature: Tensor) -> FeatureMaps:
     maps[f"{name}_mean"], maps[f"{name}_std"] = _mean_and_std(maps[name].unsqueeze(1))
     for p in PATCH_SIZES:
         if H % p == 0 and W % p == 0:
-            patches = feature.view(B, C, H // p, p, W // p, p).permute(0, 2, 4, 3, 5, 1).reshape(B, -1, p * p, C)
+            patches = feature.reshape(B, C, H // p, p, W // p, p).permute(0, 2, 4, 3, 5, 1)  # [B, H/p, W/p, p, p, C]
+            patches = patches.reshape(B, H * W // p**2, p**2, C)
             maps[f"{name}_mean_{p}"], maps[f"{name}_std_{p}"] = _mean_and_std(patches)
     return maps
 

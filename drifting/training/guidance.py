@@ -13,7 +13,7 @@ def sample_cfg_scale(
     unguided_share: float,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Guidance scales α ``[num]`` (appendix A.7 of the paper): p(α) ∝ α^-exponent on ``scale_range``, or 1.
+    """Guidance scales α ``[num]``: p(α) ∝ α^-exponent on ``scale_range``, or 1 (``train.py`` of the release).
 
     Args:
         num: how many.

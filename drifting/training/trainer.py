@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ class DriftingTrainer:
         cfg_scale_range, cfg_exponent, uncond_prob: distribution of α, see :func:`sample_cfg_scale`.
         ema_decay: of the averaged weights that :meth:`generate` uses.
         max_grad_norm: gradients are clipped to this norm.
+        pixel_range: least and greatest value of an image; generated values are clamped to it. None does not clamp.
         seed: all randomness of step n derives from (seed, n), so that a resumed run repeats an uninterrupted one.
         device: of the model.
 
@@ -56,6 +57,7 @@ class DriftingTrainer:
         uncond_prob: float,
         ema_decay: float,
         max_grad_norm: float,
+        pixel_range: tuple[float, float] | None,
         seed: int,
         device: torch.device,
     ) -> None:
@@ -64,9 +66,14 @@ class DriftingTrainer:
         self.labels_per_step, self.gen_per_label = labels_per_step, gen_per_label
         self.pos_per_label, self.uncond_per_label = pos_per_label, uncond_per_label
         self.cfg_scale_range, self.cfg_exponent, self.uncond_prob = cfg_scale_range, cfg_exponent, uncond_prob
-        self.max_grad_norm, self.seed, self.device = max_grad_norm, seed, device
+        self.max_grad_norm, self.pixel_range, self.seed, self.device = max_grad_norm, pixel_range, seed, device
         self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay)).requires_grad_(False)
         self.step = 0
+
+    @property
+    def ema_model(self) -> DriftingDiT:
+        """The model with averaged weights."""
+        return cast(DriftingDiT, self.ema.module)
 
     def train_step(self, images: Tensor, labels: Tensor, use_cfg_training: bool = True) -> dict[str, Tensor]:
         """Put a batch of real images into the queue, then take one optimiser step.
@@ -120,16 +127,16 @@ class DriftingTrainer:
         Raises:
             ValueError: the dataloader yields nothing.
         """
-        sums: dict[str, Tensor] = {}
+        logged = ("loss", "grad_norm", "sample_spread")
+        sums = torch.zeros(len(logged), device=self.device)
         num_steps = 0
         for images, labels in tqdm(dataloader, desc="train_epoch", leave=False, disable=None):
             metrics = self.train_step(images, labels, use_cfg_training)
-            for name in ("loss", "grad_norm", "sample_spread"):
-                sums[name] = sums.get(name, 0) + metrics[name]
+            sums += torch.stack([metrics[name] for name in logged])
             num_steps += 1
         if not num_steps:
             raise ValueError("the dataloader yielded no batch, expected batches of (images, labels)")
-        averages = {name: value.item() / num_steps for name, value in sums.items()}
+        averages = dict(zip(logged, (sums / num_steps).tolist(), strict=True))
         return {"avg_loss": averages.pop("loss"), "num_steps": num_steps} | averages
 
     def generate(
@@ -140,7 +147,7 @@ class DriftingTrainer:
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Images ``[batch_size, C, H, W]`` of the averaged model in one step; see :meth:`DriftingDiT.generate`."""
-        return self.ema.module.generate(batch_size, labels, cfg_scale, generator=generator)
+        return self._clamp(self.ema_model.generate(batch_size, labels, cfg_scale, generator=generator))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that shapes the rest of the run: weights, average, optimiser, schedule, queue, step."""
@@ -183,7 +190,10 @@ class DriftingTrainer:
             style = torch.randint(model.style_vocab, size, generator=noise, device=self.device)
         y = label.to(self.device).repeat_interleave(self.gen_per_label)
         alpha = cfg_scale.to(self.device).repeat_interleave(self.gen_per_label)
-        return model(z, y, alpha, style).unflatten(0, (len(label), self.gen_per_label))
+        return self._clamp(model(z, y, alpha, style)).unflatten(0, (len(label), self.gen_per_label))
+
+    def _clamp(self, images: Tensor) -> Tensor:
+        return images if self.pixel_range is None else images.clamp(*self.pixel_range)
 
 
 def create_trainer(
@@ -208,6 +218,7 @@ def create_trainer(
     decay_steps: int | None = None,
     ema_decay: float = 0.999,
     max_grad_norm: float = 2.0,
+    pixel_range: tuple[float, float] | None = None,
     seed: int = 0,
 ) -> DriftingTrainer:
     """A trainer with its loss, queue, AdamW and schedule.
@@ -228,7 +239,9 @@ def create_trainer(
         labels_per_step, gen_per_label, pos_per_label, uncond_per_label: sizes of a step; the paper's ablation uses
             64 labels, 64 generated and 64 positive images and 16 unconditional ones.
         unconditional_queue_size: real images kept over all classes.
-        weight_decay, ema_decay, max_grad_norm: as in the paper's table 8.
+        weight_decay, ema_decay, max_grad_norm: the release's values by default.
+        pixel_range: least and greatest value of an image. Real pixels pile up at both ends; clamping generated ones
+            before the loss lets them do so too. None, for latents, does not clamp.
         seed: of all randomness in training. The model's initial weights are the caller's.
 
     Raises:
@@ -257,7 +270,7 @@ def create_trainer(
         labels_per_step=labels_per_step, gen_per_label=gen_per_label, pos_per_label=pos_per_label,
         uncond_per_label=uncond_per_label, cfg_scale_range=(cfg_scale_range[0], cfg_scale_range[1]),
         cfg_exponent=cfg_exponent, uncond_prob=uncond_prob, ema_decay=ema_decay, max_grad_norm=max_grad_norm,
-        seed=seed, device=where,
+        pixel_range=pixel_range, seed=seed, device=where,
     )  # fmt: skip
 
 
@@ -275,9 +288,7 @@ def warmup_then_cosine(
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def _check_arguments(
-    positive: dict[str, float], share: dict[str, float], cfg_scale_range: tuple[float, ...]
-) -> None:
+def _check_arguments(positive: dict[str, float], share: dict[str, float], cfg_scale_range: tuple[float, ...]) -> None:
     for name, value in positive.items():
         if not 0 < value < math.inf:
             raise ValueError(f"{name} is {value}, expected a positive number")
@@ -285,4 +296,4 @@ def _check_arguments(
         if not 0 <= value <= 1:
             raise ValueError(f"{name} is {value}, expected a number from 0 to 1")
     if len(cfg_scale_range) != 2 or not 1 <= cfg_scale_range[0] <= cfg_scale_range[1] < math.inf:
-        raise ValueError(f"cfg_scale_range is {cfg_scale_range}, expected (least, greatest) with 1 <= least <= greatest")
+        raise ValueError(f"cfg_scale_range is {cfg_scale_range}, expected (least, greatest), from 1 up")
