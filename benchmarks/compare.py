@@ -77,10 +77,10 @@ def main() -> None:
             speed.append(measure(case, args.seconds))
             print(row(speed[-1]), flush=True)
     growth = [] if args.only else [memory(form) for form in ("compute_V", "drift_field")]
-    for of_form in growth:
+    for result in growth:
         print(
-            f"{of_form['form']} forward and backward, N = P = M = {of_form['points']}, D = {of_form['dim']}: peak memory"
-            f" grows by {of_form['growth_mb']} MB (<= {MOST_MEMORY_GROWTH_MB}) in {of_form['seconds']} s"
+            "{form} forward and backward, N = P = M = {points}, D = {dim}: {seconds} s,".format(**result),
+            f"peak memory grows by {result['growth_mb']} MB (<= {MOST_MEMORY_GROWTH_MB})",
         )
     if args.json:
         with open(args.json, "w") as file:

@@ -1,18 +1,18 @@
 """Memory of one large problem, forward and backward: ``python -m benchmarks.memory FORM [--points N] [--dim D]``.
 
-Prints a line of JSON: seconds, and by how many MB peak resident memory grew over that of a small problem run before
-it. A dense ``[N, M]`` matrix of float32 would take ``dense_matrix_mb``.
+Prints a line of JSON: seconds, and by how many MB resident memory peaks over what it is after a small problem. A dense
+``[N, M]`` matrix of float32 would take ``dense_matrix_mb``. Linux only.
 """
 
 import argparse
 import json
-import resource
-import sys
 import time
 
 import torch
 
 import drift_ops
+
+from .measure import peak_extra_memory
 
 
 def run(form: str, points: int, dim: int) -> None:
@@ -24,11 +24,6 @@ def run(form: str, points: int, dim: int) -> None:
     V.square().sum().backward()
 
 
-def peak_mb() -> float:
-    """Highest resident memory of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("form", choices=["compute_V", "drift_field"])
@@ -36,14 +31,16 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=16, help="D (default 16)")
     args = parser.parse_args()
     run(args.form, 64, args.dim)
-    before, start = peak_mb(), time.perf_counter()
-    run(args.form, args.points, args.dim)
+    start = time.perf_counter()
+    growth = peak_extra_memory(lambda: run(args.form, args.points, args.dim))
     result = {
-        "form": args.form, "points": args.points, "dim": args.dim,
+        "form": args.form,
+        "points": args.points,
+        "dim": args.dim,
         "seconds": round(time.perf_counter() - start, 2),
-        "growth_mb": round(peak_mb() - before, 1),
+        "growth_mb": None if growth is None else round(growth / 2**20, 1),
         "dense_matrix_mb": args.points**2 * 4 / 2**20,
-    }  # fmt: skip
+    }
     print(json.dumps(result))
 
 

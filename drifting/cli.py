@@ -5,6 +5,8 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+INTERRUPTED = 130  # exit status after Ctrl-C
+
 
 class UserError(ValueError):
     """Something about the command, its files or its configuration is wrong; the message says what to do."""
@@ -18,10 +20,16 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def run_command(command: Callable[[], int]) -> NoReturn:
-    """Exit with the status that ``command`` returns, or with 2 and one line on stderr for a :class:`UserError`."""
+    """Exit with the status that ``command`` returns, or with 2 and one line on stderr for a :class:`UserError`.
+
+    Ctrl-C where nothing is under way that needs saving ends with one line as well.
+    """
     try:
         status = command()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         status = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = INTERRUPTED
     sys.exit(status)

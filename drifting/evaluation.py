@@ -4,9 +4,10 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.metrics import pairwise_distances_argmin_min
 from sklearn.svm import SVC
+from torch import Tensor
 
 from .data import Dataset
-from .images import Pixels, to_uint8
+from .images import Pixels
 
 Points = NDArray[np.float64]  # [N, D]
 
@@ -17,8 +18,8 @@ class Evaluator:
     """Judges generated images by the training and test images of ``dataset``; build once, call often."""
 
     def __init__(self, dataset: Dataset) -> None:
-        self.train = _points(to_uint8(dataset.train_images, dataset.pixel_range))
-        self.test = _points(to_uint8(dataset.test_images, dataset.pixel_range))
+        self.train = _data_points(dataset.train_images, dataset.pixel_range)
+        self.test = _data_points(dataset.test_images, dataset.pixel_range)
         self.classifier = SVC(gamma=0.001, C=10).fit(self.train, dataset.train_labels.numpy())
         self.of_data = {
             "frechet_distance_train": frechet_distance(self.train, self.test),
@@ -37,7 +38,7 @@ class Evaluator:
         Raises:
             ValueError: fewer than 2 images, or images of another size.
         """
-        points = _points(images)
+        points = images.reshape(len(images), -1).astype(np.float64) * (PIXEL_MAX / 255)
         if len(points) < 2 or points.shape[1] != self.test.shape[1]:
             raise ValueError(
                 f"received {len(points)} images of {points.shape[1]} values, "
@@ -72,5 +73,6 @@ def nearest_distance(a: Points, b: Points) -> float:
     return float(pairwise_distances_argmin_min(a, b)[1].mean())
 
 
-def _points(images: Pixels) -> Points:
-    return images.reshape(len(images), -1).astype(np.float64) * (PIXEL_MAX / 255)
+def _data_points(images: Tensor, pixel_range: tuple[float, float]) -> Points:
+    low, high = pixel_range
+    return ((images.double() - low) * (PIXEL_MAX / (high - low))).flatten(1).numpy()

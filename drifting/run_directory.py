@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from .cli import UserError
 from .data import Dataset
@@ -65,7 +65,7 @@ def save_generator(run: RunDirectory, model: DriftingDiT, dataset: Dataset, step
     }
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     with atomic_write(run.weights) as part:
-        save_file(weights, part)
+        part.write_bytes(save(weights))
     with atomic_write(run.description) as part:
         part.write_text(json.dumps(description, indent=2) + "\n")
 

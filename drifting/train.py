@@ -1,5 +1,6 @@
 """``python -m drifting.train [--config NAME|FILE] [--out DIR] [key=value ...]``: train a generator or resume it."""
 
+import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
-from .cli import ArgumentParser, UserError, run_command
+from .cli import INTERRUPTED, ArgumentParser, UserError, run_command
 from .config import Config, changed_keys, load_config, save_config
 from .data import DATASETS, Dataset, EndlessShuffle
 from .evaluate import NUM_SAMPLES
@@ -27,7 +28,6 @@ from .training.checkpoint import load_checkpoint, save_checkpoint
 from .training.metrics_log import MetricsLog, to_record
 
 COLUMNS = 10  # images of a class in a picture
-INTERRUPTED = 130  # exit status
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,6 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values over the configuration's")
     arguments = parser.parse_intermixed_args(argv)
     config = load_config(arguments.config, arguments.overrides)
+    if "OMP_NUM_THREADS" not in os.environ:
+        # With every core in use, anything else that runs holds up each parallel region: on two cores a step then
+        # takes ten times as long. A small model loses little by leaving one core free.
+        torch.set_num_threads(max(1, torch.get_num_threads() - 1))
     return train(config, arguments.out or Path("runs") / Path(arguments.config).stem)
 
 

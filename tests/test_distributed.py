@@ -33,9 +33,7 @@ def training_step(ranks, rank, process_group, backend, wrap=lambda module: modul
     torch.manual_seed(0)
     layer = wrap(torch.nn.Linear(10, 10))
     maps = {name: of_maps[0] for name, of_maps in maps_of(ranks, rank).items()}
-    loss, _ = drift_ops.drift_loss(
-        **(maps | {"gen": layer(maps["gen"])}), process_group=process_group, backend=backend
-    )
+    loss, _ = drift_ops.drift_loss(**(maps | {"gen": layer(maps["gen"])}), process_group=process_group, backend=backend)
     field = drift_ops.drift_field(layer(maps["gen"]), maps["fixed_pos"], temperature=1.0, backend=backend)
     (loss.mean() + field.square().mean()).backward()
     return [parameter.grad for parameter in layer.parameters()]

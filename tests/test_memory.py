@@ -12,6 +12,7 @@ import drift_ops
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from Linux's /proc")
 @pytest.mark.parametrize("form", ["compute_V", "drift_field"])
 def test_large_problem(form):
     """32,768 points a side: a dense matrix takes 4 GB."""
@@ -20,4 +21,4 @@ def test_large_problem(form):
     command = [sys.executable, "-m", "benchmarks.memory", form]
     result = json.loads(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
     assert result["dense_matrix_mb"] == 4096
-    assert result["growth_mb"] < 400
+    assert 6 < result["growth_mb"] < 400  # the three gradients alone take 6

@@ -1,0 +1,158 @@
+"""The commands as a person runs them."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from drifting import evaluate, sample
+from drifting import train as training
+from drifting.cli import run_command
+
+SMALL = [
+    "model.patch_size=4", "model.embed_dim=16", "model.depth=1", "model.num_heads=2", "step.gen_per_label=8",
+    "train.log_every=2", "train.save_every=1000", "train.eval_every=0",
+]  # fmt: skip
+
+
+def run(*arguments: object, cwd=None) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=cwd,
+        env=environ(),
+    )
+
+
+def environ() -> dict[str, str]:
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    return os.environ | {"PYTHONPATH": root}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    out = tmp_path_factory.mktemp("cli") / "run"
+    result = run("drifting.train", "--out", out, "train.steps=4", *SMALL)
+    assert result.returncode == 0, result.stderr
+    assert "Frechet distance to the test images" in result.stdout
+    return out
+
+
+def test_train_leaves_a_complete_run_directory(trained):
+    names = {path.name for path in trained.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "model.safetensors", "model.json", "checkpoints", "samples"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert [path.name for path in (trained / "samples").iterdir()] == ["step_00000004.png"]
+    description = json.loads((trained / "model.json").read_text())
+    assert description["num_classes"] == 10 and description["pixel_range"] == [-1, 1] and description["step"] == 4
+
+
+def test_sample_then_evaluate(trained, tmp_path):
+    result = run("drifting.sample", trained, "--num", 24, "--out", "some/digits.npz", "--labels", "3,5", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    with np.load(tmp_path / "some" / "digits.npz") as archive:
+        assert archive["arr_0"].shape == (24, 8, 8, 1) and archive["arr_0"].dtype == np.uint8
+        assert archive["arr_1"].tolist() == [3] * 12 + [5] * 12
+    result = run("drifting.evaluate", trained, "--samples", tmp_path / "some" / "digits.npz")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["num_samples"] == 24  # stdout is JSON and nothing else
+
+
+def test_evaluate_agrees_with_training(trained, capsys):
+    assert evaluate.main([str(trained)]) == 0
+    report = json.loads(capsys.readouterr().out)
+    last = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
+    assert report["num_samples"] == 1300 and report["step"] == 4
+    for measure in ("frechet_distance", "frechet_ratio", "recognised_share", "nearest_ratio"):
+        assert report[measure] == pytest.approx(last[measure], rel=1e-6)
+
+
+def test_samples_depend_on_seed_alone(trained, tmp_path, capsys):
+    archives = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        path = tmp_path / f"{name}.npz"
+        assert sample.main([str(trained), "--num", "6", "--out", str(path), "--seed", str(seed)]) == 0
+        archives.append(np.load(path)["arr_0"])
+    assert (archives[0] == archives[1]).all() and (archives[0] != archives[2]).any()
+
+
+def test_sample_png(trained, tmp_path):
+    assert sample.main([str(trained), "--num", "9", "--out", str(tmp_path / "x.png"), "--cfg-scale", "1.5"]) == 0
+    assert Image.open(tmp_path / "x.png").size[0] > 100
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "drifting.train", "--out", str(out), *SMALL, "train.log_every=1"]
+    process = subprocess.Popen(
+        [*command, "train.steps=100000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ()
+    )
+    deadline = time.monotonic() + 60
+    metrics = out / "metrics.jsonl"
+    while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text()):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in stderr
+    reached = int(stdout.split("interrupted at step ")[1].split(",")[0])
+    assert (out / "checkpoints" / f"step_{reached:08d}.pt").is_file() and (out / "model.safetensors").is_file()
+    assert training.main(["--out", str(out), *SMALL, "train.log_every=1", f"train.steps={reached + 2}"]) == 0
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps == list(range(1, reached + 3))
+
+
+def test_mistake_is_one_line_and_status_2(tmp_path):
+    result = run("drifting.train", "--out", tmp_path / "run", "train.stepz=3")
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr == "error: unknown key 'train.stepz': did you mean 'train.steps'?\n"
+
+
+@pytest.mark.parametrize(
+    "command, arguments, expected",
+    [
+        (training, ["--config", "nope"], "there is no configuration 'nope'"),
+        (training, ["--nope"], "unrecognized arguments: --nope"),
+        (training, ["--out", "{file}"], "cannot use .* as a run directory"),
+        (sample, ["{nowhere}", "--num", "1", "--out", "a.png"], "there is no run directory"),
+        (sample, ["{empty}", "--num", "1", "--out", "a.png"], "holds no model.json"),
+        (sample, ["{broken}", "--num", "1", "--out", "a.png"], "cannot be read"),
+        (sample, ["{run}", "--num", "0", "--out", "a.png"], "--num is 0, expected 1 or more"),
+        (sample, ["{run}", "--num", "x", "--out", "a.png"], "argument --num: invalid int value"),
+        (sample, ["{run}", "--num", "1", "--out", "a.jpg"], "ends in .npz or .png"),
+        (sample, ["{run}", "--num", "1", "--out", "{file}/a.png"], "cannot write"),
+        (sample, ["{run}", "--num", "1", "--out", "a.png", "--labels", "3,10"], "labels from 0 to 9"),
+        (sample, ["{run}", "--num", "1", "--out", "a.png", "--labels", "three"], "expected numbers"),
+        (sample, ["{run}", "--num", "1", "--out", "a.png", "--cfg-scale", "0.5"], "expected 1 or more"),
+        (sample, ["{run}", "--num", "1", "--out", "a.png", "--seed", "-1"], "--seed is -1"),
+        (evaluate, ["{nowhere}"], "there is no run directory"),
+        (evaluate, ["{run}", "--samples", "{nowhere}"], "there is no file"),
+        (evaluate, ["{run}", "--samples", "{file}"], "is no .npz with images"),
+        (evaluate, ["{run}", "--samples", "{odd}"], "expected uint8"),
+        (evaluate, ["{run}", "--num", "1"], "--num is 1, expected 2 or more"),
+    ],
+)  # fmt: skip
+def test_bad_arguments(command, arguments, expected, trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("text")
+    np.savez(tmp_path / "odd.npz", np.zeros((2, 8, 8)), np.zeros(2))
+    (tmp_path / "broken").mkdir()
+    for name in ("model.json", "model.safetensors"):
+        (tmp_path / "broken" / name).write_text("{}")
+    places = {name: tmp_path / name for name in ("empty", "file", "nowhere", "broken")}
+    places |= {"run": trained, "odd": tmp_path / "odd.npz"}
+    with pytest.raises(SystemExit) as caught:
+        run_command(lambda: command.main([argument.format(**places) for argument in arguments]))
+    captured = capsys.readouterr()
+    assert caught.value.code == 2 and captured.out == ""
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    assert re.search(expected, captured.err)

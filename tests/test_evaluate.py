@@ -1,0 +1,110 @@
+"""Measures of generated images against what they are by definition."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from drifting.data import load_digits
+from drifting.evaluation import Evaluator, frechet_distance, nearest_distance
+from drifting.images import grid, save_comparison, to_uint8
+from drifting.sample import spread_labels
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_digits()
+
+
+@pytest.fixture(scope="module")
+def evaluator(digits):
+    return Evaluator(digits)
+
+
+def with_moments(mean: np.ndarray, covariance: np.ndarray, n: int, seed: int) -> np.ndarray:
+    """``n`` points whose sample mean and covariance are exactly these."""
+    points = np.random.default_rng(seed).standard_normal((n, len(mean)))
+    points -= points.mean(0)
+    whitened = points @ np.linalg.inv(np.linalg.cholesky(np.cov(points, rowvar=False))).T
+    return whitened @ np.linalg.cholesky(covariance).T + mean
+
+
+def test_frechet_distance_of_axis_aligned_gaussians():
+    """Squared distances of means and of standard deviations add up."""
+    mean_a, mean_b = np.array([1.0, -2.0, 0.5]), np.array([0.0, 3.0, 0.5])
+    std_a, std_b = np.array([1.0, 0.3, 2.0]), np.array([0.5, 0.4, 5.0])
+    a, b = with_moments(mean_a, np.diag(std_a**2), 50, 0), with_moments(mean_b, np.diag(std_b**2), 70, 1)
+    expected = np.square(mean_a - mean_b).sum() + np.square(std_a - std_b).sum()
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(b, a) == pytest.approx(expected, rel=1e-9)
+
+
+def test_frechet_distance_of_tilted_gaussians():
+    """In two dimensions tr (AB)^½ = (tr AB + 2 √det AB)^½, also for covariances that do not commute."""
+    A, B = np.array([[2.0, 0.9], [0.9, 1.0]]), np.array([[1.0, -0.7], [-0.7, 3.0]])
+    root = np.sqrt(np.trace(A @ B) + 2 * np.sqrt(np.linalg.det(A @ B)))
+    a, b = with_moments(np.zeros(2), A, 40, 0), with_moments(np.ones(2), B, 40, 1)
+    assert frechet_distance(a, b) == pytest.approx(2 + np.trace(A) + np.trace(B) - 2 * root, rel=1e-9)
+
+
+def test_frechet_distance_of_one_dimension_and_of_constants():
+    line = np.linspace(0, 1, 20)[:, None]
+    assert frechet_distance(line, 3 * line) == pytest.approx((2 * line.mean()) ** 2 + (2 * line.std(ddof=1)) ** 2)
+    padded = np.hstack([line, np.zeros((20, 2))])  # singular covariance
+    assert frechet_distance(padded, padded) == pytest.approx(0, abs=1e-9)
+
+
+def test_nearest_distance():
+    a, b = np.array([[0.0, 0.0], [3.0, 4.0]]), np.array([[0.0, 1.0], [3.0, 0.0]])
+    assert nearest_distance(a, b) == pytest.approx((1 + 4) / 2)
+
+
+def test_digits_are_split_as_stated(digits):
+    assert digits.train_images.shape == (1297, 1, 8, 8) and digits.test_images.shape == (500, 1, 8, 8)
+    assert digits.train_images.min() == -1 and digits.train_images.max() == 1
+    assert not digits.train_labels[:20].eq(digits.test_labels[:20]).all()
+    both = torch.cat([digits.train_images, digits.test_images])
+    assert len(both.flatten(1).unique(dim=0)) == 1797  # nothing twice, so nothing in both
+
+
+def test_training_images_score_as_memorised(digits, evaluator):
+    quality = evaluator(to_uint8(digits.train_images, digits.pixel_range), digits.train_labels.numpy())
+    assert quality["frechet_ratio"] == pytest.approx(1) and quality["nearest_ratio"] == pytest.approx(0, abs=1e-3)
+    assert quality["recognised_share"] > 0.99
+    assert quality["frechet_distance_train"] == pytest.approx(22.85, rel=0.01)
+
+
+def test_wrong_labels_and_noise_are_noticed(digits, evaluator):
+    images = to_uint8(digits.test_images, digits.pixel_range)
+    labels = digits.test_labels.numpy()
+    assert evaluator(images, labels)["nearest_ratio"] == pytest.approx(1)
+    assert evaluator(images, (labels + 1) % 10)["recognised_share"] < 0.02
+    noise = np.random.default_rng(0).integers(0, 256, images.shape).astype(np.uint8)
+    quality = evaluator(noise, labels)
+    assert quality["frechet_ratio"] > 20 and quality["nearest_ratio"] > 1.5
+    with pytest.raises(ValueError, match="received 1 images of 64 values, expected at least 2 of 64"):
+        evaluator(images[:1], labels[:1])
+
+
+def test_pixels():
+    images = torch.tensor([-2.0, -1.0, 0.0, 1.0, 1.5]).view(5, 1, 1, 1).expand(5, 3, 2, 2)
+    pixels = to_uint8(images, (-1.0, 1.0))
+    assert pixels.shape == (5, 2, 2, 3) and pixels.dtype == np.uint8
+    assert pixels[:, 0, 0, 0].tolist() == [0, 0, 128, 255, 255]
+
+
+def test_pictures_show_every_image(tmp_path):
+    bright = np.full((6, 8, 8, 1), 255, np.uint8)
+    picture = np.asarray(grid(bright, columns=3))
+    assert picture.shape[0] * 3 == pytest.approx(picture.shape[1] * 2, abs=8)  # two rows of three
+    assert (picture == 255).mean() > 0.75
+    save_comparison(bright, np.zeros_like(bright), 3, tmp_path / "picture.png")
+    pixels = np.asarray(Image.open(tmp_path / "picture.png"))
+    middle = pixels.shape[1] // 2
+    assert (pixels[30:, :middle] == 255).mean() > 0.75 and (pixels[30:, middle + 20 :] == 0).mean() > 0.75
+
+
+def test_labels_are_spread():
+    assert spread_labels(7, [3, 5]).tolist() == [3, 3, 3, 3, 5, 5, 5]
+    assert spread_labels(1300, range(10)).bincount().tolist() == [130] * 10
+    assert spread_labels(2, range(10)).tolist() == [0, 1]

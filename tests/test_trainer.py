@@ -1,0 +1,264 @@
+"""Algorithm 1: what a step draws, weighs, optimises and averages."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from drifting.models import DriftingDiT
+from drifting.training import create_trainer
+from drifting.training.guidance import sample_cfg_scale, uncond_weight
+
+CLASSES = 5
+L, G, P, U = 3, 4, 6, 2
+
+
+def make_trainer(**settings):
+    torch.manual_seed(0)
+    model = DriftingDiT(
+        img_size=4, patch_size=2, in_chans=2, num_classes=CLASSES, embed_dim=16, depth=1, num_heads=2,
+        num_style_tokens=2, style_vocab=4, n_cls_tokens=1,
+    )  # fmt: skip
+    defaults = dict(
+        feature_extractor="pixels", learning_rate=1e-3, device="cpu", queue_size=8, labels_per_step=L, gen_per_label=G,
+        pos_per_label=P, uncond_per_label=U, uncond_prob=0.0, cfg_scale_range=(2.0, 3.0), warmup_steps=0,
+    )  # fmt: skip
+    return create_trainer(model, **(defaults | settings))
+
+
+def batch(size: int = 40, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images whose values lie within 0.1 of their label."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(size) % CLASSES
+    noise = torch.rand(size, 2, 4, 4, generator=generator) * 0.2 - 0.1
+    return labels.view(-1, 1, 1, 1) + noise, labels
+
+
+class Recorder:
+    """Stands between trainer and loss or model and keeps what passes."""
+
+    def __init__(self, trainer):
+        loss_and_info, forward = trainer.loss_fn.loss_and_info, trainer.model.forward
+        self.loss_inputs, self.model_inputs = [], []
+
+        def record_loss(*args):
+            self.loss_inputs.append(args)
+            return loss_and_info(*args)
+
+        def record_model(*args):
+            self.model_inputs.append(args)
+            return forward(*args)
+
+        trainer.loss_fn.loss_and_info, trainer.model.forward = record_loss, record_model
+
+
+# ---------------------------------------------------------------------------------------------------- guidance
+
+
+@pytest.mark.parametrize("exponent", [0.0, 1.0, 3.0, 5.0])
+def test_guidance_follows_its_power_law(exponent):
+    """Kolmogorov-Smirnov distance to the integral of α^-k, well under the 0.1% critical value 1.95/√n."""
+    low, high, n = 1.5, 6.0, 20_000
+    alpha = sample_cfg_scale(n, (low, high), exponent, 0.0, torch.Generator().manual_seed(0)).double().sort().values
+    if exponent == 1:
+        cdf = (alpha / low).log() / math.log(high / low)
+    else:
+        q = 1 - exponent
+        cdf = (alpha**q - low**q) / (high**q - low**q)
+    steps = torch.arange(n) / n
+    assert (cdf - steps).abs().max() < 1.95 / math.sqrt(n)
+    assert low <= alpha[0] and alpha[-1] <= high
+
+
+def test_guidance_share_at_one():
+    alpha = sample_cfg_scale(20_000, (2.0, 4.0), 3.0, 0.3, torch.Generator().manual_seed(0))
+    assert abs((alpha == 1).float().mean() - 0.3) < 0.015
+    assert alpha[alpha != 1].min() >= 2
+    assert (sample_cfg_scale(100, (1.0, 1.0), 3.0, 0.0) == 1).all()
+
+
+@settings(deadline=None)
+@given(st.floats(1, 10), st.integers(1, 200), st.integers(1, 50))
+def test_uncond_weight(alpha, num_gen, num_uncond):
+    weight = uncond_weight(torch.tensor([alpha, 1.0], dtype=torch.float64), num_gen, num_uncond)
+    assert weight[0].item() * num_uncond == pytest.approx((alpha - 1) * (num_gen - 1))
+    assert weight[1] == 0
+
+
+# ---------------------------------------------------------------------------------------------------- one step
+
+
+def test_step_has_the_shapes_of_algorithm_1():
+    trainer = make_trainer()
+    seen = Recorder(trainer)
+    metrics = trainer.train_step(*batch())
+    ((gen, pos, uncond, weight),) = seen.loss_inputs
+    ((z, y, alpha, style),) = seen.model_inputs
+    assert gen.shape == (L, G, 2, 4, 4) and pos.shape == (L, P, 2, 4, 4) and uncond.shape == (L, U, 2, 4, 4)
+    assert z.shape == (L * G, 2, 4, 4) and style.shape == (L * G, 2)
+    label = y.view(L, G)[:, 0]
+    assert (y.view(L, G) == label.unsqueeze(1)).all() and len(set(label.tolist())) == L  # one label a group, no repeats
+    assert ((pos - label.view(L, 1, 1, 1, 1)).abs() <= 0.1 + 1e-6).all()  # positives of that very label
+    group_alpha = alpha.view(L, G)
+    assert (group_alpha == group_alpha[:, :1]).all() and (2 <= group_alpha).all() and (group_alpha <= 3).all()
+    torch.testing.assert_close(weight, (group_alpha[:, 0] - 1) * (G - 1) / U)
+    assert {"loss", "grad_norm", "sample_spread", "pixels/scale", "pixels/lambda_0.02"} <= set(metrics)
+    assert all(value.ndim == 0 and not value.requires_grad for value in metrics.values())
+
+
+def test_unconditional_negatives_come_from_all_classes():
+    trainer = make_trainer(uncond_per_label=20)
+    seen = Recorder(trainer)
+    trainer.train_step(*batch())
+    uncond = seen.loss_inputs[0][2]
+    assert set(uncond.mean((2, 3, 4)).round().long().flatten().tolist()) == set(range(CLASSES))
+
+
+def test_labels_repeat_only_when_the_classes_run_out():
+    trainer = make_trainer(labels_per_step=7)
+    seen = Recorder(trainer)
+    trainer.train_step(*batch())
+    labels = seen.model_inputs[0][1].view(7, G)[:, 0]
+    assert sorted(np.bincount(labels, minlength=CLASSES)) == [1, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("trained", [dict(use_cfg_training=False), {}])
+def test_no_guidance_no_negatives(trained):
+    trainer = make_trainer(**({} if trained else {"uncond_prob": 1.0}))
+    seen = Recorder(trainer)
+    trainer.train_step(*batch(), **trained)
+    assert seen.loss_inputs[0][2:] == (None, None)
+    assert (seen.model_inputs[0][2] == 1).all()
+
+
+def test_pixel_range_clamps_what_the_loss_and_the_caller_see():
+    trainer = make_trainer(pixel_range=(-0.01, 0.01))
+    torch.nn.init.normal_(trainer.model.final.proj.weight)
+    torch.nn.init.normal_(trainer.ema_model.final.proj.weight)
+    seen = Recorder(trainer)
+    trainer.train_step(*batch())
+    assert seen.loss_inputs[0][0].detach().abs().max() == pytest.approx(0.01)
+    assert trainer.generate(8).abs().max() == pytest.approx(0.01)
+
+
+def test_step_is_a_function_of_seed_and_step():
+    first, again, other = make_trainer(seed=3), make_trainer(seed=3), make_trainer(seed=4)
+    for trainer in (first, again, other):
+        torch.manual_seed(id(trainer) % 1000)  # the global generator must not matter
+        trainer.train_step(*batch())
+        trainer.train_step(*batch(seed=1))
+    weights = [torch.cat([p.flatten() for p in t.model.parameters()]) for t in (first, again, other)]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+# ------------------------------------------------------------------------------- optimiser, schedule, average
+
+
+def test_warmup_counts_steps():
+    trainer = make_trainer(learning_rate=0.5, warmup_steps=4)
+    rates = []
+    for epoch in range(3):  # three epochs of two steps
+        for part in range(2):
+            rates.append(trainer.optimizer.param_groups[0]["lr"])
+            trainer.train_step(*batch(seed=2 * epoch + part))
+    assert rates == pytest.approx([0.125, 0.25, 0.375, 0.5, 0.5, 0.5])
+
+
+def test_cosine_decay_ends_at_zero():
+    trainer = make_trainer(learning_rate=0.1, decay_steps=4)
+    rates = []
+    for _ in range(5):
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+        trainer.optimizer.step()
+        trainer.scheduler.step()
+    assert rates == pytest.approx([0.05 * (1 + math.cos(math.pi * n / 4)) for n in range(5)])
+
+
+def test_optimizer_and_clipping():
+    trainer = make_trainer(max_grad_norm=1e-3)
+    assert isinstance(trainer.optimizer, torch.optim.AdamW)
+    assert trainer.optimizer.param_groups[0]["betas"] == (0.9, 0.95)
+    metrics = trainer.train_step(*batch())
+    norm = torch.cat([p.grad.flatten() for p in trainer.model.parameters()]).norm()
+    assert metrics["grad_norm"] > 1e-3 and norm == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_average_follows_the_weights():
+    trainer = make_trainer(ema_decay=0.75, learning_rate=1e-2)
+    expected = None
+    for n in range(4):
+        trainer.train_step(*batch(seed=n))
+        now = [p.detach().clone() for p in trainer.model.parameters()]
+        expected = now if expected is None else [0.75 * e + 0.25 * p for e, p in zip(expected, now, strict=True)]
+    for average, e in zip(trainer.ema_model.parameters(), expected, strict=True):
+        torch.testing.assert_close(average, e)
+    assert not torch.equal(trainer.ema_model.patch_embed.weight, trainer.model.patch_embed.weight)
+
+
+def test_generate_uses_the_average():
+    trainer = make_trainer()
+    with torch.no_grad():
+        trainer.ema_model.final.proj.bias.fill_(7.0)
+    images = trainer.generate(batch_size=3, labels=torch.tensor([0, 1, 2]), cfg_scale=2.0)
+    assert images.shape == (3, 2, 4, 4) and (images == 7).all()
+
+
+def test_state_dict_continues_exactly():
+    """Weights after 3 + 3 steps in two trainers equal those after 6 in one, bit for bit."""
+    whole, first, second = make_trainer(decay_steps=6), make_trainer(decay_steps=6), make_trainer(decay_steps=6)
+    for n in range(6):
+        whole.train_step(*batch(seed=n))
+    for n in range(3):
+        first.train_step(*batch(seed=n))
+    second.load_state_dict(first.state_dict())
+    for n in range(3, 6):
+        second.train_step(*batch(seed=n))
+    assert second.step == 6
+    for model in ("model", "ema_model"):
+        a, b = getattr(whole, model).state_dict(), getattr(second, model).state_dict()
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+# ------------------------------------------------------------------------------------------------------ epochs
+
+
+def test_train_epoch_averages(monkeypatch):
+    trainer = make_trainer()
+    step, losses = trainer.train_step, []
+
+    def recording(*args):
+        metrics = step(*args)
+        losses.append(metrics["loss"].item())
+        return metrics
+
+    monkeypatch.setattr(trainer, "train_step", recording)
+    metrics = trainer.train_epoch([batch(seed=n) for n in range(3)], use_cfg_training=True)
+    assert metrics["avg_loss"] == pytest.approx(np.mean(losses))
+    assert metrics["num_steps"] == 3 == trainer.step
+    with pytest.raises(ValueError, match="yielded no batch"):
+        trainer.train_epoch([])
+
+
+def test_training_draws_each_class_to_its_images():
+    trainer = make_trainer(
+        learning_rate=2e-2, labels_per_step=CLASSES, gen_per_label=16, pos_per_label=8, uncond_prob=1.0, ema_decay=0.9,
+        decay_steps=200,
+    )  # fmt: skip
+    for n in range(200):
+        trainer.train_step(*batch(seed=n))
+    labels = torch.arange(CLASSES).repeat_interleave(20)
+    means = trainer.generate(len(labels), labels).mean((1, 2, 3)).view(CLASSES, 20).mean(1)
+    assert (means - torch.arange(CLASSES)).abs().max() < 0.25
+
+
+@pytest.mark.parametrize(
+    "argument, value",
+    [("learning_rate", 0.0), ("learning_rate", math.nan), ("gen_per_label", 0), ("uncond_prob", 1.5),
+     ("ema_decay", -0.1), ("cfg_scale_range", (0.5, 2.0)), ("cfg_scale_range", (3.0, 2.0)), ("queue_size", 0)],
+)  # fmt: skip
+def test_arguments_out_of_range_are_named(argument, value):
+    with pytest.raises(ValueError, match=f"{argument} is"):
+        make_trainer(**{argument: value})
