@@ -1,7 +1,13 @@
 """One-step image generation by drifting (arXiv 2602.04770): models, loss, data, training and its command line."""
 
-from .data import SampleQueue
-from .models import DriftingDiT, DriftingLoss, FeatureExtractor
-from .utils import compute_kernel, compute_V
+import os
+
+# Idle OpenMP threads of torch sleep instead of spinning: no slower on an idle machine, several times faster on a
+# busy one. OpenMP reads this when torch is first imported: it acts on the commands, not on programs that did so before.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from .data import SampleQueue  # noqa: E402
+from .models import DriftingDiT, DriftingLoss, FeatureExtractor  # noqa: E402
+from .utils import compute_kernel, compute_V  # noqa: E402
 
 __all__ = ["DriftingDiT", "DriftingLoss", "FeatureExtractor", "SampleQueue", "compute_V", "compute_kernel"]

@@ -73,11 +73,32 @@ template <class T> struct Keys {
 // Pairs with d² below this share of their squared norms (5 bits lost in ‖q‖² + ‖k‖² − 2q·k) are worked out from differences.
 constexpr double CLOSE = 1.0 / 32;
 
+// Up to this dimension differences cost no more than products and a look for close pairs.
+constexpr int64_t DIFFERENCES_UP_TO = 8;
+
+template <class T> void distances_by_differences(const Tile<T>& t, int64_t depth, const T* q_rows, const T* k_panels, T least, T* d) {
+    for (int64_t i = 0; i < t.rows; ++i) {
+        const T* q = q_rows + (t.row + i) * depth;
+        for (int64_t j = 0; j < t.width; j += WIDTH<T>) {
+            const int64_t col = t.col + j;
+            const T* k = k_panels + col / PANEL<T> * PANEL<T> * depth + col % PANEL<T>;
+            Vec<T> square{};
+            for (int64_t e = 0; e < depth; ++e) {
+                const Vec<T> difference = q[e] - load<T>(k + e * PANEL<T>);
+                square += difference * difference;
+            }
+            store<T>(d + i * t.ld + j, at_least<T>(square_root<T>(square), least));
+        }
+        std::fill(d + i * t.ld + t.cols, d + i * t.ld + t.width, INF<T>);
+    }
+}
+
 // d[i][j] = max(‖q_i − k_j‖, least), from products of centred rows, except for close pairs. With `has_self`, key i
 // is query i, and its distance is exactly `least`. Padding columns get +∞.
 template <class T>
 void distances(const Tile<T>& t, int64_t depth, const Queries<T>& q, const T* const* exact_queries, const Keys<T>& k,
                bool has_self, T least, T* d) {
+    if (depth <= DIFFERENCES_UP_TO) return distances_by_differences(t, depth, q.rows, k.panels, least, d);
     multiply<T>(t.rows, t.width, depth, q.rows + t.row * depth, depth, 1, k.panels + t.col * depth, depth * PANEL<T>, d, t.ld, false);
     for (int64_t i = 0; i < t.rows; ++i) {
         T* row = d + i * t.ld;
