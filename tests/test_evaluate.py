@@ -10,6 +10,7 @@ from drifting.evaluation import Evaluator, frechet_distance, nearest_distance
 from drifting.images import grid, save_comparison, to_uint8
 from drifting.sample import spread_labels
 
+ROUNDING = 2e-3  # relative, on a measure of the data: their 17 grey levels do not divide the 255 of an image file
 
 @pytest.fixture(scope="module")
 def digits():
@@ -69,7 +70,7 @@ def test_digits_are_split_as_stated(digits):
 
 def test_training_images_score_as_memorised(digits, evaluator):
     quality = evaluator(to_uint8(digits.train_images, digits.pixel_range), digits.train_labels.numpy())
-    assert quality["frechet_ratio"] == pytest.approx(1) and quality["nearest_ratio"] == pytest.approx(0, abs=1e-3)
+    assert quality["frechet_ratio"] == pytest.approx(1, rel=ROUNDING) and quality["nearest_ratio"] == pytest.approx(0, abs=1e-3)
     assert quality["recognised_share"] > 0.99
     assert quality["frechet_distance_train"] == pytest.approx(22.85, rel=0.01)
 
@@ -77,7 +78,7 @@ def test_training_images_score_as_memorised(digits, evaluator):
 def test_wrong_labels_and_noise_are_noticed(digits, evaluator):
     images = to_uint8(digits.test_images, digits.pixel_range)
     labels = digits.test_labels.numpy()
-    assert evaluator(images, labels)["nearest_ratio"] == pytest.approx(1)
+    assert evaluator(images, labels)["nearest_ratio"] == pytest.approx(1, rel=ROUNDING)
     assert evaluator(images, (labels + 1) % 10)["recognised_share"] < 0.02
     noise = np.random.default_rng(0).integers(0, 256, images.shape).astype(np.uint8)
     quality = evaluator(noise, labels)
