@@ -153,8 +153,9 @@ class DriftingDiT(nn.Module):
             if style is None:
                 style = torch.randint(self.style_vocab, (batch_size, self.num_style_tokens), device=y.device)
             _check_indices("style", style, (batch_size, self.num_style_tokens), self.style_vocab)
-            codebook = torch.arange(self.num_style_tokens, device=style.device)
-            cond = cond + self.style_codebooks[codebook, style].sum(1)
+            # As one embedding of all codebooks: unlike indexing's, its gradient adds up in a fixed order.
+            row = style + self.style_vocab * torch.arange(self.num_style_tokens, device=style.device)
+            cond = cond + F.embedding(row, self.style_codebooks.flatten(0, 1)).sum(1)
         elif style is not None:
             raise ValueError("style was given, but this model was built with num_style_tokens=0: leave it out")
         if isinstance(cfg_scale, Tensor):
