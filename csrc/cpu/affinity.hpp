@@ -38,14 +38,16 @@ template <class T> T weigh(T* x, const T* w, int64_t count) {
     return sum<T>(x, count);
 }
 
-template <class T> DRIFT_INLINE T squared_norm(const T* x, int64_t depth) {
+template <class T> DRIFT_INLINE T dot(const T* x, const T* y, int64_t depth) {
     Vec<T> sum{};
     int64_t d = 0;
-    for (; d + WIDTH<T> <= depth; d += WIDTH<T>) sum += load<T>(x + d) * load<T>(x + d);
+    for (; d + WIDTH<T> <= depth; d += WIDTH<T>) sum += load<T>(x + d) * load<T>(y + d);
     T tail = horizontal_sum<T>(sum);
-    for (; d < depth; ++d) tail += x[d] * x[d];
+    for (; d < depth; ++d) tail += x[d] * y[d];
     return tail;
 }
+
+template <class T> DRIFT_INLINE T squared_norm(const T* x, int64_t depth) { return dot(x, x, depth); }
 
 template <class T> T squared_distance(const T* x, const T* y, int64_t depth) {
     Vec<T> sum{};

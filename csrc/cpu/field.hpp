@@ -76,7 +76,7 @@ template <class T> class Field {
         return kernel == Kernel::laplace ? Logits<T>{kernel, T(1), T(p.width[s])} : Logits<T>{kernel, T(p.width[s]), T(p.temperature)};
     }
 
-    // Calls body(row, column) for the points of the problem; padding columns have no point.
+    // Makes `group` the problem being worked on. Padding columns have no key: null, infinitely far.
     void open(int64_t group) {
         g = group;
         std::fill_n(static_cast<const T**>(key_rows), cols, nullptr);

@@ -15,17 +15,18 @@ template <class T> class LossGroup {
     const int64_t N, M, D, ld, depth;
     Buffer<const T*> rows;
     Buffer<T> query_rows, panels, query_norms, norms, weights, own_distances, A, row_stats, col_stats;
-    double weight_total = 0;
 
   public:
+    double weight_total = 0;  // Σ w of the group opened last
+
     explicit LossGroup(const LossProblem<T>& p)
         : p(p), N(p.count[0]), M(p.count[0] + p.count[1] + p.count[2]), D(p.D), ld(round_up(M, KEPT_ALIGN)),
           depth(round_up(D, PANEL<T>)), rows(round_up(M, PANEL<T>)), query_rows(N * D),
           panels(std::max(round_up(M, PANEL<T>) * D, M * depth)), query_norms(N), norms(round_up(M, PANEL<T>)), weights(ld),
           own_distances(N * ld), A(N * ld), row_stats(2 * round_up(N, ROW_GRAIN)), col_stats(2 * ld) {}
 
-    // Distances into `kept` (null: into the group's own memory); returns Σ d·w, and Σ w through `total_weight`.
-    double find_distances(int64_t g, T* kept, double* total_weight) {
+    // Distances into `kept` (null: into the group's own memory); returns Σ d·w.
+    double find_distances(int64_t g, T* kept) {
         open(g);
         T* d = kept ? kept : own_distances;
         std::fill_n(static_cast<T*>(norms), round_up(M, PANEL<T>), INF<T>);
@@ -39,17 +40,17 @@ template <class T> class LossGroup {
             distances<T>(t, D, {query_rows, query_norms}, rows, {rows, panels, norms}, true, T(1e-4), d + t.row * ld + t.col);
         });
         double total = 0;
-        for (int64_t i = 0; i < N; ++i) total += dot(d + i * ld, weights);
-        *total_weight = weight_total;
+        for (int64_t i = 0; i < N; ++i) total += dot<T>(d + i * ld, weights, M);
         return total;
     }
 
     // Forces of every R into forces[R][g], their squares added to squares[R]. `kept` as above, or null to find them again.
     void find_forces(int64_t g, T* kept, T scale, int R, const double* R_list, T floor, T* forces, double* squares) {
-        double ignored;
-        if (!kept) find_distances(g, nullptr, &ignored);
+        if (kept)
+            open(g);
+        else
+            find_distances(g, nullptr);
         const T* d = kept ? kept : own_distances;
-        if (kept) open(g);
         pack_rows<T>(M, D, rows, medoid(d), panels);
         const T kernel_scale = std::max(scale, T(1e-3)), unit = std::max(scale / std::sqrt(T(D)), T(1e-3));
         for (int r = 0; r < R; ++r) {
@@ -101,15 +102,6 @@ template <class T> class LossGroup {
         for (int64_t l = 0; l < count; ++l) out[l] = sum[l / WIDTH<T>][l % WIDTH<T>];
     }
 
-    double dot(const T* d, const T* w) const {
-        Vec<T> total{};
-        int64_t j = 0;
-        for (; j + WIDTH<T> <= M; j += WIDTH<T>) total += load<T>(d + j) * load<T>(w + j);
-        double sum = horizontal_sum<T>(total);
-        for (; j < M; ++j) sum += d[j] * w[j];
-        return sum;
-    }
-
     // c⁻_ij = −A⁻_ij Σ⁺_i and c⁺_ij = A⁺_ij Σ⁻_i, times `unit`, left in A.
     void find_coefficients(const T* d, const Logits<T>& logits, T self_distance, T floor, T unit) {
         const int64_t padded = round_up(N, ROW_GRAIN), split = p.count[0] + p.count[1];
@@ -153,7 +145,8 @@ template <class T> int64_t kept_size(const LossProblem<T>& p) {
 template <class T> void loss_scale(const LossProblem<T>& p, double* sums, T* kept) {
     Buffer<double> parts(2 * p.groups);
     for_groups(p, [&](LossGroup<T>& group, int64_t g) {
-        parts[2 * g] = group.find_distances(g, kept ? kept + g * kept_size(p) : nullptr, parts + 2 * g + 1);
+        parts[2 * g] = group.find_distances(g, kept ? kept + g * kept_size(p) : nullptr);
+        parts[2 * g + 1] = group.weight_total;
     });
     sums[0] = sums[1] = 0;
     for (int64_t g = 0; g < p.groups; ++g) sums[0] += parts[2 * g], sums[1] += parts[2 * g + 1];
