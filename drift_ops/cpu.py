@@ -147,7 +147,12 @@ def loss_scale(points: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Ten
     return means.div_(torch.tensor([G * N * M, G * M])), kept
 
 
-def loss_forces(
+def state_shape(points: Sequence[Tensor], R: int) -> tuple[int, ...]:
+    """Shape of what phase 2 keeps for phase 3: the forces ``[R, G, N, D]`` before the division by λ."""
+    return (R, *points[0].shape)
+
+
+def loss_moments(
     points: Sequence[Tensor],
     weights: Sequence[Tensor],
     kept: Tensor,
@@ -155,21 +160,21 @@ def loss_forces(
     R_list: Sequence[float],
     floor: float,
 ) -> tuple[Tensor, Tensor]:
-    """Phase 2 of one map: the forces ``[R, G, N, D]`` before the division by λ, and λ_R² ``[R]`` in float64."""
-    gen = points[0]
+    """Phase 2 of one map: the forces ``[R, G, N, D]``, and the means of their products ``[G, R, R]``."""
+    gen, R = points[0], len(R_list)
     (G, N, D), M = gen.shape, sum(t.shape[1] for t in points)
     if N * M > GROUP_PAIRS:
-        return _stream_forces(points, weights, float(scale), R_list, floor)
-    forces, squares = gen.new_empty(len(R_list), G, N, D), torch.empty(len(R_list), dtype=torch.float64)
-    native = _native("forces", gen.dtype, _loss(points, weights))
-    native(float(scale), list(R_list), floor, _address(kept), _address(forces), squares.data_ptr())
-    return forces, squares.div_(gen.numel())
+        return _stream_moments(points, weights, float(scale), R_list, floor)
+    forces, moments = gen.new_empty(R, G, N, D), gen.new_empty(G, R, R)
+    native = _native("moments", gen.dtype, _loss(points, weights))
+    native(float(scale), list(R_list), floor, *map(_address, (kept, forces, moments)))
+    return forces, moments
 
 
-def _stream_forces(
+def _stream_moments(
     points: Sequence[Tensor], weights: Sequence[Tensor], scale: float, R_list: Sequence[float], floor: float
 ) -> tuple[Tensor, Tensor]:
-    """Forces of groups too large for the group kernel: form B's sums with temperatures in units of the scale."""
+    """Phase 2 of groups too large for the group kernel: form B's sums with temperatures in units of the scale."""
     gen = points[0]
     targets = torch.cat(tuple(points), 1)
     targets -= targets.mean(1, keepdim=True)
@@ -190,15 +195,24 @@ def _stream_forces(
     )
     den = den.unsqueeze(-1) / unit
     forces = num[:, :, 1].mul_(den[:, :, 0]).sub_(num[:, :, 0].mul_(den[:, :, 1])).contiguous()
-    return forces, forces.double().square().mean((1, 2, 3))
+    rows = forces.flatten(2).transpose(0, 1)  # [G, R, N·D]
+    return forces, rows @ rows.mT / rows.shape[2]
 
 
-def loss_gradient(forces: Tensor, squared_lambda: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Phase 3 of one map: loss ``[G]`` and gradient ``[G, N, D]`` from the forces and the global statistics."""
+def loss_gradient(
+    points: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    forces: Tensor,
+    scale: Tensor,
+    factors: Tensor,
+    incoming: Tensor,
+    R_list: Sequence[float],
+    floor: float,
+) -> Tensor:
+    """Phase 3 of one map: the gradient w.r.t. gen ``[G, N, D]``, from the forces and the global statistics."""
     _, G, N, D = forces.shape
-    loss, grad = forces.new_empty(G), forces.new_empty(G, N, D)
-    factors = squared_lambda.clamp(min=1e-8).rsqrt().tolist()
-    grad_factor = -2 / (N * D * max(float(scale) / D**0.5, 1e-3))
+    grad = forces.new_empty(G, N, D)
+    by = incoming * (-2 / (N * D * max(float(scale) / D**0.5, 1e-3)))
     native = _native("loss_gradient", forces.dtype)
-    native(G, N * D, factors, grad_factor, torch.get_num_threads(), *map(_address, (forces, loss, grad)))
-    return loss, grad
+    native(G, N * D, factors.tolist(), torch.get_num_threads(), *map(_address, (forces, by, grad)))
+    return grad

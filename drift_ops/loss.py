@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import ops, reference
+from . import ops
 from .arguments import check_floor, check_points, check_positives, check_same, check_weights
 from .backends import choose
 from .points import to_compute_dtype
@@ -83,20 +83,30 @@ def _loss_of_maps(
     process_group: dist.ProcessGroup | None,
     backend: str,
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """For each map its loss ``[G]``, scale and λ_R² ``[R]``, in three phases, parted by the global statistics."""
+    """For each map its loss ``[G]``, scale and λ_R² ``[R]``, in three phases, parted by the global statistics.
+
+    The third, the gradient, is for the backward.
+    """
     gens = [points[0] for points, _ in maps]
     all_points = [t.detach().contiguous() for points, _ in maps for t in points]
     all_weights = [w.detach().contiguous() for _, weights in maps for w in weights]
-    phases = reference if backend == "reference" else ops
 
-    means, kept = phases.loss_scale(all_points, all_weights, backend)
+    means, kept = ops.loss_scale(all_points, all_weights, backend)
     mean_distance, mean_weight = _mean_over_ranks(means, gens, process_group).unbind(1)
     scale = mean_distance / mean_weight  # [maps]
-    forces, means = phases.loss_forces(all_points, all_weights, kept, scale, R_list, affinity_floor, backend)
-    squared_lambda = _mean_over_ranks(means, gens, process_group)  # [maps, R]
-    losses, grads = phases.loss_gradient(forces, squared_lambda, scale, backend)
-    losses = [ops.attach_gradient(*each) for each in zip(gens, losses, grads, strict=True)]
-    return [(loss, scale[m].to(loss.dtype), squared_lambda[m].to(loss.dtype)) for m, loss in enumerate(losses)]
+    states, moments = ops.loss_moments(all_points, all_weights, kept, scale, R_list, affinity_floor, backend)
+    # λ_r² is the mean of F_r², and the loss of a group the mean of (Σ_r F_r/λ_r)²
+    squares = torch.stack([of_map.diagonal(dim1=1, dim2=2).mean(0, dtype=torch.float64) for of_map in moments])
+    squared_lambda = _mean_over_ranks(squares, gens, process_group)  # [maps, R]
+    factors = squared_lambda.clamp(min=1e-8).rsqrt()
+    losses = []
+    for m, (points, _) in enumerate(maps):
+        loss = (moments[m] * torch.outer(factors[m], factors[m])).sum((1, 2)).to(moments[m].dtype)  # [G]
+        others, weights = all_points[3 * m + 1 : 3 * m + 3], all_weights[3 * m : 3 * m + 3]
+        options = (states[m], scale[m], factors[m], R_list, affinity_floor, backend)
+        loss = ops.attach_gradient(loss, points[0].contiguous(), others, weights, *options)
+        losses.append((loss, scale[m].to(loss.dtype), squared_lambda[m].to(loss.dtype)))
+    return losses
 
 
 def _mean_over_ranks(means: Tensor, gens: list[Tensor], process_group: dist.ProcessGroup | None) -> Tensor:

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cpu
+from . import cpu, reference
 
-BACKENDS = {"cpu": cpu}  # modules that implement the ops
+# Modules that implement the ops; of the reference, form C only: its A and B are plain PyTorch.
+BACKENDS: dict[str, Any] = {"cpu": cpu, "reference": reference}
 
 
 @torch.library.custom_op("drift_ops::affinity_sums", mutates_args=())
@@ -135,12 +136,12 @@ def loss_scale(points: Sequence[Tensor], weights: Sequence[Tensor], backend: str
 
 @loss_scale.register_fake
 def _(points, weights, backend):  # type: ignore[no-untyped-def]
-    kept = [points[i].new_empty(BACKENDS[backend].kept_shape(points[i : i + 3])) for i in range(0, len(points), 3)]
+    kept = [_fake_like(points[i], BACKENDS[backend].kept_shape(points[i : i + 3])) for i in range(0, len(points), 3)]
     return points[0].new_empty(len(kept), 2, dtype=torch.float64), kept
 
 
-@torch.library.custom_op("drift_ops::loss_forces", mutates_args=())
-def loss_forces(
+@torch.library.custom_op("drift_ops::loss_moments", mutates_args=())
+def loss_moments(
     points: Sequence[Tensor],
     weights: Sequence[Tensor],
     kept: Sequence[Tensor],
@@ -148,74 +149,100 @@ def loss_forces(
     R_list: Sequence[float],
     floor: float,
     backend: str,
-) -> tuple[list[Tensor], Tensor]:
-    """Form C, phase 2, for all maps: forces ``[R, G, N, D]`` before the division by λ, and λ_R² ``[maps, R]``.
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Form C, phase 2, for all maps: what phase 3 needs, and ``mean_{i,dim}(F_r F_s)`` of the forces, ``[G, R, R]``.
 
-    ``scale [maps]`` is the global scale of each map.
+    ``scale [maps]`` is the global scale of each map. λ_r² is the mean over groups of the moments' diagonal, and the
+    loss a quadratic form in them, so that the forces themselves are wanted in the backward only.
     """
     results = [
-        BACKENDS[backend].loss_forces(
+        BACKENDS[backend].loss_moments(
             points[3 * m : 3 * m + 3], weights[3 * m : 3 * m + 3], kept[m], scale[m], R_list, floor
         )
         for m in range(len(kept))
     ]
-    return [forces for forces, _ in results], torch.stack([means for _, means in results])
+    return [state for state, _ in results], [moments for _, moments in results]
 
 
-@loss_forces.register_fake
+@loss_moments.register_fake
 def _(points, weights, kept, scale, R_list, floor, backend):  # type: ignore[no-untyped-def]
-    forces = [gen.new_empty(len(R_list), *gen.shape) for gen in points[::3]]
-    return forces, points[0].new_empty(len(kept), len(R_list), dtype=torch.float64)
+    R, maps = len(R_list), [points[i : i + 3] for i in range(0, len(points), 3)]
+    states = [_fake_like(of_map[0], BACKENDS[backend].state_shape(of_map, R)) for of_map in maps]
+    return states, [_fake_like(of_map[0], (of_map[0].shape[0], R, R)) for of_map in maps]
 
 
 @torch.library.custom_op("drift_ops::loss_gradient", mutates_args=())
 def loss_gradient(
-    forces: Sequence[Tensor], squared_lambda: Tensor, scale: Tensor, backend: str
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Form C, phase 3, for all maps: losses ``[G]`` and gradients w.r.t. gen ``[G, N, D]``.
+    points: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    state: Tensor,
+    scale: Tensor,
+    factors: Tensor,
+    incoming: Tensor,
+    R_list: Sequence[float],
+    floor: float,
+    backend: str,
+) -> Tensor:
+    """Form C, phase 3, for one map: the gradient w.r.t. gen, ``−2 incoming_g Σ_r factors_r F_r / (N·D·s)``.
 
-    ``squared_lambda [maps, R]`` and ``scale [maps]`` are the global statistics.
+    ``scale`` (0-d) and ``factors [R]`` (= 1/λ_r), in float64, are the global statistics; ``incoming [G]`` is the
+    gradient of the loss.
     """
-    results = [BACKENDS[backend].loss_gradient(f, squared_lambda[m], scale[m]) for m, f in enumerate(forces)]
-    return [loss for loss, _ in results], [grad for _, grad in results]
+    return BACKENDS[backend].loss_gradient(
+        points, weights, state, scale, factors, incoming.contiguous(), R_list, floor
+    )
 
 
 @loss_gradient.register_fake
-def _(forces, squared_lambda, scale, backend):  # type: ignore[no-untyped-def]
-    return [f.new_empty(f.shape[1]) for f in forces], [f.new_empty(f.shape[1:]) for f in forces]
+def _(points, *rest):  # type: ignore[no-untyped-def]
+    return torch.empty_like(points[0], memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("drift_ops::attach_gradient", mutates_args=())
-def attach_gradient(gen: Tensor, loss: Tensor, grad: Tensor) -> Tensor:
-    """``loss [G]``, whose gradient w.r.t. ``gen [G, N, D]`` is the precomputed ``grad``."""
+def attach_gradient(
+    loss: Tensor,
+    gen: Tensor,
+    others: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    state: Tensor,
+    scale: Tensor,
+    factors: Tensor,
+    R_list: Sequence[float],
+    floor: float,
+    backend: str,
+) -> Tensor:
+    """``loss [G]``, whose gradient w.r.t. ``gen`` is :func:`loss_gradient` of ``[gen, *others]`` and the rest."""
     return loss.clone()
 
 
 @attach_gradient.register_fake
-def _(gen, loss, grad):  # type: ignore[no-untyped-def]
+def _(loss, *rest):  # type: ignore[no-untyped-def]
     return torch.empty_like(loss)
 
 
-@torch.library.custom_op("drift_ops::scale_gradient", mutates_args=())
-def scale_gradient(grad: Tensor, by: Tensor) -> Tensor:
-    """``grad [G, N, D]`` times ``by [G]``."""
-    return grad * by[:, None, None]
+def _save_for_loss_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, gen, others, weights, state, scale, factors, *ctx.options = inputs
+    ctx.save_for_backward(gen, *others, *weights, state, scale, factors)
 
 
-@scale_gradient.register_fake
-def _(grad, by):  # type: ignore[no-untyped-def]
-    return torch.empty_like(grad)
+def _loss_backward(ctx: Any, incoming: Tensor) -> tuple[Any, ...]:
+    *points_and_weights, state, scale, factors = ctx.saved_tensors
+    points, weights = points_and_weights[:3], points_and_weights[3:]
+    grad = loss_gradient(points, weights, state, scale, factors, incoming, *ctx.options)
+    return None, grad, [None] * 2, [None] * 3, None, None, None, *[None] * len(ctx.options)
 
 
-attach_gradient.register_autograd(
-    lambda ctx, by: (scale_gradient(ctx.saved_tensors[0], by), None, None),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[2]),
-)
+attach_gradient.register_autograd(_loss_backward, setup_context=_save_for_loss_backward)
+
+
+def _fake_like(t: Tensor, shape: Sequence[int]) -> Tensor:
+    """What a backend computes from ``t``: float64 for float64, float32 for all else."""
+    return t.new_empty(shape, dtype=torch.float64 if t.dtype == torch.float64 else torch.float32)
 
 
 def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
     raise NotImplementedError("drift_ops: there is no double backward; use backend='reference' for second derivatives")
 
 
-for op in (affinity_sums_backward, scale_gradient):
+for op in (affinity_sums_backward, loss_gradient):
     op.register_autograd(_no_double_backward)

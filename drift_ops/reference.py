@@ -90,62 +90,63 @@ def drift_field(
     return torch.stack(fields)
 
 
-def loss_scale(points: Sequence[Tensor], weights: Sequence[Tensor], backend: str) -> tuple[Tensor, list[Tensor]]:
-    """Form C, phase 1: ``[mean d·w, mean w]`` of every map, ``[maps, 2]``, and its distances ``[G, N, M]``.
+def kept_shape(points: Sequence[Tensor]) -> tuple[int, ...]:
+    """Shape of what phase 1 of form C keeps for phase 2: the distances ``[G, N, M]``."""
+    return (*points[0].shape[:2], sum(t.shape[1] for t in points))
 
-    ``points`` and ``weights`` hold gen, neg, pos of map 0, then of map 1, and so on.
+
+def state_shape(points: Sequence[Tensor], R: int) -> tuple[int, ...]:
+    """Shape of what phase 2 of form C keeps for phase 3: the forces ``[R, G, N, D]``."""
+    return (R, *points[0].shape)
+
+
+def loss_scale(points: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Form C, phase 1: ``[mean d·w, mean w]`` over all groups, and the distances ``d [G, N, M]``.
+
+    ``points`` and ``weights`` are those of gen, neg, pos: ``[G, count, D]`` and ``[G, count]``.
     """
-    means, kept = [], []
-    for points_of_map, weights_of_map in _maps(points, weights):
-        w = torch.cat(weights_of_map, 1)  # [G, M]
-        d = distances(points_of_map[0], torch.cat(points_of_map, 1)).clamp(min=1e-4)
-        means.append(torch.stack([(d * w.unsqueeze(1)).double().mean(), w.double().mean()]))
-        kept.append(d)
-    return torch.stack(means), kept
+    w = torch.cat(tuple(weights), 1)  # [G, M]
+    d = distances(points[0], torch.cat(tuple(points), 1)).clamp(min=1e-4)
+    return torch.stack([(d * w.unsqueeze(1)).double().mean(), w.double().mean()]), d
 
 
-def loss_forces(
+def loss_moments(
     points: Sequence[Tensor],
     weights: Sequence[Tensor],
-    kept: Sequence[Tensor],
+    d: Tensor,
     scale: Tensor,
     R_list: Sequence[float],
     affinity_floor: float,
-    backend: str,
-) -> tuple[list[Tensor], Tensor]:
-    """Form C, phase 2: the forces ``F_R [R, G, N, D]`` of every map, and their mean squares λ_R² ``[maps, R]``."""
+) -> tuple[Tensor, Tensor]:
+    """Form C, phase 2: the forces ``F_R [R, G, N, D]``, and the means over i and dim of ``F_r F_s``, ``[G, R, R]``."""
+    gen, neg, _ = points
+    N, D = gen.shape[1:]
+    scale = scale.to(gen.dtype)
+    targets = torch.cat(tuple(points), 1) / (scale / D**0.5).clamp(min=1e-3)
+    w = torch.cat(tuple(weights), 1).unsqueeze(1)  # [G, 1, M]
+    delta = d / scale.clamp(min=1e-3) + 100 * torch.eye(N, targets.shape[1], dtype=gen.dtype, device=gen.device)
     forces = []
-    for m, (points_of_map, weights_of_map) in enumerate(_maps(points, weights)):
-        gen, neg, _ = points_of_map
-        N, D = gen.shape[1:]
-        scale_of_map = scale[m].to(gen.dtype)
-        targets = torch.cat(points_of_map, 1) / (scale_of_map / D**0.5).clamp(min=1e-3)
-        w = torch.cat(weights_of_map, 1).unsqueeze(1)  # [G, 1, M]
-        delta = kept[m] / scale_of_map.clamp(min=1e-3)
-        delta = delta + 100 * torch.eye(N, targets.shape[1], dtype=gen.dtype, device=gen.device)
-        of_R = []
-        for R in R_list:
-            A = affinity(-delta / R, affinity_floor) * w
-            A_neg, A_pos = A.split([N + neg.shape[1], A.shape[2] - N - neg.shape[1]], -1)
-            c = torch.cat([-A_neg * A_pos.sum(-1, keepdim=True), A_pos * A_neg.sum(-1, keepdim=True)], -1)
-            of_R.append(c @ targets)
-        forces.append(torch.stack(of_R))
-    return forces, torch.stack([f.double().square().mean((1, 2, 3)) for f in forces])
+    for R in R_list:
+        A = affinity(-delta / R, affinity_floor) * w
+        A_neg, A_pos = A.split([N + neg.shape[1], A.shape[2] - N - neg.shape[1]], -1)
+        c = torch.cat([-A_neg * A_pos.sum(-1, keepdim=True), A_pos * A_neg.sum(-1, keepdim=True)], -1)
+        forces.append(c @ targets)
+    F_R = torch.stack(forces)
+    return F_R, (torch.einsum("rgnd,sgnd->grs", F_R.double(), F_R.double()) / (N * D)).to(gen.dtype)
 
 
 def loss_gradient(
-    forces: Sequence[Tensor], squared_lambda: Tensor, scale: Tensor, backend: str
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Form C, phase 3: with ``F = Σ_R F_R/λ_R``, losses ``[G] = mean F²`` and gradients ``[G, N, D] = −2F/(N·D·s)``."""
-    losses, grads = [], []
-    for m, of_R in enumerate(forces):
-        N, D = of_R.shape[2:]
-        factors = squared_lambda[m].clamp(min=1e-8).rsqrt().to(of_R.dtype)
-        F_total = (of_R * factors.view(-1, 1, 1, 1)).sum(0)
-        losses.append(F_total.square().mean((1, 2)))
-        grads.append(F_total * (-2 / (N * D * (scale[m] / D**0.5).clamp(min=1e-3))).to(of_R.dtype))
-    return losses, grads
-
-
-def _maps(points: Sequence[Tensor], weights: Sequence[Tensor]) -> list[tuple[list[Tensor], list[Tensor]]]:
-    return [(list(points[i : i + 3]), list(weights[i : i + 3])) for i in range(0, len(points), 3)]
+    points: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    forces: Tensor,
+    scale: Tensor,
+    factors: Tensor,
+    incoming: Tensor,
+    R_list: Sequence[float],
+    affinity_floor: float,
+) -> Tensor:
+    """Form C, phase 3: with ``F = Σ_R F_R/λ_R``, the gradient ``−2F/(N·D·s)`` times ``incoming [G]``, ``[G, N, D]``."""
+    N, D = points[0].shape[1:]
+    F_total = (forces * factors.to(forces.dtype).view(-1, 1, 1, 1)).sum(0)
+    by = incoming * (-2 / (N * D * (scale / D**0.5).clamp(min=1e-3))).to(forces.dtype)
+    return F_total * by[:, None, None]

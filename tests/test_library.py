@@ -36,16 +36,16 @@ def op_samples(backend):
     maps = (one + one, weights + weights)
     scale = torch.ones(2, dtype=torch.float64, device=q.device)
     _, kept = ops.loss_scale(*maps, backend)
-    forces, squared_lambda = ops.loss_forces(*maps, kept, scale, R_LIST, 1e-6, backend)
-    losses, gradients = ops.loss_gradient(forces, squared_lambda, scale, backend)
+    states, moments = ops.loss_moments(*maps, kept, scale, R_LIST, 1e-6, backend)
+    factors, incoming = scale.new_tensor([0.7, 1.3]), moments[0].new_ones(G)
+    statistics = (states[0], scale[0], factors)
     return {
         ops.affinity_sums: [gaussian, laplace],
         ops.affinity_sums_backward: backward,
         ops.loss_scale: [(one, weights, backend), (*maps, backend)],
-        ops.loss_forces: [(*maps, kept, scale, R_LIST, 1e-6, backend)],
-        ops.loss_gradient: [(forces, squared_lambda, scale, backend)],
-        ops.attach_gradient: [(q, losses[0], gradients[0])],
-        ops.scale_gradient: [(gradients[0], losses[0])],
+        ops.loss_moments: [(*maps, kept, scale, R_LIST, 1e-6, backend)],
+        ops.loss_gradient: [(one, weights, *statistics, incoming, R_LIST, 1e-6, backend)],
+        ops.attach_gradient: [(incoming, q, one[1:], weights, *statistics, R_LIST, 1e-6, backend)],
     }
 
 

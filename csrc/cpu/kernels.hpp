@@ -44,12 +44,11 @@ template <class T> struct Kernels {
     void (*affinity_backward)(const AffinityProblem<T>&, const AffinityGradients<T>&);
     // sums[2] = {Σ d·w, Σ w}; kept receives the distances [G, N, M rounded up to 16], null: they are not kept.
     void (*loss_scale)(const LossProblem<T>&, double* sums, T* kept);
-    // forces [R, G, N, D] before the division by λ, squares[R] = Σ forces².
-    void (*loss_forces)(const LossProblem<T>&, double scale, int R, const double* R_list, double floor, T* kept, T* forces,
-                        double* squares);
-    // F = Σ_R forces_R·factors_R; loss[g] = mean F², grad = F·grad_factor [G, size].
-    void (*loss_gradient)(int64_t groups, int64_t size, int R, const T* forces, const double* factors, double grad_factor, int threads,
-                          T* loss, T* grad);
+    // forces [R, G, N, D] before the division by λ; moments [G, R, R] = mean_{i,dim} forces_r·forces_s.
+    void (*loss_moments)(const LossProblem<T>&, double scale, int R, const double* R_list, double floor, T* kept, T* forces, T* moments);
+    // grad [G, size] = group_factors[g]·Σ_R forces_R·factors_R.
+    void (*loss_gradient)(int64_t groups, int64_t size, int R, const T* forces, const double* factors, const T* group_factors,
+                          int threads, T* grad);
 };
 
 namespace avx512 { extern const Kernels<float> float_kernels; extern const Kernels<double> double_kernels; }

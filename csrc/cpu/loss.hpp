@@ -1,7 +1,8 @@
 // Form C for many groups: the release's training loss. Each thread takes whole groups; a group's matrices stay in cache.
 //
-//   loss_scale   distances, and the sums the global scale is made of
-//   loss_forces  the three softmax tables, the force of every R, and the sums the global λ are made of
+//   loss_scale     distances, and the sums the global scale is made of
+//   loss_moments   the three softmax tables, the force of every R, and the mean products that λ and the loss are made of
+//   loss_gradient  the forces, weighted by the global λ
 // Sums are kept in double, one a group, and added in group order: the same result whatever the number of threads.
 #pragma once
 #include "field.hpp"
@@ -44,8 +45,9 @@ template <class T> class LossGroup {
         return total;
     }
 
-    // Forces of every R into forces[R][g], their squares added to squares[R]. `kept` as above, or null to find them again.
-    void find_forces(int64_t g, T* kept, T scale, int R, const double* R_list, T floor, T* forces, double* squares) {
+    // Forces of every R into forces[R][g], mean products of theirs into moments[R, R]. `kept` as above, or null to find
+    // the distances again.
+    void find_forces(int64_t g, T* kept, T scale, int R, const double* R_list, T floor, T* forces, T* moments) {
         if (kept)
             open(g);
         else
@@ -57,8 +59,8 @@ template <class T> class LossGroup {
             find_coefficients(d, {Kernel::laplace, T(1), T(R_list[r]) * kernel_scale}, T(100) * kernel_scale, floor, 1 / unit);
             T* force = forces + (r * p.groups + g) * N * D;
             multiply<T>(N, D, M, A, ld, 1, panels, M * PANEL<T>, force, D, false);
-            squares[r] = 0;
-            for (int64_t i = 0; i < N; ++i) squares[r] += squared_norm(force + i * D, D);
+            for (int other = 0; other <= r; ++other)
+                moments[r * R + other] = moments[other * R + r] = mean_product(force, forces + (other * p.groups + g) * N * D);
         }
     }
 
@@ -86,6 +88,12 @@ template <class T> class LossGroup {
             if (total < least) least = total, best = i;
         }
         return rows[best];
+    }
+
+    T mean_product(const T* force, const T* other) const {
+        double sum = 0;
+        for (int64_t n = 0; n < N * D; n += D) sum += dot(force + n, other + n, D);
+        return T(sum / double(N * D));
     }
 
     template <class Body> void for_tiles(Body body) const {
@@ -153,30 +161,24 @@ template <class T> void loss_scale(const LossProblem<T>& p, double* sums, T* kep
 }
 
 template <class T>
-void loss_forces(const LossProblem<T>& p, double scale, int R, const double* R_list, double floor, T* kept, T* forces, double* squares) {
-    Buffer<double> parts(R * p.groups);
+void loss_moments(const LossProblem<T>& p, double scale, int R, const double* R_list, double floor, T* kept, T* forces, T* moments) {
     for_groups(p, [&](LossGroup<T>& group, int64_t g) {
-        group.find_forces(g, kept ? kept + g * kept_size(p) : nullptr, T(scale), R, R_list, T(floor), forces, parts + R * g);
+        group.find_forces(g, kept ? kept + g * kept_size(p) : nullptr, T(scale), R, R_list, T(floor), forces, moments + R * R * g);
     });
-    std::fill_n(squares, R, 0.0);
-    for (int64_t g = 0; g < p.groups; ++g)
-        for (int r = 0; r < R; ++r) squares[r] += parts[R * g + r];
 }
 
 template <class T>
-void loss_gradient(int64_t groups, int64_t size, int R, const T* forces, const double* factors, double grad_factor, int threads,
-                   T* loss, T* grad) {
+void loss_gradient(int64_t groups, int64_t size, int R, const T* forces, const double* factors, const T* group_factors, int threads,
+                   T* grad) {
     const int parts = threads_for(groups * size * R, threads);
     parallel(parts, [&](int part) {
         for (auto [g, end] = share(groups, 1, part, parts); g < end; ++g) {
             T* out = grad + g * size;
             for (int r = 0; r < R; ++r) {
                 const T* force = forces + (r * groups + g) * size;
-                const T factor = T(factors[r]);
+                const T factor = T(factors[r]) * group_factors[g];
                 for (int64_t n = 0; n < size; ++n) out[n] = r == 0 ? force[n] * factor : out[n] + force[n] * factor;
             }
-            loss[g] = squared_norm(out, size) / T(size);
-            for (int64_t n = 0; n < size; ++n) out[n] *= T(grad_factor);
         }
     });
 }

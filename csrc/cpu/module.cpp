@@ -100,16 +100,16 @@ struct Loss {
         kernels<T>().loss_scale(problem<T>(), at<double>(sums), at<T>(kept));
     }
     template <class T>
-    void forces(double scale, const std::vector<double>& R_list, double floor, uintptr_t kept, uintptr_t forces, uintptr_t squares) const {
-        kernels<T>().loss_forces(problem<T>(), scale, int(R_list.size()), R_list.data(), floor, at<T>(kept), at<T>(forces),
-                                 at<double>(squares));
+    void moments(double scale, const std::vector<double>& R_list, double floor, uintptr_t kept, uintptr_t forces, uintptr_t moments) const {
+        kernels<T>().loss_moments(problem<T>(), scale, int(R_list.size()), R_list.data(), floor, at<T>(kept), at<T>(forces),
+                                  at<T>(moments));
     }
 };
 
 template <class T>
-void loss_gradient(int64_t groups, int64_t size, const std::vector<double>& factors, double grad_factor, int threads, uintptr_t forces,
-                   uintptr_t loss, uintptr_t grad) {
-    kernels<T>().loss_gradient(groups, size, int(factors.size()), at<T>(forces), factors.data(), grad_factor, threads, at<T>(loss),
+void loss_gradient(int64_t groups, int64_t size, const std::vector<double>& factors, int threads, uintptr_t forces,
+                   uintptr_t group_factors, uintptr_t grad) {
+    kernels<T>().loss_gradient(groups, size, int(factors.size()), at<T>(forces), factors.data(), at<T>(group_factors), threads,
                                at<T>(grad));
 }
 
@@ -138,8 +138,8 @@ PYBIND11_MODULE(_cpu, m) {
              py::arg("groups"), py::arg("D"), py::arg("counts"), py::arg("points"), py::arg("weights"), py::arg("threads"))
         .def("scale_float32", &Loss::scale<float>, release)
         .def("scale_float64", &Loss::scale<double>, release)
-        .def("forces_float32", &Loss::forces<float>, release)
-        .def("forces_float64", &Loss::forces<double>, release);
+        .def("moments_float32", &Loss::moments<float>, release)
+        .def("moments_float64", &Loss::moments<double>, release);
     m.def("loss_gradient_float32", &loss_gradient<float>, release);
     m.def("loss_gradient_float64", &loss_gradient<double>, release);
 }
