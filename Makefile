@@ -1,15 +1,17 @@
 # make train   set up .venv and train the digits model
 # make test    set up .venv and run the linters, the type checker and all tests
 # make bench   time the operator against dense PyTorch
+# make gpu-check   on a machine with a GPU, with its own torch and Triton: build, test, time, sanitize and profile the
+#                  GPU backends; STAGE=build|test|bench|sanitize|profile for one of these, each within ten minutes
 
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
-INPUTS := setup.py pyproject.toml constraints.txt $(wildcard csrc/*/*)
+INPUTS := setup.py pyproject.toml constraints.txt $(wildcard csrc/* csrc/*/*)
 # make test and make bench fail, rather than skip, where the compiled backend cannot be used.
 export DRIFT_OPS_REQUIRE ?= cpu
 
-.PHONY: train test lint bench clean
+.PHONY: train test lint bench gpu-check clean
 
 train: $(VENV)/installed
 	$(RUN) -m drifting.train
@@ -25,8 +27,12 @@ bench: $(VENV)/installed-dev
 	$(RUN) -m pytest benchmarks/ --benchmark-only
 	$(RUN) -m benchmarks.compare
 
+gpu-check: STAGE ?= all
+gpu-check:
+	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu_check $(STAGE)
+
 clean:
-	rm -rf $(VENV) build *.egg-info drift_ops/_cpu*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build *.egg-info drift_ops/_c*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 
 $(RUN):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed, and $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'

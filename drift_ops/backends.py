@@ -1,10 +1,16 @@
 """Which implementations there are, whether this machine can use them, and which one serves a call."""
 
+import functools
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 
-from . import cpu
+from . import cpu, cuda
 
 
 @dataclass(frozen=True)
@@ -16,31 +22,64 @@ class Backend:
     reason: str | None = None
 
 
-_BACKENDS = {
-    "triton": Backend("triton", False, "this version has no Triton kernels yet"),
-    "cuda": Backend("cuda", False, "this version has no CUDA C++ kernels yet"),
-    "cpu": Backend("cpu", cpu.load_error is None, cpu.load_error),
-    "reference": Backend("reference", True),
+@functools.cache
+def _why_not_triton() -> str | None:
+    if find_spec("triton") is None:
+        return "triton is not installed; pip install triton"
+    if not torch.cuda.is_available() and not _interpreted():
+        return "no CUDA device"
+    return None
+
+
+_WHY_NOT: dict[str, Callable[[], str | None]] = {
+    "triton": _why_not_triton,
+    "cuda": functools.cache(cuda.why_not),
+    "cpu": lambda: cpu.load_error,
+    "reference": lambda: None,
 }
 
 
 def backends() -> dict[str, Backend]:
     """``triton``, ``cuda``, ``cpu`` and ``reference`` by name; ``.reason`` says why one is not ``.usable``."""
-    return dict(_BACKENDS)
+    reasons = {name: why_not() for name, why_not in _WHY_NOT.items()}
+    return {name: Backend(name, reason is None, reason) for name, reason in reasons.items()}
 
 
-def choose(name: str | None, device: torch.device) -> str:
-    """The backend that serves tensors on ``device``: ``name`` itself when it can, the best one when it is None.
+def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that serves tensors of ``dtype`` on ``device``: ``name`` itself when it can, the best for None.
 
     Raises:
-        ValueError: ``name`` is unknown, cannot be used on this machine, or does not serve ``device``.
+        ValueError: ``name`` is unknown, cannot be used on this machine, or does not serve such tensors.
     """
     if name is None:
-        return "cpu" if device.type == "cpu" and _BACKENDS["cpu"].usable else "reference"
-    if name not in _BACKENDS:
-        raise ValueError(f"backend: got {name!r}, expected None or one of {', '.join(map(repr, _BACKENDS))}")
-    if not _BACKENDS[name].usable:
-        raise ValueError(f"backend: {name!r} cannot be used here: {_BACKENDS[name].reason}")
-    if name == "cpu" and device.type != "cpu":
-        raise ValueError(f"backend: 'cpu' serves CPU tensors, got tensors on {device}; move them or leave backend=None")
+        of_device = {"cuda": ("triton", "cuda"), "cpu": ("cpu",)}.get(device.type, ())
+        return next((n for n in of_device if not _WHY_NOT[n]() and not _why_not_for(n, device, dtype)), "reference")
+    if name not in _WHY_NOT:
+        raise ValueError(f"backend: got {name!r}, expected None or one of {', '.join(map(repr, _WHY_NOT))}")
+    if reason := _WHY_NOT[name]():
+        raise ValueError(f"backend: {name!r} cannot be used here: {reason}")
+    if reason := _why_not_for(name, device, dtype):
+        raise ValueError(f"backend: {reason}, or leave backend=None")
     return name
+
+
+def _why_not_for(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """What keeps a usable backend from serving tensors of ``dtype`` on ``device``, and what to do about it."""
+    if name == "reference":
+        return None
+    served = "cpu" if name == "cpu" or (name == "triton" and _interpreted()) else "cuda"
+    if device.type != served:
+        return f"{name!r} serves {served.upper()} tensors, got tensors on {device}; move them"
+    if name == "triton" and dtype == torch.float64:
+        return "'triton' serves float32, bfloat16 and float16, got float64; convert, take 'cuda' or 'reference'"
+    return None
+
+
+def _interpreted() -> bool:
+    """Triton's interpreter runs the kernels in Python, on CPU tensors; for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def implementation(name: str) -> ModuleType:
+    """The module that implements the ops for a backend, loaded when first asked for."""
+    return import_module(f".{name}", __package__)

@@ -84,7 +84,7 @@ def _gaussian_field(
     check_points("x_data", x_data, x, "x")
     check_points("x_gen", x_gen, x, "x", empty=True)
     temperature = check_positive("temperature", temperature)
-    chosen = choose(backend, x.device)
+    chosen = choose(backend, x.device, x.dtype)
     with torch.autocast(x.device.type, enabled=False):
         points, data, gen = (to_compute_dtype(t) for t in (x, x_data, x_gen))
         if chosen == "reference":

@@ -63,22 +63,22 @@ def drift_field(
         check_positives("temperature", temperature) if several else (check_positive("temperature", temperature),)
     )
     affinity_floor = check_floor(affinity_floor)
-    chosen = choose(backend, x.device)
+    chosen = choose(backend, x.device, x.dtype)
     with torch.autocast(x.device.type, enabled=False):
         q, p, n = (to_compute_dtype(t) for t in (x, pos, neg))
         w_pos, w_neg = (None if w is None else w.to(q.dtype) for w in (weight_pos, weight_neg))
         if chosen == "reference":
             V = reference.drift_field(q, p, n, temperatures, w_pos, w_neg, include_self, affinity_floor)
         else:
-            targets = torch.cat([q, n, p] if include_self else [n, p], -2)
             weights = None
             if w_pos is not None or w_neg is not None:
                 given = [q.new_ones(q.shape[:-1])] if include_self else []
                 given += [t.new_ones(t.shape[:-1]) if w is None else w for t, w in ((n, w_neg), (p, w_pos))]
                 weights = as_problems(torch.cat(given, -1), 1)
-            q, targets = as_problems(q), as_problems(targets)
-            centre = find_centre(q, targets)
-            q, targets = q - centre, targets - centre
+            q, n, p = (as_problems(t) for t in (q, n, p))
+            centre = find_centre(q, n, p)
+            q = q - centre
+            targets = torch.cat([*([q] if include_self else []), n - centre, p - centre], 1)
             num, den, _, _ = ops.affinity_sums(
                 q,
                 targets,
@@ -93,5 +93,5 @@ def drift_field(
                 chosen,
             )
             den = den.unsqueeze(-1)  # [T, G, 2, N, 1]
-            V = (den[:, :, 0] * num[:, :, 1] - den[:, :, 1] * num[:, :, 0]).reshape(-1, *x.shape)
+            V = torch.addcmul(den[:, :, 0] * num[:, :, 1], den[:, :, 1], num[:, :, 0], value=-1).reshape(-1, *x.shape)
         return (V if several else V[0]).to(x.dtype)

@@ -61,9 +61,11 @@ def drift_loss(
         maps = _check_maps(gen, fixed_pos, fixed_neg, weight_gen, weight_pos, weight_neg)
     R_list = check_positives("R_list", R_list)
     affinity_floor = check_floor(affinity_floor)
-    device = maps[0][0][0].device
-    chosen = choose(backend, device)
-    with torch.autocast(device.type, enabled=False):
+    first = maps[0][0][0]
+    chosen = choose(backend, first.device, first.dtype)
+    with torch.autocast(first.device.type, enabled=False):
+        if chosen != "triton":  # whose kernels read 16-bit points as they are
+            maps = [([to_compute_dtype(p) for p in points], weights) for points, weights in maps]
         losses = _loss_of_maps(maps, R_list, affinity_floor, process_group, chosen)
     infos = [
         {"scale": scale, **{f"loss_{R}": squared[r] for r, R in enumerate(R_list)}} for _, scale, squared in losses
@@ -87,8 +89,10 @@ def _loss_of_maps(
 
     The third, the gradient, is for the backward.
     """
-    gens = [points[0] for points, _ in maps]
-    all_points = [t.detach().contiguous() for points, _ in maps for t in points]
+    gens = [points[0].contiguous() for points, _ in maps]
+    all_points = [
+        t.detach().contiguous() for gen, (points, _) in zip(gens, maps, strict=True) for t in (gen, *points[1:])
+    ]
     all_weights = [w.detach().contiguous() for _, weights in maps for w in weights]
 
     means, kept = ops.loss_scale(all_points, all_weights, backend)
@@ -100,13 +104,32 @@ def _loss_of_maps(
     squared_lambda = _mean_over_ranks(squares, gens, process_group)  # [maps, R]
     factors = squared_lambda.clamp(min=1e-8).rsqrt()
     losses = []
-    for m, (points, _) in enumerate(maps):
+    for m, gen in enumerate(gens):
         loss = (moments[m] * torch.outer(factors[m], factors[m])).sum((1, 2)).to(moments[m].dtype)  # [G]
-        others, weights = all_points[3 * m + 1 : 3 * m + 3], all_weights[3 * m : 3 * m + 3]
-        options = (states[m], scale[m], factors[m], R_list, affinity_floor, backend)
-        loss = ops.attach_gradient(loss, points[0].contiguous(), others, weights, *options)
+        fixed = (*all_points[3 * m + 1 : 3 * m + 3], *all_weights[3 * m : 3 * m + 3])
+        constants = (*fixed, states[m], scale[m], factors[m])
+        loss = _AttachGradient.apply(loss, gen, *constants, (R_list, affinity_floor, backend))
         losses.append((loss, scale[m].to(loss.dtype), squared_lambda[m].to(loss.dtype)))
     return losses
+
+
+class _AttachGradient(torch.autograd.Function):
+    """``loss [G]``, whose gradient w.r.t. ``gen`` is :func:`drift_ops.ops.loss_gradient` of all that follows.
+
+    ``constants`` are neg, pos, the three weights, and the state, scale and factors of the phases before.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, gen: Tensor, *constants: Any) -> Tensor:
+        *tensors, ctx.options = constants
+        ctx.save_for_backward(gen, *tensors)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
+        points, weights, statistics = ctx.saved_tensors[:3], ctx.saved_tensors[3:6], ctx.saved_tensors[6:]
+        grad = ops.loss_gradient(points, weights, *statistics, incoming, *ctx.options)
+        return None, grad, *[None] * 9
 
 
 def _mean_over_ranks(means: Tensor, gens: list[Tensor], process_group: dist.ProcessGroup | None) -> Tensor:
@@ -140,7 +163,7 @@ def _check_maps(gen: object, *others: object) -> list[Map]:
 
 
 def _check_map(given: tuple[Any, ...], index: str) -> Map:
-    """Checks the six tensors of one map, fills in what is None, and brings all to the dtype computed in."""
+    """Checks the six tensors of one map, fills in what is None, and brings the weights to the dtype computed in."""
     gen, pos, neg, weight_gen, weight_pos, weight_neg = given
     check_points(f"gen{index}", gen, rank=3)
     check_points(f"fixed_pos{index}", pos, gen, f"gen{index}")
@@ -150,6 +173,7 @@ def _check_map(given: tuple[Any, ...], index: str) -> Map:
     for kind, p, w in (("gen", gen, weight_gen), ("neg", neg, weight_neg), ("pos", pos, weight_pos)):
         name = kind if kind == "gen" else f"fixed_{kind}"
         check_weights(f"weight_{kind}{index}", w, p, f"{name}{index}")
-        points.append(to_compute_dtype(p))
-        weights.append(points[-1].new_ones(p.shape[:2]) if w is None else w.to(points[-1].dtype))
+        dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+        points.append(p)
+        weights.append(p.new_ones(p.shape[:2], dtype=dtype) if w is None else w.to(dtype))
     return points, weights

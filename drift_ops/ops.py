@@ -10,10 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cpu, reference
-
-# Modules that implement the ops; of the reference, form C only: its A and B are plain PyTorch.
-BACKENDS: dict[str, Any] = {"cpu": cpu, "reference": reference}
+from .backends import implementation
 
 
 @torch.library.custom_op("drift_ops::affinity_sums", mutates_args=())
@@ -41,7 +38,7 @@ def affinity_sums(
         ``num [S, G, sides, N, D]``, ``den [S, G, sides, N]``, and the softmax statistics the backward needs:
         ``[S, G, 2, N]`` and ``[S, G, 2, M]``.
     """
-    return BACKENDS[backend].affinity_sums(
+    return implementation(backend).affinity_sums(
         q.contiguous(),
         k.contiguous(),
         v.contiguous(),
@@ -85,7 +82,7 @@ def affinity_sums_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Vector-Jacobian product of :func:`affinity_sums`: gradients of q, k, v, w (empty without w)."""
-    return BACKENDS[backend].affinity_sums_backward(
+    return implementation(backend).affinity_sums_backward(
         q.contiguous(),
         k.contiguous(),
         v.contiguous(),
@@ -130,13 +127,14 @@ def loss_scale(points: Sequence[Tensor], weights: Sequence[Tensor], backend: str
 
     ``points`` and ``weights`` hold gen, neg, pos of map 0, then of map 1, and so on.
     """
-    results = [BACKENDS[backend].loss_scale(points[i : i + 3], weights[i : i + 3]) for i in range(0, len(points), 3)]
+    of_map = implementation(backend).loss_scale
+    results = [of_map(*each) for each in zip(_by_map(points), _by_map(weights), strict=True)]
     return torch.stack([means for means, _ in results]), [kept for _, kept in results]
 
 
 @loss_scale.register_fake
 def _(points, weights, backend):  # type: ignore[no-untyped-def]
-    kept = [_fake_like(points[i], BACKENDS[backend].kept_shape(points[i : i + 3])) for i in range(0, len(points), 3)]
+    kept = [_fake_like(of_map[0], implementation(backend).kept_shape(of_map)) for of_map in _by_map(points)]
     return points[0].new_empty(len(kept), 2, dtype=torch.float64), kept
 
 
@@ -155,19 +153,16 @@ def loss_moments(
     ``scale [maps]`` is the global scale of each map. λ_r² is the mean over groups of the moments' diagonal, and the
     loss a quadratic form in them, so that the forces themselves are wanted in the backward only.
     """
-    results = [
-        BACKENDS[backend].loss_moments(
-            points[3 * m : 3 * m + 3], weights[3 * m : 3 * m + 3], kept[m], scale[m], R_list, floor
-        )
-        for m in range(len(kept))
-    ]
+    of_map = implementation(backend).loss_moments
+    each_map = zip(_by_map(points), _by_map(weights), kept, scale, strict=True)
+    results = [of_map(*each, R_list, floor) for each in each_map]
     return [state for state, _ in results], [moments for _, moments in results]
 
 
 @loss_moments.register_fake
 def _(points, weights, kept, scale, R_list, floor, backend):  # type: ignore[no-untyped-def]
-    R, maps = len(R_list), [points[i : i + 3] for i in range(0, len(points), 3)]
-    states = [_fake_like(of_map[0], BACKENDS[backend].state_shape(of_map, R)) for of_map in maps]
+    R, maps = len(R_list), _by_map(points)
+    states = [_fake_like(of_map[0], implementation(backend).state_shape(of_map, R)) for of_map in maps]
     return states, [_fake_like(of_map[0], (of_map[0].shape[0], R, R)) for of_map in maps]
 
 
@@ -188,7 +183,7 @@ def loss_gradient(
     ``scale`` (0-d) and ``factors [R]`` (= 1/λ_r), in float64, are the global statistics; ``incoming [G]`` is the
     gradient of the loss.
     """
-    return BACKENDS[backend].loss_gradient(
+    return implementation(backend).loss_gradient(
         points, weights, state, scale, factors, incoming.contiguous(), R_list, floor
     )
 
@@ -198,41 +193,9 @@ def _(points, *rest):  # type: ignore[no-untyped-def]
     return torch.empty_like(points[0], memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("drift_ops::attach_gradient", mutates_args=())
-def attach_gradient(
-    loss: Tensor,
-    gen: Tensor,
-    others: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    state: Tensor,
-    scale: Tensor,
-    factors: Tensor,
-    R_list: Sequence[float],
-    floor: float,
-    backend: str,
-) -> Tensor:
-    """``loss [G]``, whose gradient w.r.t. ``gen`` is :func:`loss_gradient` of ``[gen, *others]`` and the rest."""
-    return loss.clone()
-
-
-@attach_gradient.register_fake
-def _(loss, *rest):  # type: ignore[no-untyped-def]
-    return torch.empty_like(loss)
-
-
-def _save_for_loss_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, gen, others, weights, state, scale, factors, *ctx.options = inputs
-    ctx.save_for_backward(gen, *others, *weights, state, scale, factors)
-
-
-def _loss_backward(ctx: Any, incoming: Tensor) -> tuple[Any, ...]:
-    *points_and_weights, state, scale, factors = ctx.saved_tensors
-    points, weights = points_and_weights[:3], points_and_weights[3:]
-    grad = loss_gradient(points, weights, state, scale, factors, incoming, *ctx.options)
-    return None, grad, [None] * 2, [None] * 3, None, None, None, *[None] * len(ctx.options)
-
-
-attach_gradient.register_autograd(_loss_backward, setup_context=_save_for_loss_backward)
+def _by_map(of_all_maps: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+    """gen, neg, pos of each map."""
+    return [of_all_maps[i : i + 3] for i in range(0, len(of_all_maps), 3)]
 
 
 def _fake_like(t: Tensor, shape: Sequence[int]) -> Tensor:

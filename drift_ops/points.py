@@ -19,10 +19,15 @@ def find_centre(*points: Tensor) -> Tensor:
     """A point ``[G, 1, D]`` amid each problem's points ``[G, count, D]``, to be subtracted from all of them.
 
     Distances and softmaxes do not change when all points move together, and near the origin float32 resolves small
-    distances that it loses far away. It is the mean of the half of the points nearest to their mean, because a few far
-    outliers must not draw it away from the rest. A constant for autograd, as no result depends on it.
+    distances that it loses far away. It is the mean of the points that are no farther than average from the mean of
+    all, because a few far outliers must not draw it away from the rest. A constant for autograd, as no result depends
+    on it. Written so as to need no copy of all points.
     """
-    together = torch.cat(points, 1).detach()
-    radius = (together - together.mean(1, keepdim=True)).norm(dim=-1, keepdim=True)  # [G, count, 1]
-    near = (radius <= radius.median(1, keepdim=True).values).to(radius.dtype)
-    return (together * near).sum(1, keepdim=True) / near.sum(1, keepdim=True)
+    points = tuple(t.detach() for t in points)
+    count = sum(t.shape[1] for t in points)
+    mean = sum(t.sum(1, keepdim=True) for t in points) / count  # [G, 1, D]
+    radii = [(t - mean).norm(dim=-1) for t in points]  # [G, count]
+    average = sum(radius.sum(1, keepdim=True) for radius in radii) / count  # [G, 1]
+    near = [(radius <= 1.001 * average).to(radius.dtype).unsqueeze(1) for radius in radii]  # [G, 1, count]
+    total = sum(n @ t for n, t in zip(near, points, strict=True))
+    return total / sum(n.sum(2, keepdim=True) for n in near)

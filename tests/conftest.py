@@ -38,6 +38,12 @@ def kernel_backend(request: pytest.FixtureRequest) -> str:
     return _usable(request.param)
 
 
+@pytest.fixture(scope="session", params=[name for name in _backends_to_test() if name != "triton"])
+def float64_backend(request: pytest.FixtureRequest) -> str:
+    """Like ``backend``, of those that compute in float64."""
+    return _usable(request.param)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def nan_in_uninitialised_memory():
     """``torch.empty`` returns NaN (integers: their maximum), so a kernel that leaves an element unwritten is seen."""

@@ -22,12 +22,12 @@ def load(path: Path, backend: str) -> dict:
 
 
 @pytest.mark.parametrize("path", sorted(GOLDEN.glob("compute_V*.npz")), ids=lambda path: path.stem)
-def test_compute_V(path, backend):
-    arguments = load(path, backend)
+def test_compute_V(path, float64_backend):
+    arguments = load(path, float64_backend)
     expected = arguments.pop("V")
     multiscale = path.stem.startswith("compute_V_multiscale")
     function = drift_ops.compute_V_multiscale if multiscale else drift_ops.compute_V
-    assert relative_error(function(**arguments, backend=backend), expected) < 1e-9
+    assert relative_error(function(**arguments, backend=float64_backend), expected) < 1e-9
 
 
 @pytest.mark.parametrize("path", sorted(GOLDEN.glob("drift_loss_*.npz")), ids=lambda path: path.stem)

@@ -8,6 +8,11 @@ from torch.autograd import gradcheck
 import drift_ops
 
 
+@pytest.fixture
+def backend(float64_backend):
+    return float64_backend
+
+
 def leaves(tensors, backend):
     return {name: t.to(device_of(backend)).requires_grad_() for name, t in tensors.items()}
 

@@ -45,7 +45,6 @@ def op_samples(backend):
         ops.loss_scale: [(one, weights, backend), (*maps, backend)],
         ops.loss_moments: [(*maps, kept, scale, R_LIST, 1e-6, backend)],
         ops.loss_gradient: [(one, weights, *statistics, incoming, R_LIST, 1e-6, backend)],
-        ops.attach_gradient: [(incoming, q, one[1:], weights, *statistics, R_LIST, 1e-6, backend)],
     }
 
 

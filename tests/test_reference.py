@@ -8,6 +8,11 @@ from cases import compute_V_inputs, device_of, field_inputs, loss_inputs, relati
 import drift_ops
 
 
+@pytest.fixture
+def backend(float64_backend):
+    return float64_backend
+
+
 def loop_affinity(logits: np.ndarray, masked: np.ndarray, floor: float) -> np.ndarray:
     """sqrt(max(softmax over the row · softmax over the column, floor)), 0 where masked."""
     A = np.zeros_like(logits)

@@ -1,12 +1,6 @@
-// What every form computes on a tile of queries × keys: distances, logits, softmax statistics, affinities.
-//
-// The doubly normalised affinity is A_ij = sqrt(softmax_j(L)_ij · softmax_i(L)_ij). With the row maximum m_i and row sum
-// s_i = Σ_j exp(L_ij − m_i), and likewise n_j, t_j for columns, A_ij = exp(L_ij − (m_i + n_j)/2) · (s_i · t_j)^-½:
-// two statistics a row and a column, one exponential an element, no matrix kept.
+// What every form computes on a tile of queries × keys: distances, logits, softmax statistics, affinities (../math.hpp).
 #pragma once
-#include <cmath>
-#include <limits>
-
+#include "../math.hpp"
 #include "gemm.hpp"
 
 namespace drift::DRIFT_ISA {
@@ -72,9 +66,6 @@ template <class T> struct Keys {
     const T* norms;        // of the centred rows; +∞ in the padding, so that padded distances are +∞
 };
 
-// Pairs with d² below this share of their squared norms (5 bits lost in ‖q‖² + ‖k‖² − 2q·k) are worked out from differences.
-constexpr double CLOSE = 1.0 / 32;
-
 // Up to this dimension differences cost no more than products and a look for close pairs.
 constexpr int64_t DIFFERENCES_UP_TO = 8;
 
@@ -132,12 +123,9 @@ template <class T> void add_to_self_pairs(const Tile<T>& t, T amount, T* d) {
     }
 }
 
-enum class Kernel : int { laplace, gaussian };
-
-// L = −d/T (Laplace) or exp(−d²/(2σ²))/T (Gaussian); −∞ in the padding.
-template <class T> struct Logits {
-    Kernel kernel;
-    T sigma, temperature;
+// L of a tile; −∞ in the padding.
+template <class T> struct Logits : Logit<T> {
+    using Logit<T>::kernel, Logit<T>::sigma, Logit<T>::temperature;
 
     void operator()(const Tile<T>& t, const T* d, T* logits) const {
         const T inverse = T(1) / temperature, falloff = T(-0.5) / (sigma * sigma);
@@ -155,16 +143,6 @@ template <class T> struct Logits {
             for (int64_t j = t.cols; j < t.width; ++j) row[j] = -INF<T>;
         }
     }
-
-    // The factor h for which the gradient of L w.r.t. q_i, times dL, is h·(q_i − k_j); 0 where the points coincide.
-    DRIFT_INLINE Vec<T> point_factor(Vec<T> logit, Vec<T> distance, Vec<T> grad_logit) const {
-        if (kernel == Kernel::laplace) {
-            const Vec<T> h = -grad_logit / (distance * temperature);
-            return distance > T(0) ? h : Vec<T>{};
-        }
-        const Vec<T> value = logit < T(0) ? Vec<T>{} : logit;  // the padding's −∞
-        return -grad_logit * value / (sigma * sigma);
-    }
 };
 
 // Softmax statistics along one axis: running maxima and sums of exp(L − max), then max and sum^-½.
@@ -177,23 +155,15 @@ template <class T> struct Statistics {
         std::fill(max, max + count, -INF<T>);
         std::fill(sum, sum + count, T(0));
     }
-    // An index with nothing unmasked (sum 0) gets max 0 and factor 0, hence affinity 0.
     void finish(int64_t count) {
-        for (int64_t n = 0; n < count; ++n) {
-            const bool empty = sum[n] == 0;
-            max[n] = empty ? 0 : max[n];
-            sum[n] = empty ? 0 : 1 / std::sqrt(sum[n]);
-        }
+        for (int64_t n = 0; n < count; ++n) finish_statistics<T>(max[n], sum[n]);
     }
 };
-
-// −∞ (nothing unmasked so far) shifts by 0, so that exp(−∞ − shift) is 0 and not NaN.
-template <class T> DRIFT_INLINE Vec<T> finite_shift(Vec<T> max) { return max < -std::numeric_limits<T>::max() ? Vec<T>{} : max; }
 
 template <class T> void raise(Statistics<T> running, const T* fresh_max, int64_t count) {
     for (int64_t n = 0; n < count; n += WIDTH<T>) {
         const Vec<T> old = load<T>(running.max + n), now = greater<T>(load<T>(fresh_max + n), old);
-        store<T>(running.sum + n, load<T>(running.sum + n) * exp_nonpositive(old - finite_shift<T>(now)));
+        store<T>(running.sum + n, load<T>(running.sum + n) * exp_nonpositive(old - finite_shift<T, Vec<T>>(now)));
         store<T>(running.max + n, now);
     }
 }
@@ -214,9 +184,9 @@ template <class T> void add_to_statistics(const Tile<T>& t, const T* logits, Sta
     }
     raise(rows, row_max, t.rows);
     raise(cols, col_max, t.width);
-    for (int64_t j = 0; j < t.width; j += WIDTH<T>) store<T>(col_max + j, finite_shift<T>(load<T>(cols.max + j)));
+    for (int64_t j = 0; j < t.width; j += WIDTH<T>) store<T>(col_max + j, finite_shift<T, Vec<T>>(load<T>(cols.max + j)));
     for (int64_t i = 0; i < t.rows; ++i) {
-        const Vec<T> shift = finite_shift<T>(splat<T>(rows.max[i]));
+        const Vec<T> shift = finite_shift<T, Vec<T>>(splat<T>(rows.max[i]));
         Vec<T> sum{};
         for (int64_t j = 0; j < t.width; j += WIDTH<T>) {
             const Vec<T> logit = load<T>(logits + i * t.ld + j);

@@ -1,0 +1,277 @@
+// The vector-Jacobian product of forms A and B. With G = w·A·dA where A is above the floor, else 0, the gradient of a logit is
+// dL_ij = G_ij − ½ softmax_j(L)·Σ_j G − ½ softmax_i(L)·Σ_i G, and that of its points ±h_ij (q_i − k_j), h a factor of dL.
+//
+//   squared_norms       of all points
+//   find_flows          Σ_j G and Σ_i G; a block walks a range of queries × a range of keys
+//   gradients           once with 64 queries a block for grad_q, once with 64 keys a block for grad_k, grad_v and grad_w
+//   sum_parts           where one of these was cut into parts
+#include <utility>
+
+#include "affinity.cuh"
+
+namespace drift::cuda {
+
+namespace {
+
+template <class T> struct Incoming {
+    const T *num, *den;  // [S, G, sides, N, D], [S, G, sides, N]
+};
+
+// A row of the [S, G, sides, N] arrays.
+template <class T> __device__ int64_t output_row(const Affinity<T>& p, int s, int64_t g, int side) {
+    return ((s * p.groups + g) * p.sides + side) * p.N;
+}
+
+// row_parts [col_parts, S, G, N] and col_parts [row_parts, S, G, M].
+template <class T>
+__global__ void __launch_bounds__(THREADS, 1)
+find_flows(const __grid_constant__ Affinity<T> p, const __grid_constant__ Cut<T> cut, Known<T> known, Incoming<T> grad, T* row_parts,
+           T* col_parts) {
+    constexpr int NT = COLUMN_TILES<T>;
+    T *stage = shared_as<T>(), *row_sums = stage + STAGE<T, NT>, *col_sums = row_sums + 4 * ROWS;  // [4][ROWS], [2][COLS]
+    const int64_t g = blockIdx.x / (cut.row_parts * cut.col_parts);
+    const int part = blockIdx.x % (cut.row_parts * cut.col_parts), row_part = part / cut.col_parts, col_part = part % cut.col_parts;
+    const Axis<T> x = queries(p, known, g), y = keys(p, known, g);
+    const Range rows = Range{0, cut.queries_down.count()}.part(row_part, cut.row_parts);
+    const Range cols = Range{0, cut.keys_across.count()}.part(col_part, cut.col_parts);
+    const int thread = threadIdx.x;
+    for (int64_t a = rows.begin; a < rows.end; ++a)
+        for (int64_t b = cols.begin; b < cols.end; ++b) {
+            const Span xs = cut.queries_down(a), ys = cut.keys_across(b);
+            const T* w = p.w ? p.w + g * p.M + ys.first : nullptr;
+            Tile<T, NT> d, dA;
+            find_distances(d, p, x, xs, y, ys, stage);
+            for (int s = 0; s < p.widths; ++s) {
+                const int64_t from = output_row(p, s, g, ys.side) + xs.first;
+                product_of_rows(dA, Matrix<T>{grad.num + from * p.D, xs.count, p.D}, Matrix<T>{p.v + (g * p.M + ys.first) * p.D, ys.count, p.D},
+                                false, p.split_products, stage);
+                const Logit<T> logit_of = logit(p, s);
+                const Affinities<T> affinity(p, x, xs, y, ys, s);
+                T of_row[4] = {}, of_col[2 * NT] = {};
+                for_pairs<T, NT>(xs, ys, [&](int r, int c, int i, int j) {
+                    const T A = affinity(i, j, logit_of.at(d.value[r][c]));
+                    if (A <= affinity.least) return;  // nothing flows through the floor
+                    const T flow = A * (dA.value[r][c] + grad.den[from + i]) * (w ? w[j] : T(1));
+                    of_row[r] += flow, of_col[c] += flow;
+                });
+                put_row_sums<T, NT>(of_row, row_sums);
+#pragma unroll
+                for (int c = 0; c < 2 * NT; ++c) {
+                    const T sum = sum_over_col(of_col[c]);
+                    if (thread % 32 < 4) col_sums[Tile<T, NT>::warp_row() * COLS<NT> + Tile<T, NT>::col(c)] = sum;
+                }
+                __syncthreads();
+                auto add = [](T& there, T sum, bool first) { there = first ? sum : there + sum; };
+                if (thread < xs.count)
+                    add(row_parts[((int64_t(col_part) * p.widths + s) * p.groups + g) * p.N + xs.first + thread], total_of_row(row_sums, thread),
+                        b == cols.begin);
+                else if (const int j = thread - ROWS; j >= 0 && j < ys.count)
+                    add(col_parts[((int64_t(row_part) * p.widths + s) * p.groups + g) * p.M + ys.first + j], col_sums[j] + col_sums[COLS<NT> + j],
+                        a == rows.begin);
+                __syncthreads();
+            }
+        }
+}
+
+template <class T> struct Flows {
+    const T *rows, *cols;  // [S, G, N], [S, G, M]
+};
+template <class T> struct PointGradients {  // of the axis that blocks own; [parts, G, count, D] and [parts, G, count]
+    T *points, *values, *weights;  // the last two for keys only; weights may be null
+};
+
+// The elements of a strip that belong to this thread, one after the other so as to need few registers: body(i, j, at) with
+// `at` their place in the strip, and end_of_row(i).
+template <class T, class Body, class EndOfRow> __device__ __forceinline__ void for_own(Body body, EndOfRow end_of_row) {
+    constexpr int NT = COLUMN_TILES<T>;
+#pragma unroll 1
+    for (int r = 0; r < 4; ++r) {
+        const int i = Tile<T, NT>::row(r);
+#pragma unroll 2
+        for (int c = 0; c < 2 * NT; ++c) body(i, Tile<T, NT>::col(c), i * STRIP_LD<T, NT> + Tile<T, NT>::col(c));
+        end_of_row(i);
+    }
+}
+template <class T, class Body> __device__ __forceinline__ void for_own(Body body) {
+    for_own<T>(body, [](int) {});
+}
+
+// sums [4][ROWS] += a thread's share of row i.
+template <class T> __device__ __forceinline__ void add_to_row(T* sums, int i, T mine) {
+    const T sum = sum_over_row(mine);
+    if (threadIdx.x % 4 == 0) sums[Tile<T, COLUMN_TILES<T>>::warp_col() * ROWS + i] += sum;
+}
+
+// Pairs so close that h·x − h·y would cancel: their h moves from `h` to `apart`. Whether there is any.
+template <class T>
+__device__ bool part_close_pairs(T* h, T* apart, const T* d, const Axis<T>& x, Span xs, const Axis<T>& y, Span ys) {
+    auto is_close = [&](int i, int j, int at) {
+        return i < xs.count && j < ys.count && d[at] * d[at] < (x.norms[xs.first + i] + y.norms[ys.first + j]) * T(CLOSE);
+    };
+    bool any = false;
+    for_own<T>([&](int i, int j, int at) { any |= is_close(i, j, at); });
+    if (!__syncthreads_or(any)) return false;
+    for_own<T>([&](int i, int j, int at) {
+        const bool moves = is_close(i, j, at);
+        apart[at] = moves ? h[at] : T(0);
+        if (moves) h[at] = 0;
+    });
+    return true;
+}
+
+// out_i −= Σ_j apart_ij (x_i − y_j); a warp has a row.
+template <class T> __device__ void add_close_pairs(T* out, const T* apart, const Matrix<T>& x, const Matrix<T>& y) {
+    __syncthreads();
+    for (int i = threadIdx.x / 32; i < x.count; i += THREADS / 32)
+        for (int j = 0; j < y.count; ++j) {
+            const T h = apart[i * STRIP_LD<T, COLUMN_TILES<T>> + j];
+            if (h == 0) continue;
+            for (int64_t e = threadIdx.x % 32; e < x.depth; e += 32) out[i * x.depth + e] -= h * (x(i)[e] - y(j)[e]);
+        }
+    __syncthreads();
+}
+
+// Blocks own ROWS queries, or with KEYS as many keys, and walk the other axis or a part of it.
+template <class T, bool KEYS>
+__global__ void __launch_bounds__(THREADS, 1)
+gradients(const __grid_constant__ Affinity<T> p, const __grid_constant__ Cut<T> cut, Known<T> known, Incoming<T> grad, Flows<T> flows,
+          int parts, PointGradients<T> out) {
+    constexpr int NT = COLUMN_TILES<T>;
+    constexpr int STRIP = ROWS * STRIP_LD<T, NT>;
+    T *stage = shared_as<T>(), *d_strip = stage + STAGE<T, NT>, *h_strip = d_strip + STRIP, *A_strip = h_strip + STRIP;
+    T *h_sums = A_strip + STRIP, *weight_sums = h_sums + 4 * ROWS;
+    const Spans down = KEYS ? cut.keys_down : cut.queries_down, across = KEYS ? cut.queries_across : cut.keys_across;
+    const int64_t spans = down.count(), part = blockIdx.x / spans % parts, g = blockIdx.x / (spans * parts);
+    const Axis<T> x = KEYS ? keys(p, known, g) : queries(p, known, g), y = KEYS ? queries(p, known, g) : keys(p, known, g);
+    const Span xs = down(blockIdx.x % spans);
+    const Range cols = Range{0, across.count()}.part(part, parts);
+    const int64_t at = (part * p.groups + g) * x.count + xs.first;
+    const Matrix<T> x_rows = x.rows(xs, p.D);
+    for (int n = threadIdx.x; n < 8 * ROWS; n += THREADS) h_sums[n] = 0;
+    for (int64_t b = cols.begin; b < cols.end; ++b) {
+        const Span ys = across(b), &q_span = KEYS ? ys : xs, &k_span = KEYS ? xs : ys;
+        const Matrix<T> values{p.v + (g * p.M + k_span.first) * p.D, k_span.count, p.D};
+        const T* w = p.w ? p.w + g * p.M + k_span.first : nullptr;
+        Tile<T, NT> tile;
+        find_distances(tile, p, x, xs, y, ys, stage);
+        put_strip(d_strip, tile);
+        for (int s = 0; s < p.widths; ++s) {
+            const int64_t from = output_row(p, s, g, k_span.side) + q_span.first;
+            const Matrix<T> incoming{grad.num + from * p.D, q_span.count, p.D};
+            product_of_rows(tile, KEYS ? values : incoming, KEYS ? incoming : values, false, p.split_products, stage);
+            put_strip(A_strip, tile);  // until A takes its place
+            const Logit<T> logit_of = logit(p, s);
+            const Affinities<T> affinity(p, x, xs, y, ys, s);
+            const int64_t problem = s * p.groups + g;
+            const T *x_flow = KEYS ? flows.cols + problem * p.M : flows.rows + problem * p.N;
+            const T *y_flow = KEYS ? flows.rows + problem * p.N : flows.cols + problem * p.M;
+            x_flow += xs.first, y_flow += ys.first;
+            T of_row = 0;
+            for_own<T>(
+                [&](int i, int j, int at) {
+                    T h = 0, weighted = 0;
+                    if (i < xs.count && j < ys.count) {
+                        const int query = KEYS ? j : i, key = KEYS ? i : j;
+                        const T d = d_strip[at], L = logit_of.at(d), A = affinity(i, j, L), weight = w ? w[key] : T(1);
+                        const T grad_weight = A * (A_strip[at] + grad.den[from + query]);
+                        const T x_softmax = std::exp(L - affinity.x_max[i]) * affinity.x_factor[i] * affinity.x_factor[i];
+                        const T y_softmax = std::exp(L - affinity.y_max[j]) * affinity.y_factor[j] * affinity.y_factor[j];
+                        const T flow = A <= affinity.least ? T(0) : grad_weight * weight;  // none through the floor
+                        h = logit_of.point_factor(L, d, flow - (x_softmax * x_flow[i] + y_softmax * y_flow[j]) * T(0.5));
+                        weighted = A * weight;
+                        of_row += grad_weight;
+                    }
+                    h_strip[at] = s == 0 ? h : h_strip[at] + h;
+                    A_strip[at] = weighted;
+                },
+                [&](int i) {
+                    if (KEYS) add_to_row(weight_sums, i, of_row);
+                    of_row = 0;
+                });
+            if (KEYS)
+                add_product<T, NT>(out.values + at * p.D, xs.count, A_strip, incoming, b == cols.begin && s == 0, p.split_products, stage);
+        }
+        __syncthreads();  // everyone is done with A_strip
+        const bool close = part_close_pairs(h_strip, A_strip, d_strip, x, xs, y, ys);
+        T of_row = 0;
+        for_own<T>([&](int, int, int at) { of_row += h_strip[at]; },
+                   [&](int i) {
+                       add_to_row(h_sums, i, of_row);
+                       of_row = 0;
+                   });
+        add_product<T, NT>(out.points + at * p.D, xs.count, h_strip, y.rows(ys, p.D), b == cols.begin, p.split_products, stage);
+        if (close) add_close_pairs(out.points + at * p.D, A_strip, x_rows, y.rows(ys, p.D));
+    }
+    __syncthreads();
+    for (int i = threadIdx.x / 32; i < xs.count; i += THREADS / 32) {
+        const T sum = total_of_row(h_sums, i);
+        for (int64_t e = threadIdx.x % 32; e < p.D; e += 32) {
+            T& there = out.points[(at + i) * p.D + e];
+            there = sum * x_rows(i)[e] - there;
+        }
+    }
+    if (KEYS && out.weights && threadIdx.x < xs.count) out.weights[at + threadIdx.x] = total_of_row(weight_sums, threadIdx.x);
+}
+
+// Results that may come in parts: `parts` in scratch memory to be summed, or the destination itself when there is one part.
+template <class T> struct Parts {
+    T *parts, *destination;
+    int count;
+    int64_t size;
+
+    Parts(T*& memory, T* destination, int count, int64_t size)
+        : parts(count > 1 && destination ? std::exchange(memory, memory + count * size) : destination), destination(destination),
+          count(count), size(size) {}
+    void sum(Device device) const {
+        if (parts != destination) launch_sum_parts(parts, count, size, destination, device);
+    }
+};
+
+template <class T> struct Scratch {
+    T *memory, *q_norms, *k_norms, *row_flows, *col_flows;
+    Parts<T> rows, cols, grad_q, grad_k, grad_v, grad_w;
+
+    T* take(int64_t size) { return std::exchange(memory, memory + size); }
+    Scratch(const Affinity<T>& p, const Cut<T>& cut, const Gradients<T>& io, T* start)
+        : memory(start), q_norms(take(p.groups * p.N)), k_norms(take(p.groups * p.M)), row_flows(take(p.widths * p.groups * p.N)),
+          col_flows(take(p.widths * p.groups * p.M)), rows(memory, row_flows, cut.col_parts, p.widths * p.groups * p.N),
+          cols(memory, col_flows, cut.row_parts, p.widths * p.groups * p.M), grad_q(memory, io.grad_q, cut.gradient_key_parts, p.groups * p.N * p.D),
+          grad_k(memory, io.grad_k, cut.query_parts, p.groups * p.M * p.D), grad_v(memory, io.grad_v, cut.query_parts, p.groups * p.M * p.D),
+          grad_w(memory, io.grad_w, cut.query_parts, p.groups * p.M) {}
+};
+
+}  // namespace
+
+template <class T> int64_t backward_scratch(const Affinity<T>& p, Device device) {
+    const OnDevice guard(device);
+    T somewhere[1];  // addresses are only measured
+    const Gradients<T> io{nullptr, nullptr, nullptr, nullptr, somewhere, somewhere, somewhere, somewhere};
+    return Scratch<T>(p, Cut<T>(p, device), io, somewhere).memory - somewhere;
+}
+
+template <class T> void backward(const Affinity<T>& p, const Gradients<T>& io, T* memory, Device device) {
+    constexpr int NT = COLUMN_TILES<T>;
+    const OnDevice guard(device);
+    const Cut<T> cut(p, device);
+    const Scratch<T> scratch(p, cut, io, memory);
+    const Known<T> known{scratch.q_norms, scratch.k_norms, io.row_stats, io.col_stats};
+    const Incoming<T> incoming{io.grad_num, io.grad_den};
+    const Flows<T> flows{scratch.row_flows, scratch.col_flows};
+    launch_squared_norms(p, scratch.q_norms, device);
+    launch("find_flows", find_flows<T>, device, p.groups * cut.row_parts * cut.col_parts,
+           (STAGE<T, NT> + 4 * ROWS + 2 * COLS<NT>) * sizeof(T), p, cut, known, incoming, scratch.rows.parts, scratch.cols.parts);
+    scratch.rows.sum(device), scratch.cols.sum(device);
+    const size_t shared = (STAGE<T, NT> + 3 * ROWS * STRIP_LD<T, NT> + 8 * ROWS) * sizeof(T);
+    launch("gradients of queries", gradients<T, false>, device, p.groups * cut.queries_down.count() * cut.gradient_key_parts, shared, p, cut,
+           known, incoming, flows, cut.gradient_key_parts, PointGradients<T>{scratch.grad_q.parts, nullptr, nullptr});
+    launch("gradients of keys", gradients<T, true>, device, p.groups * cut.keys_down.count() * cut.query_parts, shared, p, cut, known,
+           incoming, flows, cut.query_parts, PointGradients<T>{scratch.grad_k.parts, scratch.grad_v.parts, scratch.grad_w.parts});
+    for (const Parts<T>* parts : {&scratch.grad_q, &scratch.grad_k, &scratch.grad_v, &scratch.grad_w}) parts->sum(device);
+}
+
+template int64_t backward_scratch(const Affinity<float>&, Device);
+template int64_t backward_scratch(const Affinity<double>&, Device);
+template void backward(const Affinity<float>&, const Gradients<float>&, float*, Device);
+template void backward(const Affinity<double>&, const Gradients<double>&, double*, Device);
+
+}  // namespace drift::cuda

@@ -1,0 +1,225 @@
+// Forms A and B: softmax statistics, then weighted sums. Nothing of size N×M is kept; the distances are found in both passes.
+//
+//   squared_norms      of all points
+//   find_statistics    a block walks a range of queries × a range of keys and leaves partial statistics of both
+//   finish_statistics  the parts together
+//   weighted_sums      a block has 64 queries and walks the keys of one side, or a part of them
+//   sum_parts          where the keys were cut into parts
+#include <utility>
+
+#include "affinity.cuh"
+
+namespace drift::cuda {
+
+namespace {
+
+// Adds (max, sum) of other logits to a running maximum and sum of exp(L − max).
+template <class T> __device__ __forceinline__ void merge(T& max, T& sum, T other_max, T other_sum) {
+    const T now = max > other_max ? max : other_max, shift = finite_shift<T>(now);
+    sum = sum * std::exp(max - shift) + other_sum * std::exp(other_max - shift);
+    max = now;
+}
+
+template <class T> __device__ __forceinline__ T max_over_row(T x) {
+    for (int lanes = 1; lanes <= 2; lanes *= 2) x = fmax(x, __shfl_xor_sync(0xffffffffu, x, lanes));
+    return x;
+}
+template <class T> __device__ __forceinline__ T max_over_col(T x) {
+    for (int lanes = 4; lanes <= 16; lanes *= 2) x = fmax(x, __shfl_xor_sync(0xffffffffu, x, lanes));
+    return x;
+}
+
+// Statistics of a tile's rows and columns, by warp: [2 of max, sum][warps across][ROWS], [2][warps down][COLS].
+template <class T, int NT> struct TileStatistics {
+    T row[2][4][ROWS], col[2][2][COLS<NT>];
+
+    __device__ void put(const Tile<T, NT>& logits) {
+        const int lane = threadIdx.x % 32;
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+            T max = -INF<T>, sum = 0;
+#pragma unroll
+            for (int c = 0; c < 2 * NT; ++c) max = fmax(max, logits.value[r][c]);
+            max = max_over_row(max);
+#pragma unroll
+            for (int c = 0; c < 2 * NT; ++c) sum += std::exp(logits.value[r][c] - finite_shift<T>(max));
+            sum = sum_over_row(sum);
+            if (lane % 4 == 0) row[0][logits.warp_col()][logits.row(r)] = max, row[1][logits.warp_col()][logits.row(r)] = sum;
+        }
+#pragma unroll
+        for (int c = 0; c < 2 * NT; ++c) {
+            T max = -INF<T>, sum = 0;
+#pragma unroll
+            for (int r = 0; r < 4; ++r) max = fmax(max, logits.value[r][c]);
+            max = max_over_col(max);
+#pragma unroll
+            for (int r = 0; r < 4; ++r) sum += std::exp(logits.value[r][c] - finite_shift<T>(max));
+            sum = sum_over_col(sum);
+            if (lane < 4) col[0][logits.warp_row()][logits.col(c)] = max, col[1][logits.warp_row()][logits.col(c)] = sum;
+        }
+    }
+    __device__ void add_row(int i, T& max, T& sum) const {
+        for (int w = 0; w < 4; ++w) merge(max, sum, row[0][w][i], row[1][w][i]);
+    }
+    __device__ void add_col(int j, T& max, T& sum) const {
+        for (int w = 0; w < 2; ++w) merge(max, sum, col[0][w][j], col[1][w][j]);
+    }
+};
+
+// row_parts [col_parts, S, G, 2, N] and col_parts [row_parts, S, G, 2, M].
+template <class T>
+__global__ void __launch_bounds__(THREADS, 1)
+find_statistics(const __grid_constant__ Affinity<T> p, const __grid_constant__ Cut<T> cut, Known<T> known, T* row_parts, T* col_parts) {
+    constexpr int NT = COLUMN_TILES<T>;
+    T* stage = shared_as<T>();
+    auto& found = *reinterpret_cast<TileStatistics<T, NT>*>(stage + STAGE<T, NT>);
+    const int64_t g = blockIdx.x / (cut.row_parts * cut.col_parts);
+    const int part = blockIdx.x % (cut.row_parts * cut.col_parts), row_part = part / cut.col_parts, col_part = part % cut.col_parts;
+    const Axis<T> x = queries(p, known, g), y = keys(p, known, g);
+    const Range rows = Range{0, cut.queries_down.count()}.part(row_part, cut.row_parts);
+    const Range cols = Range{0, cut.keys_across.count()}.part(col_part, cut.col_parts);
+    const int thread = threadIdx.x;
+
+    auto add = [&](T* parts, int64_t count, int64_t n, bool first, auto add_found) {
+        T max = first ? -INF<T> : parts[n], sum = first ? T(0) : parts[count + n];
+        add_found(max, sum);
+        parts[n] = max, parts[count + n] = sum;
+    };
+    for (int64_t a = rows.begin; a < rows.end; ++a)
+        for (int64_t b = cols.begin; b < cols.end; ++b) {
+            const Span xs = cut.queries_down(a), ys = cut.keys_across(b);
+            Tile<T, NT> d;
+            find_distances(d, p, x, xs, y, ys, stage);
+            for (int s = 0; s < p.widths; ++s) {
+                const Logit<T> logit_of = logit(p, s);
+                Tile<T, NT> logits;
+#pragma unroll
+                for (int r = 0; r < 4; ++r)
+#pragma unroll
+                    for (int c = 0; c < 2 * NT; ++c) logits.value[r][c] = -INF<T>;
+                for_pairs<T, NT>(xs, ys, [&](int r, int c, int, int) { logits.value[r][c] = logit_of.at(d.value[r][c]); });
+                found.put(logits);
+                __syncthreads();
+                const int64_t rows_at = (int64_t(col_part) * p.widths + s) * p.groups + g;
+                const int64_t cols_at = (int64_t(row_part) * p.widths + s) * p.groups + g;
+                if (thread < xs.count)
+                    add(row_parts + rows_at * 2 * p.N, p.N, xs.first + thread, b == cols.begin,
+                        [&](T& max, T& sum) { found.add_row(thread, max, sum); });
+                else if (thread >= ROWS && thread - ROWS < ys.count)
+                    add(col_parts + cols_at * 2 * p.M, p.M, ys.first + thread - ROWS, a == rows.begin,
+                        [&](T& max, T& sum) { found.add_col(thread - ROWS, max, sum); });
+                __syncthreads();
+            }
+        }
+}
+
+// stats [problems, 2, count] of parts [parts, problems, 2, count], for both axes.
+template <class T>
+__global__ void __launch_bounds__(THREADS) finish_statistics(int64_t problems, int64_t N, int64_t M, const T* row_parts, int of_rows,
+                                                             const T* col_parts, int of_cols, T* row_stats, T* col_stats) {
+    int64_t n = int64_t(blockIdx.x) * THREADS + threadIdx.x;
+    if (n >= problems * (N + M)) return;
+    const bool is_row = n < problems * N;
+    if (!is_row) n -= problems * N;
+    const int64_t count = is_row ? N : M, at = n / count * 2 * count + n % count;
+    const T* parts = is_row ? row_parts : col_parts;
+    T max = -INF<T>, sum = 0;
+    for (int part = 0; part < (is_row ? of_rows : of_cols); ++part, parts += problems * 2 * count)
+        merge(max, sum, parts[at], parts[at + count]);
+    drift::finish_statistics<T>(max, sum);
+    T* stats = is_row ? row_stats : col_stats;
+    stats[at] = max, stats[at + count] = sum;
+}
+
+// num [key_parts, S, G, sides, N, D] and den [key_parts, S, G, sides, N].
+template <class T>
+__global__ void __launch_bounds__(THREADS, 1)
+weighted_sums(const __grid_constant__ Affinity<T> p, const __grid_constant__ Cut<T> cut, Known<T> known, T* num, T* den) {
+    constexpr int NT = COLUMN_TILES<T>;
+    T *stage = shared_as<T>(), *strip = stage + STAGE<T, NT>, *row_sums = strip + ROWS * STRIP_LD<T, NT>;
+    const int64_t down = cut.queries_down.count();
+    const int64_t ranges = int64_t(p.sides) * cut.key_parts, range = blockIdx.x / down % ranges, g = blockIdx.x / (down * ranges);
+    const int side = int(range / cut.key_parts), part = int(range % cut.key_parts);
+    const Axis<T> x = queries(p, known, g), y = keys(p, known, g);
+    const Span xs = cut.queries_down(blockIdx.x % down);
+    const Range cols = side_range(cut.keys_across, side, p.sides).part(part, cut.key_parts);
+    for (int64_t b = cols.begin; b < cols.end; ++b) {
+        const Span ys = cut.keys_across(b);
+        const T *v = p.v + (g * p.M + ys.first) * p.D, *w = p.w ? p.w + g * p.M + ys.first : nullptr;
+        Tile<T, NT> d;
+        find_distances(d, p, x, xs, y, ys, stage);
+        for (int s = 0; s < p.widths; ++s) {
+            const Logit<T> logit_of = logit(p, s);
+            const Affinities<T> affinity(p, x, xs, y, ys, s);
+            Tile<T, NT> A;
+            T mine[4] = {};
+            A.clear();
+            for_pairs<T, NT>(xs, ys, [&](int r, int c, int i, int j) {
+                A.value[r][c] = affinity(i, j, logit_of.at(d.value[r][c])) * (w ? w[j] : T(1));
+                mine[r] += A.value[r][c];
+            });
+            __syncthreads();  // everyone is done with the strip
+            put_strip(strip, A);
+            put_row_sums<T, NT>(mine, row_sums);
+            __syncthreads();
+            const int64_t at = (((int64_t(part) * p.widths + s) * p.groups + g) * p.sides + side) * p.N + xs.first;
+            if (threadIdx.x < xs.count) {
+                const T sum = total_of_row(row_sums, threadIdx.x);
+                den[at + threadIdx.x] = b == cols.begin ? sum : den[at + threadIdx.x] + sum;
+            }
+            add_product<T, NT>(num + at * p.D, xs.count, strip, Matrix<T>{v, ys.count, p.D}, b == cols.begin, p.split_products, stage);
+        }
+    }
+}
+
+// Where the pieces of the scratch memory lie; a null `at` only measures.
+template <class T> struct Scratch {
+    T *q_norms, *k_norms, *row_parts, *col_parts, *num, *den, *end;
+    int64_t num_size, den_size;  // of a part
+
+    Scratch(const Affinity<T>& p, const Cut<T>& cut, T* at) {
+        const int64_t problems = p.widths * p.groups;
+        auto take = [&](int64_t size) { return std::exchange(at, at + size); };
+        den_size = problems * p.sides * p.N, num_size = den_size * p.D;
+        q_norms = take(p.groups * p.N), k_norms = take(p.groups * p.M);
+        row_parts = take(cut.col_parts * problems * 2 * p.N), col_parts = take(cut.row_parts * problems * 2 * p.M);
+        num = take(cut.key_parts > 1 ? cut.key_parts * num_size : 0), den = take(cut.key_parts > 1 ? cut.key_parts * den_size : 0);
+        end = at;
+    }
+};
+
+}  // namespace
+
+template <class T> int64_t forward_scratch(const Affinity<T>& p, Device device) {
+    const OnDevice guard(device);
+    return Scratch<T>(p, Cut<T>(p, device), nullptr).end - static_cast<T*>(nullptr);
+}
+
+template <class T> void forward(const Affinity<T>& p, const Sums<T>& out, T* memory, Device device) {
+    constexpr int NT = COLUMN_TILES<T>;
+    const OnDevice guard(device);
+    const Cut<T> cut(p, device);
+    const Scratch<T> scratch(p, cut, memory);
+    const Known<T> known{scratch.q_norms, scratch.k_norms, out.row_stats, out.col_stats};
+    const int64_t problems = p.widths * p.groups;
+    launch_squared_norms(p, scratch.q_norms, device);
+    launch("find_statistics", find_statistics<T>, device, p.groups * cut.row_parts * cut.col_parts,
+           STAGE<T, NT> * sizeof(T) + sizeof(TileStatistics<T, NT>), p, cut, known, scratch.row_parts, scratch.col_parts);
+    launch("finish_statistics", finish_statistics<T>, device, ceil_div(problems * (p.N + p.M), THREADS), 0, problems, p.N, p.M,
+           scratch.row_parts, cut.col_parts, scratch.col_parts, cut.row_parts, out.row_stats, out.col_stats);
+    const bool several = cut.key_parts > 1;
+    launch("weighted_sums", weighted_sums<T>, device, p.groups * p.sides * cut.key_parts * cut.queries_down.count(),
+           (STAGE<T, NT> + ROWS * STRIP_LD<T, NT> + 4 * ROWS) * sizeof(T), p, cut, known, several ? scratch.num : out.num,
+           several ? scratch.den : out.den);
+    if (several) {
+        launch_sum_parts(scratch.num, cut.key_parts, scratch.num_size, out.num, device);
+        launch_sum_parts(scratch.den, cut.key_parts, scratch.den_size, out.den, device);
+    }
+}
+
+template int64_t forward_scratch(const Affinity<float>&, Device);
+template int64_t forward_scratch(const Affinity<double>&, Device);
+template void forward(const Affinity<float>&, const Sums<float>&, float*, Device);
+template void forward(const Affinity<double>&, const Sums<double>&, double*, Device);
+
+}  // namespace drift::cuda

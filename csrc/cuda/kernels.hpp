@@ -1,0 +1,74 @@
+// What the CUDA kernels are called with: plain structures of device pointers and sizes, no CUDA types, so that module.cpp
+// needs no CUDA compiler. All arrays are contiguous. Errors of the CUDA runtime are thrown as std::runtime_error.
+#pragma once
+#include <cstdint>
+
+#include "../math.hpp"
+
+namespace drift::cuda {
+
+constexpr int MAX_WIDTHS = 64;  // of one call: they travel as kernel arguments
+
+struct Device {
+    int index;
+    void* stream;
+};
+
+// Weighted sums under the doubly normalised affinity, as in csrc/cpu/kernels.hpp:
+//   num[s, g, side, i, :] = Σ_{j in side} w_j A_ij v_j      den[s, g, side, i] = Σ_{j in side} w_j A_ij
+// Keys [0, split) are side 0, the others the last side; sides is 1 or 2.
+template <class T> struct Affinity {
+    int64_t groups, N, M, D, split;
+    int sides, widths;
+    Kernel kernel;
+    bool has_self;                                // key i is query i for i < N
+    bool split_products;                          // float: products in 3xTF32, otherwise in TF32
+    double width[MAX_WIDTHS];                     // temperatures T (Laplace) or σ (Gaussian), in units of *unit
+    double temperature;                           // of the softmax over a Gaussian kernel; 1 for Laplace
+    double floor, least_distance, self_distance;  // self_distance, in units of *unit, is added to self pairs; +∞ masks them
+    const double* unit;                           // device; null: 1
+    const T *q, *k, *v, *w;                       // [G, N, D], [G, M, D], [G, M, D], [G, M] or null
+};
+
+template <class T> struct Sums {
+    T *num, *den;              // [S, G, sides, N, D], [S, G, sides, N]
+    T *row_stats, *col_stats;  // [S, G, 2, N], [S, G, 2, M]: maximum and (sum of exponentials)^-½ of the logits
+};
+
+template <class T> struct Gradients {
+    const T *row_stats, *col_stats;  // of the forward
+    const T *grad_num, *grad_den;
+    T *grad_q, *grad_k, *grad_v, *grad_w;  // like q, k, v, w; grad_w may be null
+};
+
+// Each takes `scratch`, as many elements as its …_scratch says for this device.
+template <class T> int64_t forward_scratch(const Affinity<T>&, Device);
+template <class T> void forward(const Affinity<T>&, const Sums<T>&, T* scratch, Device);
+template <class T> int64_t backward_scratch(const Affinity<T>&, Device);
+template <class T> void backward(const Affinity<T>&, const Gradients<T>&, T* scratch, Device);
+// sum[0] = mean_{g,i,j} d·w_j and mean[1] = mean_{g,j} w_j; scratch in doubles.
+template <class T> int64_t scale_scratch(const Affinity<T>&, Device);
+template <class T> void scale(const Affinity<T>&, double* means, double* scratch, Device);
+
+// Form C for groups small enough for the shared memory of one block of threads; targets are [gen, neg, pos].
+constexpr int MAX_LOSS_WIDTHS = 4, MAX_LOSS_SAMPLES = 64;
+
+struct Loss {
+    int64_t groups, D;
+    int count[3];  // of gen, neg, pos
+    int widths;    // R
+    bool split_products;
+    double R[MAX_LOSS_WIDTHS], floor;
+    const float* points[3];   // [G, count, D]
+    const float* weights[3];  // [G, count]
+    const double* scale;      // device
+};
+
+bool group_fits(const int* counts, int widths, Device);  // what the next three take
+void loss_scale(const Loss&, double* means, double* scratch, Device);  // scratch [2, G]
+void loss_moments(const Loss&, float* moments, Device);  // [G, R, R]: mean_{i, dim} F_r F_r'
+void loss_gradient(const Loss&, const double* factors, const float* incoming, float* grad, Device);
+
+const char* device_error();  // why the CUDA runtime finds no device; null where it finds one
+
+}  // namespace drift::cuda

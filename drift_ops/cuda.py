@@ -1,0 +1,259 @@
+"""The ``cuda`` backend: the CUDA C++ kernels of ``csrc/cuda`` on contiguous float32 or float64 CUDA tensors.
+
+Everything here takes and returns plain tensors and is called by :mod:`drift_ops.ops` only. float32 products are 3xTF32
+where ``torch.get_float32_matmul_precision()`` is ``"highest"``, and TF32 otherwise.
+"""
+
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .points import find_centre
+
+# Constants of form C, as in csrc/math.hpp.
+LEAST_DISTANCE, LEAST_SCALE, SELF_DISTANCE = 1e-4, 1e-3, 100.0
+
+_cuda: ModuleType | None = None
+load_error: str | None = None  # why the compiled module cannot be used
+try:
+    _cuda = import_module("._cuda", __package__)
+except ImportError as error:
+    load_error = f"drift_ops._cuda cannot be imported ({error}); reinstall where nvcc is: pip install ."
+
+
+def why_not() -> str | None:
+    """Why the backend cannot be used on this machine; None where it can."""
+    if _cuda is None:
+        return load_error
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    if error := _cuda.device_error():
+        return f"no CUDA device for the runtime that drift_ops._cuda was built with: {error}"
+    if max(torch.cuda.get_device_capability(d) for d in range(torch.cuda.device_count())) < (8, 0):
+        return "no CUDA device of compute capability 8.0 or later"
+    return None
+
+
+def _native(name: str, dtype: torch.dtype, owner: object) -> Callable[..., Any]:
+    return getattr(owner, f"{name}_{str(dtype).removeprefix('torch.')}")
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
+
+
+def _launch_options(tensor: Tensor) -> dict[str, Any]:
+    """Device, stream and precision of the kernels launched for ``tensor`` (on the CPU, by their emulation in tests)."""
+    on_device = {"device": 0, "stream": 0}
+    if tensor.is_cuda:
+        on_device = {"device": tensor.device.index, "stream": torch.cuda.current_stream(tensor.device).cuda_stream}
+    return {**on_device, "split_products": torch.get_float32_matmul_precision() == "highest"}
+
+
+def _affinity(
+    q: Tensor,
+    k: Tensor,
+    kernel: str,
+    widths: Sequence[float],
+    temperature: float,
+    split: int,
+    has_self: bool,
+    floor: float,
+    least_distance: float,
+    self_distance: float,
+    unit: Tensor | None,
+) -> Any:
+    G, N, D = q.shape
+    assert _cuda is not None
+    return _cuda.Affinity(
+        groups=G,
+        N=N,
+        M=k.shape[1],
+        D=D,
+        split=split,
+        gaussian=kernel == "gaussian",
+        has_self=has_self,
+        widths=list(widths),
+        temperature=temperature,
+        floor=floor,
+        least_distance=least_distance,
+        self_distance=self_distance,
+        unit=_address(unit),
+        **_launch_options(q),
+    )
+
+
+def affinity_sums(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor | None,
+    kernel: str,
+    widths: Sequence[float],
+    temperature: float,
+    split: int,
+    has_self: bool,
+    floor: float,
+    least_distance: float = 0.0,
+    self_distance: float = float("inf"),
+    unit: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`drift_ops.ops.affinity_sums`; ``self_distance`` is added to the self pairs, infinity masks them.
+
+    ``widths`` and ``self_distance`` are in units of ``unit``, a 0-d float64 tensor on the device (None: 1).
+    """
+    (G, N, D), M, S = q.shape, k.shape[1], len(widths)
+    sides = 2 if split else 1
+    num, den = q.new_empty(S, G, sides, N, D), q.new_empty(S, G, sides, N)
+    row_stats, col_stats = q.new_empty(S, G, 2, N), q.new_empty(S, G, 2, M)
+    problem = _affinity(q, k, kernel, widths, temperature, split, has_self, floor, least_distance, self_distance, unit)
+    scratch = q.new_empty(_native("forward_scratch", q.dtype, problem)())
+    _native("forward", q.dtype, problem)(*map(_address, (q, k, v, w, num, den, row_stats, col_stats, scratch)))
+    return num, den, row_stats, col_stats
+
+
+def affinity_sums_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor | None,
+    row_stats: Tensor,
+    col_stats: Tensor,
+    grad_num: Tensor,
+    grad_den: Tensor,
+    kernel: str,
+    widths: Sequence[float],
+    temperature: float,
+    split: int,
+    has_self: bool,
+    floor: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`drift_ops.ops.affinity_sums_backward`."""
+    grads = [torch.empty_like(t) for t in (q, k, v)]
+    grad_w = q.new_empty(0) if w is None else torch.empty_like(w)
+    problem = _affinity(q, k, kernel, widths, temperature, split, has_self, floor, 0.0, float("inf"), None)
+    scratch = q.new_empty(_native("backward_scratch", q.dtype, problem)())
+    arguments = (q, k, v, w, row_stats, col_stats, grad_num, grad_den, *grads, grad_w, scratch)
+    _native("backward", q.dtype, problem)(*map(_address, arguments))
+    return grads[0], grads[1], grads[2], grad_w
+
+
+def _in_shared_memory(points: Sequence[Tensor], R: int) -> bool:
+    """Whether the groups of a map go through the kernels that hold one in shared memory; larger ones are streamed."""
+    assert _cuda is not None
+    if points[0].dtype != torch.float32 or max(t.shape[1] for t in points) >= 1 << 16:
+        return False
+    return _cuda.group_fits([t.shape[1] for t in points], R, points[0].device.index or 0)
+
+
+def _groups(
+    points: Sequence[Tensor], weights: Sequence[Tensor], scale: Tensor | None, R_list: Sequence[float], floor: float
+) -> Any:
+    assert _cuda is not None
+    return _cuda.Loss(
+        groups=points[0].shape[0],
+        D=points[0].shape[2],
+        counts=[t.shape[1] for t in points],
+        points=[_address(t) for t in points],
+        weights=[_address(w) for w in weights],
+        scale=_address(scale),
+        R_list=list(R_list),
+        floor=floor,
+        **_launch_options(points[0]),
+    )
+
+
+def kept_shape(points: Sequence[Tensor]) -> tuple[int, ...]:
+    """Shape of what phase 1 of form C keeps for phase 2: nothing."""
+    return (0,)
+
+
+def loss_scale(points: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Phase 1 of one map: ``[mean d·w, mean w]`` in float64, and nothing kept."""
+    gen = points[0]
+    means, kept = gen.new_empty(2, dtype=torch.float64), gen.new_empty(kept_shape(points))
+    if _in_shared_memory(points, R=1):
+        scratch = gen.new_empty(2 * gen.shape[0], dtype=torch.float64)
+        _groups(points, weights, None, (), 0.0).scale(_address(means), _address(scratch))
+        return means, kept
+    q, targets, w = _centred(points, weights)
+    problem = _affinity(q, targets, "laplace", (), 1.0, 0, True, 0.0, LEAST_DISTANCE, 0.0, None)
+    scratch = gen.new_empty(_native("scale_scratch", gen.dtype, problem)(), dtype=torch.float64)
+    _native("scale", gen.dtype, problem)(*map(_address, (q, targets, w, means, scratch)))
+    return means, kept
+
+
+def state_shape(points: Sequence[Tensor], R: int) -> tuple[int, ...]:
+    """Shape of what phase 2 keeps for phase 3: nothing, or the forces ``[R, G, N, D]`` where groups are streamed."""
+    return (0,) if _in_shared_memory(points, R) else (R, *points[0].shape)
+
+
+def loss_moments(
+    points: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    kept: Tensor,
+    scale: Tensor,
+    R_list: Sequence[float],
+    floor: float,
+) -> tuple[Tensor, Tensor]:
+    """Phase 2 of one map: the state of :func:`state_shape`, and the means of the forces' products ``[G, R, R]``."""
+    gen, R = points[0], len(R_list)
+    if not _in_shared_memory(points, R):
+        return _stream_moments(points, weights, scale, R_list, floor)
+    state, moments = gen.new_empty(0), gen.new_empty(gen.shape[0], R, R)
+    _groups(points, weights, scale, R_list, floor).moments(_address(moments))
+    return state, moments
+
+
+def _centred(points: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Samples ``[G, N, D]``, targets ``[G, M, D]``, both about a point amid them, and the weights ``[G, M]``."""
+    targets = torch.cat(tuple(points), 1)
+    targets -= find_centre(targets)
+    return targets[:, : points[0].shape[1]].contiguous(), targets, torch.cat(tuple(weights), 1)
+
+
+def _stream_moments(
+    points: Sequence[Tensor], weights: Sequence[Tensor], scale: Tensor, R_list: Sequence[float], floor: float
+) -> tuple[Tensor, Tensor]:
+    """Phase 2 of groups too large for the group kernel: form B's sums with temperatures in units of the scale."""
+    q, targets, w = _centred(points, weights)
+    split, unit = q.shape[1] + points[1].shape[1], scale.clamp(min=LEAST_SCALE)
+    num, den, _, _ = affinity_sums(
+        q, targets, targets, w, "laplace", R_list, 1.0, split, True, floor, LEAST_DISTANCE, SELF_DISTANCE, unit
+    )
+    den = (den / _unit_of_points(scale, q)).unsqueeze(-1)  # [R, G, 2, N, 1]
+    forces = num[:, :, 1].mul_(den[:, :, 0]).sub_(num[:, :, 0].mul_(den[:, :, 1])).contiguous()
+    moments = torch.stack([torch.stack([(f * other).mean((1, 2)) for other in forces], -1) for f in forces], -1)
+    return forces, moments
+
+
+def loss_gradient(
+    points: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    state: Tensor,
+    scale: Tensor,
+    factors: Tensor,
+    incoming: Tensor,
+    R_list: Sequence[float],
+    floor: float,
+) -> Tensor:
+    """Phase 3 of one map: the gradient w.r.t. gen ``[G, N, D]``."""
+    gen = points[0]
+    if _in_shared_memory(points, len(R_list)):
+        grad = torch.empty_like(gen)
+        groups = _groups(points, weights, scale, R_list, floor)
+        groups.gradient(*map(_address, (factors.contiguous(), incoming, grad)))
+        return grad
+    factors = (factors * (-2 / (gen.shape[1] * gen.shape[2]))).to(gen.dtype) / _unit_of_points(scale, gen)
+    grad = state[0] * factors[0]
+    for r in range(1, len(R_list)):
+        grad.addcmul_(state[r], factors[r])
+    return grad.mul_(incoming.view(-1, 1, 1))
+
+
+def _unit_of_points(scale: Tensor, like: Tensor) -> Tensor:
+    return (scale / like.shape[2] ** 0.5).clamp(min=LEAST_SCALE).to(like.dtype)

@@ -1,0 +1,218 @@
+// Enough of CUDA to compile csrc/cuda with a C++ compiler and run it on the CPU: a block's threads are fibers, switched where
+// they wait for each other. Blocks run one after the other, their threads in a different order each. Shared memory starts
+// as NaN, and what is written past its end is an error. Not found: races that the order of the fibers does not bring out.
+#pragma once
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <initializer_list>
+#include <tuple>
+
+#define __global__
+#define __device__
+#define __host__
+#define __shared__
+#define __align__(bytes)
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+
+struct dim3 {
+    unsigned x, y, z;
+    dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+inline dim3 blockIdx, threadIdx, gridDim;
+
+// The runtime's calls: one device, which never fails.
+enum cudaError_t { cudaSuccess };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+using cudaStream_t = void*;
+constexpr size_t EMULATED_SHARED_BYTES = 166912;  // of compute capability 8.0, the least of those built for
+inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
+inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
+    const char* multiprocessors = getenv("DRIFT_EMULATED_MULTIPROCESSORS");
+    *value = which != cudaDevAttrMultiProcessorCount ? int(EMULATED_SHARED_BYTES) : multiprocessors ? atoi(multiprocessors) : 1;
+    return cudaSuccess;
+}
+
+namespace drift::cuda {
+alignas(16) inline unsigned char shared_memory[EMULATED_SHARED_BYTES + 1024];
+}
+
+namespace emulation {
+
+constexpr int MOST_THREADS = 256, WARP = 32;
+constexpr size_t STACK_BYTES = 256 * 1024;
+
+struct Barrier {
+    int size = 0, arrived = 0;
+    long passed = 0;
+};
+
+struct Fiber {
+    jmp_buf state;
+    bool started, done;
+    Barrier* waiting;
+    long passed;  // of `waiting`, when the fiber came to it
+};
+
+inline Fiber fibers[MOST_THREADS];
+inline char* stacks = static_cast<char*>(malloc(MOST_THREADS * STACK_BYTES));
+inline ucontext_t scheduler_context, start_context;
+inline jmp_buf scheduler;
+inline Barrier block_barrier, warp_barriers[MOST_THREADS / WARP];
+inline int any_true[2];
+inline double exchanged[2][MOST_THREADS];  // by parity of the warp's barrier: the next exchange leaves this one's alone
+inline float operands[2][MOST_THREADS][6];
+inline void (*body)(void*);
+inline void* body_arguments;
+inline int current;
+
+inline void fail(const char* what) {
+    fprintf(stderr, "emulated CUDA: %s\n", what);
+    abort();
+}
+
+inline void wait(Barrier& barrier) {
+    if (++barrier.arrived == barrier.size) {
+        barrier.arrived = 0;
+        ++barrier.passed;
+        return;
+    }
+    Fiber& fiber = fibers[current];
+    fiber.waiting = &barrier, fiber.passed = barrier.passed;
+    if (!_setjmp(fiber.state)) _longjmp(scheduler, 1);
+}
+inline Barrier& own_warp() { return warp_barriers[current / WARP]; }
+
+inline void fiber_main() {
+    body(body_arguments);
+    Fiber& fiber = fibers[current];
+    fiber.done = true;
+    --block_barrier.size, --own_warp().size;
+    for (Barrier* barrier : {&block_barrier, &own_warp()})
+        if (barrier->size > 0 && barrier->arrived == barrier->size) fail("a thread ended while others wait for it");
+    _longjmp(scheduler, 1);
+}
+
+inline void resume(int thread) {
+    current = thread;
+    threadIdx = dim3(thread);
+    Fiber& fiber = fibers[thread];
+    fiber.waiting = nullptr;
+    if (_setjmp(scheduler)) return;
+    if (fiber.started) _longjmp(fiber.state, 1);
+    fiber.started = true;
+    getcontext(&start_context);
+    start_context.uc_stack.ss_sp = stacks + thread * STACK_BYTES;
+    start_context.uc_stack.ss_size = STACK_BYTES;
+    start_context.uc_link = nullptr;
+    makecontext(&start_context, fiber_main, 0);
+    setcontext(&start_context);
+}
+
+inline void run_block(int threads, int stride) {
+    block_barrier = Barrier{threads};
+    for (int w = 0; w < threads / WARP; ++w) warp_barriers[w] = Barrier{WARP};
+    for (int t = 0; t < threads; ++t) fibers[t].started = fibers[t].done = false, fibers[t].waiting = nullptr;
+    any_true[0] = any_true[1] = 0;
+    for (bool progress = true, left = true; left;) {
+        progress = left = false;
+        for (int n = 0; n < threads; ++n) {
+            const int t = n * stride % threads;
+            const Fiber& fiber = fibers[t];
+            if (fiber.done) continue;
+            left = true;
+            if (fiber.waiting && fiber.waiting->passed == fiber.passed) continue;
+            resume(t);
+            progress = true;
+        }
+        if (left && !progress) fail("threads wait for each other for ever");
+    }
+}
+
+// What `mma_tf32` and `to_tf32` of product.cuh do on a device.
+inline float to_tf32(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    if ((bits & 0x7f800000u) != 0x7f800000u) bits = (bits + 0x1000u) & ~0x1fffu;  // nearest, ties away from zero
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+}  // namespace emulation
+
+inline void __syncthreads() { emulation::wait(emulation::block_barrier); }
+inline bool __syncthreads_or(bool mine) {
+    int& any = emulation::any_true[emulation::block_barrier.passed & 1];
+    any |= mine;
+    __syncthreads();
+    const bool result = any;
+    __syncthreads();
+    any = 0;
+    return result;
+}
+inline void __syncwarp() { emulation::wait(emulation::own_warp()); }
+template <class T> T __shfl_xor_sync(unsigned, T x, int lanes) {
+    double* exchanged = emulation::exchanged[emulation::own_warp().passed & 1];
+    exchanged[threadIdx.x] = x;
+    __syncwarp();
+    return T(exchanged[threadIdx.x ^ lanes]);
+}
+
+namespace drift::cuda {
+using emulation::to_tf32;
+inline void mma_tf32(float& c0, float& c1, float& c2, float& c3, const float (&a)[4], const float (&b)[2]) {
+    auto& operands = emulation::operands[emulation::own_warp().passed & 1];
+    for (float x : a)
+        if (!(std::isnan(x) || x == to_tf32(x))) emulation::fail("an operand is not a TF32 number");
+    memcpy(operands[threadIdx.x], a, sizeof a);
+    memcpy(operands[threadIdx.x] + 4, b, sizeof b);
+    __syncwarp();
+    const int lane = threadIdx.x % 32, warp = threadIdx.x - lane;
+    float* c[4] = {&c0, &c1, &c2, &c3};
+    for (int e = 0; e < 4; ++e) {
+        const int row = lane / 4, col = lane % 4 * 2 + e % 2;
+        double sum = 0;
+        for (int k = 0; k < 8; ++k)
+            sum += double(operands[warp + row * 4 + k % 4][k / 4 * 2 + e / 2]) * operands[warp + col * 4 + k % 4][4 + k / 4];
+        *c[e] += float(sum);
+    }
+}
+}  // namespace drift::cuda
+
+struct cudaLaunchConfig_t {
+    dim3 gridDim, blockDim;
+    size_t dynamicSmemBytes;
+    cudaStream_t stream;
+};
+
+template <class... Parameters, class... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments... arguments) {
+    using namespace emulation;
+    auto call = [&] { kernel(arguments...); };
+    body = [](void* c) { (*static_cast<decltype(call)*>(c))(); };
+    body_arguments = &call;
+    gridDim = config->gridDim;
+    unsigned char *memory = drift::cuda::shared_memory, *end = memory + sizeof drift::cuda::shared_memory;
+    if (config->dynamicSmemBytes > EMULATED_SHARED_BYTES) fail("too much shared memory");
+    for (unsigned block = 0; block < config->gridDim.x; ++block) {
+        blockIdx = dim3(block);
+        memset(memory, 0xff, end - memory);  // NaN
+        run_block(int(config->blockDim.x), int(2 * (block % 7) + 1) * 37 % 256 | 1);
+        for (unsigned char* past = memory + config->dynamicSmemBytes; past < end; ++past)
+            if (*past != 0xff) fail("write past the end of shared memory");
+    }
+    return cudaSuccess;
+}

@@ -1,0 +1,158 @@
+"""The CUDA kernels on a machine without a GPU: against the float64 reference, behind drift_ops/cuda.py.
+
+csrc/cuda is compiled by a C++ compiler against tests/cuda_emulation, which runs every thread of a block as a fiber.
+"""
+
+import importlib.util
+import shutil
+import subprocess
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
+from pathlib import Path
+
+import cases
+import pybind11
+import pytest
+import torch
+from cases import check, compute_V_inputs, field_inputs, loss_inputs, points, relative_error, run, unaligned
+
+import drift_ops
+from drift_ops import cuda
+
+ROOT = Path(__file__).parents[1]
+COMPILER = shutil.which("g++")
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ is not installed")
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    """drift_ops._cuda for the CPU."""
+    folder = tmp_path_factory.mktemp("emulated")
+    includes = [ROOT / "tests/cuda_emulation", pybind11.get_include(), sysconfig.get_paths()["include"]]
+    # fibers jump between stacks, which glibc's fortified longjmp takes for an error
+    flags = ["-std=c++17", "-O1", "-fPIC", "-U_FORTIFY_SOURCE", *(f"-I{path}" for path in includes), "-x", "c++"]
+
+    def compile_source(source: Path) -> str:
+        target = str(folder / f"{source.name}.o")
+        subprocess.run([COMPILER, *flags, "-c", source, "-o", target], check=True)
+        return target
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compile_source, [*ROOT.glob("csrc/cuda/*.cu"), ROOT / "csrc/cuda/module.cpp"]))
+    library = folder / "_cuda.so"
+    subprocess.run([COMPILER, "-shared", *objects, "-o", library], check=True)
+    spec = importlib.util.spec_from_file_location("_cuda", library)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def cuda_backend(emulated, monkeypatch):
+    """``backend="cuda"`` means the emulated kernels, on CPU tensors."""
+    backends = import_module("drift_ops.backends")
+    monkeypatch.setattr(cuda, "_cuda", emulated)
+    monkeypatch.setattr(backends, "_why_not_for", lambda *_: None)
+    monkeypatch.setitem(backends._WHY_NOT, "cuda", lambda: None)
+    monkeypatch.setattr(cases, "device_of", lambda _: "cpu")
+
+
+every_dtype = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+FIELDS = {  # N, P, M, D, groups; on a device with many multiprocessors small problems are cut into parts
+    "one of each": ((1, 1, 1, 1, ()), 1),
+    "plane": ((150, 70, 140, 2, ()), 1),
+    "plane in parts": ((150, 70, 140, 2, ()), 40),
+    "groups": ((6, 5, 7, 19, (2, 3)), 1),
+    "ragged": ((67, 35, 131, 37, (2,)), 1),
+    "ragged in parts": ((67, 131, 35, 37, ()), 40),
+}
+
+
+@pytest.fixture(params=FIELDS.values(), ids=FIELDS)
+def shape(request, monkeypatch):
+    monkeypatch.setenv("DRIFT_EMULATED_MULTIPROCESSORS", str(request.param[1]))
+    return request.param[0]
+
+
+@every_dtype
+def test_compute_V(shape, dtype):
+    D = shape[3]
+    options = {"sigmas": [0.3 * D**0.5, 2.0 * D**0.5], "temperature": 0.3, "normalize_drift": D > 1}
+    check(drift_ops.compute_V_multiscale, compute_V_inputs(*shape), options, dtype, "cuda", unaligned)
+
+
+@every_dtype
+@pytest.mark.parametrize("weighted", [True, False], ids=["weighted", ""])
+def test_drift_field(shape, dtype, weighted):
+    options = {
+        "temperature": [0.1 * shape[3] ** 0.5, shape[3] ** 0.5],
+        "affinity_floor": 1e-6 if weighted else 0.0,
+        "include_self": weighted,
+    }
+    check(drift_ops.drift_field, field_inputs(*shape, weighted=weighted), options, dtype, "cuda", unaligned)
+
+
+@every_dtype
+@pytest.mark.parametrize(
+    ("N", "P", "M", "D", "G", "R_list"),
+    [
+        (1, 1, 0, 1, 2, (0.2,)),
+        (6, 5, 7, 10, 3, (0.02, 0.05, 0.2)),
+        (33, 64, 16, 70, 1, (0.02, 0.05, 0.2)),
+        (64, 90, 30, 140, 1, (0.05, 0.2)),  # more targets than a tile of distances has columns
+        (6, 5, 7, 20, 2, (0.02, 0.05, 0.1, 0.2, 0.4)),  # too many R for the group kernels
+        (70, 35, 16, 36, 1, (0.05, 0.2)),  # too many samples for them
+    ],
+)
+def test_drift_loss(N, P, M, D, G, R_list, dtype):
+    for weighted, floor in ((True, 1e-6), (False, 0.0)):
+        options = {"R_list": R_list, "affinity_floor": floor}
+        check(drift_ops.drift_loss, loss_inputs(N, P, M, D, G, weighted), options, dtype, "cuda", unaligned)
+
+
+def test_large_loss_in_parts(monkeypatch):
+    monkeypatch.setenv("DRIFT_EMULATED_MULTIPROCESSORS", "40")
+    check(drift_ops.drift_loss, loss_inputs(150, 90, 50, 5, 1, True), {}, torch.float32, "cuda")
+
+
+def clusters(count: int, D: int, seed: int) -> torch.Tensor:
+    """Points in four tight clusters: most distances are far below the norms."""
+    return 5 * points(4, D, seed=9)[torch.arange(count) % 4] + 1e-3 * points(count, D, seed=seed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_close_points(dtype):
+    tensors = {name: clusters(n, 35, n) for name, n in (("x", 40), ("pos", 50), ("neg", 30))}
+    check(drift_ops.drift_field, tensors, {"temperature": [0.01, 10.0]}, dtype, "cuda")
+    names = ("gen", "fixed_pos", "fixed_neg")
+    tensors = {name: t.unsqueeze(0) for name, t in zip(names, tensors.values(), strict=True)}
+    # forces are weighted sums of points thousands of times farther apart than the forces are long
+    check(drift_ops.drift_loss, tensors, {"affinity_floor": 0.0}, dtype, "cuda", rtol=1e-3)
+
+
+def test_nothing_unmasked():
+    result = run(drift_ops.drift_field, field_inputs(1, 3, 0, 20), {"temperature": 1.0}, "cuda")
+    assert all((t == 0).all() for name, t in result.items() if name != "gradient of neg")
+
+
+def test_tf32_where_allowed():
+    """Products are as exact as float32's, and far less so where the user allows it."""
+    tensors = {name: t.float() for name, t in field_inputs(30, 30, 30, 40).items()}
+    options = {"temperature": 1.0, "affinity_floor": 0.0}
+    truth = run(drift_ops.drift_field, {n: t.double() for n, t in tensors.items()}, options, "reference")["output"]
+    errors = {}
+    for precision in ("highest", "high"):
+        torch.set_float32_matmul_precision(precision)
+        try:
+            errors[precision] = relative_error(run(drift_ops.drift_field, tensors, options, "cuda")["output"], truth)
+        finally:
+            torch.set_float32_matmul_precision("highest")
+    assert errors["highest"] < 1e-5 < 1e-4 < errors["high"] < 3e-2
+
+
+def test_too_many_widths():
+    with pytest.raises(ValueError, match="got 65 widths, the cuda backend takes at most 64"):
+        drift_ops.drift_field(*(points(2, 3).float(),) * 2, temperature=[1.0] * 65, backend="cuda")
