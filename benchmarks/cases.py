@@ -1,21 +1,48 @@
-"""The shapes that are timed, and for each the contenders: dense eager, ``torch.compile`` of it, and ours."""
+"""The shapes that are timed, and the contenders: dense PyTorch, eager and compiled, KeOps, and ours."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import drift_ops
 
-from . import dense
+from . import dense, keops
+from .measure import Call
 
 R_LIST = (0.02, 0.05, 0.2)
+DENSE = {"eager": None, "compile": "default", "max-autotune": "max-autotune"}  # contender to mode of torch.compile
+GPU_BACKENDS = ("triton", "cuda")
+
+Points = tuple[Tensor, Tensor, Tensor]  # x, pos, neg [G, count, D] of one map
+
+
+def our_contenders(device: str) -> list[str]:
+    """Ours by name: ``ours``, the default backend, on a CPU; each usable backend on a GPU."""
+    if device == "cpu":
+        return ["ours"]
+    return [name for name in GPU_BACKENDS if drift_ops.backends()[name].usable]
+
+
+def implementation(form: str, contender: str, dynamic: bool) -> Callable[..., Any]:
+    if contender in DENSE:
+        function, mode = getattr(dense, form), DENSE[contender]
+        return function if mode is None else torch.compile(function, mode=mode, dynamic=dynamic)
+    if contender == "keops":
+        return getattr(keops, form)
+    return functools.partial(getattr(drift_ops, form), backend=None if contender == "ours" else contender)
 
 
 @dataclass(frozen=True)
 class Case:
-    """A form at a shape: N queries, which are their own negatives, M further negatives, P positives, G problems."""
+    """A form at a shape: N queries, which are their own negatives, M further negatives, P positives, G problems.
+
+    ``drift_loss`` is forward and backward to the gradient of the queries. The others are forward, or with ``backward``
+    to the gradients of queries and positives too.
+    """
 
     form: str
     N: int
@@ -23,58 +50,113 @@ class Case:
     D: int
     M: int = 0
     G: int = 1
+    backward: bool = False
     eager_ratio: float | None = None  # how many times faster than dense eager ours is meant to be, at least
     compile_ratio: float | None = None
     matmul_ratio: float | None = None  # how much longer than its matrix products alone ours may take, at most
 
     @property
     def name(self) -> str:
-        return f"{self.form} G={self.G} [{self.N}, {self.M}, {self.P}] D={self.D}"
+        backward = " with backward" if self.backward else ""
+        return f"{self.form}{backward} G={self.G} [{self.N}, {self.M}, {self.P}] D={self.D}"
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """``(problems, D)`` of every feature map."""
+        return [(self.G, self.D)]
+
+    @property
+    def input_bytes(self) -> int:
+        return sum(4 * G * D * (self.N + self.M + self.P) for G, D in self.shapes)
+
+    @property
+    def output_bytes(self) -> int:
+        """Of the field; with backward, of the gradients too, and of the loss the gradient alone."""
+        points = self.N + (self.N + self.P if self.backward else 0)
+        return sum(4 * G * D * points for G, D in self.shapes)
 
     @property
     def bytes(self) -> int:
-        """Each input read once and the output written once, float32."""
-        points = self.N + self.P + self.M
-        return 4 * self.G * self.D * (points + self.N)
+        """Each input read once and each output written once, float32."""
+        return self.input_bytes + self.output_bytes
 
     @property
     def flops(self) -> int:
-        """Of the matrix products: the distances, and one weighted sum for each R."""
+        """Of the matrix products: distances once, and one weighted sum for each R; in the backward distances again, the
+        values' part of the affinities' gradient, and three sums: of the values, queries and keys."""
         targets = self.N + self.M + self.P
-        return 2 * self.G * self.N * targets * self.D * (1 + (len(R_LIST) if self.form == "drift_loss" else 1))
+        products = 1 + (len(R_LIST) if self.form == "drift_loss" else 1) + (5 if self.backward else 0)
+        return sum(2 * G * self.N * targets * D * products for G, D in self.shapes)
 
-    def contenders(self) -> dict[str, Callable[[], object]]:
-        """``eager``, ``compile`` and ``ours``: functions of no arguments on the same inputs."""
-        x, pos, neg = (torch.randn(self.G, n, self.D) for n in (self.N, self.P, self.M))
-        T = 0.1 * self.D**0.5
+    @property
+    def dense_bytes(self) -> int:
+        """About what the dense form has in memory at its peak: some [N, targets] matrices, and copies of the points."""
+        targets = self.N + self.M + self.P
+        matrices = 13 if self.form == "drift_loss" else 10 if self.backward else 5  # as seen on a CPU
+        of_maps = [4 * G * (matrices * self.N * targets + D * (2 * targets + 5 * self.N)) for G, D in self.shapes]
+        kept = [4 * G * 2 * self.N * D for G, D in self.shapes]  # until the backward of all maps
+        return max(of_maps) + sum(kept)
 
-        def forward(function: Callable[..., Tensor], *arguments: object) -> Callable[[], object]:
-            return torch.no_grad()(lambda: function(*arguments))
+    def inputs(self, device: str) -> list[Points]:
+        """Standard normal points of every map."""
+        counts = (self.N, self.P, self.M)
+        return [tuple(torch.randn(G, n, D, device=device) for n in counts) for G, D in self.shapes]  # type: ignore[misc]
 
-        def training(loss_of: Callable[[Tensor], Tensor]) -> Callable[[], object]:
-            gen = x.clone().requires_grad_()
-            return lambda: torch.autograd.grad(loss_of(gen).sum(), gen)
+    def part(self, maps: list[Points], G: int) -> list[Points]:
+        """The first ``G`` of the problems (of every map, G/self.G of its problems), without a copy."""
+        return [tuple(t[: t.shape[0] * G // self.G] for t in points) for points in maps]  # type: ignore[misc]
 
-        if self.form == "compute_V":
-            compiled = torch.compile(dense.compute_V, dynamic=False)
-            return {
-                "eager": forward(dense.compute_V, x, pos, x, 1.0, 1.0),
-                "compile": forward(compiled, x, pos, x, 1.0, 1.0),
-                "ours": forward(drift_ops.compute_V, x, pos, x, 1.0, 1.0),
-            }
+    def call(self, contender: str, maps: list[Points]) -> Call:
+        """A function of no arguments that runs the contender on these inputs and returns its outputs."""
+        function = implementation(self.form, contender, dynamic=len(maps) > 1)
+        if self.form == "drift_loss":
+            return self._loss_call(function, contender in DENSE, maps)
+        ((x, pos, _),) = maps
+        options: dict[str, Any] = {"sigma": 1.0, "temperature": 1.0}
         if self.form == "drift_field":
-            compiled = torch.compile(dense.drift_field, dynamic=False)
-            return {
-                "eager": forward(dense.drift_field, x, pos, T),
-                "compile": forward(compiled, x, pos, T),
-                "ours": forward(lambda: drift_ops.drift_field(x, pos, temperature=T)),
-            }
-        compiled = torch.compile(dense.drift_loss, dynamic=False)
-        return {
-            "eager": training(lambda gen: dense.drift_loss(gen, pos, neg, R_LIST)),
-            "compile": training(lambda gen: compiled(gen, pos, neg, R_LIST)),
-            "ours": training(lambda gen: drift_ops.drift_loss(gen, pos, neg, R_list=R_LIST)[0]),
-        }
+            options = {"temperature": 0.1 * self.D**0.5}
+
+        def field(x: Tensor, pos: Tensor) -> Tensor:
+            return function(x, pos, x, **options) if self.form == "compute_V" else function(x, pos, **options)
+
+        if not self.backward:
+            return torch.no_grad()(lambda: (field(x, pos),))
+        leaves = [t.detach().requires_grad_() for t in (x, pos)]
+        return lambda: torch.autograd.grad(field(*leaves), leaves, x)
+
+    @staticmethod
+    def _loss_call(function: Callable[..., Any], is_dense: bool, maps: list[Points]) -> Call:
+        gens = [x.detach().requires_grad_() for x, _, _ in maps]
+        pos, neg = [pos for _, pos, _ in maps], [neg for _, _, neg in maps]
+        incoming = [x.new_ones(x.shape[0]) for x, _, _ in maps]
+
+        def losses() -> list[Tensor]:
+            if is_dense:
+                return [function(*points, R_list=R_LIST) for points in zip(gens, pos, neg, strict=True)]
+            return function(gens, pos, neg, R_list=R_LIST)[0]
+
+        return lambda: torch.autograd.grad(losses(), gens, incoming)
+
+    def contenders(self, device: str) -> dict[str, Call]:
+        """``eager``, ``compile`` and ours, on the same inputs."""
+        maps = self.inputs(device)
+        return {name: self.call(name, maps) for name in ("eager", "compile", *our_contenders(device))}
+
+
+@dataclass(frozen=True)
+class Step(Case):
+    """The loss of one training step: all feature maps in one call, G labels. ``maps`` are (locations, D) of one label;
+    every location of every label is a problem."""
+
+    maps: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def name(self) -> str:
+        return f"step of {len(self.maps)} maps, {self.G} labels [{self.N}, {self.M}, {self.P}]"
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        return [(self.G * locations, D) for locations, D in self.maps]
 
 
 CASES = [
@@ -89,7 +171,7 @@ CASES = [
 ]
 
 
-def matrix_products(case: Case) -> Callable[[], object]:
+def matrix_products(case: Case) -> Call:
     """The batched matrix products alone that the direct form C needs: distances, and one weighted sum for each R."""
     targets = case.N + case.M + case.P
     x, t = torch.randn(case.G, case.N, case.D), torch.randn(case.G, targets, case.D)

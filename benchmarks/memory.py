@@ -1,7 +1,8 @@
-"""Memory of one large problem, forward and backward: ``python -m benchmarks.memory FORM [--points N] [--dim D]``.
+"""Memory of one large problem, forward and backward: ``python -m benchmarks.memory FORM [--points N] [--device cuda]``.
 
-Prints a line of JSON: seconds, and by how many MB resident memory peaks over what it is after a small problem. A dense
-``[N, M]`` matrix of float32 would take ``dense_matrix_mb``. Linux only.
+Prints a line of JSON: seconds, and by how many MB memory peaks over what it is after a small problem: resident memory
+on a CPU (Linux only), that of torch's allocator on a GPU. A dense ``[N, M]`` matrix of float32 would take
+``dense_matrix_mb``.
 """
 
 import argparse
@@ -12,11 +13,11 @@ import torch
 
 import drift_ops
 
-from .measure import peak_extra_memory
+from .measure import peak_extra_memory, synchronised
 
 
-def run(form: str, points: int, dim: int) -> None:
-    x, pos, neg = (torch.randn(points, dim, requires_grad=True) for _ in range(3))
+def run(form: str, points: int, dim: int, device: str) -> None:
+    x, pos, neg = (torch.randn(points, dim, device=device, requires_grad=True) for _ in range(3))
     if form == "compute_V":
         V = drift_ops.compute_V(x, pos, neg)
     else:
@@ -29,10 +30,12 @@ def main() -> None:
     parser.add_argument("form", choices=["compute_V", "drift_field"])
     parser.add_argument("--points", type=int, default=32768, help="N = P = M (default 32768)")
     parser.add_argument("--dim", type=int, default=16, help="D (default 16)")
+    parser.add_argument("--device", default="cpu", help="default cpu")
     args = parser.parse_args()
-    run(args.form, 64, args.dim)
+    run(args.form, 64, args.dim, args.device)
     start = time.perf_counter()
-    growth = peak_extra_memory(lambda: run(args.form, args.points, args.dim))
+    large = synchronised(lambda: run(args.form, args.points, args.dim, args.device), args.device)
+    growth = peak_extra_memory(large, args.device)
     result = {
         "form": args.form,
         "points": args.points,
