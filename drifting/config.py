@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from .cli import UserError
-from .data import DATASETS
+from .data import DATASETS, DataConfig
 
 CONFIG_DIR = Path(__file__).parent / "configs"
 
@@ -90,7 +90,7 @@ class Config:
     """A run."""
 
     seed: int = 0
-    data: str = "digits"
+    data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     step: StepConfig = field(default_factory=StepConfig)
@@ -99,7 +99,10 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
-MAY_CHANGE = ("train.steps", "train.log_every", "train.save_every", "train.eval_every")  # when a run is resumed
+MAY_CHANGE = (  # when a run is resumed
+    "data.path", "data.workers", "train.steps", "train.log_every", "train.save_every", "train.eval_every",
+)  # fmt: skip
+SHORTHANDS = {"data": "data.name"}  # keys of sections that may be set like one of their values: `data: digits`
 
 COUNTS = (  # integers of at least 1
     "model.patch_size", "model.embed_dim", "model.depth", "model.num_heads", "model.style_vocab",
@@ -107,12 +110,12 @@ COUNTS = (  # integers of at least 1
     "step.unconditional_queue_size", "train.steps", "train.batch_size", "train.log_every", "train.save_every",
 )  # fmt: skip
 NON_NEGATIVE = (
-    "seed", "model.num_style_tokens", "model.n_cls_tokens", "loss.affinity_floor", "guidance.cfg_exponent",
-    "optimizer.weight_decay", "optimizer.warmup_steps", "train.eval_every",
+    "seed", "data.workers", "model.num_style_tokens", "model.n_cls_tokens", "loss.affinity_floor",
+    "guidance.cfg_exponent", "optimizer.weight_decay", "optimizer.warmup_steps", "train.eval_every",
 )  # fmt: skip
 POSITIVE = ("model.mlp_ratio", "optimizer.learning_rate", "optimizer.max_grad_norm")
 SHARES = ("guidance.uncond_prob", "optimizer.ema_decay")
-CHOICES = {"data": tuple(DATASETS), "loss.feature_extractor": ("latent", "pixels", "resnet18")}
+CHOICES = {"data.name": tuple(DATASETS), "loss.feature_extractor": ("latent", "pixels", "resnet18")}
 
 
 def load_config(name_or_file: str = "digits", overrides: Sequence[str] = ()) -> Config:
@@ -166,6 +169,7 @@ def check_values(config: Config) -> None:
     require(SHARES, lambda v: 0 <= v <= 1, "a number from 0 to 1")
     for key, choices in CHOICES.items():
         require([key], lambda v, choices=choices: v in choices, f"one of: {', '.join(choices)}")
+    require(["data.image_size"], lambda v: v is None or v >= 1, "1 or more")
     require(["loss.temperatures"], lambda v: v and all(0 < R < math.inf for R in v), "one or more positive numbers")
     require(
         ["guidance.cfg_scale_range"],
@@ -210,7 +214,7 @@ def _config_file(name_or_file: str) -> Path:
 
 def _assign(config: DictConfig, key: str, value: Any, origin: str = "") -> None:
     """Set one leaf of the schema, or say what is wrong with it."""
-    types = _leaf_types()
+    types, key = _leaf_types(), SHORTHANDS.get(key, key)
     if key not in types:
         inside = [leaf for leaf in types if leaf.startswith(f"{key}.")]
         if inside:

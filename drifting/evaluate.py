@@ -10,10 +10,12 @@ import torch
 from numpy.typing import NDArray
 
 from .cli import ArgumentParser, UserError, run_command
-from .data import DATASETS
-from .evaluation import Evaluator
+from .config import load_config
+from .data import open_dataset
+from .evaluation import Evaluator, pixel_evaluator
 from .images import Pixels
-from .run_directory import load_generator
+from .pretrained import open_generator
+from .run_directory import RunDirectory
 from .sample import check_sampling, draw_samples, spread_labels
 
 NUM_SAMPLES = 1300
@@ -31,9 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.num < 2:
         raise UserError(f"--num is {arguments.num}, expected 2 or more")
     check_sampling(arguments.cfg_scale, arguments.seed)
-    trained = load_generator(arguments.run)
-    if trained.data not in DATASETS:
-        raise UserError(f"{arguments.run} was trained on {trained.data!r}, expected one of: {', '.join(DATASETS)}")
+    trained = open_generator(arguments.run)
+    evaluator = _run_evaluator(arguments.run)
     if arguments.samples is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         chosen = spread_labels(arguments.num, range(trained.model.num_classes))
@@ -46,11 +47,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         images, labels = _load_samples(arguments.samples)
         origin = {"samples": str(arguments.samples)}
     try:
-        measures = Evaluator(DATASETS[trained.data]())(images, labels)
+        measures = evaluator(images, labels)
     except ValueError as error:
         raise UserError(str(error)) from error
     print(json.dumps(origin | {"num_samples": len(images)} | measures, indent=2))
     return 0
+
+
+def _run_evaluator(run: Path) -> Evaluator:
+    """That of the data set that the run was trained on."""
+    config = load_config(str(RunDirectory(run).config))
+    evaluator = pixel_evaluator(open_dataset(config.data))
+    if evaluator is None:
+        raise UserError(f"{run} was trained on {config.data.name}, whose images are too large to be measured in pixels")
+    return evaluator
 
 
 def _load_samples(path: Path) -> tuple[Pixels, NDArray[np.int64]]:

@@ -1,29 +1,41 @@
 """How close generated images are to a data set, in pixels on its 0 … 16 scale."""
 
+from math import prod
+
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.metrics import pairwise_distances_argmin_min
 from sklearn.svm import SVC
-from torch import Tensor
 
-from .data import Dataset
+from .data import Dataset, Split
 from .images import Pixels
 
 Points = NDArray[np.float64]  # [N, D]
 
 PIXEL_MAX = 16
+GAMMA = 0.064  # of the support vector machine, over the number of values of an image
+MOST_VALUES = 1024  # of an image: with more, measures in pixels mean little and cost much
+MOST_IMAGES = 2000  # of a split that are measured
+
+
+def pixel_evaluator(dataset: Dataset) -> "Evaluator | None":
+    """The evaluator of a data set of small images, and None for large ones and latents."""
+    return None if dataset.latent or prod(dataset.sample_shape) > MOST_VALUES else Evaluator(dataset)
 
 
 class Evaluator:
-    """Judges generated images by the training and test images of ``dataset``; build once, call often."""
+    """Judges generated images by the training and test images of ``dataset``; build once, call often.
+
+    Of a split with more than ``MOST_IMAGES`` images, evenly spaced ones are taken.
+    """
 
     def __init__(self, dataset: Dataset) -> None:
-        self.train = _data_points(dataset.train_images, dataset.pixel_range)
-        self.test = _data_points(dataset.test_images, dataset.pixel_range)
-        self.classifier = SVC(gamma=0.001, C=10).fit(self.train, dataset.train_labels.numpy())
+        self.train, train_labels = _data_points(dataset.train, dataset.pixel_range)
+        self.test, test_labels = _data_points(dataset.test, dataset.pixel_range)
+        self.classifier = SVC(gamma=GAMMA / self.train.shape[1], C=10).fit(self.train, train_labels)
         self.of_data = {
             "frechet_distance_train": frechet_distance(self.train, self.test),
-            "recognised_share_test": float(self.classifier.score(self.test, dataset.test_labels.numpy())),
+            "recognised_share_test": float(self.classifier.score(self.test, test_labels)),
             "nearest_distance_test": nearest_distance(self.test, self.train),
         }
 
@@ -73,6 +85,8 @@ def nearest_distance(a: Points, b: Points) -> float:
     return float(pairwise_distances_argmin_min(a, b)[1].mean())
 
 
-def _data_points(images: Tensor, pixel_range: tuple[float, float]) -> Points:
+def _data_points(split: Split, pixel_range: tuple[float, float]) -> tuple[Points, NDArray[np.int64]]:
+    indices = range(0, len(split), -(-len(split) // MOST_IMAGES))
     low, high = pixel_range
-    return ((images.double() - low) * (PIXEL_MAX / (high - low))).flatten(1).numpy()
+    images = split.samples(indices).double().flatten(1)
+    return ((images - low) * (PIXEL_MAX / (high - low))).numpy(), split.labels[list(indices)].numpy()

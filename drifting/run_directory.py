@@ -1,15 +1,17 @@
-"""The files of a run: where they are, and the generator among them."""
+"""The files of a run: where they are, and the model among them."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save_file
 
 from .cli import UserError
 from .data import Dataset
-from .models import DriftingDiT
+from .models import MAE, MODELS, DriftingDiT
 from .training.checkpoint import atomic_write
 
 
@@ -46,7 +48,7 @@ class RunDirectory:
 
 @dataclass(frozen=True)
 class Generator:
-    """A trained model and what ``model.json`` says of it."""
+    """A trained generator and what its files say of it."""
 
     model: DriftingDiT
     data: str
@@ -56,22 +58,31 @@ class Generator:
 
 def save_generator(run: RunDirectory, model: DriftingDiT, dataset: Dataset, step: int) -> None:
     """Write ``model.safetensors`` and ``model.json``, all that sampling needs."""
-    description = {
-        "model": model.config,
-        "num_classes": model.num_classes,
-        "data": dataset.name,
-        "pixel_range": list(dataset.pixel_range),  # values of the model that are black and white
-        "step": step,
+    write_model(run, model, describe_generator(Generator(model, dataset.name, dataset.pixel_range, step)))
+
+
+def describe_generator(trained: Generator) -> dict[str, Any]:
+    """What ``model.json`` says of a generator."""
+    return {
+        "num_classes": trained.model.num_classes,
+        "data": trained.data,
+        "pixel_range": list(trained.pixel_range),  # values of the model that are black and white
+        "step": trained.step,
     }
+
+
+def write_model(run: RunDirectory, model: DriftingDiT | MAE, description: dict[str, Any]) -> None:
+    """Write ``model.safetensors``, and ``model.json`` with the model's kind, its arguments and ``description``."""
+    kind = next(name for name, kind in MODELS.items() if isinstance(model, kind))
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     with atomic_write(run.weights) as part:
-        part.write_bytes(save(weights))
+        save_file(weights, part)
     with atomic_write(run.description) as part:
-        part.write_text(json.dumps(description, indent=2) + "\n")
+        part.write_text(json.dumps({"kind": kind, "model": model.config} | description, indent=2) + "\n")
 
 
-def load_generator(path: Path) -> Generator:
-    """The generator of the run in ``path``, on the CPU.
+def read_model(path: Path) -> tuple[DriftingDiT | MAE, dict[str, Any]]:
+    """The model of the run in ``path``, on the CPU and in evaluation mode, and what its ``model.json`` says.
 
     Raises:
         UserError: it is no run directory, holds no model yet, or its files cannot be read.
@@ -84,10 +95,10 @@ def load_generator(path: Path) -> Generator:
             raise UserError(f"{path} holds no {file.name}: expected a run directory of `python -m drifting.train`")
     try:
         description = json.loads(run.description.read_text())
-        model = DriftingDiT(**description["model"])
-        model.load_state_dict(load_file(run.weights))
-        low, high = description["pixel_range"]
-        return Generator(model.eval(), description["data"], (low, high), description["step"])
-    except (ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+        with torch.device("meta"):
+            model = MODELS[description.get("kind", "gen")](**description["model"])
+        model.load_state_dict(load_file(run.weights), assign=True)
+        return model.eval(), {"step": 0} | description
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"the model in {path} cannot be read: {type(error).__name__}: {reason}") from error

@@ -1,4 +1,7 @@
-"""``python -m drifting.sample RUN --num N --out FILE.npz|FILE.png``: images from a trained generator, one step each."""
+"""``python -m drifting.sample SOURCE --num N --out FILE.npz|FILE.png``: images from a trained generator, one step each.
+
+A generator of four channels makes latents of the Stable Diffusion VAE, which decodes them.
+"""
 
 import math
 from collections.abc import Sequence
@@ -7,13 +10,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from .cli import ArgumentParser, UserError, run_command
 from .images import Pixels, grid, to_uint8
 from .models import DriftingDiT
-from .run_directory import load_generator
+from .pretrained import open_generator
+from .vae import LATENT_CHANNELS, decode_latents
 
-BATCH = 500  # images generated at once
+BATCH = 500  # images generated at once …
+BATCH_TOKENS = 2**15  # … unless that makes more tokens
 
 
 def spread_labels(num: int, choices: Sequence[int]) -> Tensor:
@@ -25,10 +31,25 @@ def spread_labels(num: int, choices: Sequence[int]) -> Tensor:
 def draw_samples(
     model: DriftingDiT, labels: Tensor, pixel_range: tuple[float, float], cfg_scale: float = 1.0, seed: int = 0
 ) -> Pixels:
-    """uint8 images ``[N, H, W, C]`` for ``labels [N]``; ``seed`` fixes them on any device."""
+    """uint8 images ``[N, H, W, C]`` for ``labels [N]``, in batches; ``seed`` fixes them on any device.
+
+    Latents are generated and decoded in bfloat16 on GPUs.
+    """
     generator = torch.Generator().manual_seed(seed)
-    batches = [model.generate(len(y), y, cfg_scale, generator=generator) for y in labels.split(BATCH)]
-    return to_uint8(torch.cat(batches), pixel_range)
+    size = max(1, min(BATCH, BATCH_TOKENS // (model.grid**2 + model.n_cls_tokens)))
+    batches = tqdm(labels.split(size), unit="batch", delay=1, leave=False, disable=None)  # of 1 s and on terminals
+    return np.concatenate([_draw_batch(model, y, pixel_range, cfg_scale, generator) for y in batches])
+
+
+def _draw_batch(
+    model: DriftingDiT, labels: Tensor, pixel_range: tuple[float, float], cfg_scale: float, generator: torch.Generator
+) -> Pixels:
+    if model.out_chans != LATENT_CHANNELS:
+        return to_uint8(model.generate(len(labels), labels, cfg_scale, generator=generator), pixel_range)
+    device = model.pos_embed.device.type
+    with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        latents = model.generate(len(labels), labels, cfg_scale, generator=generator)
+    return to_uint8(decode_latents(latents.float()), pixel_range)
 
 
 def check_sampling(cfg_scale: float, seed: int) -> None:
@@ -41,7 +62,7 @@ def check_sampling(cfg_scale: float, seed: int) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = ArgumentParser(prog="python -m drifting.sample", description="Draw images from a trained generator.")
-    parser.add_argument("run", type=Path, metavar="RUN", help="run directory of drifting.train")
+    parser.add_argument("source", metavar="SOURCE", help="run directory, hf://NAME, or artifact of the release")
     parser.add_argument("--num", type=int, required=True, help="how many images")
     parser.add_argument("--out", type=Path, required=True, help=".npz (arr_0 images, arr_1 labels) or .png (a grid)")
     parser.add_argument("--labels", help="labels to spread the images over, such as 3,5 (default: all)")
@@ -54,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.out.suffix not in (".npz", ".png"):
         raise UserError(f"--out is {arguments.out}, expected a file that ends in .npz or .png")
     check_sampling(arguments.cfg_scale, arguments.seed)
-    trained = load_generator(arguments.run)
+    trained = open_generator(arguments.source)
     labels = spread_labels(arguments.num, _parse_labels(arguments.labels, trained.model.num_classes))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     images = draw_samples(trained.model.to(device), labels, trained.pixel_range, arguments.cfg_scale, arguments.seed)

@@ -5,20 +5,18 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
 from .cli import INTERRUPTED, ArgumentParser, UserError, run_command
 from .config import Config, changed_keys, load_config, save_config
-from .data import DATASETS, Dataset, EndlessShuffle
+from .data import Dataset, open_dataset, training_batches
 from .evaluate import NUM_SAMPLES
-from .evaluation import Evaluator
+from .evaluation import Evaluator, pixel_evaluator
 from .images import save_comparison, to_uint8
 from .models import DriftingDiT
 from .run_directory import RunDirectory, save_generator
@@ -26,8 +24,9 @@ from .sample import draw_samples, spread_labels
 from .training import DriftingTrainer, create_trainer
 from .training.checkpoint import load_checkpoint, save_checkpoint
 from .training.metrics_log import MetricsLog, to_record
+from .vae import decode_latents
 
-COLUMNS = 10  # images of a class in a picture
+ROWS, COLUMNS = 10, 10  # of a picture: classes, and images of each
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,7 +54,7 @@ def train(config: Config, out: Path) -> int:
     """
     run = RunDirectory(out)
     _open_run(run, config)
-    dataset = DATASETS[config.data]()
+    dataset = open_dataset(config.data, config.seed)
     trainer = _build_trainer(config, dataset)
     try:
         state = load_checkpoint(run.checkpoints)
@@ -67,7 +66,7 @@ def train(config: Config, out: Path) -> int:
         raise UserError(f"{out} is at step {trainer.step} already, expected train.steps of at least that")
     save_config(config, run.config)
 
-    evaluator = Evaluator(dataset)
+    evaluator = pixel_evaluator(dataset)
     log = MetricsLog(run.metrics, trainer.step)
     with _interruptible() as interrupts:
         finished = _train_steps(config, run, trainer, dataset, evaluator, log, interrupts)
@@ -81,15 +80,18 @@ def train(config: Config, out: Path) -> int:
 
 
 def _train_steps(
-    config: Config, run: RunDirectory, trainer: DriftingTrainer, dataset: Dataset, evaluator: Evaluator,
-    log: MetricsLog, interrupts: list[int],
+    config: Config, run: RunDirectory, trainer: DriftingTrainer, dataset: Dataset,
+    evaluator: Evaluator | None, log: MetricsLog, interrupts: list[int],
 ) -> bool:  # fmt: skip
     """The remaining steps; False if a signal ended them early."""
     every, total = config.train, config.train.steps
     bar = tqdm(total=total, initial=trainer.step, unit="step", mininterval=0.5 if sys.stderr.isatty() else 10)
     quality: dict[str, float] = {}
     with bar:
-        for images, labels in islice(_batches(config, dataset, trainer.step), total - trainer.step):
+        batches = training_batches(
+            dataset.train, every.batch_size, config.seed, trainer.step * every.batch_size, config.data.workers
+        )
+        for images, labels in islice(batches, total - trainer.step):
             metrics = trainer.train_step(images, labels)
             step = trainer.step
             evaluating = step == total or (every.eval_every and step % every.eval_every == 0)
@@ -126,7 +128,7 @@ def _open_run(run: RunDirectory, config: Config) -> None:
 
 
 def _build_trainer(config: Config, dataset: Dataset) -> DriftingTrainer:
-    channels, size = dataset.train_images.shape[1:3]
+    channels, size, _ = dataset.sample_shape
     torch.manual_seed(config.seed)
     try:
         model = DriftingDiT(img_size=size, in_chans=channels, num_classes=dataset.num_classes, **vars(config.model))
@@ -134,28 +136,30 @@ def _build_trainer(config: Config, dataset: Dataset) -> DriftingTrainer:
         raise UserError(f"model: {error}") from error
     settings: dict[str, Any] = vars(config.loss) | vars(config.step) | vars(config.guidance) | vars(config.optimizer)
     decay_steps = config.train.steps if settings.pop("cosine_decay") else None
-    return create_trainer(model, decay_steps=decay_steps, pixel_range=dataset.pixel_range, seed=config.seed, **settings)
+    value_range = None if dataset.latent else dataset.pixel_range
+    return create_trainer(model, decay_steps=decay_steps, pixel_range=value_range, seed=config.seed, **settings)
 
 
-def _batches(config: Config, dataset: Dataset, step: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches ``(images, labels)`` without end, from the one that ``step`` takes."""
-    order = EndlessShuffle(len(dataset.train_labels), config.seed, start=step * config.train.batch_size)
-    images = TensorDataset(dataset.train_images, dataset.train_labels)
-    return iter(DataLoader(images, config.train.batch_size, sampler=order))
-
-
-def _evaluate(trainer: DriftingTrainer, dataset: Dataset, evaluator: Evaluator) -> dict[str, float]:
+def _evaluate(trainer: DriftingTrainer, dataset: Dataset, evaluator: Evaluator | None) -> dict[str, float]:
+    if evaluator is None:
+        return {}
     labels = spread_labels(NUM_SAMPLES, range(dataset.num_classes))
     return evaluator(draw_samples(trainer.ema_model, labels, dataset.pixel_range), labels.numpy())
 
 
 def _save_picture(run: RunDirectory, trainer: DriftingTrainer, dataset: Dataset) -> None:
-    """Generated images of every class, one a row, beside training images of it."""
-    labels = spread_labels(COLUMNS * dataset.num_classes, range(dataset.num_classes))
-    generated = draw_samples(trainer.ema_model, labels, dataset.pixel_range)
-    rows = [dataset.train_images[dataset.train_labels == y][:COLUMNS] for y in range(dataset.num_classes)]
-    real = to_uint8(torch.cat(rows), dataset.pixel_range)
-    save_comparison(generated, real, COLUMNS, run.samples / f"step_{trainer.step:08d}.png")
+    """Generated images, a class a row, beside training images of it; without the VAE that latents need, a note."""
+    present = dataset.train.labels.unique()[:ROWS].tolist()
+    rows = [(dataset.train.labels == label).nonzero().flatten()[:COLUMNS].tolist() for label in present]
+    real = dataset.train.samples(index for row in rows for index in islice(cycle(row), COLUMNS))
+    try:
+        generated = draw_samples(trainer.ema_model, spread_labels(len(real), present), dataset.pixel_range)
+        real = decode_latents(real.to(trainer.device)) if dataset.latent else real
+    except UserError as error:
+        tqdm.write(f"no picture at step {trainer.step}: {error}", file=sys.stderr)
+        return
+    path = run.samples / f"step_{trainer.step:08d}.png"
+    save_comparison(generated, to_uint8(real, dataset.pixel_range), COLUMNS, path)
 
 
 def _progress(record: dict[str, Any], quality: dict[str, float]) -> str:
@@ -169,17 +173,18 @@ def _progress(record: dict[str, Any], quality: dict[str, float]) -> str:
 
 
 def print_summary(quality: dict[str, float], run: RunDirectory) -> None:
-    """The closing table, generated images beside real ones."""
+    """The closing table, generated images beside real ones, where they were measured, and where the results are."""
     rows = [
         ("Frechet distance to the test images", "frechet_distance", "8.1f", "train"),
         ("recognised as their class", "recognised_share", "8.1%", "test"),
         ("distance to the nearest training image", "nearest_distance", "8.2f", "test"),
     ]
-    print(f"\n{f'{NUM_SAMPLES} images in one step each':40} generated      real")
-    for title, measure, form, split in rows:
-        real = quality[f"{measure}_{split}"]
-        print(f"{title:40}  {quality[measure]:{form}}  {real:{form}}  ({split} images)")
-    print(f"\nsamples: {run.samples}\nmore:    python -m drifting.sample {run.path} --num 100 --out digits.png")
+    if quality:
+        print(f"\n{f'{NUM_SAMPLES} images in one step each':40} generated      real")
+        for title, measure, form, split in rows:
+            real = quality[f"{measure}_{split}"]
+            print(f"{title:40}  {quality[measure]:{form}}  {real:{form}}  ({split} images)")
+    print(f"\nsamples: {run.samples}\nmore:    python -m drifting.sample {run.path} --num 100 --out samples.png")
 
 
 @contextmanager

@@ -122,6 +122,7 @@ def test_mistake_is_one_line_and_status_2(tmp_path):
         (training, ["--config", "nope"], "there is no configuration 'nope'"),
         (training, ["--nope"], "unrecognized arguments: --nope"),
         (training, ["--out", "{file}"], "cannot use .* as a run directory"),
+        (training, ["--out", "{empty}", "data=mnist", "data.path={nowhere}"], "not in .*nowhere: set data.path to"),
         (sample, ["{nowhere}", "--num", "1", "--out", "a.png"], "there is no run directory"),
         (sample, ["{empty}", "--num", "1", "--out", "a.png"], "holds no model.json"),
         (sample, ["{broken}", "--num", "1", "--out", "a.png"], "cannot be read"),

@@ -7,6 +7,7 @@ import pytest
 
 from drifting.cli import UserError
 from drifting.config import CONFIG_DIR, Config, changed_keys, flatten, load_config, save_config
+from drifting.data import DataConfig
 from drifting.models import DriftingDiT
 from drifting.training import create_trainer
 
@@ -17,6 +18,16 @@ def test_overrides_arrive():
     )
     assert (config.seed, config.train.steps, config.optimizer.learning_rate) == (7, 12, 1e-3)
     assert config.loss.temperatures == [0.1, 1.0]
+
+
+def test_data_may_be_named_without_its_section(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("data: fashion_mnist\n")
+    assert load_config(str(file)) == load_config(str(file), ["data.name=fashion_mnist"])
+    config = load_config(str(file), ["data=cifar10", "data.path=/there", "data.flip=true", "data.image_size=16"])
+    assert config.data == DataConfig("cifar10", "/there", 16, flip=True)
+    with pytest.raises(UserError, match="data.image_size is 'big', expected int | None"):
+        load_config("digits", ["data.image_size=big"])
 
 
 @pytest.mark.parametrize("path", sorted(CONFIG_DIR.glob("*.yaml")), ids=lambda path: path.stem)
@@ -61,7 +72,8 @@ def test_ill_typed_value_says_what_was_expected(override, expected):
     "override, expected",
     [("train.steps=0", "train.steps is 0, expected 1 or more"), ("train.eval_every=-1", "expected 0 or more"),
      ("optimizer.learning_rate=-1", "expected a positive number"), ("optimizer.learning_rate=nan", "a positive"),
-     ("guidance.uncond_prob=2", "from 0 to 1"), ("data=mnist", "expected one of: digits"), ("seed=-1", "0 or more"),
+     ("guidance.uncond_prob=2", "from 0 to 1"), ("data=mnst", "data.name is mnst, expected one of: digits, mnist"),
+     ("data.image_size=0", "1 or more"), ("data.workers=-1", "0 or more"), ("seed=-1", "0 or more"),
      ("loss.feature_extractor=pixel", "expected one of: latent, pixels"), ("loss.temperatures=[]", "positive numbers"),
      ("loss.temperatures=[0.1,0]", "positive numbers"), ("guidance.cfg_scale_range=[0.5,2]", "least"),
      ("guidance.cfg_scale_range=[1]", "least"), ("model.embed_dim=30", "a multiple of")],
@@ -92,7 +104,8 @@ def test_mistakes_in_files_name_the_file(tmp_path):
 
 def test_only_length_and_intervals_may_change():
     old = load_config("digits")
-    free = ["train.steps=9", "train.log_every=9", "train.save_every=9", "train.eval_every=9"]
+    free = ["data.path=elsewhere", "data.workers=9", "train.steps=9"]
+    free += ["train.log_every=9", "train.save_every=9", "train.eval_every=9"]
     assert changed_keys(old, load_config("digits", free)) == []
     (change,) = changed_keys(old, load_config("digits", [*free, "step.gen_per_label=9"]))
     assert change == f"step.gen_per_label: {old.step.gen_per_label}, now 9"
@@ -102,6 +115,6 @@ def test_sections_hold_arguments_that_exist():
     """The sections are passed on as keyword arguments, so each of their keys must be one."""
     config = Config()
     assert set(vars(config.model)) <= set(inspect.signature(DriftingDiT).parameters)
-    passed = set(flatten(dataclasses.asdict(config))) - {"seed", "data", "optimizer.cosine_decay"}
-    names = {key.partition(".")[2] for key in passed if key.split(".")[0] not in ("model", "train")}
+    passed = set(flatten(dataclasses.asdict(config))) - {"seed", "optimizer.cosine_decay"}
+    names = {key.partition(".")[2] for key in passed if key.split(".")[0] not in ("data", "model", "train")}
     assert names <= set(inspect.signature(create_trainer).parameters)

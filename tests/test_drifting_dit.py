@@ -307,8 +307,7 @@ def test_bad_inputs(changes, message):
         DriftingDiT(**TINY)(**arguments)
 
 
-def test_style_for_a_model_without_codebooks():
+def test_style_for_a_model_without_codebooks_is_ignored():
     model = tiny(num_style_tokens=0)
     z, y, _ = inputs(model)
-    with pytest.raises(ValueError, match="num_style_tokens=0"):
-        model(z, y, style=torch.zeros(4, 0, dtype=torch.long))
+    assert torch.equal(model(z, y, style=torch.ones(4, 1, dtype=torch.long)), model(z, y))

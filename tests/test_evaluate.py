@@ -62,15 +62,16 @@ def test_nearest_distance():
 
 
 def test_digits_are_split_as_stated(digits):
-    assert digits.train_images.shape == (1297, 1, 8, 8) and digits.test_images.shape == (500, 1, 8, 8)
-    assert digits.train_images.min() == -1 and digits.train_images.max() == 1
-    assert not digits.train_labels[:20].eq(digits.test_labels[:20]).all()
-    both = torch.cat([digits.train_images, digits.test_images])
+    train, test = digits.train.samples(), digits.test.samples()
+    assert train.shape == (1297, 1, 8, 8) and test.shape == (500, 1, 8, 8)
+    assert train.min() == -1 and train.max() == 1
+    assert not digits.train.labels[:20].eq(digits.test.labels[:20]).all()
+    both = torch.cat([train, test])
     assert len(both.flatten(1).unique(dim=0)) == 1797  # nothing twice, so nothing in both
 
 
 def test_training_images_score_as_memorised(digits, evaluator):
-    quality = evaluator(to_uint8(digits.train_images, digits.pixel_range), digits.train_labels.numpy())
+    quality = evaluator(to_uint8(digits.train.samples(), digits.pixel_range), digits.train.labels.numpy())
     assert quality["frechet_ratio"] == pytest.approx(1, rel=ROUNDING)
     assert quality["nearest_ratio"] == pytest.approx(0, abs=0.01)  # not 0, for the same roundings
     assert quality["recognised_share"] > 0.99
@@ -78,8 +79,8 @@ def test_training_images_score_as_memorised(digits, evaluator):
 
 
 def test_wrong_labels_and_noise_are_noticed(digits, evaluator):
-    images = to_uint8(digits.test_images, digits.pixel_range)
-    labels = digits.test_labels.numpy()
+    images = to_uint8(digits.test.samples(), digits.pixel_range)
+    labels = digits.test.labels.numpy()
     assert evaluator(images, labels)["nearest_ratio"] == pytest.approx(1, rel=ROUNDING)
     assert evaluator(images, (labels + 1) % 10)["recognised_share"] < 0.02
     noise = np.random.default_rng(0).integers(0, 256, images.shape).astype(np.uint8)

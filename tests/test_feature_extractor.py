@@ -89,8 +89,8 @@ def test_weights_come_from_the_seed_alone():
     torch.manual_seed(2)
     second = LatentFeatureExtractor(base_channels=8, seed=5)
     other = LatentFeatureExtractor(base_channels=8, seed=6)
-    assert torch.equal(first.conv1.weight, second.conv1.weight)
-    assert not torch.equal(first.conv1.weight, other.conv1.weight)
+    assert torch.equal(first.encoder.conv1.weight, second.encoder.conv1.weight)
+    assert not torch.equal(first.encoder.conv1.weight, other.encoder.conv1.weight)
 
 
 def test_scales_stay_alive_through_the_stages(latent):

@@ -1,10 +1,15 @@
-"""Generator, feature extractors and the drifting loss."""
+"""Generator, feature extractors, masked autoencoder and the drifting loss."""
 
 from .drifting_dit import DriftingDiT, DriftingDiTBase, DriftingDiTLarge, DriftingDiTSmall, DriftingDiTXL
 from .drifting_loss import DriftingLoss, SimpleDriftingLoss
 from .feature_extractor import FeatureExtractor, LatentFeatureExtractor, PixelFeatureExtractor
+from .mae import MAE
+
+MODELS: dict[str, type[DriftingDiT] | type[MAE]] = {"gen": DriftingDiT, "mae": MAE}  # by their kind in files
 
 __all__ = [
+    "MAE",
+    "MODELS",
     "DriftingDiT",
     "DriftingDiTBase",
     "DriftingDiTLarge",

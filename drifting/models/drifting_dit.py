@@ -119,7 +119,8 @@ class DriftingDiT(nn.Module):
             z: Gaussian noise ``[B, in_chans, img_size, img_size]``.
             y: integer labels ``[B]`` in ``[0, num_classes)``.
             cfg_scale: guidance scale α ≥ 1, a number or a tensor ``[B]``.
-            style: integer style codes ``[B, num_style_tokens]`` in ``[0, style_vocab)``; drawn at random if None.
+            style: integer style codes ``[B, num_style_tokens]`` in ``[0, style_vocab)``; drawn at random if None. A
+                model without codebooks ignores it, as in the release, whose noise always has some.
 
         Returns:
             Images ``[B, out_chans, img_size, img_size]``.
@@ -156,8 +157,6 @@ class DriftingDiT(nn.Module):
             # As one embedding of all codebooks: unlike indexing's, its gradient adds up in a fixed order.
             row = style + self.style_vocab * torch.arange(self.num_style_tokens, device=style.device)
             cond = cond + F.embedding(row, self.style_codebooks.flatten(0, 1)).sum(1)
-        elif style is not None:
-            raise ValueError("style was given, but this model was built with num_style_tokens=0: leave it out")
         if isinstance(cfg_scale, Tensor):
             scale = cfg_scale.to(cond.device, torch.float32)
         else:  # filled on the device: no copy from the host

@@ -1,8 +1,8 @@
-"""Frozen feature extractors: images ``[B, C, H, W]`` to feature maps ``{name: [B, T, D]}``.
+"""Feature extractors: images ``[B, C, H, W]`` to feature maps ``{name: [B, T, D]}``.
 
 T counts the locations of a map and D the features of a location; the drifting loss treats each location as a problem
 of its own. Map names and contents follow appendix A.5 of the paper (arXiv 2602.04770) and ``get_activations`` in the
-release's ``models/mae_model.py``. Parameters never train, but gradients pass through to the images.
+release's ``models/mae_model.py``. An extractor's parameters never train, but gradients pass through to the images.
 """
 
 from collections.abc import Sequence
@@ -33,22 +33,19 @@ class PixelFeatureExtractor(FrozenModule):
     """The image itself as one map, ``pixels`` ``[B, 1, C·H·W]``."""
 
     def forward(self, x: Tensor) -> FeatureMaps:
-        return {"pixels": x.flatten(1).unsqueeze(1)}
+        return {"pixels": _flattened(x)}
 
 
 class LatentFeatureExtractor(FrozenModule):
-    """Multi-scale maps of a GroupNorm ResNet, at full resolution in its first stage (the encoder of the release's MAE).
+    """``global`` (the input, flattened) and the maps of a frozen :class:`ResNetEncoder`, random or trained.
 
-    Maps: ``global`` (the input, flattened), ``norm_x`` (RMS of each input channel), then for ``conv1``, ``layer1`` …
-    ``layer4`` and every ``every_k_block``-th block of a stage (``layer3_blk2`` …) the maps of :func:`multiscale_maps`.
     With the default four stages, 86 maps for a 32 × 32 input.
 
     Args:
-        in_chans: channels of the input.
-        base_channels: width of the first stage; each later stage doubles it and halves the resolution.
-        layers: residual blocks of the four stages.
+        in_chans, base_channels, layers, input_patch_size: of the :class:`ResNetEncoder`.
         every_k_block: which blocks inside a stage also give maps.
-        seed: of the random convolution weights. ``load_state_dict`` replaces them by trained ones.
+        seed: of the random convolution weights. ``load_state_dict`` replaces them by trained ones, and
+            :meth:`drifting.models.MAE.feature_extractor` gives an extractor that has them.
     """
 
     def __init__(
@@ -58,22 +55,11 @@ class LatentFeatureExtractor(FrozenModule):
         layers: Sequence[int] = (3, 4, 6, 3),
         every_k_block: int = 2,
         seed: int = 0,
+        input_patch_size: int = 1,
     ) -> None:
         super().__init__()
-        if len(layers) != 4 or min(layers) < 1:
-            raise ValueError(f"layers is {list(layers)}, expected the block counts of four stages, each 1 or more")
         self.in_chans, self.every_k_block = in_chans, every_k_block
-        self.conv1 = nn.Conv2d(in_chans, base_channels, 3, padding=1, bias=False)
-        self.gn1 = group_norm(base_channels)
-        self.stages = nn.ModuleList()
-        self.stage_norms = nn.ModuleList()
-        width = base_channels
-        for index, count in enumerate(layers):
-            out = base_channels * 2**index
-            first = BasicBlock(width, out, stride=2 if index else 1)
-            self.stages.append(nn.Sequential(first, *(BasicBlock(out, out, stride=1) for _ in range(count - 1))))
-            self.stage_norms.append(group_norm(out))
-            width = out
+        self.encoder = ResNetEncoder(in_chans, base_channels, layers, input_patch_size)
         generator = torch.Generator().manual_seed(seed)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -81,19 +67,8 @@ class LatentFeatureExtractor(FrozenModule):
         self.freeze()
 
     def forward(self, x: Tensor) -> FeatureMaps:
-        """Maps of ``x [B, in_chans, H, W]``; raises ValueError for another channel count."""
-        _check_channels(x, self.in_chans)
-        maps = input_maps(x)
-        x = F.relu(self.gn1(self.conv1(x)))
-        maps |= multiscale_maps("conv1", x)
-        for index, (stage, norm) in enumerate(zip(self.stages, self.stage_norms, strict=True), start=1):
-            for number, block in enumerate(stage.children(), start=1):
-                x = block(x)
-                if number % self.every_k_block == 0:
-                    maps |= multiscale_maps(f"layer{index}_blk{number}", x)
-            x = norm(x)
-            maps |= multiscale_maps(f"layer{index}", x)
-        return maps
+        """Maps of ``x [B, in_chans, H, W]``; raises ValueError for another shape."""
+        return {"global": _flattened(x)} | self.encoder.features(x, every_k_block=self.every_k_block)
 
 
 class FeatureExtractor(FrozenModule):
@@ -150,23 +125,111 @@ class FeatureExtractor(FrozenModule):
         return maps
 
 
+class ResNetEncoder(nn.Module):
+    """GroupNorm ResNet, at full resolution in its first stage: the encoder of the release's MAE.
+
+    Args:
+        in_chans: channels of the input.
+        base_channels: width of the first stage; each later stage doubles it and halves the resolution.
+        layers: residual blocks of the four stages.
+        input_patch_size: side of the square patches of the input that become the first layer's pixels.
+        dropout_prob: share of the channels' values that a block drops in training.
+    """
+
+    def __init__(
+        self,
+        in_chans: int,
+        base_channels: int = 64,
+        layers: Sequence[int] = (3, 4, 6, 3),
+        input_patch_size: int = 1,
+        dropout_prob: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if len(layers) != 4 or min(layers) < 1:
+            raise ValueError(f"layers is {list(layers)}, expected the block counts of four stages, each 1 or more")
+        self.in_chans, self.input_patch_size = in_chans, input_patch_size
+        self.conv1 = nn.Conv2d(in_chans * input_patch_size**2, base_channels, 3, padding=1, bias=False)
+        self.gn1 = group_norm(base_channels)
+        self.stages = nn.ModuleList()
+        self.stage_norms = nn.ModuleList()
+        width = base_channels
+        for index, count in enumerate(layers):
+            out = base_channels * 2**index
+            blocks = [BasicBlock(width, out, 2 if index else 1, dropout_prob)]
+            blocks += [BasicBlock(out, out, 1, dropout_prob) for _ in range(count - 1)]
+            self.stages.append(nn.Sequential(*blocks))
+            self.stage_norms.append(group_norm(out))
+            width = out
+
+    def patchify(self, x: Tensor) -> Tensor:
+        """Images ``[B, in_chans, H, W]`` with each patch as one pixel, ``[B, p·p·in_chans, H/p, W/p]``.
+
+        Raises:
+            ValueError: another channel count, or sides that are no multiples of p.
+        """
+        _check_channels(x, self.in_chans)
+        p = self.input_patch_size
+        if x.shape[2] % p or x.shape[3] % p:
+            raise ValueError(f"images are {x.shape[2]} × {x.shape[3]}, expected multiples of input_patch_size={p}")
+        B, C, H, W = x.shape
+        patches = x.reshape(B, C, H // p, p, W // p, p)
+        return patches.permute(0, 3, 5, 1, 2, 4).reshape(B, p * p * C, H // p, W // p)  # channels: row, column, channel
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Activations ``[B, C, H, W]`` by name, of patchified images.
+
+        ``conv1``, ``layer1_blk1`` … for every block, and ``layer1`` … ``layer4``, the normalised end of each stage.
+        """
+        x = F.relu(self.gn1(self.conv1(x)))
+        activations = {"conv1": x}
+        for index, (stage, norm) in enumerate(zip(self.stages, self.stage_norms, strict=True), start=1):
+            for number, block in enumerate(stage.children(), start=1):
+                x = activations[f"layer{index}_blk{number}"] = block(x)
+            x = activations[f"layer{index}"] = norm(x)
+        return activations
+
+    def features(
+        self,
+        x: Tensor,
+        patch_mean_size: Sequence[int] | None = PATCH_SIZES,
+        patch_std_size: Sequence[int] | None = PATCH_SIZES,
+        use_std: bool = True,
+        use_mean: bool = True,
+        every_k_block: float = 2,
+    ) -> FeatureMaps:
+        """Feature maps of images ``[B, in_chans, H, W]`` by the release's names, its ``get_activations``.
+
+        ``norm_x``, then for ``conv1``, ``layer1`` … ``layer4`` and every ``every_k_block``-th block of a stage
+        (``layer3_blk2`` …; none for 0 or infinity) the maps of :func:`multiscale_maps`, which has the other arguments.
+        """
+        x = self.patchify(x)
+        maps = {"norm_x": _channel_rms(x)}
+        for name, activation in self(x).items():
+            _, is_block, number = name.partition("_blk")
+            if is_block and not (every_k_block >= 1 and int(number) % every_k_block == 0):
+                continue
+            maps |= multiscale_maps(name, activation, patch_mean_size or (), patch_std_size or (), use_std, use_mean)
+        return maps
+
+
 class BasicBlock(nn.Module):
     """Residual block of two 3 × 3 convolutions with GroupNorm."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int, dropout_prob: float = 0.0) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
         self.gn1 = group_norm(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         self.gn2 = group_norm(out_channels)
+        self.dropout_prob = dropout_prob
         self.shortcut = nn.Sequential()
         if stride != 1 or in_channels != out_channels:
             self.shortcut.append(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False))
             self.shortcut.append(group_norm(out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.gn2(self.conv2(F.relu(self.gn1(self.conv1(x)))))
-        return F.relu(y + self.shortcut(x))
+        y = F.dropout(F.relu(self.gn1(self.conv1(x))), self.dropout_prob, self.training)
+        return F.relu(self.gn2(self.conv2(y)) + self.shortcut(x))
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -177,24 +240,46 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 def input_maps(x: Tensor) -> FeatureMaps:
     """Of the input ``[B, C, H, W]``: ``global`` ``[B, 1, C·H·W]``, itself; ``norm_x`` ``[B, 1, C]``, RMS by channel."""
-    return {"global": x.flatten(1).unsqueeze(1), "norm_x": (x.square().mean((2, 3)) + STD_EPS).sqrt().unsqueeze(1)}
+    return {"global": _flattened(x), "norm_x": _channel_rms(x)}
 
 
-def multiscale_maps(name: str, feature: Tensor) -> FeatureMaps:
+def multiscale_maps(
+    name: str,
+    feature: Tensor,
+    patch_mean_size: Sequence[int] = PATCH_SIZES,
+    patch_std_size: Sequence[int] = PATCH_SIZES,
+    use_std: bool = True,
+    use_mean: bool = True,
+) -> FeatureMaps:
     """What one convolutional feature ``[B, C, H, W]`` is seen as.
 
     ``{name}`` ``[B, H·W, C]`` by location; ``{name}_mean`` and ``{name}_std`` ``[B, 1, C]``; and for patches of side
-    p = 2, 4 that tile the map, ``{name}_mean_{p}`` and ``{name}_std_{p}`` ``[B, H·W/p², C]``.
+    p that tile the map, ``{name}_mean_{p}`` and ``{name}_std_{p}`` ``[B, H·W/p², C]``.
     """
     B, C, H, W = feature.shape
     maps = {name: feature.flatten(2).transpose(1, 2)}
-    maps[f"{name}_mean"], maps[f"{name}_std"] = _mean_and_std(maps[name].unsqueeze(1))
-    for p in PATCH_SIZES:
+    mean, std = _mean_and_std(maps[name].unsqueeze(1))
+    if use_mean:
+        maps[f"{name}_mean"] = mean
+    if use_std:
+        maps[f"{name}_std"] = std
+    for p in dict.fromkeys([*patch_mean_size, *patch_std_size]):
         if H % p == 0 and W % p == 0:
             patches = feature.reshape(B, C, H // p, p, W // p, p).permute(0, 2, 4, 3, 5, 1)  # [B, H/p, W/p, p, p, C]
-            patches = patches.reshape(B, H * W // p**2, p**2, C)
-            maps[f"{name}_mean_{p}"], maps[f"{name}_std_{p}"] = _mean_and_std(patches)
+            mean, std = _mean_and_std(patches.reshape(B, H * W // p**2, p**2, C))
+            if p in patch_mean_size:
+                maps[f"{name}_mean_{p}"] = mean
+            if p in patch_std_size:
+                maps[f"{name}_std_{p}"] = std
     return maps
+
+
+def _flattened(x: Tensor) -> Tensor:
+    return x.flatten(1).unsqueeze(1)
+
+
+def _channel_rms(x: Tensor) -> Tensor:
+    return (x.square().mean((2, 3)) + STD_EPS).sqrt().unsqueeze(1)
 
 
 def _mean_and_std(patches: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,54 @@
+"""``python -m drifting.convert SRC DST``: between the official release's artifacts and our files, either way.
+
+From ``hf://NAME`` or an artifact to ``model.safetensors`` with ``model.json``, which every command here takes for a run
+directory; from a run directory to ``ema_params.msgpack`` with ``metadata.json``, which the release loads.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .cli import ArgumentParser, UserError, run_command
+from .models import MAE, DriftingDiT
+from .pretrained import RELEASE_DATA, RELEASE_PIXEL_RANGE, is_artifact, locate, open_model
+from .release import METADATA, WEIGHTS, write_artifact
+from .run_directory import Generator, RunDirectory, describe_generator, write_model
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = ArgumentParser(
+        prog="python -m drifting.convert", description="Convert a model of the official release to ours, or back."
+    )
+    parser.add_argument("source", metavar="SRC", help="hf://NAME, directory with ema_params.msgpack, or run directory")
+    parser.add_argument("destination", metavar="DST", type=Path, help="directory to write the other format to")
+    arguments = parser.parse_args(argv)
+
+    folder, destination = locate(arguments.source), arguments.destination
+    to_ours, run = is_artifact(folder), RunDirectory(destination)
+    written = [run.weights, run.description] if to_ours else [destination / WEIGHTS, destination / METADATA]
+    if any(file.exists() for file in written):
+        raise UserError(f"{destination} has {' or '.join(file.name for file in written)} already: name another DST")
+    model, description = open_model(folder)
+    try:
+        destination.mkdir(parents=True, exist_ok=True)
+        if to_ours:
+            write_model(run, model, _describe(model, description))
+        else:
+            write_artifact(destination, model, description.get("release", {"step": description["step"]}))
+    except OSError as error:
+        raise UserError(f"cannot write to {destination}: {error.strerror}") from error
+    count = sum(parameter.numel() for parameter in model.parameters())
+    print(f"wrote {' and '.join(file.name for file in written)} to {destination}: {count:,} parameters")
+    return 0
+
+
+def _describe(model: DriftingDiT | MAE, metadata: dict[str, Any]) -> dict[str, Any]:
+    """What ``model.json`` says of a model of the release; its metadata is kept for the way back."""
+    description: dict[str, Any] = {"step": metadata["step"]}
+    if isinstance(model, DriftingDiT):
+        description = describe_generator(Generator(model, RELEASE_DATA, RELEASE_PIXEL_RANGE, metadata["step"]))
+    return description | {"release": metadata}
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,96 @@
+"""Trained models from wherever they are: the official release on the Hugging Face hub, its artifacts, or our own runs.
+
+A source is ``hf://NAME`` (``hf://latent_L_sota``), a directory with the release's ``ema_params.msgpack`` and
+``metadata.json`` or with a ``params_ema`` directory that has them, or a run directory of our own.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from .cli import UserError
+from .models import MAE, MODELS, DriftingDiT
+from .release import WEIGHTS, read_artifact
+from .run_directory import Generator, read_model
+
+REPOSITORY = "Goodeat/drifting"
+HUB = "hf://"
+RELEASE_DATA, RELEASE_PIXEL_RANGE = "imagenet", (-1.0, 1.0)
+
+
+def load_generator(source: str | Path) -> DriftingDiT:
+    """The generator of ``source``, on the CPU in float32 and evaluation mode.
+
+    Raises:
+        UserError: nothing there, or not a generator; weights that do not fit, all of them in one message.
+    """
+    return open_generator(source).model
+
+
+def load_mae(source: str | Path) -> MAE:
+    """The masked autoencoder of ``source``; as :func:`load_generator` otherwise."""
+    model, _ = open_model(locate(source, ["mae"]))
+    if not isinstance(model, MAE):
+        raise UserError(f"{source} is a generator, not a masked autoencoder")
+    return model
+
+
+def open_generator(source: str | Path) -> Generator:
+    """The generator of ``source`` with what sampling needs to know; as :func:`load_generator` otherwise."""
+    model, description = open_model(locate(source, ["gen"]))
+    if not isinstance(model, DriftingDiT):
+        raise UserError(f"{source} is a masked autoencoder, not a generator")
+    low, high = description.get("pixel_range", RELEASE_PIXEL_RANGE)
+    return Generator(model, description.get("data", RELEASE_DATA), (low, high), description["step"])
+
+
+def open_model(folder: Path) -> tuple[DriftingDiT | MAE, dict[str, Any]]:
+    """The model in ``folder``, an artifact or a run directory, with its ``metadata.json`` or ``model.json``."""
+    return read_artifact(folder) if is_artifact(folder) else read_model(folder)
+
+
+def locate(source: str | Path, kinds: Sequence[str] = tuple(MODELS)) -> Path:
+    """The directory with the files of ``source``, downloaded where it names a model of the hub of one of ``kinds``."""
+    if isinstance(source, str) and source.startswith(HUB):
+        return _download(source.removeprefix(HUB), kinds)
+    folder = Path(source)
+    return next((place for place in (folder, folder / "params_ema") if is_artifact(place)), folder)
+
+
+def is_artifact(folder: Path) -> bool:
+    """Whether ``folder`` has weights in the release's format; run directories of our own have not."""
+    return (folder / WEIGHTS).is_file()
+
+
+def _download(name: str, kinds: Sequence[str]) -> Path:
+    if not re.fullmatch(r"[\w.-]+", name):
+        raise UserError(f"{HUB}{name}: expected {HUB}NAME, such as {HUB}latent_L_sota")
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise UserError(f"{HUB}{name} needs huggingface_hub: `pip install huggingface_hub`") from error
+    folders = [f"models/{kind}/jax/{name}" for kind in kinds]
+    try:
+        snapshot = Path(huggingface_hub.snapshot_download(REPOSITORY, allow_patterns=[f"{f}/*" for f in folders]))
+    except Exception as error:  # offline, no access, a broken cache: they have no base class in common
+        raise UserError(f"cannot download {HUB}{name} from huggingface.co/{REPOSITORY}: {_reason(error)}") from error
+    for folder in folders:
+        if is_artifact(snapshot / folder):
+            return snapshot / folder
+    raise UserError(f"{REPOSITORY} has no model {name!r}; {_available(huggingface_hub, kinds)}")
+
+
+def _available(huggingface_hub: ModuleType, kinds: Sequence[str]) -> str:
+    """Which models the hub has, for an error message."""
+    try:
+        files = huggingface_hub.list_repo_files(REPOSITORY)
+    except Exception as error:
+        return f"what it has cannot be listed: {_reason(error)}"
+    found = (re.fullmatch(rf"models/(?:{'|'.join(kinds)})/jax/([^/]+)/{WEIGHTS}", file) for file in files)
+    return "it has: " + (", ".join(sorted(match[1] for match in found if match)) or "none")
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
