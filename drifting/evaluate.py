@@ -12,32 +12,30 @@ from numpy.typing import NDArray
 from .cli import ArgumentParser, UserError, run_command
 from .config import load_config
 from .data import open_dataset
-from .evaluation import Evaluator, pixel_evaluator
+from .evaluation import Evaluator, open_evaluator
 from .images import Pixels
 from .pretrained import open_generator
 from .run_directory import RunDirectory
 from .sample import check_sampling, draw_samples, spread_labels
-
-NUM_SAMPLES = 1300
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = ArgumentParser(prog="python -m drifting.evaluate", description="Measure generated images, as JSON.")
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory of drifting.train")
     parser.add_argument("--samples", type=Path, help="judge the images of this .npz (of drifting.sample), not new ones")
-    parser.add_argument("--num", type=int, default=NUM_SAMPLES, help=f"how many to generate (default: {NUM_SAMPLES})")
+    parser.add_argument("--num", type=int, help="how many to generate (default: as in training)")
     parser.add_argument("--cfg-scale", type=float, default=1.0, help="guidance scale, 1 or more (default: 1)")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
 
-    if arguments.num < 2:
+    if arguments.num is not None and arguments.num < 2:
         raise UserError(f"--num is {arguments.num}, expected 2 or more")
     check_sampling(arguments.cfg_scale, arguments.seed)
     trained = open_generator(arguments.run)
     evaluator = _run_evaluator(arguments.run)
     if arguments.samples is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        chosen = spread_labels(arguments.num, range(trained.model.num_classes))
+        chosen = spread_labels(arguments.num or evaluator.num_samples, range(trained.model.num_classes))
         images = draw_samples(
             trained.model.to(device), chosen, trained.pixel_range, arguments.cfg_scale, arguments.seed
         )
@@ -57,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run_evaluator(run: Path) -> Evaluator:
     """That of the data set that the run was trained on."""
     config = load_config(str(RunDirectory(run).config))
-    evaluator = pixel_evaluator(open_dataset(config.data))
+    evaluator = open_evaluator(config, open_dataset(config.data))
     if evaluator is None:
         raise UserError(f"{run} was trained on {config.data.name}, whose images are too large to be measured in pixels")
     return evaluator

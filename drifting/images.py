@@ -36,12 +36,14 @@ def grid(images: Pixels, columns: int) -> Image.Image:
     return picture
 
 
-def save_comparison(generated: Pixels, real: Pixels, columns: int, path: Path) -> None:
-    """Two grids of ``columns`` columns side by side under the headings "generated" and "real"."""
-    left, right = grid(generated, columns), grid(real, columns)
-    picture = Image.new("RGB", (left.width + 5 * GAP + right.width, HEADER + left.height), "white")
+def save_panels(panels: dict[str, Pixels], columns: int, path: Path) -> None:
+    """Grids of ``columns`` columns, of as many images each, side by side under their headings."""
+    grids = {heading: grid(images, columns) for heading, images in panels.items()}
+    width, height = next(iter(grids.values())).size
+    step = width + 5 * GAP
+    picture = Image.new("RGB", (len(grids) * step - 5 * GAP, HEADER + height), "white")
     draw = ImageDraw.Draw(picture)
-    for title, part, x in (("generated", left, 0), ("real", right, left.width + 5 * GAP)):
-        draw.text((x + GAP, GAP), title, fill="black")
-        picture.paste(part, (x, HEADER))
+    for index, (heading, panel) in enumerate(grids.items()):
+        draw.text((index * step + GAP, GAP), heading, fill="black")
+        picture.paste(panel, (index * step, HEADER))
     picture.save(path)

@@ -11,8 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from .cli import UserError
 from .data import Dataset
-from .models import MAE, MODELS, DriftingDiT
+from .models import MAE, MODELS, Classifier, DriftingDiT
 from .training.checkpoint import atomic_write
+
+KINDS: dict[str, type[DriftingDiT] | type[MAE] | type[Classifier]] = {**MODELS, "classifier": Classifier}
 
 
 @dataclass(frozen=True)
@@ -71,9 +73,9 @@ def describe_generator(trained: Generator) -> dict[str, Any]:
     }
 
 
-def write_model(run: RunDirectory, model: DriftingDiT | MAE, description: dict[str, Any]) -> None:
+def write_model(run: RunDirectory, model: DriftingDiT | MAE | Classifier, description: dict[str, Any]) -> None:
     """Write ``model.safetensors``, and ``model.json`` with the model's kind, its arguments and ``description``."""
-    kind = next(name for name, kind in MODELS.items() if isinstance(model, kind))
+    kind = next(name for name, kind in KINDS.items() if isinstance(model, kind))
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     with atomic_write(run.weights) as part:
         save_file(weights, part)
@@ -85,8 +87,23 @@ def read_model(path: Path) -> tuple[DriftingDiT | MAE, dict[str, Any]]:
     """The model of the run in ``path``, on the CPU and in evaluation mode, and what its ``model.json`` says.
 
     Raises:
-        UserError: it is no run directory, holds no model yet, or its files cannot be read.
+        UserError: it is no run directory, holds no model yet or another kind, or its files cannot be read.
     """
+    model, description = _read_any(path)
+    if isinstance(model, Classifier):
+        raise UserError(f"{path} holds a classifier, not a generator or masked autoencoder")
+    return model, description
+
+
+def read_classifier(path: Path) -> Classifier:
+    """The classifier in ``path``; as :func:`read_model` otherwise."""
+    model, _ = _read_any(path)
+    if not isinstance(model, Classifier):
+        raise UserError(f"{path} holds no classifier of `python -m drifting.train_classifier`")
+    return model
+
+
+def _read_any(path: Path) -> tuple[DriftingDiT | MAE | Classifier, dict[str, Any]]:
     run = RunDirectory(path)
     if not path.is_dir():
         raise UserError(f"there is no run directory {path}")
@@ -96,7 +113,7 @@ def read_model(path: Path) -> tuple[DriftingDiT | MAE, dict[str, Any]]:
     try:
         description = json.loads(run.description.read_text())
         with torch.device("meta"):
-            model = MODELS[description.get("kind", "gen")](**description["model"])
+            model = KINDS[description.get("kind", "gen")](**description["model"])
         model.load_state_dict(load_file(run.weights), assign=True)
         return model.eval(), {"step": 0} | description
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:

@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 
 from drifting.data import load_digits
-from drifting.evaluation import Evaluator, frechet_distance, nearest_distance
-from drifting.images import grid, save_comparison, to_uint8
+from drifting.evaluation import PixelEvaluator, frechet_distance, nearest_distance
+from drifting.images import grid, save_panels, to_uint8
 from drifting.sample import spread_labels
 
 ROUNDING = 2e-3  # relative, on a measure of the data: their 17 grey levels do not divide the 255 of an image file
@@ -20,7 +20,7 @@ def digits():
 
 @pytest.fixture(scope="module")
 def evaluator(digits):
-    return Evaluator(digits)
+    return PixelEvaluator(digits)
 
 
 def with_moments(mean: np.ndarray, covariance: np.ndarray, n: int, seed: int) -> np.ndarray:
@@ -102,7 +102,7 @@ def test_pictures_show_every_image(tmp_path):
     picture = np.asarray(grid(bright, columns=3))
     assert picture.shape[0] * 3 == pytest.approx(picture.shape[1] * 2, abs=8)  # two rows of three
     assert (picture == 255).mean() > 0.75
-    save_comparison(bright, np.zeros_like(bright), 3, tmp_path / "picture.png")
+    save_panels({"generated": bright, "real": np.zeros_like(bright)}, 3, tmp_path / "picture.png")
     pixels = np.asarray(Image.open(tmp_path / "picture.png"))
     middle = pixels.shape[1] // 2
     assert (pixels[30:, :middle] == 255).mean() > 0.75 and (pixels[30:, middle + 20 :] == 0).mean() > 0.75

@@ -1,8 +1,9 @@
-"""Generator, feature extractors, masked autoencoder and the drifting loss."""
+"""Generator, feature extractors, masked autoencoder, classifier and the drifting loss."""
 
+from .classifier import Classifier
 from .drifting_dit import DriftingDiT, DriftingDiTBase, DriftingDiTLarge, DriftingDiTSmall, DriftingDiTXL
 from .drifting_loss import DriftingLoss, SimpleDriftingLoss
-from .feature_extractor import FeatureExtractor, LatentFeatureExtractor, PixelFeatureExtractor
+from .feature_extractor import FeatureExtractor, FeatureStack, LatentFeatureExtractor, PixelFeatureExtractor
 from .mae import MAE
 
 MODELS: dict[str, type[DriftingDiT] | type[MAE]] = {"gen": DriftingDiT, "mae": MAE}  # by their kind in files
@@ -10,6 +11,7 @@ MODELS: dict[str, type[DriftingDiT] | type[MAE]] = {"gen": DriftingDiT, "mae": M
 __all__ = [
     "MAE",
     "MODELS",
+    "Classifier",
     "DriftingDiT",
     "DriftingDiTBase",
     "DriftingDiTLarge",
@@ -17,6 +19,7 @@ __all__ = [
     "DriftingDiTXL",
     "DriftingLoss",
     "FeatureExtractor",
+    "FeatureStack",
     "LatentFeatureExtractor",
     "PixelFeatureExtractor",
     "SimpleDriftingLoss",

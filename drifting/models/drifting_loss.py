@@ -8,7 +8,13 @@ from torch import Tensor, nn
 import drift_ops
 from drift_ops.reference import unit_drift
 
-from .feature_extractor import FeatureExtractor, FeatureMaps, LatentFeatureExtractor, PixelFeatureExtractor
+from .feature_extractor import (
+    FeatureExtractor,
+    FeatureMaps,
+    FeatureStack,
+    LatentFeatureExtractor,
+    PixelFeatureExtractor,
+)
 
 FIELDS = ("paper", "gaussian")
 
@@ -17,8 +23,8 @@ class DriftingLoss(nn.Module):
     """Loss whose gradient moves generated samples along the drifting field of their label group.
 
     Args:
-        feature_extractor: 'latent', 'resnet18', 'pixels', or a module from images ``[B, C, H, W]`` to maps
-            ``{name: [B, T, D]}``, which is frozen here.
+        feature_extractor: 'latent', 'resnet18', 'pixels', several of these names in a list, or a module from images
+            ``[B, C, H, W]`` to maps ``{name: [B, T, D]}``, which is frozen here.
         temperatures: bandwidths of the kernel, each > 0: R of the paper's field, sigma of the Gaussian one.
         normalize_features, normalize_drift: part of the method for ``field='paper'``, where both must be True; optional
             for ``field='gaussian'``.
@@ -37,7 +43,7 @@ class DriftingLoss(nn.Module):
 
     def __init__(
         self,
-        feature_extractor: str | nn.Module = "latent",
+        feature_extractor: str | Sequence[str] | nn.Module = "latent",
         temperatures: Sequence[float] = (0.02, 0.05, 0.2),
         normalize_features: bool = True,
         normalize_drift: bool = True,
@@ -54,7 +60,7 @@ class DriftingLoss(nn.Module):
                 "normalize_features and normalize_drift are part of the paper's method: leave both True, "
                 "or use field='gaussian', where they are optional"
             )
-        self.feature_extractor = _build_extractor(feature_extractor, in_chans).requires_grad_(False).eval()
+        self.feature_extractor = build_extractor(feature_extractor, in_chans).requires_grad_(False).eval()
         self.temperatures = tuple(float(t) for t in temperatures)
         self.normalize_features, self.normalize_drift = normalize_features, normalize_drift
         self.field, self.affinity_floor, self.backend = field, affinity_floor, backend
@@ -178,9 +184,12 @@ class SimpleDriftingLoss(DriftingLoss):
         return super().loss_and_info(image(x_gen), image(x_real), x_uncond, weight_uncond)
 
 
-def _build_extractor(extractor: str | nn.Module, in_chans: int) -> nn.Module:
+def build_extractor(extractor: str | Sequence[str] | nn.Module, in_chans: int) -> nn.Module:
+    """The extractor that :class:`DriftingLoss` takes for that argument."""
     if isinstance(extractor, nn.Module):
         return extractor
+    if not isinstance(extractor, str):
+        return FeatureStack({name: build_extractor(name, in_chans) for name in extractor})
     if extractor == "latent":
         return LatentFeatureExtractor(in_chans)
     if extractor == "pixels":

@@ -5,7 +5,7 @@ of its own. Map names and contents follow appendix A.5 of the paper (arXiv 2602.
 release's ``models/mae_model.py``. An extractor's parameters never train, but gradients pass through to the images.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +69,22 @@ class LatentFeatureExtractor(FrozenModule):
     def forward(self, x: Tensor) -> FeatureMaps:
         """Maps of ``x [B, in_chans, H, W]``; raises ValueError for another shape."""
         return {"global": _flattened(x)} | self.encoder.features(x, every_k_block=self.every_k_block)
+
+
+class FeatureStack(FrozenModule):
+    """Several extractors' maps together, named ``{extractor}/{map}``; ``global``, the input itself, is taken once."""
+
+    def __init__(self, extractors: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.extractors = nn.ModuleDict(extractors)
+        self.freeze()
+
+    def forward(self, x: Tensor) -> FeatureMaps:
+        maps: FeatureMaps = {}
+        for extractor, module in self.extractors.items():
+            for name, feature in module(x).items():
+                maps.setdefault(name if name == "global" else f"{extractor}/{name}", feature)
+        return maps
 
 
 class FeatureExtractor(FrozenModule):
@@ -174,6 +190,12 @@ class ResNetEncoder(nn.Module):
         B, C, H, W = x.shape
         patches = x.reshape(B, C, H // p, p, W // p, p)
         return patches.permute(0, 3, 5, 1, 2, 4).reshape(B, p * p * C, H // p, W // p)  # channels: row, column, channel
+
+    def unpatchify(self, x: Tensor) -> Tensor:
+        """The images that :meth:`patchify` makes ``x`` of."""
+        p, (B, _, H, W) = self.input_patch_size, x.shape
+        patches = x.reshape(B, p, p, self.in_chans, H, W)
+        return patches.permute(0, 3, 4, 1, 5, 2).reshape(B, self.in_chans, H * p, W * p)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Activations ``[B, C, H, W]`` by name, of patchified images.

@@ -96,6 +96,11 @@ class MAE(nn.Module):
         loss = lambda_cls * cls_loss + (1 - lambda_cls) * recon_loss
         return {"loss": loss, "recon_loss": recon_loss, "cls_loss": cls_loss}
 
+    def reconstruct(self, x: Tensor, mask: Tensor) -> Tensor:
+        """The decoder's images ``[B, in_chans, H, W]``, for the arguments of :meth:`forward`."""
+        target = self.encoder.patchify(x)
+        return self.encoder.unpatchify(self.decoder(self.encoder(target * (1 - mask))))
+
     def random_mask(
         self, x: Tensor, min_ratio: float = 0.5, max_ratio: float = 0.5, generator: torch.Generator | None = None
     ) -> Tensor:

@@ -198,7 +198,7 @@ class DriftingTrainer:
 
 def create_trainer(
     model: DriftingDiT,
-    feature_extractor: str | nn.Module = "latent",
+    feature_extractor: str | Sequence[str] | nn.Module = "latent",
     learning_rate: float = 1e-4,
     device: torch.device | str | None = None,
     queue_size: int = 128,
@@ -228,7 +228,8 @@ def create_trainer(
 
     Args:
         model: the generator; moved to ``device``.
-        feature_extractor: where distances are taken: ``'latent'``, ``'pixels'``, ``'resnet18'`` or a module.
+        feature_extractor: where distances are taken: ``'latent'``, ``'pixels'``, ``'resnet18'``, a list of these, or a
+            module.
         learning_rate: after the warm-up.
         device: by default CUDA if there is one, else the CPU.
         queue_size: real images kept a class.
