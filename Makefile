@@ -16,8 +16,13 @@ export DRIFT_OPS_REQUIRE ?= cpu
 train: $(VENV)/installed
 	$(RUN) -m drifting.train
 
+# The second run has Triton's interpreter execute the kernels on the CPU.
+INTERPRETED := coinciding or origin or outlier or sharp or lone or without or finite or dtypes or lists or share
 test: lint
 	$(RUN) -m pytest
+	TRITON_INTERPRET=1 DRIFT_OPS_REQUIRE=triton $(RUN) -m pytest tests/test_triton_group.py tests/test_triton_streaming.py
+	TRITON_INTERPRET=1 DRIFT_OPS_REQUIRE=triton $(RUN) -m pytest tests/test_golden.py tests/test_operator.py \
+		-k "triton and not large and (drift_loss_ or $(INTERPRETED))"
 
 lint: $(VENV)/installed-dev
 	$(RUN) -m ruff check .

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import streamed_loss
+
 # Groups up to this many query-target pairs keep them in cache and go through the group kernel of form C; larger ones
 # are streamed. In the group kernel the distances of phase 1 are kept for phase 2 unless D is so small that computing
 # them again is cheaper than the memory.
@@ -84,9 +86,15 @@ def affinity_sums(
     floor: float,
     least_distance: float = 0.0,
     self_distance: float = float("inf"),
+    unit: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See :func:`drift_ops.ops.affinity_sums`; ``self_distance`` is added to the self pairs, infinity masks them."""
+    """See :func:`drift_ops.ops.affinity_sums`; ``self_distance`` is added to the self pairs, infinity masks them.
+
+    ``widths`` and ``self_distance`` are in units of ``unit``, a 0-d tensor (None: 1).
+    """
     (G, N, D), M, S = q.shape, k.shape[1], len(widths)
+    if unit is not None:
+        widths, self_distance = [width * float(unit) for width in widths], self_distance * float(unit)
     sides = 2 if split else 1
     num, den = q.new_empty(S, G, sides, N, D), q.new_empty(S, G, sides, N)
     row_stats, col_stats = q.new_empty(S, G, 2, N), q.new_empty(S, G, 2, M)
@@ -164,39 +172,11 @@ def loss_moments(
     gen, R = points[0], len(R_list)
     (G, N, D), M = gen.shape, sum(t.shape[1] for t in points)
     if N * M > GROUP_PAIRS:
-        return _stream_moments(points, weights, float(scale), R_list, floor)
+        return streamed_loss.loss_moments(affinity_sums, points, weights, scale, R_list, floor)
     forces, moments = gen.new_empty(R, G, N, D), gen.new_empty(G, R, R)
     native = _native("moments", gen.dtype, _loss(points, weights))
     native(float(scale), list(R_list), floor, *map(_address, (kept, forces, moments)))
     return forces, moments
-
-
-def _stream_moments(
-    points: Sequence[Tensor], weights: Sequence[Tensor], scale: float, R_list: Sequence[float], floor: float
-) -> tuple[Tensor, Tensor]:
-    """Phase 2 of groups too large for the group kernel: form B's sums with temperatures in units of the scale."""
-    gen = points[0]
-    targets = torch.cat(tuple(points), 1)
-    targets -= targets.mean(1, keepdim=True)
-    unit, kernel_scale = max(scale / gen.shape[2] ** 0.5, 1e-3), max(scale, 1e-3)
-    num, den, _, _ = affinity_sums(
-        targets[:, : gen.shape[1]].contiguous(),
-        targets,
-        targets,
-        torch.cat(tuple(weights), 1),
-        "laplace",
-        [R * kernel_scale for R in R_list],
-        1.0,
-        gen.shape[1] + points[1].shape[1],
-        True,
-        floor,
-        1e-4,
-        100 * kernel_scale,
-    )
-    den = den.unsqueeze(-1) / unit
-    forces = num[:, :, 1].mul_(den[:, :, 0]).sub_(num[:, :, 0].mul_(den[:, :, 1])).contiguous()
-    rows = forces.flatten(2).transpose(0, 1)  # [G, R, N·D]
-    return forces, rows @ rows.mT / rows.shape[2]
 
 
 def loss_gradient(

@@ -12,10 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .points import find_centre
-
-# Constants of form C, as in csrc/math.hpp.
-LEAST_DISTANCE, LEAST_SCALE, SELF_DISTANCE = 1e-4, 1e-3, 100.0
+from . import streamed_loss
 
 _cuda: ModuleType | None = None
 load_error: str | None = None  # why the compiled module cannot be used
@@ -180,8 +177,9 @@ def loss_scale(points: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Ten
         scratch = gen.new_empty(2 * gen.shape[0], dtype=torch.float64)
         _groups(points, weights, None, (), 0.0).scale(_address(means), _address(scratch))
         return means, kept
-    q, targets, w = _centred(points, weights)
-    problem = _affinity(q, targets, "laplace", (), 1.0, 0, True, 0.0, LEAST_DISTANCE, 0.0, None)
+    q, targets, w = streamed_loss.centred(points, weights)
+    least = streamed_loss.LEAST_DISTANCE
+    problem = _affinity(q, targets, "laplace", (), 1.0, 0, True, 0.0, least, 0.0, None)
     scratch = gen.new_empty(_native("scale_scratch", gen.dtype, problem)(), dtype=torch.float64)
     _native("scale", gen.dtype, problem)(*map(_address, (q, targets, w, means, scratch)))
     return means, kept
@@ -203,32 +201,10 @@ def loss_moments(
     """Phase 2 of one map: the state of :func:`state_shape`, and the means of the forces' products ``[G, R, R]``."""
     gen, R = points[0], len(R_list)
     if not _in_shared_memory(points, R):
-        return _stream_moments(points, weights, scale, R_list, floor)
+        return streamed_loss.loss_moments(affinity_sums, points, weights, scale, R_list, floor)
     state, moments = gen.new_empty(0), gen.new_empty(gen.shape[0], R, R)
     _groups(points, weights, scale, R_list, floor).moments(_address(moments))
     return state, moments
-
-
-def _centred(points: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Samples ``[G, N, D]``, targets ``[G, M, D]``, both about a point amid them, and the weights ``[G, M]``."""
-    targets = torch.cat(tuple(points), 1)
-    targets -= find_centre(targets)
-    return targets[:, : points[0].shape[1]].contiguous(), targets, torch.cat(tuple(weights), 1)
-
-
-def _stream_moments(
-    points: Sequence[Tensor], weights: Sequence[Tensor], scale: Tensor, R_list: Sequence[float], floor: float
-) -> tuple[Tensor, Tensor]:
-    """Phase 2 of groups too large for the group kernel: form B's sums with temperatures in units of the scale."""
-    q, targets, w = _centred(points, weights)
-    split, unit = q.shape[1] + points[1].shape[1], scale.clamp(min=LEAST_SCALE)
-    num, den, _, _ = affinity_sums(
-        q, targets, targets, w, "laplace", R_list, 1.0, split, True, floor, LEAST_DISTANCE, SELF_DISTANCE, unit
-    )
-    den = (den / _unit_of_points(scale, q)).unsqueeze(-1)  # [R, G, 2, N, 1]
-    forces = num[:, :, 1].mul_(den[:, :, 0]).sub_(num[:, :, 0].mul_(den[:, :, 1])).contiguous()
-    moments = torch.stack([torch.stack([(f * other).mean((1, 2)) for other in forces], -1) for f in forces], -1)
-    return forces, moments
 
 
 def loss_gradient(
@@ -248,12 +224,4 @@ def loss_gradient(
         groups = _groups(points, weights, scale, R_list, floor)
         groups.gradient(*map(_address, (factors.contiguous(), incoming, grad)))
         return grad
-    factors = (factors * (-2 / (gen.shape[1] * gen.shape[2]))).to(gen.dtype) / _unit_of_points(scale, gen)
-    grad = state[0] * factors[0]
-    for r in range(1, len(R_list)):
-        grad.addcmul_(state[r], factors[r])
-    return grad.mul_(incoming.view(-1, 1, 1))
-
-
-def _unit_of_points(scale: Tensor, like: Tensor) -> Tensor:
-    return (scale / like.shape[2] ** 0.5).clamp(min=LEAST_SCALE).to(like.dtype)
+    return streamed_loss.loss_gradient(gen, state, scale, factors, incoming)

@@ -1,0 +1,212 @@
+"""Every Triton kernel compiles for every GPU we mean to serve, within its budget of registers and shared memory.
+
+No GPU is needed: the launchers run on tensors without memory, and what they would launch is compiled. The budget is
+``triton_budgets.json``; ``python tests/test_triton_compile.py --write`` records it anew.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+import triton  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+
+BUDGETS = Path(__file__).with_name("triton_budgets.json")
+TARGETS = {  # and the shared memory of a program
+    "sm_80": (GPUTarget("cuda", 80, 32), 166912),
+    "sm_90": (GPUTarget("cuda", 90, 32), 232448),
+    "sm_100": (GPUTarget("cuda", 100, 32), 232448),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 65536),
+}
+WIDTHS = (0.5, 2.0)
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def streaming_field(N: int, M: int, D: int) -> None:
+    from drift_ops.triton import streaming, streaming_backward
+
+    q, k, v, w, S, split = empty(1, N, D), empty(1, M, D), empty(1, M, D), empty(1, M), len(WIDTHS), M // 2
+    options = ("laplace", WIDTHS, 1.0, split, True, 0.0)
+    num, den, *stats = streaming.affinity_sums(q, k, v, w, *options)
+    assert num.shape == (S, 1, 2, N, D)
+    streaming_backward.affinity_sums_backward(q, k, v, w, *stats, num, den, *options)
+
+
+def streaming_gaussian(N: int, M: int, D: int) -> None:
+    from drift_ops.triton import streaming, streaming_backward
+
+    q, k = empty(1, N, D), empty(1, M, D)
+    options = ("gaussian", WIDTHS, 1.0, 0, False, 0.0)
+    num, den, *stats = streaming.affinity_sums(q, k, k, None, *options)
+    streaming_backward.affinity_sums_backward(q, k, k, None, *stats, num, den, *options)
+
+
+def loss(counts: tuple[int, int, int], D: int, dtype: torch.dtype = torch.float32) -> None:
+    from drift_ops import triton
+
+    G, R_list = 4, (0.02, 0.05, 0.2)
+    clouds, weights = [empty(G, n, D, dtype=dtype) for n in counts], [empty(G, n) for n in counts]
+    scale, factors = empty(dtype=torch.float64), empty(len(R_list), dtype=torch.float64)
+    _, kept = triton.loss_scale(clouds, weights)
+    state, _ = triton.loss_moments(clouds, weights, kept, scale, R_list, 0.0)
+    triton.loss_gradient(clouds, weights, state, scale, factors, empty(G), R_list, 0.0)
+
+
+def group_field(N: int, M: int, D: int) -> None:
+    from drift_ops import triton
+
+    q, k = empty(4, N, D), empty(4, M, D)
+    triton.affinity_sums(q, k, k, empty(4, M), "laplace", WIDTHS, 1.0, M // 2, True, 0.0)
+
+
+# What the launchers are called with, by name: the regimes, few dimensions and many. Kernels that only depend on shapes
+# through their blocks are compiled once.
+CASES: dict[str, Callable[[], None]] = {
+    "streaming D=256": lambda: streaming_field(4096, 8192, 256),
+    "streaming loss D=256": lambda: loss((2048, 512, 2048), 256),
+    "group loss D=256": lambda: loss((64, 16, 64), 256),
+    "group field D=256": lambda: group_field(64, 128, 256),
+}
+EXACT_CASES: dict[str, Callable[[], None]] = {  # with products rounded as "highest" only
+    "streaming D=2": lambda: streaming_field(4096, 8192, 2),
+    "streaming small D=256": lambda: streaming_field(64, 144, 256),
+    "streaming gaussian D=256": lambda: streaming_gaussian(4096, 8192, 256),
+    "group loss D=2": lambda: loss((64, 16, 64), 2),
+    "group loss bfloat16": lambda: loss((64, 16, 64), 256, torch.bfloat16),
+    "group loss largest": lambda: loss((64, 32, 64), 256),
+    "group loss tiny": lambda: loss((16, 0, 16), 32),
+    "group field D=2": lambda: group_field(64, 128, 2),
+}
+
+
+class Driver:
+    """Stands in for the driver of a GPU, as far as compiling goes."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+
+def compile_all(name: str) -> dict[str, dict[str, int]]:
+    """Resources of every kernel on one target; runs in a process of its own."""
+    from triton.runtime.jit import JITFunction
+
+    from drift_ops.triton import launch
+
+    target, shared_bytes = TARGETS[name]
+    amd = target.backend == "hip"
+    triton.runtime.driver.set_active(Driver(target))
+    launch.limits = lambda device: launch.Limits(amd, shared_bytes)  # type: ignore[assignment]
+    launched, found, original = [], {}, JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        kernel = original(self, *args, grid=grid, warmup=True, **kwargs)
+        launched.append((self.__name__, kernel))
+
+    JITFunction.run = compile_only
+    for precision in ("highest",) if amd else ("highest", "high"):
+        torch.set_float32_matmul_precision(precision)
+        for case, call in (CASES | (EXACT_CASES if precision == "highest" else {})).items():
+            launched.clear()
+            call()
+            for n, (kernel_name, kernel) in enumerate(launched):
+                found[f"{case}, {precision}, {n} {kernel_name}"] = resources(kernel, amd)
+    return found
+
+
+def resources(kernel: Any, amd: bool) -> dict[str, int]:
+    if amd:
+        text = kernel.asm["amdgcn"]
+        keys = ("vgpr_count", "vgpr_spill_count")
+        registers, spills = (int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for key in keys)
+    else:
+        if "trap;" in kernel.asm["ptx"]:  # what Triton makes of a kernel that needs more tensor memory than there is
+            return {"registers": 0, "spills": 0, "shared": 0}
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+            cubin.write(kernel.asm["cubin"])
+            cubin.flush()
+            tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+            usage = subprocess.run([tool, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
+        registers, spills = (int(re.search(rf"\b{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))
+    return {"registers": registers, "spills": spills, "shared": kernel.metadata.shared}
+
+
+def compile_elsewhere(name: str) -> dict[str, dict[str, int]]:
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run([sys.executable, __file__, name], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, f"{name}: {done.stderr[-3000:]}"
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compile_for_all_targets() -> dict[str, dict[str, dict[str, int]]]:
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        return dict(zip(TARGETS, pool.map(compile_elsewhere, TARGETS), strict=True))
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, dict[str, dict[str, int]]]:
+    return compile_for_all_targets()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_within_budget(target, found):
+    budget = json.loads(BUDGETS.read_text())
+    assert found[target].keys() == budget[target].keys(), f"other kernels than in {BUDGETS.name}: see its docstring"
+    problems = []
+    for name, used in found[target].items():
+        allowed = dict(budget[target][name])
+        if triton.__version__ != budget["triton"]:  # another compiler may use somewhat more
+            allowed |= {"registers": 512 if target == "gfx942" else 255, "shared": TARGETS[target][1]}
+        allowed["shared"] = min(allowed["shared"], TARGETS[target][1])
+        if any(used[what] > allowed[what] for what in used):
+            problems.append(f"{name}: {used}, allowed {allowed}")
+        if used["registers"] == 0:
+            problems.append(f"{name}: compiled to a trap")
+    assert not problems, "\n".join(problems)
+
+
+def test_spills():
+    """Streaming kernels keep all in registers; on NVIDIA GPUs the group kernels, which fill them, spill a little."""
+    budget = json.loads(BUDGETS.read_text())
+    for target in TARGETS:
+        for name, used in budget[target].items():
+            few = 512 if name.startswith("group") and target != "gfx942" else 0
+            assert used["spills"] <= few, f"{target}, {name}: {used['spills']} bytes of stack"
+
+
+def write_budgets() -> None:
+    """One kernel a line."""
+    targets = []
+    for target, kernels in compile_for_all_targets().items():
+        lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(used)}" for name, used in kernels.items())
+        targets.append(f'  "{target}": {{\n{lines}\n  }}')
+    BUDGETS.write_text(f'{{\n  "triton": "{triton.__version__}",\n' + ",\n".join(targets) + "\n}\n")
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--write":
+        write_budgets()
+    else:
+        print(json.dumps(compile_all(sys.argv[1])))

@@ -1,0 +1,200 @@
+"""Group kernels of the Triton backend against the reference; interpreted on CPU tensors where there is no GPU."""
+
+import pytest
+import torch
+from cases import FLOOR, points, rms, unaligned, weights
+from hypothesis import Phase, example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from drift_ops import cpu, reference  # noqa: E402
+from drift_ops.triton import group, group_field, group_loss, launch  # noqa: E402
+
+if not launch.INTERPRETED and not torch.cuda.is_available():
+    pytest.skip("needs TRITON_INTERPRET=1 or a CUDA device", allow_module_level=True)
+
+DEVICE = "cpu" if launch.INTERPRETED else "cuda"
+FEW = settings(
+    max_examples=5, deadline=None, derandomize=True, phases=(Phase.explicit, Phase.generate)
+)  # slow to shrink
+R_LIST = (0.02, 0.05, 0.2)
+
+
+def on_device(t: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Contiguous, inside a buffer of NaN."""
+    return unaligned(t.to(DEVICE, dtype))
+
+
+def close(ours: Tensor, truth: Tensor, dense: Tensor, least: float = FLOOR[torch.float32]) -> None:
+    """About as near the float64 truth as the dense float32 form."""
+    assert ours.shape == truth.shape
+    assert ours.isfinite().all()
+    error = rms(ours.cpu().double() - truth)
+    allowed = max(4 * rms(dense.double() - truth), least * rms(truth), 1e-30)
+    assert error <= allowed, f"RMS error {error:.3g} of RMS {rms(truth):.3g}, allowed {allowed:.3g}"
+
+
+# Form C
+
+
+def phases(given: tuple[list[Tensor], list[Tensor]], incoming: Tensor, floor: float, module, to) -> tuple[Tensor, ...]:
+    """Scale, moments and gradient by the three phases of a module."""
+    p, w = ([to(t) for t in tensors] for tensors in given)
+    means, kept = module.loss_scale(p, w)
+    scale = means[0] / means[1]
+    state, moments = module.loss_moments(p, w, kept, scale, R_LIST, floor)
+    squared_lambda = moments.double().mean(0).diagonal()
+    factors = squared_lambda.clamp(min=1e-8).rsqrt().to(moments.dtype)
+    grad = module.loss_gradient(p, w, state, scale, factors, incoming.to(p[0].device, moments.dtype), R_LIST, floor)
+    return scale.reshape(1), moments, grad
+
+
+def check_loss(p: list[Tensor], w: list[Tensor], floor: float, dtype: torch.dtype = torch.float32, rtol=0.0) -> None:
+    assert group.fits(p[0].shape[1], *(t.shape[1] for t in p))
+    p = [t.to(dtype).double() for t in p]
+    incoming = points(p[0].shape[0], seed=8).bfloat16()
+    truth = phases((p, w), incoming, floor, reference, torch.Tensor.double)
+    dense = phases((p, w), incoming, floor, reference, torch.Tensor.float)
+
+    def to(t: Tensor) -> Tensor:
+        return on_device(t, dtype if t.dim() == 3 else torch.float32)
+
+    scale, moments, grad = phases((p, w), incoming, floor, group_loss, to)
+    assert grad.dtype == dtype
+    least = max(rtol, FLOOR[torch.float32])
+    close(scale, truth[0], dense[0], least)
+    close(moments, truth[1], dense[1], least)
+    close(grad, truth[2], dense[2].to(dtype), max(least, FLOOR[dtype]))
+
+
+def loss_case(G: int, N: int, M: int, P: int, D: int, shift: float = 0.0) -> tuple[list[Tensor], list[Tensor]]:
+    """Points and weights of gen, neg, pos."""
+    offsets = (0.0, -0.5, 0.5)
+    counts = (N, M, P)
+    p = [points(G, c, D, shift=shift + o, seed=n) for n, (c, o) in enumerate(zip(counts, offsets, strict=True))]
+    return p, [weights(G, c, seed=5 + n) + (0.1 if n == 0 else 0.0) for n, c in enumerate(counts)]
+
+
+@FEW
+@given(
+    N=st.integers(1, 40),
+    M=st.integers(0, 20),
+    P=st.integers(1, 40),
+    D=st.integers(1, 70),
+    floor=st.sampled_from([0.0, 1e-6]),
+)
+@example(N=64, M=16, P=64, D=65, floor=0.0)
+@example(N=16, M=0, P=16, D=4, floor=1e-6)
+@example(N=1, M=1, P=1, D=1, floor=0.0)
+@example(N=1, M=0, P=5, D=33, floor=1e-6)
+def test_loss_over_ragged_shapes(N, M, P, D, floor):
+    check_loss(*loss_case(2, N, M, P, D), floor)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_loss_of_16_bit_points(dtype):
+    check_loss(*loss_case(2, 20, 5, 17, 40), 1e-6, dtype)
+
+
+def test_loss_far_from_the_origin():
+    """1e3 away, where float32 keeps 4 digits of a difference of 1: no more is lost on the way."""
+    p, w = loss_case(2, 20, 5, 17, 40, shift=1e3)
+    check_loss([t.float().double() for t in p], w, 0.0)
+
+
+@pytest.mark.parametrize("D", [5, 40])
+def test_loss_of_coinciding_points(D):
+    p, w = loss_case(2, 12, 6, 14, D)
+    p[0][:, 3] = p[0][:, 4]
+    p[2][:, :5] = p[0][:, :5] + 1e-3 * p[2][:, :5]
+    p[1][:, 0] = p[0][:, 0]
+    check_loss(p, w, 0.0)
+
+
+@pytest.mark.parametrize("who", [0, 1, 2], ids=["gen", "neg", "pos"])
+def test_loss_with_one_outlier(who):
+    p, w = loss_case(2, 12, 6, 14, 40)
+    p[who][:, 0] = 1e4
+    check_loss(p, w, 1e-6, rtol=1e-5)
+
+
+def test_loss_without_weight():
+    """All weights of one side 0: no field, and nothing is NaN."""
+    p, w = loss_case(2, 12, 6, 14, 20)
+    w[2].zero_()
+    check_loss(p, w, 0.0)
+
+
+def test_loss_is_the_same_every_time():
+    given = loss_case(2, 20, 5, 17, 40)
+    first, second = (phases(given, points(2, seed=8), 0.0, group_loss, on_device) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+# Forms A and B
+
+
+def check_field(N: int, M: int, D: int, split: int, options: dict, weighted: bool, close_pairs: bool = False) -> None:
+    assert group.fits(N, *([split, M - split] if split else [M]))
+    q, k, v = points(2, N, D, seed=1), points(2, M, D, seed=2), points(2, M, D, seed=3)
+    if options["has_self"]:
+        k[:, :N] = q
+    if close_pairs:
+        k[:, -N // 2 :] = q[:, : k[:, -N // 2 :].shape[1]] * (1 + 1e-3)
+    w = weights(2, M, seed=4) if weighted else None
+    dense_options = {**options, "split": split}
+    tensors = (q, k, v, w)
+    truth, dense = (
+        cpu.affinity_sums(*(None if t is None else t.to(dtype) for t in tensors), **dense_options)
+        for dtype in (torch.float64, torch.float32)
+    )
+    ours = group_field.affinity_sums(*(None if t is None else on_device(t) for t in tensors), **dense_options)
+    for mine, exact, same_dtype in zip(ours, truth, dense, strict=True):
+        close(mine, exact, same_dtype)
+
+
+@FEW
+@given(
+    N=st.integers(1, 40),
+    others=st.integers(1, 40),
+    D=st.integers(1, 70),
+    joint=st.booleans(),
+    weighted=st.booleans(),
+    kernel=st.sampled_from(["laplace", "gaussian"]),
+    floor=st.sampled_from([0.0, 1e-3]),
+)
+@example(N=64, others=64, D=33, joint=False, weighted=False, kernel="gaussian", floor=0.0)
+@example(N=1, others=1, D=1, joint=True, weighted=True, kernel="laplace", floor=1e-3)
+@example(N=32, others=96, D=40, joint=True, weighted=True, kernel="laplace", floor=0.0)
+def test_field_over_ragged_shapes(N, others, D, joint, weighted, kernel, floor):
+    """Form A: one side, no self pairs. Form B: both sides, key i < N is query i."""
+    kernel = "laplace" if joint else kernel
+    options = {"kernel": kernel, "widths": [0.5, 1.0, 3.0], "temperature": 0.7, "has_self": joint, "floor": floor}
+    check_field(N, N + others if joint else others, D, N + others // 2 if joint else 0, options, weighted)
+
+
+@pytest.mark.parametrize("D", [5, 40])
+def test_field_of_close_pairs(D):
+    options = {"kernel": "laplace", "widths": [0.5], "temperature": 1.0, "has_self": True, "floor": 0.0}
+    check_field(12, 40, D, 20, options, True, close_pairs=True)
+
+
+def test_field_with_everything_masked():
+    """A lone query whose only negative is itself: that side is 0, whatever the floor."""
+    q, pos = points(2, 1, 5, seed=1), points(2, 3, 5, seed=2)
+    keys = torch.cat([q, pos], 1)
+    num, den, _, _ = group_field.affinity_sums(
+        *map(on_device, (q, keys, keys)), None, "laplace", [1.0], 1.0, 1, True, 1e-3
+    )
+    assert not num[:, :, 0].any()
+    assert not den[:, :, 0].any()
+    assert den[:, :, 1].all()
+
+
+def test_fits():
+    assert group.fits(64, 64, 16, 64)
+    assert group.fits(128, 64)
+    assert not group.fits(129, 16)
+    assert not group.fits(64, 300)
