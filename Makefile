@@ -22,7 +22,7 @@ test: lint
 	$(RUN) -m pytest
 	TRITON_INTERPRET=1 DRIFT_OPS_REQUIRE=triton $(RUN) -m pytest tests/test_triton_group.py tests/test_triton_streaming.py
 	TRITON_INTERPRET=1 DRIFT_OPS_REQUIRE=triton $(RUN) -m pytest tests/test_golden.py tests/test_operator.py \
-		-k "triton and not large and (drift_loss_ or $(INTERPRETED))"
+		-k "triton and not large and not 700 and (drift_loss_ or $(INTERPRETED))"
 
 lint: $(VENV)/installed-dev
 	$(RUN) -m ruff check .
