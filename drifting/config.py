@@ -56,6 +56,7 @@ class StepConfig:
     uncond_per_label: int = 16
     queue_size: int = 128
     unconditional_queue_size: int = 1000
+    labels_at_once: int | None = None
 
 
 @dataclass
@@ -239,7 +240,7 @@ def check_values(config: Config | PretrainConfig) -> None:
         lambda v: v and set(v) <= set(EXTRACTORS) and len(set(v)) == len(v),
         f"one of: {', '.join(EXTRACTORS)}; or a list of them",
     )
-    require(["data.image_size"], lambda v: v is None or v >= 1, "1 or more")
+    require(["data.image_size", "step.labels_at_once"], lambda v: v is None or v >= 1, "1 or more")
     require(["loss.temperatures"], lambda v: v and all(0 < R < math.inf for R in v), "one or more positive numbers")
     require(
         ["guidance.cfg_scale_range"],

@@ -80,10 +80,12 @@ def _build_trainer(config: Config, dataset: Dataset) -> DriftingTrainer:
 
 def _feature_extractor(config: LossConfig, in_chans: int) -> nn.Module:
     """The extractors of those names: one as it is, several as a stack."""
-    extractors: dict[str, nn.Module] = {}
-    for name in config.feature_extractor:
-        trained = load_mae(config.mae).feature_extractor() if name == "mae" and config.mae else name
-        extractors[name] = build_extractor(trained, in_chans)
+    extractors = {name: build_extractor(name, in_chans) for name in config.feature_extractor if name != "mae"}
+    if config.mae is not None:
+        mae = load_mae(config.mae)
+        if mae.config["in_chans"] != in_chans:
+            raise UserError(f"loss.mae is {config.mae}, of {mae.config['in_chans']} channels: the data have {in_chans}")
+        extractors["mae"] = mae.feature_extractor()
     return FeatureStack(extractors) if len(extractors) > 1 else next(iter(extractors.values()))
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from drifting import evaluate, sample
+from drifting import evaluate, pretrain, sample, train_classifier
 from drifting import train as training
 from drifting.cli import run_command
 
@@ -123,6 +123,10 @@ def test_mistake_is_one_line_and_status_2(tmp_path):
         (training, ["--nope"], "unrecognized arguments: --nope"),
         (training, ["--out", "{file}"], "cannot use .* as a run directory"),
         (training, ["--out", "{empty}", "data=mnist", "data.path={nowhere}"], "not in .*nowhere: set data.path to"),
+        (training, ["evaluation.classifier={nowhere}", "--out", "run"], "there is no run directory"),
+        (pretrain, ["--config", "digits"], "there is no configuration 'digits': .* one of: mae_256"),
+        (pretrain, ["loss.lambda_cls=x"], "loss.lambda_cls is 'x', expected float"),
+        (train_classifier, ["--data", "nope"], "argument --data: invalid choice"),
         (sample, ["{nowhere}", "--num", "1", "--out", "a.png"], "there is no run directory"),
         (sample, ["{empty}", "--num", "1", "--out", "a.png"], "holds no model.json"),
         (sample, ["{broken}", "--num", "1", "--out", "a.png"], "cannot be read"),

@@ -4,12 +4,38 @@ import dataclasses
 import inspect
 
 import pytest
+import torch
 
 from drifting.cli import UserError
-from drifting.config import CONFIG_DIR, Config, changed_keys, flatten, load_config, save_config
+from drifting.config import (
+    CONFIG_DIR,
+    Config,
+    PretrainConfig,
+    changed_keys,
+    flatten,
+    load_config,
+    load_pretrain_config,
+    read_config,
+    save_config,
+)
 from drifting.data import DataConfig
-from drifting.models import DriftingDiT
-from drifting.training import create_trainer
+from drifting.models import MAE, DriftingDiT
+from drifting.training import MAETrainer, create_trainer
+
+GENERATORS = {  # configuration: channels, size and classes of its data, parameters
+    "digits": ((1, 8, 10), None),
+    "fashion_mnist": ((1, 28, 10), None),
+    "cifar10": ((3, 32, 10), None),
+    "ablation": ((4, 32, 1000), 133e6),
+    "latent_B": ((4, 32, 1000), 133e6),
+    "latent_L": ((4, 32, 1000), 463e6),
+    "pixel_B": ((3, 256, 1000), 134e6),
+    "pixel_L": ((3, 256, 1000), 464e6),
+}
+ENCODERS = {
+    "mae_fashion_mnist": (1, 28, 10), "mae_cifar10": (3, 32, 10), "mae_256": (4, 32, 1000),
+    "mae_640": (4, 32, 1000), "mae_pixel": (3, 256, 1000),
+}  # fmt: skip
 
 
 def test_overrides_arrive():
@@ -30,15 +56,54 @@ def test_data_may_be_named_without_its_section(tmp_path):
         load_config("digits", ["data.image_size=big"])
 
 
-@pytest.mark.parametrize("path", sorted(CONFIG_DIR.glob("*.yaml")), ids=lambda path: path.stem)
-def test_shipped_configurations_load(path):
-    assert isinstance(load_config(path.stem), Config)
+def test_every_shipped_configuration_is_tested():
+    assert {path.stem for path in CONFIG_DIR.glob("*.yaml")} == GENERATORS.keys() | ENCODERS.keys()
 
 
-def test_round_trip(tmp_path):
-    config = load_config("digits", ["seed=3", "optimizer.cosine_decay=false"])
+@pytest.mark.parametrize("name", GENERATORS)
+def test_shipped_generators_build(name):
+    (channels, size, classes), parameters = GENERATORS[name]
+    with torch.device("meta"):
+        model = DriftingDiT(size, in_chans=channels, num_classes=classes, **vars(load_config(name).model))
+    if parameters is not None:  # the paper's count
+        assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, abs=0.5e6)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_shipped_encoders_build(name):
+    channels, size, classes = ENCODERS[name]
+    with torch.device("meta"):
+        model = MAE(channels, num_classes=classes, **vars(load_pretrain_config(name).model))
+        mask = model.random_mask(torch.empty(2, channels, size, size))
+    grid = size // model.encoder.input_patch_size
+    assert mask.shape == (2, 1, grid, grid)
+
+
+@pytest.mark.parametrize(
+    "name, schema, overrides",
+    [("digits", Config, ["seed=3", "optimizer.cosine_decay=false", "loss.feature_extractor=[latent,pixels]"]),
+     ("mae_fashion_mnist", PretrainConfig, ["loss.mask_ratio_range=[0.5,0.5]", "model.layers=[1,2,1,2]"])],
+)  # fmt: skip
+def test_round_trip(name, schema, overrides, tmp_path):
+    config = read_config(name, overrides, schema)
     save_config(config, tmp_path / "config.yaml")
-    assert load_config(str(tmp_path / "config.yaml")) == config
+    assert read_config(str(tmp_path / "config.yaml"), (), schema) == config
+
+
+def test_feature_extractors_are_one_or_several():
+    assert load_config("digits", ["loss.feature_extractor=latent"]).loss.feature_extractor == ["latent"]
+    several = ["loss.feature_extractor=[pixels,mae]", "loss.mae=runs/mae"]
+    assert load_config("digits", several).loss.feature_extractor == ["pixels", "mae"]
+    for overrides in (["loss.feature_extractor=mae"], ["loss.mae=runs/mae"]):
+        with pytest.raises(UserError, match="expected both or neither to name a masked autoencoder"):
+            load_config("digits", overrides)
+
+
+def test_configurations_of_the_other_kind_are_told_apart():
+    with pytest.raises(UserError, match="no configuration 'digits': expected a .yaml file or one of: mae_256"):
+        load_pretrain_config("digits")
+    with pytest.raises(UserError, match="no configuration 'mae_256'"):
+        load_config("mae_256")
 
 
 @pytest.mark.parametrize(
@@ -75,12 +140,24 @@ def test_ill_typed_value_says_what_was_expected(override, expected):
      ("guidance.uncond_prob=2", "from 0 to 1"), ("data=mnst", "data.name is mnst, expected one of: digits, mnist"),
      ("data.image_size=0", "1 or more"), ("data.workers=-1", "0 or more"), ("seed=-1", "0 or more"),
      ("loss.feature_extractor=pixel", "expected one of: latent, pixels"), ("loss.temperatures=[]", "positive numbers"),
+     ("loss.feature_extractor=[]", "or a list of them"), ("loss.feature_extractor=[pixels,pixels]", "or a list"),
      ("loss.temperatures=[0.1,0]", "positive numbers"), ("guidance.cfg_scale_range=[0.5,2]", "least"),
      ("guidance.cfg_scale_range=[1]", "least"), ("model.embed_dim=30", "a multiple of")],
 )  # fmt: skip
 def test_value_out_of_range_is_named(override, expected):
     with pytest.raises(UserError, match=f"{override.partition('=')[0]} is .*{expected}|{expected}"):
         load_config("digits", [override])
+
+
+@pytest.mark.parametrize(
+    "override, expected",
+    [("loss.mask_ratio_range=[0,0.5]", "least"), ("loss.lambda_cls=2", "from 0 to 1"),
+     ("model.layers=[1,1,1]", "four numbers"), ("model.base_channels=0", "1 or more"),
+     ("loss.finetune_steps=-1", "0 or more"), ("model.embed_dim=4", "unknown key")],
+)  # fmt: skip
+def test_values_of_encoders_are_checked_too(override, expected):
+    with pytest.raises(UserError, match=f"{override.partition('=')[0]}.*{expected}|{expected}"):
+        load_pretrain_config("mae_fashion_mnist", [override])
 
 
 def test_mistakes_in_files_name_the_file(tmp_path):
@@ -98,7 +175,7 @@ def test_mistakes_in_files_name_the_file(tmp_path):
     assert load_config(str(file)) == Config()
     with pytest.raises(UserError, match="no configuration file"):
         load_config(str(tmp_path / "absent.yaml"))
-    with pytest.raises(UserError, match="expected a .yaml file or one of: digits"):
+    with pytest.raises(UserError, match="expected a .yaml file or one of: ablation, cifar10, digits"):
         load_config("digit")
 
 
@@ -115,6 +192,11 @@ def test_sections_hold_arguments_that_exist():
     """The sections are passed on as keyword arguments, so each of their keys must be one."""
     config = Config()
     assert set(vars(config.model)) <= set(inspect.signature(DriftingDiT).parameters)
-    passed = set(flatten(dataclasses.asdict(config))) - {"seed", "optimizer.cosine_decay"}
-    names = {key.partition(".")[2] for key in passed if key.split(".")[0] not in ("data", "model", "train")}
+    passed = set(flatten(dataclasses.asdict(config))) - {"seed", "optimizer.cosine_decay", "loss.mae"}
+    others = ("data", "model", "train", "evaluation")
+    names = {key.partition(".")[2] for key in passed if key.split(".")[0] not in others}
     assert names <= set(inspect.signature(create_trainer).parameters)
+    pretraining = PretrainConfig()
+    assert set(vars(pretraining.model)) <= set(inspect.signature(MAE).parameters)
+    names = set(vars(pretraining.loss)) | set(vars(pretraining.optimizer))
+    assert names <= set(inspect.signature(MAETrainer).parameters)

@@ -7,7 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drifting.models import FeatureExtractor, LatentFeatureExtractor, PixelFeatureExtractor
+from drifting.models import (
+    DriftingLoss,
+    FeatureExtractor,
+    FeatureStack,
+    LatentFeatureExtractor,
+    PixelFeatureExtractor,
+)
 from drifting.models.feature_extractor import group_norm, multiscale_maps
 
 
@@ -20,6 +26,18 @@ def test_pixels():
     x = torch.randn(3, 2, 4, 5)
     (name, pixels), *rest = PixelFeatureExtractor()(x).items()
     assert (name, rest) == ("pixels", []) and torch.equal(pixels, x.reshape(3, 1, 40))
+
+
+def test_stack_has_the_maps_of_all(latent):
+    x = torch.randn(2, 4, 8, 8, requires_grad=True)
+    stack = FeatureStack({"a": latent, "b": latent, "pixels": PixelFeatureExtractor()}).train()
+    alone, maps = latent(x), stack(x)
+    assert list(maps)[0] == "global" and torch.equal(maps["global"], alone.pop("global"))  # once
+    assert set(maps) == {"global", "pixels/pixels"} | {f"{part}/{name}" for part in "ab" for name in alone}
+    assert all(torch.equal(maps[f"b/{name}"], value) for name, value in alone.items())
+    sum(value.sum() for value in maps.values()).backward()
+    assert x.grad.any() and not any(p.requires_grad for p in stack.parameters()) and not stack.training
+    assert isinstance(DriftingLoss(["latent", "pixels"]).feature_extractor, FeatureStack)
 
 
 def test_latent_maps(latent):

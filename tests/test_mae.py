@@ -45,6 +45,15 @@ def test_patches_become_pixels_channel_last():
     torch.testing.assert_close(patches[1, :, 1, 3], patch.permute(1, 2, 0).flatten())
 
 
+def test_reconstruction_is_that_of_the_loss():
+    mae = tiny(in_chans=3, input_patch_size=2).eval()
+    x, labels, mask = inputs(mae, side=16)
+    assert torch.equal(mae.encoder.unpatchify(mae.encoder.patchify(x)), x)
+    squares = (mae.encoder.patchify(mae.reconstruct(x, mask)) - mae.encoder.patchify(x)).square() * mask
+    expected = squares.sum((1, 2, 3)) / mask.sum((1, 2, 3))
+    torch.testing.assert_close(mae(x, labels, mask)["recon_loss"], expected)
+
+
 def test_hidden_squares_are_seen_by_the_target_alone():
     mae = tiny().eval()
     x, labels, mask = inputs(mae)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drifting.models import DriftingDiT
+from drifting.models import DriftingDiT, LatentFeatureExtractor
 from drifting.training import create_trainer
 from drifting.training.guidance import sample_cfg_scale, uncond_weight
 
@@ -262,3 +262,41 @@ def test_training_draws_each_class_to_its_images():
 def test_arguments_out_of_range_are_named(argument, value):
     with pytest.raises(ValueError, match=f"{argument} is"):
         make_trainer(**{argument: value})
+
+
+# ------------------------------------------------------------------------------------------------ steps in parts
+
+
+@pytest.mark.parametrize("labels_at_once", [1, 2])
+@pytest.mark.parametrize("settings", [{}, {"uncond_prob": 1.0}], ids=["guided", "unguided"])
+def test_step_in_parts_is_one_big_step(labels_at_once, settings):
+    """Gradient and report agree though the field's statistics are over all labels; each part's own would not do."""
+    extractor = LatentFeatureExtractor(2, base_channels=8, layers=(1, 1, 1, 1))
+    whole, parts = (
+        make_trainer(feature_extractor=extractor, labels_at_once=at_once, **settings)
+        for at_once in (None, labels_at_once)
+    )
+    for _ in range(2):
+        whole.train_step(*batch())  # a fresh model's gradients are 0 but for the last layer's
+    parts.load_state_dict(whole.state_dict())
+    expected, metrics = whole.train_step(*batch()), parts.train_step(*batch())
+    assert expected.keys() == metrics.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(metrics[name], value, rtol=1e-5, atol=1e-7)
+    for (name, a), b in zip(whole.model.named_parameters(), parts.model.parameters(), strict=True):
+        assert a.grad is not None and a.grad.any(), name
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5 * float(a.grad.abs().max()), msg=name)
+
+
+def test_parts_hold_less_at_once():
+    sizes = []
+    trainer = make_trainer(labels_at_once=2)
+    forward = trainer.model.forward
+
+    def record(z, *args):
+        sizes.append((len(z), torch.is_grad_enabled()))
+        return forward(z, *args)
+
+    trainer.model.forward = record
+    trainer.train_step(*batch())
+    assert sizes == [(2 * G, False), (G, False), (2 * G, True), (G, True)]

@@ -101,18 +101,27 @@ class DriftingLoss(nn.Module):
             raise ValueError("field='gaussian' has no unconditional negatives: leave x_uncond out or use field='paper'")
         x_gen, x_real, x_uncond = _as_label_groups(x_gen, x_real, x_uncond)
         weight = _check_weight(weight_uncond, x_gen, x_uncond)
-        P = x_real.shape[1]
         fixed = x_real if x_uncond is None else torch.cat([x_real, x_uncond], 1)
-        gen = self._groups(x_gen)
         with torch.no_grad():
-            fixed_groups = self._groups(fixed)
-        pos = {name: g[:, :P] for name, g in fixed_groups.items()}
+            fixed_groups = self.groups(fixed)
+        return self.of_groups(self.groups(x_gen), fixed_groups, x_real.shape[1], weight)
+
+    def of_groups(
+        self, gen: FeatureMaps, fixed: FeatureMaps, num_real: int, weight: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of :meth:`loss_and_info` from its images' :meth:`groups`.
+
+        Args:
+            gen: of the generated images.
+            fixed: of the real images of the same labels, the first ``num_real`` of each group, and the unconditional.
+            weight: ``[L, U]``, of the unconditional images.
+        """
+        pos = {name: g[:, :num_real] for name, g in fixed.items()}
         if self.field == "gaussian":
             return self._gaussian(gen, pos)
-        neg = {name: g[:, P:] for name, g in fixed_groups.items()}
-        return self._paper(gen, pos, neg, weight)
+        return self._paper(gen, pos, {name: g[:, num_real:] for name, g in fixed.items()}, weight)
 
-    def _groups(self, images: Tensor) -> FeatureMaps:
+    def groups(self, images: Tensor) -> FeatureMaps:
         """Maps of ``[L, n, C, H, W]`` images as groups ``[L·T, n, D]``, one forward pass of the extractor."""
         L, n = images.shape[:2]
         groups = {}

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from ..data.sample_queue import SampleQueue
 from ..models import DriftingDiT, DriftingLoss
+from .accumulation import backward_in_parts
 from .guidance import sample_cfg_scale, uncond_weight
 
 BETAS = (0.9, 0.95)
@@ -36,6 +37,7 @@ class DriftingTrainer:
         pixel_range: least and greatest value of an image; generated values are clamped to it. None does not clamp.
         seed: all randomness of step n derives from (seed, n), so that a resumed run repeats an uninterrupted one.
         device: of the model.
+        labels_at_once: labels whose activations are held at once, see :func:`backward_in_parts`; None holds all.
 
     ``step`` counts the steps taken.
     """
@@ -60,6 +62,7 @@ class DriftingTrainer:
         pixel_range: tuple[float, float] | None,
         seed: int,
         device: torch.device,
+        labels_at_once: int | None = None,
     ) -> None:
         self.model, self.loss_fn, self.optimizer, self.scheduler = model, loss_fn, optimizer, scheduler
         self.sample_queue = sample_queue
@@ -67,6 +70,7 @@ class DriftingTrainer:
         self.pos_per_label, self.uncond_per_label = pos_per_label, uncond_per_label
         self.cfg_scale_range, self.cfg_exponent, self.uncond_prob = cfg_scale_range, cfg_exponent, uncond_prob
         self.max_grad_norm, self.pixel_range, self.seed, self.device = max_grad_norm, pixel_range, seed, device
+        self.labels_at_once = labels_at_once
         self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay)).requires_grad_(False)
         self.step = 0
 
@@ -102,10 +106,20 @@ class DriftingTrainer:
             weight = uncond_weight(cfg_scale, self.gen_per_label, self.uncond_per_label).to(self.device)
 
         self.model.train()
-        gen = self._generate_groups(label, cfg_scale, noise)  # [L, G, C, H, W]
-        loss, info = self.loss_fn.loss_and_info(gen, pos, uncond, weight)
         self.optimizer.zero_grad()
-        loss.backward()
+        inputs = self._draw_inputs(label, cfg_scale, noise)
+        if self.labels_at_once is None or self.labels_at_once >= len(label):
+            gen = self._generate(inputs, slice(None))  # [L, G, C, H, W]
+            loss, info = self.loss_fn.loss_and_info(gen, pos, uncond, weight)
+            loss.backward()
+        else:
+            fixed = pos if uncond is None else torch.cat([pos, uncond], 1)
+            num_uncond = fixed.shape[1] - self.pos_per_label
+            weights = (fixed.new_ones(len(label)) if weight is None else weight).unsqueeze(1).expand(-1, num_uncond)
+            gen, loss, info = backward_in_parts(
+                self.loss_fn, lambda part: self._generate(inputs, part), fixed, self.pos_per_label, weights,
+                self.labels_at_once,
+            )  # fmt: skip
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
         self.optimizer.step()
         self.scheduler.step()
@@ -180,8 +194,9 @@ class DriftingTrainer:
         order = torch.randperm(len(available), generator=generator)
         return available[order[torch.arange(self.labels_per_step) % len(available)]]
 
-    def _generate_groups(self, label: Tensor, cfg_scale: Tensor, noise: torch.Generator) -> Tensor:
-        """``gen_per_label`` images ``[L, G, C, H, W]`` of each label ``[L]`` at its ``cfg_scale [L]``."""
+    def _draw_inputs(self, label: Tensor, cfg_scale: Tensor, noise: torch.Generator) -> list[Tensor | None]:
+        """What the model is given for the ``gen_per_label`` images of each label ``[L]``, label after label: noise,
+        label, scale and style."""
         model, num = self.model, len(label) * self.gen_per_label
         z = torch.randn(num, model.in_chans, model.img_size, model.img_size, generator=noise, device=self.device)
         style = None
@@ -190,7 +205,13 @@ class DriftingTrainer:
             style = torch.randint(model.style_vocab, size, generator=noise, device=self.device)
         y = label.to(self.device).repeat_interleave(self.gen_per_label)
         alpha = cfg_scale.to(self.device).repeat_interleave(self.gen_per_label)
-        return self._clamp(model(z, y, alpha, style)).unflatten(0, (len(label), self.gen_per_label))
+        return [z, y, alpha, style]
+
+    def _generate(self, inputs: list[Tensor | None], part: slice) -> Tensor:
+        """Images ``[L, G, C, H, W]`` of those labels of a step."""
+        grouped = [None if values is None else values.unflatten(0, (-1, self.gen_per_label)) for values in inputs]
+        z, y, alpha, style = (None if values is None else values[part].flatten(0, 1) for values in grouped)
+        return self._clamp(self.model(z, y, alpha, style)).unflatten(0, (-1, self.gen_per_label))
 
     def _clamp(self, images: Tensor) -> Tensor:
         return images if self.pixel_range is None else images.clamp(*self.pixel_range)
@@ -220,6 +241,7 @@ def create_trainer(
     max_grad_norm: float = 2.0,
     pixel_range: tuple[float, float] | None = None,
     seed: int = 0,
+    labels_at_once: int | None = None,
 ) -> DriftingTrainer:
     """A trainer with its loss, queue, AdamW and schedule.
 
@@ -244,6 +266,8 @@ def create_trainer(
         pixel_range: least and greatest value of an image. Real pixels pile up at both ends; clamping generated ones
             before the loss lets them do so too. None, for latents, does not clamp.
         seed: of all randomness in training. The model's initial weights are the caller's.
+        labels_at_once: labels whose activations are held at once: a step in parts needs less memory and the time of
+            one more forward pass, and is the same step otherwise. None holds all.
 
     Raises:
         ValueError: an argument out of its range, named with its value.
@@ -272,6 +296,7 @@ def create_trainer(
         uncond_per_label=uncond_per_label, cfg_scale_range=(cfg_scale_range[0], cfg_scale_range[1]),
         cfg_exponent=cfg_exponent, uncond_prob=uncond_prob, ema_decay=ema_decay, max_grad_norm=max_grad_norm,
         pixel_range=pixel_range, seed=seed, device=where,
+        labels_at_once=labels_at_once,
     )  # fmt: skip
 
 

@@ -1,0 +1,130 @@
+"""``python -m drifting.pretrain [--config NAME|FILE] [--out DIR] [key=value ...]``: train a masked autoencoder.
+
+Its encoder gives the feature maps in which ``drifting.train`` compares images: ``loss.mae=DIR`` there.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .cli import INTERRUPTED, UserError, run_command
+from .config import PretrainConfig
+from .data import Dataset, Split, open_dataset
+from .images import save_panels, to_uint8
+from .models import MAE
+from .run_directory import RunDirectory, write_model
+from .training import MAETrainer
+from .training_run import Quality, Task, leave_a_core_free, open_run, parse_command, run_training
+from .vae import decode_latents
+
+TEST_IMAGES, TEST_BATCH = 2000, 250
+ROWS, COLUMNS = 8, 8  # of a picture
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    purpose = "Train a masked autoencoder."
+    config, out = parse_command(argv, "pretrain", purpose, PretrainConfig, "mae_fashion_mnist")
+    leave_a_core_free()
+    return pretrain(config, out)
+
+
+def pretrain(config: PretrainConfig, out: Path) -> int:
+    """Train to ``config.train.steps`` in ``out``, from its newest checkpoint if it has one; returns the exit status.
+
+    Raises:
+        UserError: ``out`` belongs to another configuration or cannot be written.
+    """
+    run = RunDirectory(out)
+    open_run(run, config)
+    dataset = open_dataset(config.data, config.seed)
+    trainer = _build_trainer(config, dataset)
+    images, labels, masks = _test_batch(config, dataset.test, trainer)
+
+    def evaluate() -> Quality:
+        _save_picture(run, trainer, dataset, images[: ROWS * COLUMNS], masks[: ROWS * COLUMNS])
+        return test_losses(trainer.ema_model, images, labels, masks)
+
+    task = Task(
+        trainer=trainer,
+        split=dataset.train,
+        evaluate=evaluate,
+        save_model=lambda: write_model(run, trainer.ema_model, {"data": dataset.name, "step": trainer.step}),
+        describe=_describe,
+    )
+    quality = run_training(config, run, task)
+    if quality is None:
+        return INTERRUPTED
+    print(f"\ntest images: reconstruction {quality['recon_loss_test']:.3f}, class {quality['cls_loss_test']:.3f}")
+    print(f"pictures: {run.samples}\nnext:     python -m drifting.train … loss.feature_extractor=mae loss.mae={out}")
+    return 0
+
+
+@torch.no_grad()
+def test_losses(model: MAE, images: Tensor, labels: Tensor, masks: Tensor) -> Quality:
+    """Mean ``recon_loss_test`` and ``cls_loss_test`` of ``model``, which goes to evaluation mode, at these masks."""
+    device = next(model.parameters()).device
+    model.eval()
+    batches = zip(*(part.split(TEST_BATCH) for part in (images, labels, masks)), strict=True)
+    losses = [model(*(part.to(device) for part in batch)) for batch in batches]
+    names = ("recon_loss", "cls_loss")
+    return {f"{name}_test": float(torch.cat([batch[name] for batch in losses]).mean()) for name in names}
+
+
+def _build_trainer(config: PretrainConfig, dataset: Dataset) -> MAETrainer:
+    torch.manual_seed(config.seed)
+    model = MAE(in_chans=dataset.sample_shape[0], num_classes=dataset.num_classes, **vars(config.model))
+    settings: dict[str, Any] = vars(config.loss) | vars(config.optimizer)
+    return MAETrainer(model, config.train.steps, seed=config.seed, **settings)
+
+
+def _test_batch(config: PretrainConfig, split: Split, trainer: MAETrainer) -> tuple[Tensor, Tensor, Tensor]:
+    """Evenly spaced test images, their labels and a mask of each, the same at every evaluation."""
+    indices = list(range(0, len(split), -(-len(split) // TEST_IMAGES)))
+    images = split.samples(indices)
+    generator = torch.Generator().manual_seed(0)
+    least, greatest = config.loss.mask_ratio_range
+    try:
+        masks = trainer.model.random_mask(images, least, greatest, generator)
+    except ValueError as error:
+        raise UserError(f"model.patch_size, model.input_patch_size: {error}") from error
+    return images, split.labels[indices], masks
+
+
+@torch.no_grad()
+def _save_picture(run: RunDirectory, trainer: MAETrainer, dataset: Dataset, images: Tensor, masks: Tensor) -> None:
+    """Test images, what the encoder sees of them, and the decoder's guess at the rest."""
+    images, masks = images.to(trainer.device), masks.to(trainer.device)
+    model = trainer.ema_model.eval()
+    hidden = masks.repeat_interleave(images.shape[2] // masks.shape[2], 2)
+    hidden = hidden.repeat_interleave(images.shape[3] // masks.shape[3], 3).bool()
+    panels = {
+        "image": images,
+        "visible": images.masked_fill(hidden, sum(dataset.pixel_range) / 2),
+        "reconstruction": torch.where(hidden, model.reconstruct(images, masks), images),
+    }
+    try:
+        pixels = {name: to_uint8(_decode(panel, dataset), dataset.pixel_range) for name, panel in panels.items()}
+    except UserError as error:
+        tqdm.write(f"no picture at step {trainer.step}: {error}", file=sys.stderr)
+        return
+    save_panels(pixels, COLUMNS, run.samples / f"step_{trainer.step:08d}.png")
+
+
+def _decode(samples: Tensor, dataset: Dataset) -> Tensor:
+    return decode_latents(samples) if dataset.latent else samples
+
+
+def _describe(record: dict[str, Any], quality: Quality) -> str:
+    text = f"reconstruction={record['recon_loss']:.3f} class={record['cls_loss']:.3f} λ={record['lambda_cls']:.3f}"
+    if quality:
+        text += f" test: reconstruction={quality['recon_loss_test']:.3f} class={quality['cls_loss_test']:.3f}"
+    return text
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,106 @@
+"""The classifier that images are judged by, and the measures in its features."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from drifting import evaluate, train_classifier
+from drifting.cli import UserError
+from drifting.config import load_config
+from drifting.data import load_digits
+from drifting.evaluation import FeatureEvaluator, PixelEvaluator, frechet_distance, open_evaluator
+from drifting.images import to_uint8
+from drifting.models import Classifier
+from drifting.pretrained import load_generator
+from drifting.run_directory import read_classifier
+from drifting.train import train
+
+ROUNDING = 5e-3  # of the digits' 17 grey levels to those of an image file
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_digits()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "classifier"
+    assert train_classifier.main(["--data", "digits", "--out", str(out), "--epochs", "8"]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def evaluator(digits, trained):
+    return FeatureEvaluator(digits, read_classifier(trained))
+
+
+def test_recognises_digits(trained, digits):
+    accuracy = json.loads((trained / "model.json").read_text())["test_accuracy"]
+    assert accuracy > 0.9
+    assert train_classifier.measure_accuracy(read_classifier(trained), digits.test) == accuracy
+
+
+def test_measures_are_those_of_its_features(evaluator, trained, digits):
+    classifier = read_classifier(trained)
+    with torch.no_grad():
+        train, test = (classifier.features(split.samples()).double().numpy() for split in (digits.train, digits.test))
+    images = to_uint8(digits.train.samples(), digits.pixel_range)
+    quality = evaluator(images, digits.train.labels.numpy())
+    assert quality["frechet_distance_train"] == pytest.approx(frechet_distance(train, test), rel=1e-4)
+    assert quality["frechet_ratio"] == pytest.approx(1, abs=ROUNDING)
+    assert quality["recognised_share"] > 0.9
+    assert evaluator(images, (digits.train.labels.numpy() + 1) % 10)["recognised_share"] < 0.1
+    noise = np.random.default_rng(0).integers(0, 256, images.shape).astype(np.uint8)
+    assert evaluator(noise, digits.train.labels.numpy())["frechet_ratio"] > 5
+    one_class = images[digits.train.labels.numpy() == 3]
+    assert evaluator(one_class, np.full(len(one_class), 3))["frechet_ratio"] > 5
+    with pytest.raises(ValueError, match=r"received 3 images \[8, 4, 1\], expected at least 2 \[8, 8, 1\]"):
+        evaluator(images[:3, :, :4], np.zeros(3, np.int64))
+
+
+def test_configuration_chooses_the_evaluator(trained, digits):
+    assert isinstance(open_evaluator(load_config("digits"), digits), PixelEvaluator)
+    config = load_config("digits", [f"evaluation.classifier={trained}"])
+    assert isinstance(open_evaluator(config, digits), FeatureEvaluator)
+    with pytest.raises(UserError, match="trained on other data"):
+        open_evaluator(config, replace(digits, class_names=("zero", "one")))
+    assert open_evaluator(load_config("digits"), replace(digits, latent=True)) is None
+
+
+def test_run_is_evaluated_with_it(trained, tmp_path, capsys):
+    config = load_config(
+        "digits",
+        ["model.embed_dim=16", "model.depth=1", "model.num_heads=2", "train.steps=2", "step.gen_per_label=4",
+         "train.eval_every=0", f"evaluation.classifier={trained}"],
+    )  # fmt: skip
+    assert train(config, tmp_path) == 0
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    capsys.readouterr()
+    assert evaluate.main([str(tmp_path)]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["num_samples"] == FeatureEvaluator.num_samples
+    for measure in ("frechet_distance", "frechet_ratio", "recognised_share", "frechet_distance_train"):
+        assert report[measure] == pytest.approx(last[measure], rel=1e-6)
+
+
+def test_mistakes_are_told(trained, tmp_path):
+    with pytest.raises(UserError, match="holds a classifier, not a generator"):
+        load_generator(trained)
+    with pytest.raises(UserError, match="there is no run directory"):
+        read_classifier(tmp_path / "absent")
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(UserError, match="holds a run of another kind"):
+        train_classifier.main(["--data", "digits", "--out", str(tmp_path)])
+    with pytest.raises(UserError, match="--epochs is 0"):
+        train_classifier.main(["--data", "digits", "--epochs", "0"])
+
+
+def test_features_are_one_vector_an_image():
+    classifier = Classifier(3, 5, (8, 16)).eval()
+    x = torch.randn(2, 3, 10, 10)
+    assert classifier.features(x).shape == (2, 16) and classifier(x).shape == (2, 5)
+    assert Classifier(**classifier.config).config == classifier.config

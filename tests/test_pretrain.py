@@ -1,0 +1,115 @@
+"""Training of the masked autoencoder, and of a generator in its feature space."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from drifting import pretrain as command
+from drifting.cli import UserError
+from drifting.config import load_config, load_pretrain_config
+from drifting.models import MAE
+from drifting.pretrain import pretrain
+from drifting.pretrained import load_mae
+from drifting.train import train
+from drifting.training import MAETrainer
+
+TINY = [
+    "data=digits", "model.base_channels=4", "model.dropout_prob=0.2", "loss.finetune_steps=3",
+    "loss.finetune_warmup_steps=2", "train.batch_size=16", "train.log_every=1", "train.eval_every=0",
+    "train.save_every=3", "train.steps=6",
+]  # fmt: skip
+
+
+def make_trainer(**settings) -> MAETrainer:
+    torch.manual_seed(0)
+    return MAETrainer(MAE(1, 8, (1, 1, 1, 1), 2), 40, "cpu", **({"learning_rate": 3e-3, "warmup_steps": 1} | settings))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of 6 steps with checkpoints at 3 and 6."""
+    out = tmp_path_factory.mktemp("runs") / "mae"
+    assert pretrain(load_pretrain_config("mae_fashion_mnist", TINY), out) == 0
+    return out
+
+
+def test_leaves_a_complete_run_directory(finished):
+    records = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
+    assert [record["lambda_cls"] for record in records] == pytest.approx([0, 0, 0, 0, 0.05, 0.1])
+    assert records[-1]["recon_loss_test"] > 0 and "recon_loss_test" not in records[-2]
+    assert json.loads((finished / "model.json").read_text())["kind"] == "mae"
+    width, height = Image.open(finished / "samples" / "step_00000006.png").size
+    assert width > 2.9 * height  # image, visible part and reconstruction side by side
+
+
+def test_resumed_run_equals_an_uninterrupted_one(finished, tmp_path):
+    out = tmp_path / "resumed"
+    shutil.copytree(finished, out)
+    (out / "checkpoints" / "step_00000006.pt").unlink()
+    assert pretrain(load_pretrain_config("mae_fashion_mnist", TINY), out) == 0
+    assert (out / "metrics.jsonl").read_text() == (finished / "metrics.jsonl").read_text()
+    expected, weights = (load_file(folder / "model.safetensors") for folder in (finished, out))
+    assert all(torch.equal(expected[name], weights[name]) for name in expected)
+
+
+def test_saved_weights_are_the_average(finished):
+    state = torch.load(finished / "checkpoints" / "step_00000006.pt", weights_only=True)
+    for name, weight in load_mae(finished).state_dict().items():
+        assert torch.equal(weight, state["ema"][f"module.{name}"])
+        assert name.endswith("bias") or not torch.equal(weight, state["model"][name])
+
+
+def test_generator_trains_in_its_features(finished, tmp_path):
+    settings = [
+        "model.embed_dim=16", "model.depth=1", "model.num_heads=2", "step.gen_per_label=4", "step.pos_per_label=4",
+        "train.steps=2", "train.log_every=1", f"loss.mae={finished}",
+    ]  # fmt: skip
+    for extractors, expected in (("mae", {"global", "layer4_mean"}), ("[mae,pixels]", {"mae/layer4", "global"})):
+        out = tmp_path / extractors
+        assert train(load_config("digits", [*settings, f"loss.feature_extractor={extractors}"]), out) == 0
+        record = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+        assert expected <= record["scale"].keys() and record["lambda"].keys() == record["scale"].keys()
+    assert "pixels/pixels" in record["scale"]
+
+
+def test_share_of_the_classification_loss():
+    trainer = make_trainer(lambda_cls=0.3, finetune_steps=10, finetune_warmup_steps=4, finetune_lambda_cls=0.2)
+    assert [trainer.lambda_at(step) for step in (0, 29)] == [0.3, 0.3]
+    assert [trainer.lambda_at(step) for step in (30, 31, 34, 39)] == pytest.approx([0, 0.05, 0.2, 0.2])
+
+
+def test_learns_what_can_be_known():
+    """Images that are bright at the left or at the top: from the visible part, the hidden one and the label follow."""
+    trainer = make_trainer(lambda_cls=0.5, ema_decay=0.5)
+    labels = torch.arange(16) % 2
+    bright = (torch.arange(8) < 4).expand(1, 8, 8).float() * 2 - 1
+    images = torch.stack([bright, bright.mT])[labels]
+    metrics = [trainer.train_step(images, labels) for _ in range(40)]
+    assert metrics[0]["recon_loss"] > 0.3 and metrics[-1]["recon_loss"] < 0.1
+    assert metrics[0]["cls_loss"] > 0.6 and metrics[-1]["cls_loss"] < 0.4
+    hidden = trainer.model.random_mask(images)
+    restored = trainer.ema_model.eval().reconstruct(images, hidden)
+    assert (restored - images).square().mean() < 0.2
+
+
+def test_mistakes_are_told(finished, tmp_path):
+    with pytest.raises(UserError, match=r"seed: 0, now 1.*choose another --out"):
+        pretrain(load_pretrain_config("mae_fashion_mnist", [*TINY, "seed=1"]), finished)
+    with pytest.raises(UserError, match="model.patch_size, model.input_patch_size: images are 8 × 8"):
+        command.main(["--out", str(tmp_path / "a"), *TINY, "model.patch_size=3"])
+    with pytest.raises(UserError, match="loss.mae is .*, of 1 channels: the data have 3"):
+        folder = tmp_path / "images" / "class"
+        folder.mkdir(parents=True)
+        for number in range(20):
+            Image.new("RGB", (8, 8)).save(folder / f"{number}.png")
+        overrides = ["data=folder", f"data.path={folder.parent}", "data.image_size=8"]
+        overrides += ["loss.feature_extractor=mae", f"loss.mae={finished}"]
+        train(load_config("digits", overrides), tmp_path / "c")
+    with pytest.raises(UserError, match="there is no run directory"):
+        overrides = ["loss.feature_extractor=mae", f"loss.mae={tmp_path / 'absent'}"]
+        train(load_config("digits", overrides), tmp_path / "b")
