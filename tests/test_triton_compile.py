@@ -79,7 +79,7 @@ CASES: dict[str, Callable[[], None]] = {
     "streaming D=256": lambda: streaming_field(4096, 8192, 256),
     "streaming loss D=256": lambda: loss((2048, 512, 2048), 256),
     "group loss D=256": lambda: loss((64, 16, 64), 256),
-    "group field D=256": lambda: group_field(64, 128, 256),
+    "group field D=256": lambda: group_field(64, 64, 256),
 }
 EXACT_CASES: dict[str, Callable[[], None]] = {  # with products rounded as "highest" only
     "streaming D=2": lambda: streaming_field(4096, 8192, 2),
@@ -89,7 +89,7 @@ EXACT_CASES: dict[str, Callable[[], None]] = {  # with products rounded as "high
     "group loss bfloat16": lambda: loss((64, 16, 64), 256, torch.bfloat16),
     "group loss largest": lambda: loss((64, 32, 64), 256),
     "group loss tiny": lambda: loss((16, 0, 16), 32),
-    "group field D=2": lambda: group_field(64, 128, 2),
+    "group field D=2": lambda: group_field(64, 64, 2),
 }
 
 
@@ -188,12 +188,13 @@ def test_within_budget(target, found):
 
 
 def test_spills():
-    """Streaming kernels keep all in registers; on NVIDIA GPUs the group kernels, which fill them, spill a little."""
+    """Streaming kernels keep all in registers. Group kernels, which fill them, come close: a stack of some bytes."""
     budget = json.loads(BUDGETS.read_text())
+    most = {"sm_80": 128, "sm_90": 24, "sm_100": 64, "gfx942": 0}
     for target in TARGETS:
         for name, used in budget[target].items():
-            few = 512 if name.startswith("group") and target != "gfx942" else 0
-            assert used["spills"] <= few, f"{target}, {name}: {used['spills']} bytes of stack"
+            allowed = most[target] if name.startswith("group") else 0
+            assert used["spills"] <= allowed, f"{target}, {name}: {used['spills']} bytes of stack"
 
 
 def write_budgets() -> None:

@@ -52,7 +52,7 @@ def phases(given: tuple[list[Tensor], list[Tensor]], incoming: Tensor, floor: fl
 
 
 def check_loss(p: list[Tensor], w: list[Tensor], floor: float, dtype: torch.dtype = torch.float32, rtol=0.0) -> None:
-    assert group.fits(p[0].shape[1], *(t.shape[1] for t in p))
+    assert group.fits_loss(p[0].shape[1], *(t.shape[1] for t in p))
     p = [t.to(dtype).double() for t in p]
     incoming = points(p[0].shape[0], seed=8).bfloat16()
     truth = phases((p, w), incoming, floor, reference, torch.Tensor.double)
@@ -137,7 +137,6 @@ def test_loss_is_the_same_every_time():
 
 
 def check_field(N: int, M: int, D: int, split: int, options: dict, weighted: bool, close_pairs: bool = False) -> None:
-    assert group.fits(N, *([split, M - split] if split else [M]))
     q, k, v = points(2, N, D, seed=1), points(2, M, D, seed=2), points(2, M, D, seed=3)
     if options["has_self"]:
         k[:, :N] = q
@@ -194,7 +193,10 @@ def test_field_with_everything_masked():
 
 
 def test_fits():
-    assert group.fits(64, 64, 16, 64)
-    assert group.fits(128, 64)
-    assert not group.fits(129, 16)
-    assert not group.fits(64, 300)
+    assert group.fits_loss(64, 64, 16, 64)
+    assert group.fits_loss(128, 64)
+    assert not group.fits_loss(129, 16)
+    assert not group.fits_loss(64, 300)
+    assert group.fits_field(64, 32, 17)
+    assert not group.fits_field(64, 32, 33)
+    assert not group.fits_field(16, 65)

@@ -1,6 +1,6 @@
 """The ``triton`` backend: float32 kernels on contiguous CUDA tensors; form C also reads bfloat16 and float16.
 
-Problems that one program can hold go to the group kernels, all others are streamed: :func:`drift_ops.triton.group.fits`
+Problems that one program can hold go to the group kernels, all others are streamed: :mod:`drift_ops.triton.group`
 draws the line. Called by :mod:`drift_ops.ops` only.
 """
 
@@ -26,14 +26,14 @@ def affinity_sums(
     floor: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`drift_ops.ops.affinity_sums`."""
-    implementation = group_field if group.fits(q.shape[1], split, k.shape[1] - split) else streaming
+    implementation = group_field if group.fits_field(q.shape[1], split, k.shape[1] - split) else streaming
     return implementation.affinity_sums(q, k, v, w, kernel, widths, temperature, split, has_self, floor)
 
 
 def _in_groups(points: Sequence[Tensor]) -> bool:
     """Whether the groups of a map go through the group kernels of form C; larger ones are streamed."""
     N, M, P = (t.shape[1] for t in points)
-    return group.fits(N, N, M, P)
+    return group.fits_loss(N, N, M, P)
 
 
 def kept_shape(points: Sequence[Tensor]) -> tuple[int, ...]:

@@ -11,15 +11,21 @@ import triton.language as tl
 
 from . import launch
 
-MOST_PAIRS = 64 * 160  # of padded queries and targets: what the registers of a program hold
+LOSS_PAIRS, FIELD_PAIRS = 64 * 160, 64 * 64  # of padded queries and targets: what the registers of a program hold
 MOST_QUERIES = 128
 OPERANDS_IN_SHARED = 200_000  # bytes: with less, tensor cores read both operands from registers, and few are left
 
 
-def fits(N: int, *counts: int) -> bool:
-    """Whether a problem of N queries and so many targets on each side is one for the group kernels."""
+def fits_loss(N: int, *counts: int) -> bool:
+    """Whether groups of N samples and so many targets on each side are for the group kernels of form C."""
     blocks = padded(N, counts)
-    return blocks[0] <= MOST_QUERIES and blocks[0] * sum(blocks[1:]) <= MOST_PAIRS
+    return blocks[0] <= MOST_QUERIES and blocks[0] * sum(blocks[1:]) <= LOSS_PAIRS
+
+
+def fits_field(N: int, *counts: int) -> bool:
+    """Whether problems of N queries and so many keys on each side are for the group kernel of forms A and B."""
+    blocks = padded(N, counts)
+    return max(blocks) <= 64 and blocks[0] * sum(blocks[1:]) <= FIELD_PAIRS
 
 
 def padded(N: int, counts: tuple[int, ...]) -> tuple[int, ...]:
@@ -37,16 +43,12 @@ class Configuration:
     num_stages: int
 
 
-def configuration(blocks: tuple[int, ...], limits: launch.Limits) -> Configuration:
-    """For blocks of the queries and of each side: distances take about 36 registers a thread, work takes the rest."""
-    pairs = blocks[0] * sum(blocks[1:])
-    pairs_of_warp, most_warps = (4096, 4) if limits.amd else (2048, 8)  # 64 lanes or 32
-    num_warps = min(most_warps, 2 * triton.next_power_of_2(triton.cdiv(pairs, pairs_of_warp)))
-    wide = not limits.amd and limits.shared_bytes >= OPERANDS_IN_SHARED
-    return Configuration(
-        block_d=16, block_sum=32 if wide or limits.amd else 16, num_warps=num_warps, num_stages=3 if wide else 1
-    )
-
+def configuration(blocks: tuple[int, ...], limits: launch.Limits, pairs_of_lane: int) -> Configuration:
+    """For blocks of the queries and of each side, and how many pairs a lane of a warp may hold."""
+    lanes, most_warps = (64, 4) if limits.amd else (32, 8)
+    num_warps = 2 * triton.next_power_of_2(triton.cdiv(blocks[0] * sum(blocks[1:]), pairs_of_lane * lanes))
+    pipelined = not limits.amd and limits.shared_bytes >= OPERANDS_IN_SHARED
+    return Configuration(16, 32, min(most_warps, num_warps), 3 if pipelined else 1)
 
 
 @triton.jit

@@ -138,14 +138,14 @@ def affinity_sums(
     has_self: bool,
     floor: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See :func:`drift_ops.ops.affinity_sums`; for problems that :func:`fit <group.fits>`."""
+    """See :func:`drift_ops.ops.affinity_sums`; for problems that :func:`fit <group.fits_field>`."""
     (G, N, D), M, S = q.shape, k.shape[1], len(widths)
     counts = (split, M - split) if split else (M,)
     num, den = q.new_empty(S, G, len(counts), N, D), q.new_empty(S, G, len(counts), N)
     row_stats, col_stats = q.new_empty(S, G, 2, N), q.new_empty(S, G, 2, M)
     limits = launch.limits(q.device)
     block_n, *blocks = group.padded(N, counts)
-    chosen = group.configuration((block_n, *blocks), limits)
+    chosen = group.configuration((block_n, *blocks), limits, pairs_of_lane=32)
     with launch.on_device_of(q):
         _sums_kernel[(G,)](
             q,

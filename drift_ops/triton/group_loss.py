@@ -157,7 +157,7 @@ def _half_logsumexp(top, total):
 
 
 @triton.jit
-def _coefficients(d, w, slope, least, N, BLOCKS: tl.constexpr):
+def _coefficients(d, weights, slope, least, counts, BLOCKS: tl.constexpr):
     """``c⁻_ij = −A⁻_ij Σ⁺_i`` and ``c⁺_ij = A⁺_ij Σ⁻_i``, a tuple over the sides; 0 where there is no pair."""
     BLOCK_N: tl.constexpr = BLOCKS[0]
     row_top = tl.full([BLOCK_N], NOTHING, dtype=tl.float32)
@@ -175,13 +175,14 @@ def _coefficients(d, w, slope, least, N, BLOCKS: tl.constexpr):
         col_top = tl.max(L, 0)
         col_half = _half_logsumexp(col_top, tl.sum(tl.exp2(L - finite_shift(col_top)[None, :]), 0))
         A = tl.exp2(L - row_half[:, None] - col_half[None, :])
-        of_side = tl.where(A < least, least, A) * w[side][None, :]  # 0 in columns that do not exist: their w is 0
+        w = load_vector(weights[side], counts[side], 0, BLOCKS[side])  # 0 in columns that do not exist
+        of_side = tl.where(A < least, least, A) * w[None, :]
         weighted = weighted + (of_side,)
         if side < len(BLOCKS) - 1:
             negative += tl.sum(of_side, 1)
         else:
             positive += tl.sum(of_side, 1)
-    exists = tl.arange(0, BLOCK_N) < N
+    exists = tl.arange(0, BLOCK_N) < counts[0]
     negative = tl.where(exists, negative, 0.0)[:, None]
     positive = tl.where(exists, positive, 0.0)[:, None]
     c = ()
@@ -235,14 +236,6 @@ def _load_targets(points, central, counts, start, D, BLOCKS: tl.constexpr, BLOCK
 
 
 @triton.jit
-def _load_weights(weights, counts, BLOCKS: tl.constexpr):
-    w = ()
-    for side in tl.static_range(len(BLOCKS)):
-        w = w + (load_vector(weights[side], counts[side], 0, BLOCKS[side]),)
-    return w
-
-
-@triton.jit
 def _central_row(d, counts, BLOCKS: tl.constexpr):
     """The generated sample nearest to all targets together: an origin for the weighted sums that a few far outliers do
     not move away from the rest, where the rest would lose digits."""
@@ -272,12 +265,11 @@ def _find_coefficients(
     PRECISION: tl.constexpr,
 ):
     """Coefficients of a group for every R into ``place``; the row that the weighted sums take for their origin."""
-    w = _load_weights(weights, counts, BLOCKS)
     d = _distances(points, counts, D, BLOCKS, BLOCK_D, DIFFERENCES, PRECISION)
     central = points[0] + _central_row(d, counts, BLOCKS) * D
     d = _ready_for_softmax(d, scale, counts, BLOCKS)
     for n in range(len(R_list)):  # not unrolled: the R would compete for registers
-        c = _coefficients(d, w, _slope(scale, one_of(R_list, n)), least, counts[0], BLOCKS)
+        c = _coefficients(d, weights, _slope(scale, one_of(R_list, n)), least, counts, BLOCKS)
         _store_coefficients(place + n * PAIRS, c, BLOCKS)
     tl.debug_barrier()  # what is stored is read back by other threads
     return central
@@ -388,8 +380,9 @@ def _gradient_kernel(
     for start in range(0, D, BLOCK_SUM):
         targets = _load_targets(points, central, counts, start, D, BLOCKS, BLOCK_SUM)
         F = zeros(BLOCKS[0], BLOCK_SUM)
-        for _ in range(tl.minimum(tl.num_programs(0), 1)):  # one turn; without it the coefficients stay in registers
-            F += _weighted_sum(_load_coefficients(place, BLOCKS), targets, BLOCKS, BLOCK_SUM, PRECISION)
+        for turn in range(tl.minimum(tl.num_programs(0), 1)):  # one turn; without it the coefficients stay in registers
+            c = _load_coefficients(place + turn * PAIRS, BLOCKS)
+            F += _weighted_sum(c, targets, BLOCKS, BLOCK_SUM, PRECISION)
         dim = start + tl.arange(0, BLOCK_SUM)[None, :]
         tl.store(grad + row * D + dim, (F * by).to(grad.dtype.element_ty), mask=(row < N) & (dim < D))
 
@@ -404,7 +397,7 @@ def _problem(points: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[int, .
     counts, D = tuple(t.shape[1] for t in sides), sides[0].shape[2]
     limits = launch.limits(sides[0].device)
     blocks = group.padded(counts[0], counts)[1:]
-    chosen = group.configuration((blocks[0], *blocks), limits)
+    chosen = group.configuration((blocks[0], *blocks), limits, pairs_of_lane=64)
     options = {
         "BLOCKS": blocks,
         "BLOCK_D": chosen.block_d,
