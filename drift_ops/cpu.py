@@ -4,7 +4,7 @@ Everything here takes and returns plain tensors and is called by :mod:`drift_ops
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import streamed_loss
+from .native import address, of_dtype
 
 # Groups up to this many query-target pairs keep them in cache and go through the group kernel of form C; larger ones
 # are streamed. In the group kernel the distances of phase 1 are kept for phase 2 unless D is so small that computing
@@ -31,14 +32,6 @@ except ImportError as error:
     load_error = f"drift_ops._cpu cannot be imported ({error}); reinstall with a C++17 compiler: pip install ."
 except ValueError as error:
     load_error = f"DRIFT_OPS_CPU_ISA: {error}"
-
-
-def _native(name: str, dtype: torch.dtype, owner: object = None) -> Callable[..., None]:
-    return getattr(owner or _cpu, f"{name}_{str(dtype).removeprefix('torch.')}")
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
 
 
 def _affinity(
@@ -99,7 +92,7 @@ def affinity_sums(
     num, den = q.new_empty(S, G, sides, N, D), q.new_empty(S, G, sides, N)
     row_stats, col_stats = q.new_empty(S, G, 2, N), q.new_empty(S, G, 2, M)
     problem = _affinity(q, k, kernel, widths, temperature, split, has_self, floor, least_distance, self_distance)
-    _native("forward", q.dtype, problem)(*map(_address, (q, k, v, w, num, den, row_stats, col_stats)))
+    of_dtype(problem, "forward", q.dtype)(*map(address, (q, k, v, w, num, den, row_stats, col_stats)))
     return num, den, row_stats, col_stats
 
 
@@ -124,7 +117,7 @@ def affinity_sums_backward(
     grad_w = q.new_zeros(0) if w is None else torch.zeros_like(w)
     problem = _affinity(q, k, kernel, widths, temperature, split, has_self, floor, 0.0, float("inf"))
     arguments = (q, k, v, w, row_stats, col_stats, grad_num, grad_den, *grads, grad_w)
-    _native("backward", q.dtype, problem)(*map(_address, arguments))
+    of_dtype(problem, "backward", q.dtype)(*map(address, arguments))
     return grads[0], grads[1], grads[2], grad_w
 
 
@@ -134,8 +127,8 @@ def _loss(points: Sequence[Tensor], weights: Sequence[Tensor]) -> Any:
         groups=points[0].shape[0],
         D=points[0].shape[2],
         counts=[t.shape[1] for t in points],
-        points=[_address(t) for t in points],
-        weights=[_address(w) for w in weights],
+        points=[address(t) for t in points],
+        weights=[address(w) for w in weights],
         threads=torch.get_num_threads(),
     )
 
@@ -151,7 +144,7 @@ def loss_scale(points: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Ten
     (G, N, _), M = points[0].shape, sum(t.shape[1] for t in points)
     means = torch.empty(2, dtype=torch.float64)
     kept = points[0].new_empty(kept_shape(points))
-    _native("scale", points[0].dtype, _loss(points, weights))(means.data_ptr(), _address(kept))
+    of_dtype(_loss(points, weights), "scale", points[0].dtype)(means.data_ptr(), address(kept))
     return means.div_(torch.tensor([G * N * M, G * M])), kept
 
 
@@ -174,8 +167,8 @@ def loss_moments(
     if N * M > GROUP_PAIRS:
         return streamed_loss.loss_moments(affinity_sums, points, weights, scale, R_list, floor)
     forces, moments = gen.new_empty(R, G, N, D), gen.new_empty(G, R, R)
-    native = _native("moments", gen.dtype, _loss(points, weights))
-    native(float(scale), list(R_list), floor, *map(_address, (kept, forces, moments)))
+    native = of_dtype(_loss(points, weights), "moments", gen.dtype)
+    native(float(scale), list(R_list), floor, *map(address, (kept, forces, moments)))
     return forces, moments
 
 
@@ -193,6 +186,6 @@ def loss_gradient(
     _, G, N, D = forces.shape
     grad = forces.new_empty(G, N, D)
     by = incoming * (-2 / (N * D * max(float(scale) / D**0.5, 1e-3)))
-    native = _native("loss_gradient", forces.dtype)
-    native(G, N * D, factors.tolist(), torch.get_num_threads(), *map(_address, (forces, by, grad)))
+    native = of_dtype(_cpu, "loss_gradient", forces.dtype)
+    native(G, N * D, factors.tolist(), torch.get_num_threads(), *map(address, (forces, by, grad)))
     return grad

@@ -4,7 +4,7 @@ Everything here takes and returns plain tensors and is called by :mod:`drift_ops
 where ``torch.get_float32_matmul_precision()`` is ``"highest"``, and TF32 otherwise.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import streamed_loss
+from .native import address, of_dtype
 
 _cuda: ModuleType | None = None
 load_error: str | None = None  # why the compiled module cannot be used
@@ -33,14 +34,6 @@ def why_not() -> str | None:
     if max(torch.cuda.get_device_capability(d) for d in range(torch.cuda.device_count())) < (8, 0):
         return "no CUDA device of compute capability 8.0 or later"
     return None
-
-
-def _native(name: str, dtype: torch.dtype, owner: object) -> Callable[..., Any]:
-    return getattr(owner, f"{name}_{str(dtype).removeprefix('torch.')}")
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
 
 
 def _launch_options(tensor: Tensor) -> dict[str, Any]:
@@ -79,7 +72,7 @@ def _affinity(
         floor=floor,
         least_distance=least_distance,
         self_distance=self_distance,
-        unit=_address(unit),
+        unit=address(unit),
         **_launch_options(q),
     )
 
@@ -108,8 +101,8 @@ def affinity_sums(
     num, den = q.new_empty(S, G, sides, N, D), q.new_empty(S, G, sides, N)
     row_stats, col_stats = q.new_empty(S, G, 2, N), q.new_empty(S, G, 2, M)
     problem = _affinity(q, k, kernel, widths, temperature, split, has_self, floor, least_distance, self_distance, unit)
-    scratch = q.new_empty(_native("forward_scratch", q.dtype, problem)())
-    _native("forward", q.dtype, problem)(*map(_address, (q, k, v, w, num, den, row_stats, col_stats, scratch)))
+    scratch = q.new_empty(of_dtype(problem, "forward_scratch", q.dtype)())
+    of_dtype(problem, "forward", q.dtype)(*map(address, (q, k, v, w, num, den, row_stats, col_stats, scratch)))
     return num, den, row_stats, col_stats
 
 
@@ -133,9 +126,9 @@ def affinity_sums_backward(
     grads = [torch.empty_like(t) for t in (q, k, v)]
     grad_w = q.new_empty(0) if w is None else torch.empty_like(w)
     problem = _affinity(q, k, kernel, widths, temperature, split, has_self, floor, 0.0, float("inf"), None)
-    scratch = q.new_empty(_native("backward_scratch", q.dtype, problem)())
+    scratch = q.new_empty(of_dtype(problem, "backward_scratch", q.dtype)())
     arguments = (q, k, v, w, row_stats, col_stats, grad_num, grad_den, *grads, grad_w, scratch)
-    _native("backward", q.dtype, problem)(*map(_address, arguments))
+    of_dtype(problem, "backward", q.dtype)(*map(address, arguments))
     return grads[0], grads[1], grads[2], grad_w
 
 
@@ -155,9 +148,9 @@ def _groups(
         groups=points[0].shape[0],
         D=points[0].shape[2],
         counts=[t.shape[1] for t in points],
-        points=[_address(t) for t in points],
-        weights=[_address(w) for w in weights],
-        scale=_address(scale),
+        points=[address(t) for t in points],
+        weights=[address(w) for w in weights],
+        scale=address(scale),
         R_list=list(R_list),
         floor=floor,
         **_launch_options(points[0]),
@@ -175,13 +168,13 @@ def loss_scale(points: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Ten
     means, kept = gen.new_empty(2, dtype=torch.float64), gen.new_empty(kept_shape(points))
     if _in_shared_memory(points, R=1):
         scratch = gen.new_empty(2 * gen.shape[0], dtype=torch.float64)
-        _groups(points, weights, None, (), 0.0).scale(_address(means), _address(scratch))
+        _groups(points, weights, None, (), 0.0).scale(address(means), address(scratch))
         return means, kept
     q, targets, w = streamed_loss.centred(points, weights)
     least = streamed_loss.LEAST_DISTANCE
     problem = _affinity(q, targets, "laplace", (), 1.0, 0, True, 0.0, least, 0.0, None)
-    scratch = gen.new_empty(_native("scale_scratch", gen.dtype, problem)(), dtype=torch.float64)
-    _native("scale", gen.dtype, problem)(*map(_address, (q, targets, w, means, scratch)))
+    scratch = gen.new_empty(of_dtype(problem, "scale_scratch", gen.dtype)(), dtype=torch.float64)
+    of_dtype(problem, "scale", gen.dtype)(*map(address, (q, targets, w, means, scratch)))
     return means, kept
 
 
@@ -203,7 +196,7 @@ def loss_moments(
     if not _in_shared_memory(points, R):
         return streamed_loss.loss_moments(affinity_sums, points, weights, scale, R_list, floor)
     state, moments = gen.new_empty(0), gen.new_empty(gen.shape[0], R, R)
-    _groups(points, weights, scale, R_list, floor).moments(_address(moments))
+    _groups(points, weights, scale, R_list, floor).moments(address(moments))
     return state, moments
 
 
@@ -222,6 +215,6 @@ def loss_gradient(
     if _in_shared_memory(points, len(R_list)):
         grad = torch.empty_like(gen)
         groups = _groups(points, weights, scale, R_list, floor)
-        groups.gradient(*map(_address, (factors.contiguous(), incoming, grad)))
+        groups.gradient(*map(address, (factors.contiguous(), incoming, grad)))
         return grad
     return streamed_loss.loss_gradient(gen, state, scale, factors, incoming)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import FLOOR, points, rms, unaligned, weights
+from cases import FLOOR, INTERPRETED, points, rms, unaligned, weights
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -10,12 +10,12 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from drift_ops import cpu, reference  # noqa: E402
-from drift_ops.triton import group, group_field, group_loss, launch  # noqa: E402
+from drift_ops.triton import group, group_field, group_loss  # noqa: E402
 
-if not launch.INTERPRETED and not torch.cuda.is_available():
+if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("needs TRITON_INTERPRET=1 or a CUDA device", allow_module_level=True)
 
-DEVICE = "cpu" if launch.INTERPRETED else "cuda"
+DEVICE = "cpu" if INTERPRETED else "cuda"
 FEW = settings(
     max_examples=5, deadline=None, derandomize=True, phases=(Phase.explicit, Phase.generate)
 )  # slow to shrink

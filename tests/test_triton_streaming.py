@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import DENSE_FACTOR, FLOOR, points, rms, unaligned, weights
+from cases import DENSE_FACTOR, FLOOR, INTERPRETED, points, rms, unaligned, weights
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -11,12 +11,12 @@ from drift_ops import reference
 
 pytest.importorskip("triton")
 from drift_ops import triton as backend  # noqa: E402
-from drift_ops.triton import group, launch, streaming, streaming_backward, streaming_tiles  # noqa: E402
+from drift_ops.triton import group, streaming, streaming_backward, streaming_tiles  # noqa: E402
 
-if not launch.INTERPRETED and not torch.cuda.is_available():
+if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("needs TRITON_INTERPRET=1 or a GPU", allow_module_level=True)
 
-DEVICE = "cpu" if launch.INTERPRETED else "cuda"
+DEVICE = "cpu" if INTERPRETED else "cuda"
 F32 = torch.float32
 
 

@@ -2,15 +2,12 @@
 
 import contextlib
 import functools
-import os
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run in Python, on CPU tensors
 
 
 @dataclass(frozen=True)
