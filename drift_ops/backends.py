@@ -63,6 +63,11 @@ def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> str:
     return name
 
 
+# torch.compile takes what choose returns for a constant, instead of tracing how it looks at the machine. This is all
+# that torch.compiler.assume_constant_result does, but that one imports the compiler, which takes seconds.
+choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _why_not_for(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """What keeps a usable backend from serving tensors of ``dtype`` on ``device``, and what to do about it."""
     if name == "reference":

@@ -223,7 +223,8 @@ def test_memory_of_a_large_backward(gpu_backend, form):
 @pytest.mark.parametrize("D", [256, 1024])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_memory_of_the_loss(gpu_backend, dtype, D):
-    """Forward and backward: at most a tenth more than the inputs and the gradient."""
+    """Forward and backward: at most a tenth more than the inputs and the gradient. ``cuda`` works on float32 copies of
+    16-bit inputs, and its gradient is one before it is rounded."""
     require_memory(4e9)
     shapes = [(512, count, D) for count in COUNTS.values()]
     gen, pos, neg = (torch.randn(shape, device="cuda", dtype=dtype) for shape in shapes)
@@ -234,4 +235,6 @@ def test_memory_of_the_loss(gpu_backend, dtype, D):
         loss, _ = drift_ops.drift_loss(gen, pos, neg, backend=gpu_backend)
         return torch.autograd.grad(loss, gen, torch.ones_like(loss))
 
-    assert inputs + peak_above(forward_and_backward) < 1.1 * (inputs + gen.nbytes)
+    converted = 4 * (gen.numel() + pos.numel() + neg.numel() + gen.numel())
+    allowed = inputs + converted if gpu_backend == "cuda" and dtype != torch.float32 else inputs + gen.nbytes
+    assert inputs + peak_above(forward_and_backward) < 1.1 * allowed

@@ -1,5 +1,7 @@
 """The ops as citizens of PyTorch: opcheck, torch.compile, autocast, and no double backward."""
 
+from importlib import import_module
+
 import pytest
 import torch
 from cases import compute_V_inputs, device_of, field_inputs, loss_inputs, points
@@ -7,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
 import drift_ops
-from drift_ops import ops
+from drift_ops import cpu, ops
 
 G, N, P, M, D, R_LIST = 2, 4, 5, 3, 6, [0.05, 0.2]
 
@@ -105,6 +107,18 @@ def test_compile_lists_of_maps(backend):
         torch.testing.assert_close(a, b)
 
 
+@every_form
+def test_compile_does_not_trace_how_a_backend_is_chosen(monkeypatch, function, tensors, options):
+    """Looking at the machine takes calls that dynamo cannot trace."""
+    torch._dynamo.reset()
+    why_not = import_module("drift_ops.backends")._WHY_NOT
+    monkeypatch.setitem(why_not, "cpu", lambda: torch._dynamo.graph_break() or cpu.load_error)
+    tensors = float32(tensors, "cpu")
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    (value, _), (expected, _) = compiled(function, tensors, options), step(function, tensors, options)
+    torch.testing.assert_close(value, expected)
+
+
 def test_compile_with_inductor(kernel_backend):
     """The default compiler; one form, as it is slow and treats all custom ops alike."""
     torch._dynamo.reset()
@@ -121,7 +135,8 @@ def test_compile_with_inductor(kernel_backend):
 def test_nothing_waits_for_a_value(backend, function, tensors, options):
     """Tensors without values go through: on a GPU, no step makes the host wait."""
     with FakeTensorMode():
-        fakes = {name: torch.empty(t.shape, requires_grad=True) for name, t in tensors.items()}
+        device = device_of(backend)
+        fakes = {name: torch.empty(t.shape, device=device, requires_grad=True) for name, t in tensors.items()}
         value, _ = step(function, fakes, options | {"backend": backend})
         torch.autograd.grad(value, list(fakes.values()), allow_unused=True)
 

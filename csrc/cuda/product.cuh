@@ -138,11 +138,15 @@ __device__ __forceinline__ void multiply(Tile<float, NT>& tile, const float* X, 
             for (int m = 0; m < 2; ++m) {
                 float &c0 = tile.value[2 * m][2 * n], &c1 = tile.value[2 * m][2 * n + 1], &c2 = tile.value[2 * m + 1][2 * n],
                       &c3 = tile.value[2 * m + 1][2 * n + 1];
-                if (split) {
-                    mma_tf32(c0, c1, c2, c3, a[m].small, b.big);
-                    mma_tf32(c0, c1, c2, c3, a[m].big, b.small);
+                if (!split) {
+                    mma_tf32(c0, c1, c2, c3, a[m].big, b.big);
+                    continue;
                 }
-                mma_tf32(c0, c1, c2, c3, a[m].big, b.big);
+                float of_step[4] = {};  // tensor cores truncate every sum: long ones are added up outside them
+                mma_tf32(of_step[0], of_step[1], of_step[2], of_step[3], a[m].small, b.big);
+                mma_tf32(of_step[0], of_step[1], of_step[2], of_step[3], a[m].big, b.small);
+                mma_tf32(of_step[0], of_step[1], of_step[2], of_step[3], a[m].big, b.big);
+                c0 += of_step[0], c1 += of_step[1], c2 += of_step[2], c3 += of_step[3];
             }
         }
     }
@@ -175,9 +179,12 @@ template <int N> struct RowNorms {
     float sum[N] = {};
     template <class F> __device__ __forceinline__ void add(const F& fetched) {
 #pragma unroll
-        for (int n = 0; n < N; ++n)
+        for (int n = 0; n < N; ++n) {
+            float of_vector = 0;
 #pragma unroll
-            for (int e = 0; e < VECTOR<float>; ++e) sum[n] += fetched.held[n].value[e] * fetched.held[n].value[e];
+            for (int e = 0; e < VECTOR<float>; ++e) of_vector += fetched.held[n].value[e] * fetched.held[n].value[e];
+            sum[n] += of_vector;
+        }
     }
     __device__ __forceinline__ void put(float* norms) {
 #pragma unroll

@@ -151,6 +151,21 @@ inline float to_tf32(float x) {
     return x;
 }
 
+// Tensor cores line terms up with the largest, to two bits more than a float has, and cut off what lies below.
+inline float sum_of_tensor_core(const double (&terms)[9]) {
+    double largest = 0, sum = 0;
+    for (double x : terms) largest = std::fmax(largest, std::fabs(x));
+    if (!std::isfinite(largest) || largest == 0) {
+        for (double x : terms) sum += x;
+        return float(sum);
+    }
+    const double unit = std::ldexp(1.0, std::ilogb(largest) - 25);
+    for (double x : terms) sum += std::trunc(x / unit) * unit;
+    float rounded = float(sum);
+    if (std::fabs(double(rounded)) > std::fabs(sum)) rounded = std::nextafter(rounded, 0.0f);
+    return rounded;
+}
+
 }  // namespace emulation
 
 inline void __syncthreads() { emulation::wait(emulation::block_barrier); }
@@ -184,10 +199,12 @@ inline void mma_tf32(float& c0, float& c1, float& c2, float& c3, const float (&a
     float* c[4] = {&c0, &c1, &c2, &c3};
     for (int e = 0; e < 4; ++e) {
         const int row = lane / 4, col = lane % 4 * 2 + e % 2;
-        double sum = 0;
-        for (int k = 0; k < 8; ++k)
-            sum += double(operands[warp + row * 4 + k % 4][k / 4 * 2 + e / 2]) * operands[warp + col * 4 + k % 4][4 + k / 4];
-        *c[e] += float(sum);
+        double terms[9] = {*c[e]};
+        for (int k = 0; k < 8; ++k) {
+            const float *of_row = operands[warp + row * 4 + k % 4], *of_col = operands[warp + col * 4 + k % 4];
+            terms[1 + k] = double(of_row[k / 4 * 2 + e / 2]) * of_col[4 + k / 4];
+        }
+        *c[e] = emulation::sum_of_tensor_core(terms);
     }
 }
 }  // namespace drift::cuda
