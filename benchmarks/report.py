@@ -122,8 +122,8 @@ of the generated samples, the others forward unless they say otherwise. Counts a
 points are standard normal, float32; *precision* is what `torch.set_float32_matmul_precision` was given. *(G=…)*:
 measured on so many of the problems (of a step: labels), as many as memory allows, and scaled up in proportion.
 *of floor*: the least time that the bytes of inputs and outputs take at copy bandwidth, or the matrix products at the
-matrix rate of the precision (for *highest* the better of IEEE and a third of TF32), whichever is longer, over the time
-measured. *memory*: its peak over that of inputs and outputs.
+matrix rate of the precision (for *highest* a third of the 16-bit rate, for *high* all of it), whichever is longer, over
+the time measured. *memory*: its peak over that of inputs and outputs.
 """
 
 
@@ -166,8 +166,9 @@ def plot(results: Results, path: Path) -> None:
 
 
 def load(folder: Path) -> dict[str, Results]:
-    """By device, results in the folder."""
-    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    """By device, results of :mod:`benchmarks.gpu` in the folder."""
+    files = [path for path in sorted(folder.glob("*.json")) if "." not in path.stem]  # others are DEVICE.WHAT.json
+    return {path.stem: json.loads(path.read_text()) for path in files}
 
 
 def main() -> None:

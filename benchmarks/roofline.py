@@ -44,9 +44,12 @@ def measure_ceilings(device: str, megabytes: int = 2048, size: int = 8192, runs:
 
 
 def matrix_rate(ceilings: Ceilings, precision: str) -> float:
-    """The best known rate of float32 products. ``"high"`` allows TF32; ``"highest"`` is float32, be it from IEEE
-    arithmetic or from three TF32 products, which give about as many digits."""
-    return max(ceilings["ieee"], ceilings["tf32"] / (3 if precision == "highest" else 1))
+    """The best known rate of float32 products: of IEEE arithmetic, or of TF32 or 16-bit ones.
+
+    ``"high"`` allows TF32, whose ten bits float16 has too. ``"highest"`` is float32: three products of two parts each
+    give about as many digits, be they TF32 or float16. (Products of float16 and of bfloat16 have one rate.)
+    """
+    return max(ceilings["ieee"], max(ceilings["tf32"], ceilings["bf16"]) / (3 if precision == "highest" else 1))
 
 
 def floor_seconds(case: Case, ceilings: Ceilings, precision: str) -> float:

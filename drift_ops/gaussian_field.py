@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
-from .arguments import check_points, check_positive, check_positives
+from .arguments import check_flag, check_points, check_positive, check_positives
 from .backends import choose
 from .points import as_problems, find_centre, to_compute_dtype
 
@@ -84,6 +84,8 @@ def _gaussian_field(
     check_points("x_data", x_data, x, "x")
     check_points("x_gen", x_gen, x, "x", empty=True)
     temperature = check_positive("temperature", temperature)
+    check_flag("normalize_features", normalize_features)
+    check_flag("normalize_drift", normalize_drift)
     chosen = choose(backend, x.device, x.dtype)
     with torch.autocast(x.device.type, enabled=False):
         points, data, gen = (to_compute_dtype(t) for t in (x, x_data, x_gen))
@@ -91,25 +93,29 @@ def _gaussian_field(
             V = reference.compute_V(points, data, gen, sigmas, temperature, normalize_features, normalize_drift)
             return V.to(x.dtype)
         q, sides = as_problems(points), [as_problems(data), as_problems(gen)]
-        keys = sides
         if normalize_features:
-            q, keys = reference.unit_features(q), [reference.unit_features(y) for y in sides]
-        key_centre = find_centre(q, *keys)
-        value_centre = find_centre(*sides) if normalize_features else key_centre
-        V = torch.zeros_like(q)
-        for sign, k, v in zip((1, -1), keys, sides, strict=True):
-            if k.shape[1] == 0:
-                continue
-            k, v = k - key_centre, v - value_centre
-            num, den, _, _ = ops.affinity_sums(
-                q - key_centre, k, v, None, "gaussian", sigmas, temperature, 0, False, 0.0, chosen
-            )
+            value_centre = find_centre(*sides)
+            q = reference.unit_features(q)
+            key_centre = find_centre(q, *(reference.unit_features(y.detach()) for y in sides))
+        else:
+            value_centre = key_centre = find_centre(q, *sides)
+        q = q - key_centre
+
+        def mean_under_kernel(y: Tensor) -> Tensor:
+            """m_s − value_centre ``[G, N, D]``. What it makes of all points is gone before the next side's."""
+            v = y - value_centre
+            if normalize_features:
+                k = q if x_gen is x and y is sides[1] else reference.unit_features(y) - key_centre
+            else:
+                k = v
+            num, den, _, _ = ops.affinity_sums(q, k, v, None, "gaussian", sigmas, temperature, 0, False, 0.0, chosen)
             den = den.unsqueeze(-1)  # [S, G, 1, N, 1]
             slack = 1e-8 * den.sum(-2, keepdim=True)  # the 1e-8 beside rowsum(A), before A is divided by its sum
             # m − centre = (num − slack·centre) / (den + slack); the centres cancel, unless one side is empty
             mean = (num - slack * value_centre.unsqueeze(1)) / (den + slack)
-            V = V + sign * mean[:, :, 0].mean(0)
-        if gen.shape[-2] == 0:
-            V = V + value_centre
+            return mean[:, :, 0].mean(0)
+
+        V = mean_under_kernel(sides[0])
+        V = V + value_centre if gen.shape[-2] == 0 else V - mean_under_kernel(sides[1])
         V = V.reshape(x.shape)
         return (reference.unit_drift(V) if normalize_drift else V).to(x.dtype)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
-from .arguments import check_floor, check_points, check_positive, check_positives, check_weights
+from .arguments import check_flag, check_floor, check_points, check_positive, check_positives, check_weights
 from .backends import choose
 from .points import as_problems, find_centre, to_compute_dtype
 
@@ -47,6 +47,7 @@ def drift_field(
     Raises:
         TypeError, ValueError: an argument is not what is described here, or there are no negatives at all.
     """
+    check_flag("include_self", include_self)
     check_points("x", x)
     check_points("pos", pos, x, "x")
     if neg is None:
@@ -77,8 +78,8 @@ def drift_field(
                 weights = as_problems(torch.cat(given, -1), 1)
             q, n, p = (as_problems(t) for t in (q, n, p))
             centre = find_centre(q, n, p)
-            q = q - centre
-            targets = torch.cat([*([q] if include_self else []), n - centre, p - centre], 1)
+            targets = torch.cat([*([q] if include_self else []), n, p], 1).sub_(centre)
+            q = targets[:, : q.shape[1]] if include_self else q - centre
             num, den, _, _ = ops.affinity_sums(
                 q,
                 targets,

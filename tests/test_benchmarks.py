@@ -81,8 +81,8 @@ def test_floor_is_the_longer_of_bytes_and_products():
     small = Case("drift_loss", G=10, N=64, M=16, P=64, D=256)  # (64 + 16 + 64 + 64) × 256 × 4 bytes a problem
     assert floor_seconds(small, ceilings, "high") == pytest.approx(10 * 208 * 1024 / 3e12)
     large = Case("drift_field", N=131072, P=131072, D=256)  # 2 × N × 2N × D × 2 flop
-    assert floor_seconds(large, ceilings, "high") == pytest.approx(8 * 131072**2 * 256 / 4e14)
-    assert floor_seconds(large, ceilings, "highest") == pytest.approx(8 * 131072**2 * 256 / (4e14 / 3))
+    assert floor_seconds(large, ceilings, "high") == pytest.approx(8 * 131072**2 * 256 / 8e14)
+    assert floor_seconds(large, ceilings, "highest") == pytest.approx(8 * 131072**2 * 256 / (8e14 / 3))
 
 
 def test_dry_run(tmp_path):
@@ -134,6 +134,62 @@ def test_complaints():
     assert complaints(fine, ("triton", "cuda")) == []
     assert len(complaints([row | {"failure": "the process died"}], ("triton",))) == 1
     assert len(complaints([row | {"error_to_eager": 0.1}], ("triton",))) == 1
+
+
+# A training step
+
+
+def test_phases_of_a_training_step(monkeypatch):
+    """Each network's part of the backward counts as its own, and the operator's as the operator's."""
+    from benchmarks import training_step
+    from drift_ops import ops
+    from drifting.config_schema import Config
+
+    phases, seen = training_step.PHASES, {"gradient": [], "extractor": [], "generator": []}
+    entered: list[str] = []
+    loss_gradient, enter = ops.loss_gradient, training_step.Stopwatch.enter
+
+    def recorded(*arguments):
+        seen["gradient"].append(entered[-1])
+        return loss_gradient(*arguments)
+
+    def recorded_enter(stopwatch, phase):
+        entered.append(phase)
+        enter(stopwatch, phase)
+
+    def build(config, device):
+        trainer = build_trainer(config, device)
+        convolution = trainer.loss_fn.feature_extractor.encoder.stages[0][0].conv1
+        convolution.register_full_backward_hook(lambda *_: seen["extractor"].append(entered[-1]))
+        trainer.model.blocks[0].register_full_backward_hook(lambda *_: seen["generator"].append(entered[-1]))
+        return trainer
+
+    build_trainer = training_step.build_trainer
+    monkeypatch.setattr(ops, "loss_gradient", recorded)
+    monkeypatch.setattr(training_step.Stopwatch, "enter", recorded_enter)
+    monkeypatch.setattr(training_step, "build_trainer", build)
+    config = training_step.read_config("digits", Config)
+    config.loss.feature_extractor, config.step.labels_per_step, config.step.gen_per_label = ["latent"], 2, 4
+    for config.step.labels_at_once in (None, 1):
+        entered.clear()
+        result = training_step.profile(config, "cpu", seconds=0)
+        assert result["steps"] == 1 and result["maps"] > 30 and set(entered) == set(phases)
+        assert set(seen["gradient"]) == {"operator"} and set(seen["extractor"]) == {"feature extraction"}
+        assert set(seen["generator"]) == {"generator backward"}
+        assert 0 < result["operator_share"] < 1
+        assert sum(result["milliseconds"].values()) == pytest.approx(result["step_milliseconds"])
+
+
+def test_training_step_needs_no_omegaconf(tmp_path):
+    code = "import sys; sys.modules['omegaconf'] = None; from benchmarks.training_step import main; main()"
+    options = ["digits", "--seconds", "0", "--labels", "2", "--labels-at-once", "1", "--out", str(tmp_path)]
+    output = subprocess.run(
+        [sys.executable, "-c", code, *options], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    (file,) = tmp_path.glob("*.training-step.json")
+    result = json.loads(file.read_text())
+    assert result["step"]["labels_per_step"] == 2 and result["step_milliseconds"] > 0 and result["maps"] == 1
+    assert "| operator | " in output.stdout and "| generator backward | " in output.stdout
 
 
 # Its report

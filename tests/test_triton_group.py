@@ -87,6 +87,8 @@ def loss_case(G: int, N: int, M: int, P: int, D: int, shift: float = 0.0) -> tup
 )
 @example(N=64, M=16, P=64, D=65, floor=0.0)
 @example(N=16, M=0, P=16, D=4, floor=1e-6)
+@example(N=16, M=3, P=10, D=200, floor=1e-6)  # distances are kept for phase 2
+@example(N=16, M=3, P=10, D=520, floor=0.0)  # and for phase 3, where programs share a group
 @example(N=1, M=1, P=1, D=1, floor=0.0)
 @example(N=1, M=0, P=5, D=33, floor=1e-6)
 def test_loss_over_ragged_shapes(N, M, P, D, floor):
@@ -131,6 +133,59 @@ def test_loss_is_the_same_every_time():
     given = loss_case(2, 20, 5, 17, 40)
     first, second = (phases(given, points(2, seed=8), 0.0, group_loss, on_device) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+# With many dimensions, phase 1 keeps the products of all targets, and the moments come from those.
+
+
+def kept_case(N=16, M=0, P=16, D=300, shift=0.0):
+    p, w = loss_case(2, N, M, P, D, shift)
+    assert group_loss.kept_shape([t.float() for t in p]) != (0,)
+    return p, w
+
+
+@pytest.mark.parametrize(
+    "N, M, P, D",
+    [(16, 0, 16, 90), (64, 16, 64, 256), (40, 7, 23, 301), (11, 3, 1, 257), (1, 1, 1, 2000), (13, 5, 30, 513)],
+)
+@pytest.mark.parametrize("floor", [0.0, 1e-6])
+def test_loss_from_kept_products(N, M, P, D, floor):
+    check_loss(*kept_case(N, M, P, D), floor)
+
+
+def test_loss_kept_products_far_from_the_origin():
+    p, w = kept_case(20, 5, 17, 300, shift=1e3)
+    check_loss([t.float().double() for t in p], w, 0.0)
+
+
+def test_loss_kept_products_of_coinciding_points():
+    p, w = kept_case(12, 6, 14, 300)
+    p[0][:, 3] = p[0][:, 4]
+    p[2][:, :5] = p[0][:, :5] + 1e-3 * p[2][:, :5]
+    p[1][:, 0] = p[0][:, 0]
+    check_loss(p, w, 0.0)
+
+
+@pytest.mark.parametrize("width", [0.3, 0.1, 0.01])
+def test_loss_kept_products_of_two_clusters(width):
+    """Forces much shorter than the targets, whose products cancel."""
+    p, w = kept_case(12, 6, 14, 300)
+    p = [width * t for t in p]
+    for t in p:
+        t[:, ::2] += points(1, 300, seed=77)
+    check_loss(p, w, 1e-6)
+
+
+@pytest.mark.parametrize("which", [0, 3])
+@pytest.mark.parametrize("who", [0, 1, 2], ids=["gen", "neg", "pos"])
+@pytest.mark.parametrize("coinciding", [False, True])
+def test_loss_kept_products_with_one_outlier(who, which, coinciding):
+    p, w = kept_case(12, 6, 14, 300)
+    p[who][:, which] = 1e4
+    if coinciding:
+        p[2][:, 5:8] = p[0][:, 5:8] * (1 + 1e-4)
+        p[0][:, 9] = p[0][:, 8]
+    check_loss(p, w, 1e-6, rtol=1e-5)
 
 
 # Forms A and B

@@ -123,6 +123,26 @@ def test_outlier():
     check([q, k, v], ("laplace", (2.0,), 1.0, 20, False, 0.0))
 
 
+def test_all_dimensions_in_a_tile(monkeypatch):
+    monkeypatch.setattr(streaming_tiles, "LARGEST_BLOCK", 32)
+    check(make(1, 40, 70, 30, False, True), ("laplace", (0.5, 2.0), 1.0, 40, True, 0.0))
+    q, k, *_ = make(1, 40, 70, 30, False, True)
+    check([q, k, k], ("laplace", (1.0,), 1.0, 0, True, 0.0))
+
+
+@pytest.mark.parametrize("apart", [0.0, 300.0, 3000.0])
+def test_logits_far_from_any_level(apart):
+    """Two clusters: logits of a tile, or all that a query has in a walk, leave the range of float32's exponentials."""
+    q, k, v = (t.to(F32) for t in make(1, 40, 70, 20, False, False))
+    q[:, 20:] += apart
+    k[:, 10:30] += apart
+    options = ("laplace", (0.1, 1.0), 1.0, 0, False, 0.0)
+    found = streaming.affinity_sums(*(t.to(DEVICE) for t in (q, k, v)), None, *options)[:2]
+    largest = reference.distances(q, k).amin(2).max() / 0.1  # of the logits that count: they are rounded
+    for value, exact in zip(found, dense_sums(q.double(), k.double(), v.double(), None, *options), strict=True):
+        assert rms(value.cpu() - exact) <= torch.finfo(F32).eps * largest * rms(exact)
+
+
 @pytest.mark.parametrize("D", [2, 20])
 def test_nothing_unmasked(D):
     """One query whose only key is itself: all zero, and no NaN."""

@@ -37,13 +37,13 @@ def _in_groups(points: Sequence[Tensor]) -> bool:
 
 
 def kept_shape(points: Sequence[Tensor]) -> tuple[int, ...]:
-    """Shape of what phase 1 of form C keeps for phase 2: nothing."""
-    return (0,)
+    """Shape of what phase 1 of form C keeps for phase 2: distances, or nothing."""
+    return group_loss.kept_shape(points) if _in_groups(points) else (0,)
 
 
 def state_shape(points: Sequence[Tensor], R: int) -> tuple[int, ...]:
-    """Shape of what phase 2 keeps for phase 3: nothing, or the forces ``[R, G, N, D]`` where groups are streamed."""
-    return (0,) if _in_groups(points) else (R, *points[0].shape)
+    """Shape of what phase 2 keeps for phase 3: statistics, or the forces ``[R, G, N, D]`` of streamed groups."""
+    return group_loss.state_shape(points, R) if _in_groups(points) else (R, *points[0].shape)
 
 
 def loss_scale(points: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

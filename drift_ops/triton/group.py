@@ -41,6 +41,13 @@ class Configuration:
     block_sum: int  # dimensions a step of the weighted sums
     num_warps: int
     num_stages: int
+    maxnreg: int = 0  # registers of a thread at most, for more programs on a multiprocessor; 0: as many as it wants
+
+    def options(self) -> dict[str, int]:
+        """What a kernel is launched with."""
+        found = {"BLOCK_D": self.block_d, "BLOCK_SUM": self.block_sum, "num_warps": self.num_warps}
+        found |= {"num_stages": self.num_stages, "maxnreg": self.maxnreg}
+        return {name: value for name, value in found.items() if value}
 
 
 def configuration(blocks: tuple[int, ...], limits: launch.Limits, pairs_of_lane: int) -> Configuration:
@@ -49,6 +56,27 @@ def configuration(blocks: tuple[int, ...], limits: launch.Limits, pairs_of_lane:
     num_warps = 2 * triton.next_power_of_2(triton.cdiv(blocks[0] * sum(blocks[1:]), pairs_of_lane * lanes))
     pipelined = not limits.amd and limits.shared_bytes >= OPERANDS_IN_SHARED
     return Configuration(16, 32, min(most_warps, num_warps), 3 if pipelined else 1)
+
+
+def loss_configuration(kernel: str, limits: launch.Limits) -> Configuration:
+    """For a kernel of form C."""
+    if limits.amd or limits.shared_bytes < OPERANDS_IN_SHARED:
+        return {
+            "scale": Configuration(32, 0, 4, 1),
+            "statistics": Configuration(32, 0, 4, 1),
+            "moments": Configuration(32, 32, 4, 1),
+            "gram": Configuration(0, 0, 4, 1),
+            "gradient": Configuration(32, 64, 4, 1),
+            "gradient of kept distances": Configuration(32, 64, 4, 1),
+        }[kernel]
+    return {
+        "scale": Configuration(32, 0, 4, 3),
+        "statistics": Configuration(32, 0, 4, 1),
+        "moments": Configuration(32, 32, 4, 2),
+        "gram": Configuration(0, 0, 4, 1),
+        "gradient": Configuration(32, 64, 4, 3),
+        "gradient of kept distances": Configuration(32, 64, 4, 2),
+    }[kernel]
 
 
 @triton.jit

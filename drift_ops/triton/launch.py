@@ -39,6 +39,11 @@ def product_precision(amd: bool) -> str:
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
+def splits_products() -> bool:
+    """Whether products take two parts of each float32 number, as ``torch.set_float32_matmul_precision`` asks."""
+    return torch.get_float32_matmul_precision() == "highest"
+
+
 def padded_block(count: int, least: int = 16) -> int:
     """The block that holds ``count`` entries: Triton's are powers of two, and a matrix product's at least 16."""
     return max(least, triton.next_power_of_2(count))

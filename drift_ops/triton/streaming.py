@@ -1,7 +1,11 @@
 """Large problems, forward: tiles over both axes. Nothing of size N×M is kept, and no sum depends on timing.
 
-- Statistics: the plane of a problem is cut into rectangles of tiles. A program walks one of them and keeps the running
-  maxima and sums of its rows and of its columns in slots that are its alone; a second kernel merges the slots in order.
+- Parts: points and values as float16 numbers (:mod:`.streaming_parts`), which the tensor cores multiply.
+- Statistics: the plane of a problem is cut into rectangles of tiles. A program walks one of them, the keys in the inner
+  loop, and exponentiates every pair once, relative to a level, for the sums by query (in registers) and by key (in
+  slots that are its alone). Where a sum by key leaves the range around the level in which float32 loses nothing, the
+  tile is worked out again, relative to its own maxima; where a sum by query turns out to have, the whole walk. A second
+  kernel merges the slots in order.
 - Weighted sums: a program walks the keys of one side for one tile of queries, one width and one chunk of dimensions.
 
 Both work the distances out from the points.
@@ -15,39 +19,105 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch, streaming_tiles
-from .streaming_tiles import (
-    add_product,
-    common_arguments,
-    count_tiles,
-    cut,
-    distances,
-    find_tile,
-    tile_affinities,
-    width_of,
+from . import launch, streaming_parts
+from .halves import exponent
+from .halves import split as in_halves
+from .streaming_parts import (
+    LOG2E,
+    forward_arguments,
+    has_diagonal,
+    hide_missing,
+    inverse_of,
+    load_parts,
+    load_whole,
+    power_of_two,
+    product,
+    scale_of_products,
+    tile_distances,
+    tile_logits,
 )
-from .tiles import finish_statistics, finite_shift, kernel_logits, load_rows, load_vector
+from .streaming_tiles import count_tiles, cut, find_tile, width_of
+from .tiles import NOTHING, finite_shift, load_vector, self_pairs
+
+# An affinity is at most 1; float16 has most bits for numbers between 2^-14 and 2^15.
+AFFINITY_BITS = tl.constexpr(15)
+AFFINITY_SCALE = tl.constexpr(2.0**15)
+
+# Sums of exponentials relative to a level in which nothing is lost: their terms are normal float32 numbers or too small
+# to count, and as many sums as there may be cannot overflow.
+LEAST_SUM = tl.constexpr(2.0**-80)
+LARGEST_SUM = tl.constexpr(2.0**90)
 
 
 @triton.jit
-def add_to_statistics(slots, size, count, logits, fresh, AXIS: tl.constexpr, BLOCK: tl.constexpr):
-    """Adds a tile of logits to the running maxima and sums of its rows or columns, kept in ``slots`` [2, size]."""
-    n = tl.arange(0, BLOCK)
-    old_top = tl.load(slots + n, mask=(n < count) & (fresh == 0), other=float("-inf"))
-    old_total = tl.load(slots + size + n, mask=(n < count) & (fresh == 0), other=0.0)
-    top = tl.maximum(old_top, tl.max(logits, AXIS))
-    shift = finite_shift(top)
-    total = tl.sum(tl.exp(logits - tl.expand_dims(shift, AXIS)), AXIS)
-    tl.store(slots + n, top, mask=n < count)
-    tl.store(slots + size + n, old_total * tl.exp(old_top - shift) + total, mask=n < count)
+def first_levels(temperature, GAUSSIAN: tl.constexpr, WIDTHS: tl.constexpr):
+    """A first guess at logits (base 2), for every width."""
+    levels = ()
+    for _ in tl.static_range(WIDTHS):
+        levels = levels + ((0.5 * LOG2E / temperature) if GAUSSIAN else 0.0,)
+    return levels
+
+
+@triton.jit
+def no_sums(WIDTHS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
+    sums = ()
+    for _ in tl.static_range(WIDTHS):
+        sums = sums + (tl.zeros([BLOCK_K, BLOCK_Q], tl.float32),)
+    return sums
+
+
+@triton.jit
+def typical_level(tops):
+    """The geometric mean of negative logits, which outliers hardly move."""
+    sizes = tl.where(tops == NOTHING, 0.0, tl.log2(tl.maximum(-tops, 1.0)))
+    counts = tl.where(tops == NOTHING, 0.0, 1.0)
+    return -tl.exp2(tl.sum(sizes, 0) / tl.maximum(tl.sum(counts, 0), 1.0))
+
+
+@triton.jit
+def merge(top, total, other_top, other_total):
+    """Two sums of ``2^(L - top)`` as one."""
+    both = tl.maximum(top, other_top)
+    shift = finite_shift(both)
+    return both, total * tl.exp2(top - shift) + other_total * tl.exp2(other_top - shift)
+
+
+@triton.jit
+def add_rows(slots, N, count, logits, BLOCK: tl.constexpr):
+    """Adds the exponentials of a tile [keys, BLOCK], by query, to the sums in slots."""
+    m = tl.arange(0, BLOCK)
+    top = tl.max(logits, 0)
+    total = tl.sum(tl.exp2(logits - finite_shift(top)[None, :]), 0)
+    old_top = tl.load(slots + m, mask=m < count, other=0.0)
+    old_total = tl.load(slots + N + m, mask=m < count, other=0.0)
+    top, total = merge(old_top, old_total, top, total)
+    tl.store(slots + m, top, mask=m < count)
+    tl.store(slots + N + m, total, mask=m < count)
+
+
+@triton.jit
+def finish(top, total):
+    """``(m, s^-½)`` with ``s·e^m`` the sum ``total·2^top`` of exponentials, and s near 1; (0, 0) where it is empty."""
+    empty = total == 0
+    total = tl.where(empty, 1.0, total)
+    whole = tl.floor(tl.log2(total))
+    exact = tl.where(empty, 0.0, top + whole).to(tl.float64) / LOG2E
+    rounded = exact.to(tl.float32)
+    left = tl.exp2(((exact - rounded) * LOG2E).to(tl.float32))
+    return rounded, tl.where(empty, 0.0, tl.rsqrt(total * power_of_two(-whole) * left))
 
 
 @triton.jit
 def statistics_kernel(
     q,  # [G, N, D]
     k,  # [G, M, D]
-    q_norms,  # [G, N] or None, see distances
+    q_norms,  # [G, N], unless DIFFERENCES
     k_norms,
+    q_hi,  # [G, q_rows, DEPTH], unless DIFFERENCES
+    q_lo,
+    k_hi,  # [G, M, DEPTH]
+    k_lo,
+    largest,
     row_slots,  # [S, G, col_parts, 2, N]
     col_slots,  # [S, G, row_parts, 2, M]
     unit,  # [] or None
@@ -55,6 +125,7 @@ def statistics_kernel(
     temperature,
     least,
     self_distance,
+    q_rows,
     G,
     N,
     M,
@@ -66,49 +137,114 @@ def statistics_kernel(
     col_tiles,
     GAUSSIAN: tl.constexpr,
     SELF: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
+    DIFFERENCES: tl.constexpr,
+    DEPTH: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Softmax statistics of the logits in one rectangle, by row and by column, for all widths."""
+    """Softmax statistics of the logits (base 2) in one rectangle, by row and by column, for all widths."""
     program = tl.program_id(0)
     row_part = program % row_parts
     col_part = program // row_parts % col_parts
     g = (program // row_parts // col_parts).to(tl.int64)
     row_end = tl.minimum((row_part + 1) * row_tiles, tl.cdiv(N, BLOCK_Q))
     col_end = tl.minimum((col_part + 1) * col_tiles, tl.cdiv(split, BLOCK_K) + tl.cdiv(M - split, BLOCK_K))
-    for row_tile in range(row_part * row_tiles, row_end):
+    n = tl.arange(0, BLOCK_K)
+    m = tl.arange(0, BLOCK_Q)
+    undo = scale_of_products(largest, DIFFERENCES)
+    per_unit = inverse_of(unit)
+    levels = first_levels(temperature, GAUSSIAN, len(widths))
+    row_tile = row_part * row_tiles
+    careful = row_tile < 0  # no
+    while row_tile < row_end:
         i = row_tile * BLOCK_Q
+        q_count = N - i
+        q_row = (g * q_rows + i) * DEPTH
+        q_parts = load_whole(q_hi + q_row, q_lo + q_row, q_count, SPLIT, DIFFERENCES, DEPTH, BLOCK_Q, BLOCK_D)
+        sums = no_sums(len(widths), BLOCK_Q, BLOCK_K)  # relative to the levels; of tiles that do not fit, in the slots
+        for s in tl.static_range(len(widths)):  # noqa: B007 (a name of its own would be a variable of the loop below)
+            slots = row_slots + ((s * G + g) * col_parts + col_part) * 2 * N + i
+            tl.store(slots + m, tl.full([BLOCK_Q], float("-inf"), tl.float32), mask=m < q_count)
+            tl.store(slots + N + m, tl.zeros([BLOCK_Q], tl.float32), mask=m < q_count)
+        tl.debug_barrier()
         for col_tile in range(col_part * col_tiles, col_end):
-            j, k_count, _ = find_tile(col_tile, M, split, BLOCK_K)
-            d, exists = distances(
-                q,
-                k,
-                q_norms,
-                k_norms,
-                g * N + i,
-                g * M + j,
-                N - i,
+            j, k_count, side = find_tile(col_tile, M, split, BLOCK_K)
+            k_row = (g * M + j) * DEPTH
+            k_parts = load_whole(k_hi + k_row, k_lo + k_row, k_count, SPLIT, DIFFERENCES, DEPTH, BLOCK_K, BLOCK_D)
+            d = tile_distances(
+                k_parts,
+                q_parts,
+                k + (g * M + j) * D,
+                q + (g * N + i) * D,
+                k_norms + (g * M + j),
+                q_norms + (g * N + i),
+                undo,
                 k_count,
-                i - j,
+                q_count,
+                j - i,
                 D,
                 least,
-                unit,
+                per_unit,
                 self_distance,
                 SELF,
-                PRECISION,
-                BLOCK_Q,
+                SPLIT,
+                DIFFERENCES,
+                DEPTH,
                 BLOCK_K,
+                BLOCK_Q,
                 BLOCK_D,
             )
-            for s in range(len(widths)):
-                logits = kernel_logits(d, exists, width_of(widths, s), temperature, GAUSSIAN)
-                rows = row_slots + ((s * G + g) * col_parts + col_part) * 2 * N + i
-                cols = col_slots + ((s * G + g) * row_parts + row_part) * 2 * M + j
-                add_to_statistics(rows, N, N - i, logits, col_tile == col_part * col_tiles, 1, BLOCK_Q)
-                add_to_statistics(cols, M, k_count, logits, row_tile == row_part * row_tiles, 0, BLOCK_K)
-            tl.debug_barrier()  # another thread of this program may read what one wrote
+            new_levels = ()
+            new_sums = ()
+            for s in tl.static_range(len(widths)):
+                slots = col_slots + ((s * G + g) * row_parts + row_part) * 2 * M + j
+                known = (n < k_count) & (row_tile > row_part * row_tiles)
+                old_top = tl.load(slots + n, mask=known, other=float("-inf"))
+                old_total = tl.load(slots + M + n, mask=known, other=0.0)
+                logits = tile_logits(d, widths[s], temperature, GAUSSIAN)
+                logits = hide_missing(logits, NOTHING, k_count, q_count, j - i, SELF, BLOCK_K, BLOCK_Q)
+                E = tl.exp2(logits - levels[s])
+                total = tl.sum(E, 1)
+                level = levels[s]
+                part = sums[s]
+                outside = ((total > LEAST_SUM) & (total < LARGEST_SUM)) == 0
+                if (tl.max((outside & (n < k_count)).to(tl.int32), 0) == 1) | careful:
+                    top = tl.max(logits, 1)
+                    total = tl.sum(tl.exp2(logits - finite_shift(top)[:, None]), 1)
+                    if not GAUSSIAN:
+                        if tl.max(tl.max(part, 1), 0) == 0:  # nothing is relative to the level yet
+                            level = typical_level(top)
+                    top, total = merge(old_top, old_total, top, total)
+                    tl.store(slots + n, top, mask=(n < k_count) & (careful == 0))
+                    tl.store(slots + M + n, total, mask=(n < k_count) & (careful == 0))
+                    slots = row_slots + ((s * G + g) * col_parts + col_part) * 2 * N + i
+                    add_rows(slots, N, q_count, logits, BLOCK_Q)
+                else:
+                    part += E
+                    top, total = merge(old_top, old_total, tl.zeros([BLOCK_K], tl.float32) + levels[s], total)
+                    tl.store(slots + n, top, mask=n < k_count)
+                    tl.store(slots + M + n, total, mask=n < k_count)
+                new_levels = new_levels + (level,)
+                new_sums = new_sums + (part,)
+            levels = new_levels
+            sums = new_sums
+        tl.debug_barrier()
+        lost = row_tile < 0  # no
+        for s in tl.static_range(len(widths)):
+            part = tl.sum(sums[s], 0)
+            some_lost = tl.max(((part < LEAST_SUM) & (m < q_count)).to(tl.int32), 0) == 1
+            lost = lost | (some_lost & (tl.max(part, 0) > 0))
+            slots = row_slots + ((s * G + g) * col_parts + col_part) * 2 * N + i
+            old_top = tl.load(slots + m, mask=m < q_count, other=0.0)
+            old_total = tl.load(slots + N + m, mask=m < q_count, other=0.0)
+            top, total = merge(old_top, old_total, tl.where(part > 0, levels[s], NOTHING), part)
+            tl.store(slots + m, top, mask=m < q_count)
+            tl.store(slots + N + m, total, mask=m < q_count)
+        careful = lost & (careful == 0)
+        row_tile += 1 - careful.to(tl.int32)
+        tl.debug_barrier()  # another thread of this program may read what one wrote
 
 
 @triton.jit
@@ -119,7 +255,7 @@ def merge_kernel(
     size,
     BLOCK: tl.constexpr,
 ):
-    """Merges the statistics of rectangles, in order, and finishes them: (maximum, sum^-½)."""
+    """Merges the statistics of rectangles, in order, and finishes them."""
     blocks = tl.cdiv(size, BLOCK)
     n = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     problem = (tl.program_id(0) // blocks).to(tl.int64)
@@ -129,23 +265,35 @@ def merge_kernel(
         slot = slots + (problem * parts + part) * 2 * size
         part_top = tl.load(slot + n, mask=n < size, other=float("-inf"))
         part_total = tl.load(slot + size + n, mask=n < size, other=0.0)
-        new_top = tl.maximum(top, part_top)
-        shift = finite_shift(new_top)
-        total = total * tl.exp(top - shift) + part_total * tl.exp(part_top - shift)
-        top = new_top
-    top, factor = finish_statistics(top, total)
+        top, total = merge(top, total, part_top, part_total)
+    top, factor = finish(top, total)
     tl.store(stats + problem * 2 * size + n, top, mask=n < size)
     tl.store(stats + (problem * 2 + 1) * size + n, factor, mask=n < size)
+
+
+@triton.jit
+def load_shift(stats, size, count, BLOCK: tl.constexpr):
+    """``r`` of a tile of statistics (m, s^-½) [2, size], with ``2^-r = e^-m/2 · s^-½``: infinite where they are 0."""
+    m = load_vector(stats, count, 0, BLOCK)
+    factor = load_vector(stats + size, count, 0, BLOCK)
+    return m * (0.5 * LOG2E) - tl.log2(factor)
 
 
 @triton.jit
 def weighted_sums_kernel(
     q,  # [G, N, D]
     k,  # [G, M, D]
-    v,  # [G, M, D]
     w,  # [G, M] or None
-    q_norms,  # [G, N] or None, see distances
+    q_norms,  # [G, N], unless DIFFERENCES
     k_norms,
+    q_hi,  # [G, q_rows, DEPTH], unless DIFFERENCES
+    q_lo,
+    k_hi,  # [G, M, DEPTH]
+    k_lo,
+    v_hi,  # parts of w v [G, M, DEPTH]
+    v_lo,
+    largest,  # what the exponents of q and k, and of v, are chosen by
+    largest_value,
     row_stats,  # [S, G, 2, N]
     col_stats,  # [S, G, 2, M]
     num,  # [S, G, sides, N, D]
@@ -153,9 +301,10 @@ def weighted_sums_kernel(
     unit,  # [] or None
     widths,  # S floats
     temperature,
-    least_affinity,
+    least_affinity,  # or None for 0
     least,
     self_distance,
+    q_rows,
     G,
     N,
     M,
@@ -164,11 +313,14 @@ def weighted_sums_kernel(
     sides,
     GAUSSIAN: tl.constexpr,
     SELF: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
+    DIFFERENCES: tl.constexpr,
+    DEPTH: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    SAME: tl.constexpr,  # v is k, and the blocks hold all its dimensions
 ):
     """``Σ_j w_j A_ij v_j`` and ``Σ_j w_j A_ij`` over one side: a tile of queries, a width, a chunk of dimensions."""
     row_tiles = tl.cdiv(N, BLOCK_Q)
@@ -180,47 +332,75 @@ def weighted_sums_kernel(
     problem = (program // row_tiles // chunks // sides).to(tl.int64)  # s * G + g
     g = problem % G
     width = width_of(widths, problem // G)
+    q_count = N - i
+    q_row = (g * q_rows + i) * DEPTH
+    q_parts = load_whole(q_hi + q_row, q_lo + q_row, q_count, SPLIT, DIFFERENCES, DEPTH, BLOCK_Q, BLOCK_D)
+    rows = row_stats + problem * 2 * N + i
+    row_shift = load_shift(rows, N, q_count, BLOCK_Q) - AFFINITY_BITS
+    undo = scale_of_products(largest, DIFFERENCES)
+    per_unit = inverse_of(unit)
     tiles_of_first = tl.cdiv(split, BLOCK_K)
     tiles = tiles_of_first + tl.cdiv(M - split, BLOCK_K)
     weighted = tl.zeros([BLOCK_Q, BLOCK_V], tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     for tile in range(side * tiles_of_first, tl.where(side == sides - 1, tiles, tiles_of_first)):
         j, k_count, _ = find_tile(tile, M, split, BLOCK_K)
-        d, exists = distances(
-            q,
-            k,
-            q_norms,
-            k_norms,
-            g * N + i,
-            g * M + j,
-            N - i,
+        cols = col_stats + problem * 2 * M + j
+        col_shift = load_shift(cols, M, k_count, BLOCK_K)
+        k_row = (g * M + j) * DEPTH
+        k_parts = load_whole(k_hi + k_row, k_lo + k_row, k_count, SPLIT, DIFFERENCES, DEPTH, BLOCK_K, BLOCK_D)
+        d = tile_distances(
+            q_parts,
+            k_parts,
+            q + (g * N + i) * D,
+            k + (g * M + j) * D,
+            q_norms + (g * N + i),
+            k_norms + (g * M + j),
+            undo,
+            q_count,
             k_count,
             i - j,
             D,
             least,
-            unit,
+            per_unit,
             self_distance,
             SELF,
-            PRECISION,
+            SPLIT,
+            DIFFERENCES,
+            DEPTH,
             BLOCK_Q,
             BLOCK_K,
             BLOCK_D,
         )
-        logits = kernel_logits(d, exists, width, temperature, GAUSSIAN)
-        rows = row_stats + problem * 2 * N + i
-        cols = col_stats + problem * 2 * M + j
-        A = tile_affinities(logits, exists, rows, cols, N, M, N - i, k_count, least_affinity, BLOCK_Q, BLOCK_K)
-        if w is not None:
-            A *= load_vector(w + g * M + j, k_count, 0, BLOCK_K)[None, :]
-        total += tl.sum(A, 1)
-        values = load_rows(v + (g * M + j) * D, k_count, chunk * BLOCK_V, D, BLOCK_K, BLOCK_V)
-        weighted = add_product(weighted, A, values, PRECISION)
+        logits = tile_logits(d, width, temperature, GAUSSIAN)
+        A = tl.exp2(logits - row_shift[:, None] - col_shift[None, :])  # 0 where there is no pair
+        if least_affinity is not None:
+            A = tl.where(A < least_affinity * AFFINITY_SCALE, least_affinity * AFFINITY_SCALE, A)
+            A = hide_missing(A, 0.0, q_count, k_count, i - j, SELF, BLOCK_Q, BLOCK_K)
+        elif SELF == "masked":
+            if has_diagonal(i - j, SELF, BLOCK_Q, BLOCK_K):
+                A = tl.where(self_pairs(i - j, BLOCK_Q, BLOCK_K), 0.0, A)
+        if w is None:
+            total += tl.sum(A, 1)
+        else:
+            total += tl.sum(A * load_vector(w + g * M + j, k_count, 0, BLOCK_K)[None, :], 1)
+        A_hi, A_lo = in_halves(A)
+        if SAME:
+            v_parts = k_parts
+        else:
+            v_row = (g * M + j) * DEPTH
+            v_parts = load_parts(v_hi + v_row, v_lo + v_row, k_count, chunk * BLOCK_V, SPLIT, DEPTH, BLOCK_K, BLOCK_V)
+        if SPLIT:  # the tensor cores cut what they add: a long sum must not run through them
+            weighted += product(A_hi, A_lo, v_parts[0], v_parts[1], True)
+        else:
+            weighted = tl.dot(A_hi, v_parts[0], weighted)
+    weighted *= power_of_two(-exponent(tl.load(largest_value))) / AFFINITY_SCALE
     row = i + tl.arange(0, BLOCK_Q)
     dim = chunk * BLOCK_V + tl.arange(0, BLOCK_V)
     out = (problem * sides + side) * N + row
     tl.store(num + out[:, None] * D + dim[None, :], weighted, mask=(row < N)[:, None] & (dim < D)[None, :])
     if chunk == 0:
-        tl.store(den + out, total, mask=row < N)
+        tl.store(den + out, total / AFFINITY_SCALE, mask=row < N)
 
 
 def affinity_sums(
@@ -244,23 +424,33 @@ def affinity_sums(
     added to those of the self pairs: infinity masks them.
     """
     (G, N, D), S, sides = q.shape, len(widths), 2 if split else 1
-    arguments = common_arguments(q, k, kernel, widths, temperature, split, has_self, self_distance)
-    arguments |= {"least": least_distance, "self_distance": self_distance}
-    arguments["unit"] = None if unit is None else unit.float()
-    num, den = q.new_empty(S, G, sides, N, D), q.new_empty(S, G, sides, N)
     with launch.on_device_of(q):
+        arguments = forward_arguments(q, k, split, has_self, least_distance, self_distance, unit)
+        arguments |= {"widths": tuple(map(float, widths)), "temperature": float(temperature), "G": G}
+        arguments["GAUSSIAN"] = kernel == "gaussian"
         row_stats, col_stats = _statistics(arguments)
-        blocks = streaming_tiles.choose_blocks("sums", q, k)
+        if v is k and w is None and not arguments["DIFFERENCES"]:
+            values = streaming_parts.Parts(*(arguments[name] for name in ("k_hi", "k_lo", "largest")))
+        else:
+            largest = streaming_parts.largest_entry([v])
+            values = streaming_parts.split_points(
+                v, w, largest if w is None else largest * streaming_parts.largest_entry([w])
+            )
+        num, den = q.new_empty(S, G, sides, N, D), q.new_empty(S, G, sides, N)
+        blocks = streaming_parts.choose_blocks("sums", q, k)
         programs = triton.cdiv(N, blocks.queries) * triton.cdiv(D, blocks.values) * sides * S * G
         weighted_sums_kernel[programs,](
-            v=v,
             w=w,
+            v_hi=values.hi,
+            v_lo=values.lo,
+            largest_value=values.largest,
             row_stats=row_stats,
             col_stats=col_stats,
             num=num,
             den=den,
             sides=sides,
-            least_affinity=math.sqrt(floor),
+            SAME=values.hi is arguments["k_hi"] and blocks.values == blocks.depth >= values.hi.shape[2],
+            least_affinity=math.sqrt(floor) or None,
             **arguments,
             **blocks.options(),
         )
@@ -270,7 +460,7 @@ def affinity_sums(
 def _statistics(arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
     q, k, G, N, M = (arguments[name] for name in ("q", "k", "G", "N", "M"))
     S = len(arguments["widths"])
-    blocks = streaming_tiles.choose_blocks("statistics", q, k)
+    blocks = streaming_parts.choose_blocks("statistics", q, k)
     parts = cut(triton.cdiv(N, blocks.queries), count_tiles(M, arguments["split"], blocks.keys), G)
     row_slots, col_slots = q.new_empty(S, G, parts.col_parts, 2, N), q.new_empty(S, G, parts.row_parts, 2, M)
     statistics_kernel[parts.row_parts * parts.col_parts * G,](

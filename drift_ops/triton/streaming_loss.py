@@ -11,8 +11,16 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import streamed_loss
-from . import launch, streaming_tiles
-from .streaming_tiles import common_arguments, count_tiles, cut, distances, find_tile
+from . import launch, streaming_parts
+from .streaming_parts import (
+    forward_arguments,
+    hide_missing,
+    inverse_of,
+    load_whole,
+    scale_of_products,
+    tile_distances,
+)
+from .streaming_tiles import count_tiles, cut, find_tile
 from .tiles import load_vector
 
 
@@ -21,9 +29,17 @@ def scale_kernel(
     q,  # [G, N, D]
     k,  # [G, M, D]
     w,  # [G, M]
-    q_norms,  # [G, N] or None, see distances
+    q_norms,  # [G, N], unless DIFFERENCES
     k_norms,
+    q_hi,  # [G, q_rows, DEPTH], unless DIFFERENCES
+    q_lo,
+    k_hi,  # [G, M, DEPTH]
+    k_lo,
+    largest,
     sums,  # [G · col_parts · row_parts] float64
+    unit,
+    self_distance,
+    q_rows,
     N,
     M,
     D,
@@ -34,7 +50,9 @@ def scale_kernel(
     row_tiles,  # of a rectangle
     col_tiles,
     SELF: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
+    DIFFERENCES: tl.constexpr,
+    DEPTH: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -46,32 +64,42 @@ def scale_kernel(
     g = (program // row_parts // col_parts).to(tl.int64)
     row_end = tl.minimum((row_part + 1) * row_tiles, tl.cdiv(N, BLOCK_Q))
     col_end = tl.minimum((col_part + 1) * col_tiles, tl.cdiv(split, BLOCK_K) + tl.cdiv(M - split, BLOCK_K))
+    undo = scale_of_products(largest, DIFFERENCES)
+    per_unit = inverse_of(unit)
     total = tl.zeros([1], tl.float64)
     for row_tile in range(row_part * row_tiles, row_end):
         i = row_tile * BLOCK_Q
+        q_row = (g * q_rows + i) * DEPTH
+        q_parts = load_whole(q_hi + q_row, q_lo + q_row, N - i, SPLIT, DIFFERENCES, DEPTH, BLOCK_Q, BLOCK_D)
         for col_tile in range(col_part * col_tiles, col_end):
-            j, k_count, _ = find_tile(col_tile, M, split, BLOCK_K)
-            d, exists = distances(
-                q,
-                k,
-                q_norms,
-                k_norms,
-                g * N + i,
-                g * M + j,
+            j, k_count, side = find_tile(col_tile, M, split, BLOCK_K)
+            k_row = (g * M + j) * DEPTH
+            k_parts = load_whole(k_hi + k_row, k_lo + k_row, k_count, SPLIT, DIFFERENCES, DEPTH, BLOCK_K, BLOCK_D)
+            d = tile_distances(
+                q_parts,
+                k_parts,
+                q + (g * N + i) * D,
+                k + (g * M + j) * D,
+                q_norms + (g * N + i),
+                k_norms + (g * M + j),
+                undo,
                 N - i,
                 k_count,
                 i - j,
                 D,
                 least,
-                None,
-                0.0,
+                per_unit,
+                self_distance,
                 SELF,
-                PRECISION,
+                SPLIT,
+                DIFFERENCES,
+                DEPTH,
                 BLOCK_Q,
                 BLOCK_K,
                 BLOCK_D,
             )
-            of_keys = tl.sum(tl.where(exists, d, 0.0), 0) * load_vector(w + g * M + j, k_count, 0, BLOCK_K)
+            d = hide_missing(d, 0.0, N - i, k_count, i - j, SELF, BLOCK_Q, BLOCK_K)
+            of_keys = tl.sum(d, 0) * load_vector(w + g * M + j, k_count, 0, BLOCK_K)
             total += tl.sum(of_keys, 0).to(tl.float64)
     tl.store(sums + program + tl.arange(0, 1), total)
 
@@ -80,16 +108,15 @@ def loss_scale(points: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Ten
     """Phase 1: ``[mean d·w, mean w]`` in float64; nothing is kept."""
     gen, targets, w = streamed_loss.centred(points, weights)
     G, N, M = *gen.shape[:2], targets.shape[1]
-    arguments = common_arguments(gen, targets, "laplace", (), 1.0, 0, True, streamed_loss.SELF_DISTANCE)
     with launch.on_device_of(gen):
-        blocks = streaming_tiles.choose_blocks("statistics", gen, targets)
+        arguments = forward_arguments(gen, targets, 0, True, streamed_loss.LEAST_DISTANCE, 0.0, None)
+        blocks = streaming_parts.choose_blocks("statistics", gen, targets)
         parts = cut(triton.cdiv(N, blocks.queries), count_tiles(M, M, blocks.keys), G)
         sums = gen.new_empty(G * parts.row_parts * parts.col_parts, dtype=torch.float64)
         scale_kernel[sums.numel(),](
             w=w,
             sums=sums,
-            least=streamed_loss.LEAST_DISTANCE,
-            **{n: arguments[n] for n in ("q", "k", "q_norms", "k_norms", "N", "M", "D", "split", "SELF", "PRECISION")},
+            **arguments,
             **parts._asdict(),
             **blocks.options(),
         )

@@ -26,7 +26,7 @@ from .tiles import (
 )
 
 PROGRAMS = 512  # to cut rectangles for: some four on each multiprocessor of the GPUs of today
-LARGEST_BLOCK = 128  # queries or keys of a tile
+LARGEST_BLOCK = 256  # of a tile, along any axis
 
 
 class Blocks(NamedTuple):
@@ -140,8 +140,8 @@ def find_tile(tile, count, split, BLOCK: tl.constexpr):
 
 @triton.jit
 def coarse(x):
-    """``x`` cut to the ten bits of mantissa that TF32 has."""
-    return (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+    """``x`` rounded to the ten bits of mantissa that TF32 has."""
+    return ((x.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
 
 
 @triton.jit

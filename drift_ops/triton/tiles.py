@@ -64,10 +64,15 @@ def squared_differences(q, k, q_count, k_count, D, BLOCK_Q: tl.constexpr, BLOCK_
 
 
 @triton.jit
+def at_least(x, least):
+    """``max(x, least)``; NaN stays NaN."""
+    return tl.maximum(x, least, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def roots(squared, least, shift, HAS_SELF: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
     """``max(sqrt(squared), least)``; NaN stays NaN. With HAS_SELF, self pairs are exactly ``least``."""
-    d = tl.sqrt(tl.where(squared < 0, 0.0, squared))
-    d = tl.where(d < least, least, d)
+    d = tl.sqrt(at_least(squared, least * least))
     if HAS_SELF:
         d = tl.where(self_pairs(shift, BLOCK_Q, BLOCK_K), least, d)
     return d
@@ -92,10 +97,10 @@ def distances_from_products(
     """``max(‖q_i − k_j‖, least)`` from products, or from differences where the tile holds a close pair."""
     norms = q_norms[:, None] + k_norms[None, :]
     squared = norms - 2 * products
-    close = (squared < norms * CLOSE) & pairs_within(q_count, k_count, BLOCK_Q, BLOCK_K)
+    margin = tl.where(pairs_within(q_count, k_count, BLOCK_Q, BLOCK_K), squared - norms * CLOSE, 0.0)
     if HAS_SELF:
-        close = close & (self_pairs(shift, BLOCK_Q, BLOCK_K) == 0)
-    if tl.max(close.to(tl.int32)) > 0:
+        margin = tl.where(self_pairs(shift, BLOCK_Q, BLOCK_K), 0.0, margin)
+    if tl.min(margin) < 0:
         squared = squared_differences(q, k, q_count, k_count, D, BLOCK_Q, BLOCK_K)
     return roots(squared, least, shift, HAS_SELF, BLOCK_Q, BLOCK_K)
 

@@ -1,0 +1,346 @@
+"""The streaming forward's points in float16 parts (:mod:`.halves`), made once a call, and the distances of a tile.
+
+The parts lie in memory as the kernels want them: dimensions padded with zeros to ``depth``, so that loads are aligned
+and go straight to where the tensor cores read.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch, streaming_tiles
+from .halves import exponent, split
+from .streaming_tiles import Blocks, correct_close_keys, squared_norms
+from .tiles import CLOSE, DIFFERENCES_UP_TO, load_vector, pairs_within, self_pairs, squared_differences
+
+LOG2E = tl.constexpr(math.log2(math.e))
+WHOLE_UP_TO = 256  # dimensions of a tile of points that is loaded as one
+
+
+# By kernel and precision: where distances are worked out from differences, from products of up to 64 dimensions, and
+# of more.
+BLOCKS = {
+    ("statistics", "high"): (Blocks(64, 64, 16, 0, 16, 2), Blocks(64, 64, 64, 0, 4, 3), Blocks(64, 64, 256, 0, 4, 2)),
+    ("statistics", "highest"): (
+        Blocks(64, 64, 16, 0, 16, 2),
+        Blocks(64, 64, 64, 0, 4, 3),
+        Blocks(64, 64, 64, 0, 4, 3),
+    ),
+    ("sums", "high"): (Blocks(64, 64, 16, 16, 8, 2), Blocks(64, 64, 64, 64, 4, 3), Blocks(64, 64, 256, 256, 4, 2)),
+    ("sums", "highest"): (Blocks(64, 64, 16, 16, 8, 2), Blocks(64, 64, 64, 64, 4, 2), Blocks(128, 64, 64, 128, 8, 3)),
+}
+SMALL = {"statistics": Blocks(64, 64, 32, 0, 4, 2), "sums": Blocks(64, 32, 32, 64, 4, 2)}  # from products
+LARGE_SHARED_BYTES = 220_000  # what BLOCKS are for: Hopper and later
+
+
+def choose_blocks(kernel: str, q: Tensor, k: Tensor) -> Blocks:
+    """The blocks of a kernel of the forward, no larger than the problem."""
+    (N, D), M = q.shape[1:], k.shape[1]
+    by_dimensions = BLOCKS[kernel, "highest" if launch.splits_products() else "high"]
+    blocks = by_dimensions[(D > DIFFERENCES_UP_TO) + (D > 64)]
+    if D > DIFFERENCES_UP_TO and launch.limits(q.device).shared_bytes < LARGE_SHARED_BYTES:
+        blocks = SMALL[kernel]
+    elif D > WHOLE_UP_TO:
+        blocks = blocks._replace(depth=64, stages=3)
+    counts = (N, M, padded_depth(D), padded_depth(D))
+    most = streaming_tiles.LARGEST_BLOCK
+    fitting = (min(b, most, launch.padded_block(n)) for b, n in zip(blocks, counts, strict=False))
+    return blocks._replace(**dict(zip(blocks._fields, fitting, strict=False)))
+
+
+def forward_arguments(
+    q: Tensor,
+    k: Tensor,
+    split: int,
+    has_self: bool,
+    least_distance: float,
+    self_distance: float,
+    unit: Tensor | None,
+) -> dict[str, Any]:
+    """Arguments of the same name and meaning in the kernels of the forward."""
+    (N, D), M = q.shape[1:], k.shape[1]
+    return parts_of_pairs(q, k, has_self) | {
+        "q": q,
+        "k": k,
+        "q_norms": q if D <= DIFFERENCES_UP_TO else squared_norms(q),
+        "k_norms": k if D <= DIFFERENCES_UP_TO else squared_norms(k),
+        "unit": None if unit is None else unit.float(),
+        "least": least_distance or None,
+        "self_distance": self_distance,
+        "N": N,
+        "M": M,
+        "D": D,
+        "split": split or M,
+        "SELF": "none" if not has_self else "masked" if self_distance == math.inf else "apart",
+    }
+
+
+def padded_depth(D: int) -> int:
+    """Dimensions of the parts of points of D dimensions."""
+    return launch.padded_block(D) if D <= WHOLE_UP_TO else triton.cdiv(D, 64) * 64
+
+
+class Parts(NamedTuple):
+    """``x·2^e = hi + lo`` of points ``[G, count, D]``, float16 ``[G, count, depth]``; at "high" lo is hi and unused."""
+
+    hi: Tensor
+    lo: Tensor
+    largest: Tensor  # 0-d float32: what e is chosen by
+
+
+def largest_entry(points: Sequence[Tensor]) -> Tensor:
+    """The largest absolute value in any of some tensors, 0-d; NaN where there is one. Makes no copy of them."""
+    return torch.stack([extreme for t in points for extreme in torch.aminmax(t)]).abs().amax()
+
+
+def split_points(x: Tensor, w: Tensor | None, largest: Tensor) -> Parts:
+    """Parts of ``x [G, count, D]``, times ``w [G, count]``; no entry is above ``largest``."""
+    G, count, D = x.shape
+    shape, exact = (G, count, padded_depth(D)), launch.splits_products()
+    hi = x.new_empty(shape, dtype=torch.float16)
+    lo = torch.empty_like(hi) if exact else hi
+    block_d = min(256, launch.padded_block(D))
+    rows = max(1, 4096 // block_d)
+    split_kernel[triton.cdiv(G * count, rows),](
+        x, w, largest, hi, lo, G * count, D, DEPTH=shape[2], SPLIT=exact, BLOCK=rows, BLOCK_D=block_d, num_warps=4
+    )
+    return Parts(hi, lo, largest)
+
+
+def parts_of_pairs(q: Tensor, k: Tensor, has_self: bool) -> dict[str, Any]:
+    """Arguments of the kernels: the parts of queries and keys. Without any up to DIFFERENCES_UP_TO dimensions."""
+    G, N, D = q.shape
+    exact = launch.splits_products()
+    if D <= DIFFERENCES_UP_TO:  # the kernels do not look at the parts
+        unused = dict.fromkeys(("q_hi", "q_lo", "k_hi", "k_lo", "largest"), q)
+        return unused | {"q_rows": N, "DEPTH": padded_depth(D), "SPLIT": exact, "DIFFERENCES": True}
+    shared = has_self or q is k  # the first keys are the queries
+    of_k = split_points(k, None, largest_entry([k] if shared else [q, k]))
+    of_q = of_k if shared else split_points(q, None, of_k.largest)
+    return {
+        "q_hi": of_q.hi,
+        "q_lo": of_q.lo,
+        "k_hi": of_k.hi,
+        "k_lo": of_k.lo,
+        "largest": of_k.largest,
+        "q_rows": of_q.hi.shape[1],  # from one problem's first query to the next's, in the parts
+        "DEPTH": of_k.hi.shape[2],
+        "SPLIT": exact,
+        "DIFFERENCES": False,
+    }
+
+
+@triton.jit
+def power_of_two(e):
+    """``2^e`` of a whole number e."""
+    return ((e.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def split_kernel(
+    x,  # [rows, D]
+    w,  # [rows] or None
+    largest,  # []
+    hi,  # [rows, DEPTH]
+    lo,  # [rows, DEPTH]
+    rows,
+    D,
+    DEPTH: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The parts of some rows."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    scale = power_of_two(exponent(tl.load(largest)))
+    factor = tl.zeros([BLOCK], tl.float32) + scale
+    if w is not None:
+        factor *= tl.load(w + row, mask=row < rows, other=0.0)
+    for start in range(0, DEPTH, BLOCK_D):
+        dim = start + tl.arange(0, BLOCK_D)
+        given = (row < rows)[:, None] & (dim < D)[None, :]
+        values = tl.load(x + row[:, None] * D + dim[None, :], mask=given, other=0.0)
+        values_hi, values_lo = split(values * factor[:, None])
+        at = row[:, None] * DEPTH + dim[None, :]
+        inside = (row < rows)[:, None] & (dim < DEPTH)[None, :]
+        tl.store(hi + at, values_hi, mask=inside)
+        if SPLIT:
+            tl.store(lo + at, values_lo, mask=inside)
+
+
+@triton.jit
+def load_part(part, count, start, DEPTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Dimensions [start, start + BLOCK_D) of rows [0, count) of a part; zero where there is nothing."""
+    row = tl.arange(0, BLOCK)[:, None]
+    dim = start + tl.arange(0, BLOCK_D)[None, :]
+    inside = row < count
+    if DEPTH % BLOCK_D != 0:
+        inside = inside & (dim < DEPTH)
+    return tl.load(part + row * DEPTH + dim, mask=inside, other=0.0)
+
+
+@triton.jit
+def load_parts(
+    hi, lo, count, start, SPLIT: tl.constexpr, DEPTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """The same of both parts; hi twice unless SPLIT."""
+    of_hi = load_part(hi, count, start, DEPTH, BLOCK, BLOCK_D)
+    if SPLIT:
+        return of_hi, load_part(lo, count, start, DEPTH, BLOCK, BLOCK_D)
+    else:
+        return of_hi, of_hi
+
+
+@triton.jit
+def load_whole(
+    hi,
+    lo,
+    count,
+    SPLIT: tl.constexpr,
+    DIFFERENCES: tl.constexpr,
+    DEPTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """All dimensions of both parts, if a block holds them; else where they are."""
+    if DIFFERENCES:
+        return hi, lo
+    else:
+        if BLOCK_D < DEPTH:
+            return hi, lo
+        else:
+            return load_parts(hi, lo, count, 0, SPLIT, DEPTH, BLOCK, BLOCK_D)
+
+
+@triton.jit
+def product(a_hi, a_lo, b_hi, b_lo, SPLIT: tl.constexpr):
+    """``a @ b`` from their parts; of hi alone unless SPLIT."""
+    if SPLIT:
+        total = tl.dot(a_lo, b_hi)
+        total = tl.dot(a_hi, b_lo, total)
+        return tl.dot(a_hi, b_hi, total)
+    else:
+        return tl.dot(a_hi, b_hi)
+
+
+@triton.jit
+def has_diagonal(shift, SELF: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Whether a tile holds self pairs. ``shift`` is first query − first key."""
+    if SELF == "none":
+        return False
+    else:
+        return (shift > -BLOCK_Q) & (shift < BLOCK_K)
+
+
+@triton.jit
+def hide_missing(
+    logits, hidden, q_count, k_count, shift, SELF: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """``logits``, or ``hidden`` where there is no pair or a masked one. Most tiles have none."""
+    special = (q_count < BLOCK_Q) | (k_count < BLOCK_K)
+    if SELF == "masked":
+        special = special | has_diagonal(shift, SELF, BLOCK_Q, BLOCK_K)
+    if special:
+        exists = pairs_within(q_count, k_count, BLOCK_Q, BLOCK_K)
+        if SELF == "masked":
+            exists = exists & (self_pairs(shift, BLOCK_Q, BLOCK_K) == 0)
+        logits = tl.where(exists, logits, hidden)
+    return logits
+
+
+@triton.jit
+def tile_distances(
+    q_parts,  # see load_whole
+    k_parts,
+    q,  # first row of the tile
+    k,
+    q_norms,  # of the tile
+    k_norms,
+    undo,  # of the products of parts to q·k
+    q_count,  # rows from there to the end
+    k_count,
+    shift,  # first query − first key
+    D,
+    least,  # or None for 0
+    per_unit,
+    self_distance,
+    SELF: tl.constexpr,  # key i is query i, and "masked", or "apart" by self_distance; else "none"
+    SPLIT: tl.constexpr,
+    DIFFERENCES: tl.constexpr,  # D is so small that they serve all pairs: there are no parts and no norms
+    DEPTH: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """``δ = max(d, least)/unit``, plus ``self_distance`` on self pairs that are apart, of a tile.
+
+    Anything where there is no pair or a masked one.
+    """
+    if DIFFERENCES:
+        squared = squared_differences(q, k, q_count, k_count, D, BLOCK_Q, BLOCK_K)
+    else:
+        q_part = load_vector(q_norms, q_count, 0, BLOCK_Q)
+        k_part = load_vector(k_norms, k_count, 0, BLOCK_K)
+        if BLOCK_D >= DEPTH:
+            products = product(q_parts[0], q_parts[1], tl.trans(k_parts[0]), tl.trans(k_parts[1]), SPLIT)
+        else:
+            products = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
+            for start in range(0, DEPTH, BLOCK_D):
+                a_hi, a_lo = load_parts(q_parts[0], q_parts[1], q_count, start, SPLIT, DEPTH, BLOCK_Q, BLOCK_D)
+                b_hi, b_lo = load_parts(k_parts[0], k_parts[1], k_count, start, SPLIT, DEPTH, BLOCK_K, BLOCK_D)
+                if SPLIT:
+                    products = tl.dot(a_lo, tl.trans(b_hi), products)
+                    products = tl.dot(a_hi, tl.trans(b_lo), products)
+                products = tl.dot(a_hi, tl.trans(b_hi), products)
+        norms = q_part[:, None] + k_part[None, :]
+        squared = norms - products * (2 * undo)
+        margin = squared - norms * CLOSE
+        # of no pair it is 0 or more: its points are zero
+        if tl.min(tl.min(margin, 1), 0) < 0:
+            close = margin < 0
+            if SELF != "none":
+                close = close & (self_pairs(shift, BLOCK_Q, BLOCK_K) == 0)
+            squared = correct_close_keys(squared, close, q, k, q_count, D, BLOCK_Q, BLOCK_K, 16)
+    d = tl.sqrt(squared)  # a self pair's may be NaN
+    if SELF == "apart":
+        if has_diagonal(shift, SELF, BLOCK_Q, BLOCK_K):
+            d = tl.where(self_pairs(shift, BLOCK_Q, BLOCK_K), 0.0, d)
+    if least is not None:
+        d = tl.where(d < least, least, d)
+    d *= per_unit
+    if SELF == "apart":
+        if has_diagonal(shift, SELF, BLOCK_Q, BLOCK_K):
+            d = tl.where(self_pairs(shift, BLOCK_Q, BLOCK_K), d + self_distance, d)
+    return d
+
+
+@triton.jit
+def tile_logits(d, width, temperature, GAUSSIAN: tl.constexpr):
+    """``L = −d/width`` (Laplace) or ``exp(−d²/(2·width²))/temperature`` (Gaussian), times log2(e)."""
+    if GAUSSIAN:
+        return tl.exp2(d * d * (-0.5 * LOG2E / (width * width))) * (LOG2E / temperature)
+    else:
+        return d * (-LOG2E / width)
+
+
+@triton.jit
+def scale_of_products(largest, DIFFERENCES: tl.constexpr):
+    """What products of parts are multiplied with to undo their scale."""
+    if DIFFERENCES:
+        return 1.0
+    else:
+        return power_of_two(-2 * exponent(tl.load(largest)))
+
+
+@triton.jit
+def inverse_of(unit):
+    """``1/unit``; 1 for None."""
+    if unit is None:
+        return 1.0
+    else:
+        return 1 / tl.load(unit)
