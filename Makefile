@@ -1,6 +1,8 @@
 # make train   set up .venv and train the digits model
 # make test    set up .venv and run the linters, the type checker and all tests
 # make bench   time the operator against dense PyTorch
+# make soak    the fuzz tests with 10,000 cases each, which make test runs with 60
+# make sanitize   the CPU kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
 # make gpu-check   on a machine with a GPU, with its own torch and Triton: build, test, time, sanitize and profile the
 #                  GPU backends; STAGE=build|test|bench|sanitize|profile for one of these, each within ten minutes
 
@@ -11,7 +13,7 @@ INPUTS := setup.py pyproject.toml constraints.txt $(wildcard csrc/* csrc/*/*)
 # make test and make bench fail, rather than skip, where the compiled backend cannot be used.
 export DRIFT_OPS_REQUIRE ?= cpu
 
-.PHONY: train test lint bench gpu-check clean
+.PHONY: train test lint bench soak sanitize gpu-check clean
 
 train: $(VENV)/installed
 	$(RUN) -m drifting.train
@@ -31,6 +33,12 @@ lint: $(VENV)/installed-dev
 bench: $(VENV)/installed-dev
 	$(RUN) -m pytest benchmarks/ --benchmark-only
 	$(RUN) -m benchmarks.compare
+
+soak: $(VENV)/installed-dev
+	DRIFT_FUZZ_CASES=10000 $(RUN) -m pytest -s tests/test_fuzz_arguments.py tests/test_fuzz_files.py
+
+sanitize: $(VENV)/installed-dev
+	$(RUN) tests/sanitize.py
 
 gpu-check: STAGE ?= all
 gpu-check:

@@ -90,7 +90,9 @@ def failures(results: Results) -> str:
         for row in results["rows"]
         if "failure" in row
     ]
-    lines += [f"- `{case}`, {', '.join(others)}: no time was left" for case, *others in results["skipped"]]
+    if results["skipped"]:
+        cases = dict.fromkeys(f"`{case}` at {precision}" for case, precision, *_ in results["skipped"])
+        lines.append(f"- all or some contenders, for want of time: {', '.join(cases)}")
     return "\n".join(["Not measured:", "", *lines, ""]) if lines else ""
 
 

@@ -7,6 +7,9 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+# Of widths and temperatures. Their squares and inverses are float32 numbers, so that no distance of 0 over one is NaN.
+LEAST, MOST = 1e-12, 1e12
+
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -20,6 +23,8 @@ def check_tensor(name: str, value: object) -> Tensor:
         raise TypeError(
             f"{name}: got dtype {value.dtype}, expected a floating one: float64, float32, bfloat16 or float16"
         )
+    if value.is_nested or value.layout != torch.strided:
+        raise TypeError(f"{name}: got a nested or {value.layout} tensor, expected a dense one (to_dense() makes it)")
     return value
 
 
@@ -74,18 +79,25 @@ def check_same(what: str, name: str, got: object, like_name: str, expected: obje
 
 
 def check_positive(name: str, value: object) -> float:
-    """``value`` as a finite float above 0."""
+    """``value`` as a float of at least ``LEAST`` and at most ``MOST``."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: got {value!r} ({type(value).__name__}), expected a positive float")
-    number = float(value)
-    if not (math.isfinite(number) and number > 0):
-        raise ValueError(f"{name}: got {number}, expected a finite number above 0")
+    number = _as_float(value)
+    if not LEAST <= number <= MOST:
+        raise ValueError(f"{name}: got {number}, expected a number above 0, from {LEAST} to {MOST}")
     return number
 
 
+def check_flag(name: str, value: object) -> bool:
+    """``value`` as True or False, for which nothing else is taken."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: got {value!r} ({type(value).__name__}), expected True or False")
+    return value
+
+
 def check_positives(name: str, values: object) -> tuple[float, ...]:
-    """``values`` as a non-empty sequence of finite floats above 0."""
-    if isinstance(values, str) or not isinstance(values, Sequence):
+    """``values`` as a non-empty sequence of such floats."""
+    if isinstance(values, (str, bytes, bytearray)) or not isinstance(values, Sequence):
         raise TypeError(
             f"{name}: got {values!r} ({type(values).__name__}), expected a list or tuple of positive floats"
         )
@@ -98,7 +110,15 @@ def check_floor(value: object) -> float:
     """``affinity_floor`` as a float in [0, 1)."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"affinity_floor: got {value!r} ({type(value).__name__}), expected a float in [0, 1)")
-    number = float(value)
+    number = _as_float(value)
     if not 0 <= number < 1:
         raise ValueError(f"affinity_floor: got {number}, expected a number in [0, 1)")
     return number
+
+
+def _as_float(value: Real) -> float:
+    """``value`` as a float, infinity where there is none that large."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf

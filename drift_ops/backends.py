@@ -54,7 +54,7 @@ def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> str:
     if name is None:
         of_device = {"cuda": ("triton", "cuda"), "cpu": ("cpu",)}.get(device.type, ())
         return next((n for n in of_device if not _WHY_NOT[n]() and not _why_not_for(n, device, dtype)), "reference")
-    if name not in _WHY_NOT:
+    if not isinstance(name, str) or name not in _WHY_NOT:
         raise ValueError(f"backend: got {name!r}, expected None or one of {', '.join(map(repr, _WHY_NOT))}")
     if reason := _WHY_NOT[name]():
         raise ValueError(f"backend: {name!r} cannot be used here: {reason}")

@@ -32,8 +32,8 @@ def compute_V(
             independent problems.
         x_data: data samples ``[..., P, D]``.
         x_gen: generated samples ``[..., M, D]``; with M = 0 there is no repulsion. Not masked where equal to ``x``.
-        sigma: kernel width σ > 0, in the units of the distances.
-        temperature: softmax temperature T > 0.
+        sigma: kernel width σ, in the units of the distances, from 1e-12 to 1e12.
+        temperature: softmax temperature T, from 1e-12 to 1e12.
         normalize_features: take the distances between features scaled to norm √D; the means are of the points as given.
         normalize_drift: divide V by its mean row norm, per problem.
         backend: ``"cpu"``, ``"reference"``, … or None for the best one available (see :func:`backends`).

@@ -34,7 +34,7 @@ def drift_field(
             independent problems.
         pos: data ``[..., P, D]``, P ≥ 1.
         neg: further negatives ``[..., M, D]``; M = 0 and None mean none.
-        temperature: T > 0, or a sequence of them, which share one set of distances.
+        temperature: T from 1e-12 to 1e12, or a sequence of them, which share one set of distances.
         weight_pos, weight_neg: weights of A ``[..., P]``, ``[..., M]``; None means 1. The weight of x itself is 1.
         include_self: count x among the negatives.
         affinity_floor: in [0, 1); the release's training loss has 1e-6.

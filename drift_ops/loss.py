@@ -37,7 +37,7 @@ def drift_loss(
         fixed_pos: data ``[G, P, D]``, P ≥ 1.
         fixed_neg: further negatives ``[G, M, D]``; M = 0 and None mean none. ``gen`` itself is always among them.
         weight_gen, weight_pos, weight_neg: ``[G, N]``, ``[G, P]``, ``[G, M]``; None means 1.
-        R_list: kernel widths > 0, in units of the mean distance.
+        R_list: kernel widths from 1e-12 to 1e12, in units of the mean distance.
         affinity_floor: in [0, 1). 1e-6 is the release's; 0 where it would swamp the field (large N, small D).
         process_group: sum the statistics over these ranks, so that K ranks with G/K groups each equal one with G. All
             maps together cost two all-reduces.
@@ -61,6 +61,8 @@ def drift_loss(
         maps = _check_maps(gen, fixed_pos, fixed_neg, weight_gen, weight_pos, weight_neg)
     R_list = check_positives("R_list", R_list)
     affinity_floor = check_floor(affinity_floor)
+    if not isinstance(process_group, (dist.ProcessGroup, type(None))):
+        raise TypeError(f"process_group: got {type(process_group).__name__}, expected a ProcessGroup or None")
     first = maps[0][0][0]
     chosen = choose(backend, first.device, first.dtype)
     with torch.autocast(first.device.type, enabled=False):

@@ -1,158 +1,30 @@
-"""Run configurations: dataclasses with the paper's values, YAML files over them, ``key=value`` overrides over those."""
+"""Run configurations: the schema's defaults, YAML files over them, ``key=value`` overrides over those."""
 
 import dataclasses
 import difflib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from .cli import UserError
-from .data import DATASETS, DataConfig
+from .config_schema import Config, PretrainConfig
+from .data import DATASETS
 
+MOST_BYTES = 2**20  # of a configuration file
+# What reading YAML of anything else ends in: its dates and numbers raise ValueError, for one.
+NOT_YAML = (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, AttributeError, KeyError, RecursionError)
 CONFIG_DIR = Path(__file__).parent / "configs"
-
-
-@dataclass
-class ModelConfig:
-    """Arguments of :class:`drifting.models.DriftingDiT`; image size, channels and classes come from the data."""
-
-    patch_size: int = 2
-    embed_dim: int = 768
-    depth: int = 12
-    num_heads: int = 12
-    mlp_ratio: float = 4.0
-    num_style_tokens: int = 32
-    style_vocab: int = 64
-    n_cls_tokens: int = 16
-
-
-@dataclass
-class LossConfig:
-    """Arguments of :class:`drifting.models.DriftingLoss`.
-
-    ``feature_extractor`` is one name or a list of several, whose feature maps are taken together. ``mae`` says where
-    the one of that name comes from: a source of :func:`drifting.pretrained.load_mae`.
-    """
-
-    feature_extractor: list[str] = field(default_factory=lambda: ["latent"])
-    mae: str | None = None
-    temperatures: list[float] = field(default_factory=lambda: [0.02, 0.05, 0.2])
-    affinity_floor: float = 0.0
-
-
-@dataclass
-class StepConfig:
-    """What one training step draws, see :class:`drifting.training.DriftingTrainer`."""
-
-    labels_per_step: int = 64
-    gen_per_label: int = 64
-    pos_per_label: int = 64
-    uncond_per_label: int = 16
-    queue_size: int = 128
-    unconditional_queue_size: int = 1000
-    labels_at_once: int | None = None
-
-
-@dataclass
-class GuidanceConfig:
-    """Distribution of the guidance scale in training, see :func:`drifting.training.guidance.sample_cfg_scale`."""
-
-    cfg_scale_range: list[float] = field(default_factory=lambda: [1.0, 4.0])
-    cfg_exponent: float = 3.0
-    uncond_prob: float = 0.0
-
-
-@dataclass
-class OptimizerConfig:
-    """AdamW, its schedule and the average of the weights, see :func:`drifting.training.create_trainer`."""
-
-    learning_rate: float = 2e-4
-    weight_decay: float = 0.01
-    warmup_steps: int = 5000
-    cosine_decay: bool = False
-    ema_decay: float = 0.999
-    max_grad_norm: float = 2.0
-
-
-@dataclass
-class TrainConfig:
-    """Length of the run and what happens when. ``eval_every=0`` evaluates at the end only."""
-
-    steps: int = 30000
-    batch_size: int = 64
-    log_every: int = 50
-    save_every: int = 2000
-    eval_every: int = 0
-
-
-@dataclass
-class EvaluationConfig:
-    """How generated images are judged: by the features of the classifier in that directory of
-    :mod:`drifting.train_classifier`, or without one in pixels, see :mod:`drifting.evaluation`."""
-
-    classifier: str | None = None
-
-
-@dataclass
-class Config:
-    """A run of :mod:`drifting.train`."""
-
-    seed: int = 0
-    data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    step: StepConfig = field(default_factory=StepConfig)
-    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-
-
-@dataclass
-class MAEConfig:
-    """Arguments of :class:`drifting.models.MAE`; channels and classes come from the data."""
-
-    base_channels: int = 256
-    layers: list[int] = field(default_factory=lambda: [3, 4, 6, 3])
-    patch_size: int = 2
-    input_patch_size: int = 1
-    dropout_prob: float = 0.0
-
-
-@dataclass
-class MAELossConfig:
-    """What is hidden and what weighs how much, see :class:`drifting.training.MAETrainer`."""
-
-    mask_ratio_range: list[float] = field(default_factory=lambda: [0.5, 0.5])
-    lambda_cls: float = 0.0
-    finetune_steps: int = 0
-    finetune_warmup_steps: int = 1000
-    finetune_lambda_cls: float = 0.1
-
-
-@dataclass
-class PretrainConfig:
-    """A run of :mod:`drifting.pretrain`."""
-
-    seed: int = 0
-    data: DataConfig = field(default_factory=DataConfig)
-    model: MAEConfig = field(default_factory=MAEConfig)
-    loss: MAELossConfig = field(default_factory=MAELossConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-
 
 AnyConfig = TypeVar("AnyConfig", Config, PretrainConfig)
 
 MAY_CHANGE = (  # when a run is resumed
     "data.path", "data.workers", "train.steps", "train.log_every", "train.save_every", "train.eval_every",
-    "evaluation.classifier",
+    "evaluation.features", "evaluation.reference", "evaluation.num_samples", "evaluation.cfg_scales",
 )  # fmt: skip
 SHORTHANDS = {"data": "data.name"}  # keys of sections that may be set like one of their values: `data: digits`
 EXTRACTORS = ("latent", "pixels", "resnet18", "mae")
@@ -171,7 +43,7 @@ NON_NEGATIVE = (
 )  # fmt: skip
 POSITIVE = ("model.mlp_ratio", "optimizer.learning_rate", "optimizer.max_grad_norm")
 SHARES = (
-    "guidance.uncond_prob", "optimizer.ema_decay", "loss.lambda_cls", "loss.finetune_lambda_cls", "model.dropout_prob",
+    "guidance.uncond_prob", "loss.lambda_cls", "loss.finetune_lambda_cls", "model.dropout_prob",
 )  # fmt: skip
 
 
@@ -194,8 +66,12 @@ def read_config(name_or_file: str, overrides: Sequence[str], schema: type[AnyCon
     config = OmegaConf.structured(schema)
     path = _config_file(name_or_file, schema)
     try:
+        if path.stat().st_size > MOST_BYTES:
+            raise ValueError(f"it has more than {MOST_BYTES} bytes")
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(path.read_text(), yaml.SafeLoader)):
+            raise ValueError("aliases (*name), a few lines of which can stand for any number of values")
         values = OmegaConf.load(path)
-    except (YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+    except NOT_YAML as error:
         raise UserError(f"{path} is not valid YAML: {_one_line(error)}") from error
     if not isinstance(values, DictConfig):
         raise UserError(f"{path} holds a list, expected sections of keys such as `train:`")
@@ -207,11 +83,14 @@ def read_config(name_or_file: str, overrides: Sequence[str], schema: type[AnyCon
             raise UserError(f"{override!r}: expected key=value, for example train.steps=500")
         try:
             parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={override[len(key) + 1 :]}"]))
-        except (YAMLError, OmegaConfBaseException) as error:
+        except NOT_YAML as error:
             raise UserError(f"{override!r}: the value is not valid YAML: {_one_line(error)}") from error
         for leaf, value in flatten({key: parsed["value"]}).items():  # type: ignore[index, call-overload]
             _assign(config, schema, leaf, value)
-    result: AnyConfig = OmegaConf.to_object(config)  # type: ignore[assignment]
+    try:
+        result: AnyConfig = OmegaConf.to_object(config)  # type: ignore[assignment]
+    except OmegaConfBaseException as error:  # an interpolation inside of a list, of another type
+        raise UserError(f"{path}: {_one_line(error)}") from error
     check_values(result)
     return result
 
@@ -225,6 +104,9 @@ def check_values(config: Config | PretrainConfig) -> None:
     """Raise :class:`UserError` naming the key, its value and what was expected, if a value is out of its range."""
     values = flatten(dataclasses.asdict(config))
 
+    def is_share(value: float) -> bool:
+        return 0 <= value <= 1
+
     def require(keys: Sequence[str], holds: Any, expected: str) -> None:
         for key in keys:
             if key in values and not holds(values[key]):
@@ -233,7 +115,7 @@ def check_values(config: Config | PretrainConfig) -> None:
     require(COUNTS, lambda v: v >= 1, "1 or more")
     require(NON_NEGATIVE, lambda v: 0 <= v < math.inf, "0 or more")
     require(POSITIVE, lambda v: 0 < v < math.inf, "a positive number")
-    require(SHARES, lambda v: 0 <= v <= 1, "a number from 0 to 1")
+    require(SHARES, is_share, "a number from 0 to 1")
     require(["data.name"], lambda v: v in DATASETS, f"one of: {', '.join(DATASETS)}")
     require(
         ["loss.feature_extractor"],
@@ -241,7 +123,14 @@ def check_values(config: Config | PretrainConfig) -> None:
         f"one of: {', '.join(EXTRACTORS)}; or a list of them",
     )
     require(["data.image_size", "step.labels_at_once"], lambda v: v is None or v >= 1, "1 or more")
+    require(["evaluation.num_samples"], lambda v: v is None or v >= 2, "2 or more")
+    require(["evaluation.cfg_scales"], lambda v: v and all(1 <= s < math.inf for s in v), "one or more of at least 1")
     require(["loss.temperatures"], lambda v: v and all(0 < R < math.inf for R in v), "one or more positive numbers")
+    require(
+        ["optimizer.ema_decay"],
+        lambda v: is_share(v) if isinstance(v, float) else v and all(map(is_share, v)) and len(set(v)) == len(v),
+        "a number from 0 to 1, or of a generator several different ones",
+    )
     require(
         ["guidance.cfg_scale_range"],
         lambda v: len(v) == 2 and 1 <= v[0] <= v[1] < math.inf,
@@ -301,19 +190,20 @@ def _config_file(name_or_file: str, schema: type) -> Path:
 
 
 def _assign(config: DictConfig, schema: type, key: str, value: Any, origin: str = "") -> None:
-    """Set one leaf of the schema, or say what is wrong with it. A list of names may be given as one name."""
+    """Set one leaf of the schema, or say what is wrong with it. A list of one entry may be given as that entry."""
     types, key = _leaf_types(schema), SHORTHANDS.get(key, key)
     if key not in types:
         inside = [leaf for leaf in types if leaf.startswith(f"{key}.")]
         if inside:
             raise UserError(f"{origin}{key} is a section, set one of its keys: {', '.join(inside)}")
         raise UserError(f"{origin}unknown key {key!r}: did you mean {_nearest(key, types)!r}?")
-    if types[key] == "list[str]" and isinstance(value, str):
-        value = [value]
+    entries = [value] if types[key].startswith("list") and not isinstance(value, list) else value
     try:
-        OmegaConf.update(config, key, value)
+        if any(isinstance(part, (dict, list)) for part in (value if isinstance(value, list) else [value])):
+            raise TypeError("nested values where one, or a list of them, is expected")
+        OmegaConf.update(config, key, entries)
         OmegaConf.select(config, key, throw_on_missing=True)  # resolves interpolations
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, TypeError, OverflowError) as error:
         default = flatten(dataclasses.asdict(schema()))[key]
         raise UserError(f"{origin}{key} is {value!r}, expected {types[key]}, for example {default}") from error
 

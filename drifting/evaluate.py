@@ -1,81 +1,149 @@
-"""``python -m drifting.evaluate RUN [--samples FILE.npz]``: how good a generator's images are, as JSON on stdout."""
+"""``python -m drifting.evaluate RUN|hf://NAME|FILE.npz [--reference …]``: how good images are, as JSON on stdout.
+
+What is judged is a generator or images of a file; what it is judged by, the data set of the run, that of another run,
+or the statistics and images of ``.npz`` files, as ADM and others publish them.
+"""
 
 import json
+import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from zipfile import BadZipFile
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from .archives import Labels, read_images, write_images
 from .cli import ArgumentParser, UserError, run_command
 from .config import load_config
+from .config_schema import Config, EvaluationConfig
 from .data import open_dataset
-from .evaluation import Evaluator, open_evaluator
+from .evaluation import Evaluator, Quality, best_quality, check_evaluation, evaluate_guidance, open_evaluator
 from .images import Pixels
 from .pretrained import open_generator
 from .run_directory import RunDirectory
-from .sample import check_sampling, draw_samples, spread_labels
+from .sample import check_sampling, spread_labels
+
+ARCHIVE = ".npz"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = ArgumentParser(prog="python -m drifting.evaluate", description="Measure generated images, as JSON.")
-    parser.add_argument("run", type=Path, metavar="RUN", help="run directory of drifting.train")
-    parser.add_argument("--samples", type=Path, help="judge the images of this .npz (of drifting.sample), not new ones")
-    parser.add_argument("--num", type=int, help="how many to generate (default: as in training)")
-    parser.add_argument("--cfg-scale", type=float, default=1.0, help="guidance scale, 1 or more (default: 1)")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args(argv)
-
-    if arguments.num is not None and arguments.num < 2:
-        raise UserError(f"--num is {arguments.num}, expected 2 or more")
-    check_sampling(arguments.cfg_scale, arguments.seed)
-    trained = open_generator(arguments.run)
-    evaluator = _run_evaluator(arguments.run)
-    if arguments.samples is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        chosen = spread_labels(arguments.num or evaluator.num_samples, range(trained.model.num_classes))
-        images = draw_samples(
-            trained.model.to(device), chosen, trained.pixel_range, arguments.cfg_scale, arguments.seed
-        )
-        labels = chosen.numpy()
-        origin = {"step": trained.step, "cfg_scale": arguments.cfg_scale, "seed": arguments.seed}
+    arguments = _parse(argv)
+    if arguments.source.endswith(ARCHIVE):
+        images, labels = read_images(Path(arguments.source))
+        evaluator = _open_evaluator(arguments)
+        _warn_of_few(evaluator, len(images))
+        report = {"samples": arguments.source, "num_samples": len(images)} | _measure(evaluator, images, labels)
     else:
-        images, labels = _load_samples(arguments.samples)
-        origin = {"samples": str(arguments.samples)}
-    try:
-        measures = evaluator(images, labels)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    print(json.dumps(origin | {"num_samples": len(images)} | measures, indent=2))
+        report = _evaluate_generator(arguments)
+    print(json.dumps(report, indent=2))
     return 0
 
 
-def _run_evaluator(run: Path) -> Evaluator:
-    """That of the data set that the run was trained on."""
-    config = load_config(str(RunDirectory(run).config))
-    evaluator = open_evaluator(config, open_dataset(config.data))
+def _parse(argv: Sequence[str] | None) -> Any:
+    parser = ArgumentParser(prog="python -m drifting.evaluate", description="Measure generated images, as JSON.")
+    parser.add_argument("source", metavar="SOURCE", help="run directory, hf://NAME, artifact of the release, or .npz")
+    parser.add_argument(
+        "--reference", nargs="+", metavar="RUN|FILE.npz", default=[],
+        help="a run directory, whose data set is meant, or files of statistics (mu, sigma), images (arr_0) or both "
+        "(default: as in training)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--features", metavar="NAME|PATH",
+        help="inception, dinov2, weights of Inception (.pth) or a directory of drifting.train_classifier "
+        "(default: as in training; inception with reference files)",
+    )  # fmt: skip
+    parser.add_argument("--num", type=int, help="how many images to generate (default: as in training; else 50000)")
+    parser.add_argument(
+        "--cfg-scale", "--cfg", type=float, nargs="+", metavar="SCALE",
+        help="guidance scales, 1 or more; of several, the best is reported (default: as in training, or 1)",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--save-npz", type=Path, metavar="FILE.npz", help="where to write the images, of the best scale"
+    )
+    arguments = parser.parse_args(argv)
+    if arguments.num is not None and arguments.num < 2:
+        raise UserError(f"--num is {arguments.num}, expected 2 or more")
+    for scale in arguments.cfg_scale or [1.0]:
+        check_sampling(scale, arguments.seed)
+    if arguments.save_npz is not None and arguments.save_npz.suffix != ARCHIVE:
+        raise UserError(f"--save-npz is {arguments.save_npz}, expected a file that ends in {ARCHIVE}")
+    if arguments.source.endswith(ARCHIVE) and (arguments.num or arguments.cfg_scale or arguments.save_npz):
+        raise UserError(f"{arguments.source} is judged as it is: --num, --cfg-scale and --save-npz are for generators")
+    return arguments
+
+
+def _evaluate_generator(arguments: Any) -> dict[str, Any]:
+    trained = open_generator(arguments.source)
+    evaluator = _open_evaluator(arguments)
+    config = _config(arguments.source)
+    evaluation = EvaluationConfig() if config is None else config.evaluation
+    num = arguments.num or evaluation.num_samples or evaluator.num_samples
+    _warn_of_few(evaluator, num)
+    labels = spread_labels(num, range(trained.model.num_classes))
+    model = trained.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    check_evaluation(evaluator, model, trained.pixel_range)
+    scales = arguments.cfg_scale or evaluation.cfg_scales
+    results = evaluate_guidance(evaluator, model, labels, trained.pixel_range, scales, arguments.seed)
+    qualities: list[Quality] = []
+    for quality, images in results:
+        qualities.append(quality)
+        best = best_quality(qualities, evaluator.distance)
+        if best is quality:
+            best_images = images
+        if len(scales) > 1:
+            measured = f"{evaluator.distance} {quality[evaluator.distance]:.4g}"
+            print(f"cfg_scale {quality['cfg_scale']:g}: {measured}", file=sys.stderr)
+    if arguments.save_npz is not None:
+        write_images(arguments.save_npz, best_images, labels.numpy())
+    report = {"source": arguments.source, "step": trained.step, "seed": arguments.seed, "num_samples": num} | best
+    return report | ({"sweep": qualities} if len(scales) > 1 else {})
+
+
+def _measure(evaluator: Evaluator, images: Pixels, labels: Labels | None) -> Quality:
+    try:
+        return evaluator(images, labels)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _open_evaluator(arguments: Any) -> Evaluator:
+    """By ``--reference`` and ``--features``; what they leave open is as in the training of the run."""
+    paths: list[str] = arguments.reference
+    if paths and all(path.endswith(ARCHIVE) for path in paths):
+        evaluation, dataset = EvaluationConfig(features=arguments.features, reference=paths), None
+    else:
+        run = paths[0] if len(paths) == 1 else arguments.source
+        config = _config(run)
+        if config is None or len(paths) > 1:
+            raise UserError(
+                f"there is nothing to compare {arguments.source} with: --reference must name a run directory of "
+                "`python -m drifting.train` or .npz files"
+            )
+        evaluation = config.evaluation
+        if arguments.features is not None:
+            evaluation = replace(evaluation, features=arguments.features)
+        dataset = None if evaluation.reference else open_dataset(config.data)
+    evaluator = open_evaluator(evaluation, dataset)
     if evaluator is None:
-        raise UserError(f"{run} was trained on {config.data.name}, whose images are too large to be measured in pixels")
+        raise UserError(f"images of {run} are too large to be measured in pixels: name --features or --reference")
     return evaluator
 
 
-def _load_samples(path: Path) -> tuple[Pixels, NDArray[np.int64]]:
-    """Images and labels as :mod:`drifting.sample` writes them."""
-    if not path.is_file():
-        raise UserError(f"there is no file {path}")
-    try:
-        with np.load(path) as archive:
-            images, labels = archive["arr_0"], archive["arr_1"]
-    except (OSError, ValueError, KeyError, TypeError, BadZipFile) as error:
-        raise UserError(f"{path} is no .npz with images arr_0 and labels arr_1") from error
-    if images.dtype != np.uint8 or images.ndim != 4 or labels.shape != images.shape[:1]:
-        raise UserError(
-            f"{path}: arr_0 is {images.dtype} {list(images.shape)} and arr_1 {list(labels.shape)}, "
-            "expected uint8 [N, H, W, C] and [N]"
+def _config(source: str) -> Config | None:
+    """That of the run directory ``source``, if it is one."""
+    path = RunDirectory(Path(source)).config
+    return load_config(str(path)) if path.is_file() else None
+
+
+def _warn_of_few(evaluator: Evaluator, num: int) -> None:
+    if num < evaluator.fewest:
+        print(
+            f"warning: {num} images are few, {evaluator.distance} is too high with fewer than {evaluator.fewest}: "
+            "compare equal numbers only",
+            file=sys.stderr,
         )
-    return images, labels
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""How close generated images are to a data set: in pixels, or in the features of a classifier of such images."""
+"""How close generated images are to real ones: in the features of a network, or small ones in pixels."""
 
+from collections.abc import Iterator, Sequence
 from math import prod
 from pathlib import Path
 from typing import Protocol
@@ -7,21 +8,35 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.metrics import pairwise_distances_argmin_min
 from sklearn.svm import SVC
 from torch import Tensor
+from tqdm import tqdm
 
+from .archives import Labels, read_reference
 from .cli import UserError
-from .config import Config
+from .config_schema import EvaluationConfig
 from .data import Dataset, Split
-from .images import Pixels
-from .models import Classifier
-from .run_directory import read_classifier
+from .evaluation_features import INCEPTION, ImageFeatures, open_features
+from .evaluation_measures import (
+    Gaussian,
+    Manifold,
+    Points,
+    fit_gaussian,
+    frechet_distance,
+    inception_score,
+    nearest_distance,
+)
+from .images import Pixels, to_uint8
+from .models import DriftingDiT
+from .sample import draw_samples
 
-Points = NDArray[np.float64]  # [N, D]
+Quality = dict[str, float]
 
-FEATURE_SAMPLES = 5000  # images that are generated, and of a split that are measured, with a classifier's features
-FEATURE_BATCH = 500
+REFERENCE_SAMPLES = 50_000  # images that are generated where the reference is a file: the field's custom
+FEATURE_SAMPLES = 5000  # images that are generated, and of the training images, where it is a data set
+MANIFOLD_IMAGES = 10_000  # real images that precision and recall are measured with at most, as ADM does
+PER_FEATURE = 4  # images for each feature, with fewer of which a Fréchet distance says little
+SPLIT_BATCH = 1000  # images of a data set that are read at once
 
 PIXEL_SAMPLES = 1300  # images that are generated to be measured in pixels
 PIXEL_MAX = 16  # pixels are measured on the scale of the digits, 0 … 16
@@ -31,70 +46,176 @@ MOST_IMAGES = 2000  # of a split that are measured
 
 
 class Evaluator(Protocol):
-    """Judges generated images by the training and test images of a data set; build once, call often.
+    """Judges generated images by real ones; build once, call often.
 
-    Called with uint8 ``images [N, H, W, C]`` generated for ``labels [N]``, it returns measures, and what real images
-    would score; it raises ValueError for fewer than 2 images or those of another size. It is meant to be given
-    ``num_samples`` of them, as Fréchet distances depend on their number.
+    Called with uint8 ``images [N, H, W, C]`` generated for ``labels [N]`` (None: unknown), it returns measures, and
+    what real images would score; it raises ValueError for fewer than 2 images or those of another size. It is meant to
+    be given ``num_samples`` of them, as Fréchet distances depend on their number; ``distance`` is the measure that says
+    how good they are, by how low it is. Of fewer than ``fewest`` images it says little.
     """
 
     num_samples: int
+    fewest: int
+    distance: str
 
-    def __call__(self, images: Pixels, labels: NDArray[np.int64]) -> dict[str, float]: ...
+    def __call__(self, images: Pixels, labels: Labels | None) -> Quality: ...
 
 
-def open_evaluator(config: Config, dataset: Dataset) -> Evaluator | None:
-    """That of the configured classifier; without one, pixels for small images, and None for large ones and latents."""
-    if config.evaluation.classifier is not None:
-        classifier = read_classifier(Path(config.evaluation.classifier))
-        if dataset.latent or classifier.config["num_classes"] != dataset.num_classes:
-            raise UserError(f"evaluation.classifier is {config.evaluation.classifier}, trained on other data")
-        return FeatureEvaluator(dataset, classifier)
-    return None if dataset.latent or prod(dataset.sample_shape) > MOST_VALUES else PixelEvaluator(dataset)
+def open_evaluator(config: EvaluationConfig, dataset: Dataset | None) -> Evaluator | None:
+    """That of the configured reference files and features; without files, of the data set.
+
+    Without either files or features it measures small images in pixels, and is None for large ones and latents.
+
+    Raises:
+        UserError: a file or network cannot be read, or does not go with the data.
+    """
+    if config.reference:
+        return _archive_evaluator([Path(path) for path in config.reference], config.features or INCEPTION)
+    if dataset is None:
+        raise ValueError("received neither reference files nor a data set, expected one of them")
+    if config.features is None:
+        return None if dataset.latent or prod(dataset.sample_shape) > MOST_VALUES else PixelEvaluator(dataset)
+    features = open_features(config.features)
+    if dataset.latent:
+        raise UserError("latents have no images to compare with: evaluation.reference must name a file of them")
+    if features.classifier is not None and features.classifier.config["num_classes"] != dataset.num_classes:
+        raise UserError(f"evaluation.features is {config.features}, trained on other data")
+    return _dataset_evaluator(dataset, features)
+
+
+def evaluate_guidance(
+    evaluator: Evaluator,
+    model: DriftingDiT,
+    labels: Tensor,
+    pixel_range: tuple[float, float],
+    cfg_scales: Sequence[float],
+    seed: int = 0,
+) -> Iterator[tuple[Quality, Pixels]]:
+    """Measures with ``cfg_scale`` among them, and the images, of each guidance scale in turn."""
+    for cfg_scale in cfg_scales:
+        images = draw_samples(model, labels, pixel_range, cfg_scale, seed)
+        yield {"cfg_scale": cfg_scale} | evaluator(images, labels.numpy()), images
+
+
+def check_evaluation(evaluator: Evaluator, model: DriftingDiT, pixel_range: tuple[float, float]) -> None:
+    """Raise :class:`UserError` if images of ``model`` cannot be evaluated, before much time is spent on them."""
+    labels = torch.arange(2) % model.num_classes
+    try:
+        evaluator(draw_samples(model, labels, pixel_range), labels.numpy())
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def best_quality(qualities: Sequence[Quality], distance: str) -> Quality:
+    """That of the lowest ``distance``."""
+    return min(qualities, key=lambda quality: quality[distance])
 
 
 class FeatureEvaluator:
-    """An :class:`Evaluator` in the features of ``classifier``, which knows images of this kind.
+    """An :class:`Evaluator` in the features of a network.
 
-    ``frechet_distance`` is to the test images (``frechet_distance_train``: of as many training images, the floor) and
-    ``frechet_ratio`` their quotient; ``recognised_share`` is the share that the classifier takes for their label.
+    The Fréchet distance is ``fid`` in Inception's features, ``fd_dinov2`` in DINOv2's and else ``frechet_distance``.
+    ``precision`` and ``recall`` are the improved ones of Kynkäänniemi et al.; Inception gives its score too, and a
+    classifier of the data ``recognised_share``, the share that it takes for their label.
+
+    Args:
+        features: the network.
+        statistics: Gaussian of the features of real images.
+        points: features ``[M, D]`` of real images, not all of them perhaps; None leaves out precision and recall.
+        image_shape: H, W and C that images must have; None takes any.
+        num_samples: images it is meant to be given.
+        of_data: what real images score, which is added to the measures. With the Fréchet distance of training images
+            among them, ``frechet_ratio`` is that of the generated ones over it.
     """
 
-    num_samples = FEATURE_SAMPLES
+    def __init__(
+        self,
+        features: ImageFeatures,
+        statistics: Gaussian,
+        points: Tensor | None,
+        image_shape: tuple[int, ...] | None,
+        num_samples: int,
+        of_data: Quality,
+    ) -> None:
+        self.features, self.statistics, self.image_shape = features, statistics, image_shape
+        self.points = None if points is None else points[_spread(len(points), MANIFOLD_IMAGES)]
+        self.real = None if self.points is None else Manifold(self.points)
+        self.num_samples, self.of_data, self.distance = num_samples, of_data, features.distance
+        self.fewest = PER_FEATURE * len(statistics.mean)
 
-    def __init__(self, dataset: Dataset, classifier: Classifier) -> None:
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.classifier, self.dataset = classifier.to(self.device).eval(), dataset
-        self.train, _ = self._measure(*_spread_samples(dataset.train, FEATURE_SAMPLES))
-        self.test, recognised = self._measure(*_spread_samples(dataset.test, len(dataset.test)))
-        self.of_data = {
-            "frechet_distance_train": frechet_distance(self.train, self.test),
-            "recognised_share_test": recognised,
-        }
+    def __call__(self, images: Pixels, labels: Labels | None) -> Quality:
+        if len(images) < 2 or self.image_shape not in (None, images.shape[1:]):
+            expected = "" if self.image_shape is None else f" {list(self.image_shape)}, as the real ones"
+            raise ValueError(f"received {len(images)} images {list(images.shape[1:])}, expected at least 2{expected}")
+        points, logits = self.features(images)
+        distance = frechet_distance(fit_gaussian(_as_points(points)), self.statistics)
+        quality = {self.distance: distance}
+        if f"{self.distance}_train" in self.of_data:
+            quality["frechet_ratio"] = distance / self.of_data[f"{self.distance}_train"]
+        if self.features.classifier is not None:
+            quality |= _recognised(logits, labels)
+        elif logits is not None:
+            quality["inception_score"], quality["inception_score_std"] = inception_score(logits.cpu())
+        if self.points is not None and self.real is not None:
+            quality["precision"] = self.real.share_inside(points)
+            quality["recall"] = Manifold(points).share_inside(self.points)
+        return quality | self.of_data
 
-    def __call__(self, images: Pixels, labels: NDArray[np.int64]) -> dict[str, float]:
-        C, H, W = self.dataset.sample_shape
-        if len(images) < 2 or images.shape[1:] != (H, W, C):
-            raise ValueError(
-                f"received {len(images)} images {list(images.shape[1:])}, expected at least 2 {[H, W, C]}, "
-                "as in the data set"
-            )
-        low, high = self.dataset.pixel_range
-        samples = torch.from_numpy(images).permute(0, 3, 1, 2) * ((high - low) / 255) + low
-        points, recognised = self._measure(samples, torch.from_numpy(labels))
-        frechet = frechet_distance(points, self.test)
-        return {
-            "frechet_distance": frechet,
-            "frechet_ratio": frechet / self.of_data["frechet_distance_train"],
-            "recognised_share": recognised,
-        } | self.of_data
 
-    @torch.no_grad()
-    def _measure(self, samples: Tensor, labels: Tensor) -> tuple[Points, float]:
-        """Features of samples ``[N, C, H, W]``, and the share recognised as ``labels [N]``."""
-        features = torch.cat([self.classifier.features(x.to(self.device)) for x in samples.split(FEATURE_BATCH)])
-        predicted = self.classifier.fc(features).argmax(1).cpu()
-        return features.double().cpu().numpy(), float((predicted == labels).double().mean())
+def _dataset_evaluator(dataset: Dataset, features: ImageFeatures) -> FeatureEvaluator:
+    """Against the test images; ``…_train`` is the distance of as many training images as are generated, the floor."""
+    train, _ = _split_features(features, dataset, dataset.train, FEATURE_SAMPLES)
+    test, logits = _split_features(features, dataset, dataset.test, len(dataset.test))
+    statistics = fit_gaussian(_as_points(test))
+    of_data = {f"{features.distance}_train": frechet_distance(fit_gaussian(_as_points(train)), statistics)}
+    if features.classifier is not None:
+        share = _recognised(logits, dataset.test.labels.numpy())
+        of_data["recognised_share_test"] = share["recognised_share"]
+    C, H, W = dataset.sample_shape
+    return FeatureEvaluator(features, statistics, test, (H, W, C), FEATURE_SAMPLES, of_data)
+
+
+def _archive_evaluator(paths: Sequence[Path], source: str) -> FeatureEvaluator:
+    """Against the first of ``paths`` with statistics, or else with images; precision and recall need images."""
+    references = [read_reference(path) for path in paths]
+    statistics = next((r.statistics for r in references if r.statistics is not None), None)
+    images = next((r.images for r in references if r.images is not None), None)
+    features = open_features(source)
+    points = None
+    if images is not None:
+        if statistics is not None:
+            images = images[_spread(len(images), MANIFOLD_IMAGES)]
+        if len(images) < 2:
+            raise UserError(f"the reference has {len(images)} images, expected at least 2")
+        points, _ = features(images)
+        statistics = statistics or fit_gaussian(_as_points(points))
+    assert statistics is not None  # each file has one or the other
+    if len(statistics.mean) != features.dim:
+        raise UserError(
+            f"the reference's statistics are of {len(statistics.mean)} features, {features.name} has {features.dim}"
+        )
+    shape = None if images is None else images.shape[1:]
+    return FeatureEvaluator(features, statistics, points, shape, REFERENCE_SAMPLES, {})
+
+
+def _split_features(features: ImageFeatures, dataset: Dataset, split: Split, most: int) -> tuple[Tensor, Tensor | None]:
+    """Features, and logits where there are any, of a split's images, evenly spaced ones of more than ``most``."""
+    indices = _spread(len(split), most)
+    parts = [indices[start : start + SPLIT_BATCH] for start in range(0, len(indices), SPLIT_BATCH)]
+    bar = tqdm(parts, desc="real images", unit="part", delay=1, leave=False, disable=None)
+    results = [features(to_uint8(split.samples(part), dataset.pixel_range)) for part in bar]
+    logits = [logit for _, logit in results if logit is not None]
+    return torch.cat([points for points, _ in results]), torch.cat(logits) if logits else None
+
+
+def _recognised(logits: Tensor | None, labels: Labels | None) -> Quality:
+    if logits is None or labels is None:
+        return {}
+    return {"recognised_share": float((logits.argmax(1).cpu().numpy() == labels).mean())}
+
+
+def _as_points(features: Tensor) -> Points:
+    return features.double().cpu().numpy()
 
 
 class PixelEvaluator:
@@ -104,18 +225,21 @@ class PixelEvaluator:
     """
 
     num_samples = PIXEL_SAMPLES
+    distance = "frechet_distance"
 
     def __init__(self, dataset: Dataset) -> None:
         self.train, train_labels = _data_points(dataset.train, dataset.pixel_range)
         self.test, test_labels = _data_points(dataset.test, dataset.pixel_range)
+        self.fewest = PER_FEATURE * self.test.shape[1]
+        self.statistics = fit_gaussian(self.test)
         self.classifier = SVC(gamma=GAMMA / self.train.shape[1], C=10).fit(self.train, train_labels)
         self.of_data = {
-            "frechet_distance_train": frechet_distance(self.train, self.test),
+            "frechet_distance_train": frechet_distance(fit_gaussian(self.train), self.statistics),
             "recognised_share_test": float(self.classifier.score(self.test, test_labels)),
             "nearest_distance_test": nearest_distance(self.test, self.train),
         }
 
-    def __call__(self, images: Pixels, labels: NDArray[np.int64]) -> dict[str, float]:
+    def __call__(self, images: Pixels, labels: Labels | None) -> Quality:
         """Measures of uint8 ``images [N, H, W, C]`` generated for ``labels [N]``, and what real images would score.
 
         ``frechet_distance`` is to the test images (``frechet_distance_train``: of the training images, the floor) and
@@ -132,42 +256,25 @@ class PixelEvaluator:
                 f"received {len(points)} images of {points.shape[1]} values, "
                 f"expected at least 2 of {self.test.shape[1]}, as in the data set"
             )
-        frechet, nearest = frechet_distance(points, self.test), nearest_distance(points, self.train)
-        return {
+        frechet, nearest = frechet_distance(fit_gaussian(points), self.statistics), nearest_distance(points, self.train)
+        quality = {
             "frechet_distance": frechet,
             "frechet_ratio": frechet / self.of_data["frechet_distance_train"],
-            "recognised_share": float((self.classifier.predict(points) == labels).mean()),
             "nearest_distance": nearest,
             "nearest_ratio": nearest / self.of_data["nearest_distance_test"],
-        } | self.of_data
-
-
-def frechet_distance(a: Points, b: Points) -> float:
-    """Squared Fréchet distance of the Gaussians fitted to ``a [N, D]`` and ``b [M, D]``.
-
-    ‖μ_a − μ_b‖² + tr(Σ_a + Σ_b − 2 (Σ_a^½ Σ_b Σ_a^½)^½), with sample covariances; singular ones are fine.
-    """
-    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    cov_a, cov_b = np.atleast_2d(cov_a), np.atleast_2d(cov_b)
-    values, vectors = np.linalg.eigh(cov_a)
-    root_a = vectors * np.sqrt(values.clip(0)) @ vectors.T
-    cross = np.sqrt(np.linalg.eigvalsh(root_a @ cov_b @ root_a).clip(0)).sum()
-    mean = np.square(a.mean(0) - b.mean(0)).sum()
-    return float(mean + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
-
-
-def nearest_distance(a: Points, b: Points) -> float:
-    """Mean Euclidean distance of each point of ``a [N, D]`` to its nearest in ``b [M, D]``."""
-    return float(pairwise_distances_argmin_min(a, b)[1].mean())
+        }
+        if labels is not None:
+            quality["recognised_share"] = float((self.classifier.predict(points) == labels).mean())
+        return quality | self.of_data
 
 
 def _data_points(split: Split, pixel_range: tuple[float, float]) -> tuple[Points, NDArray[np.int64]]:
-    samples, labels = _spread_samples(split, MOST_IMAGES)
+    indices = _spread(len(split), MOST_IMAGES)
     low, high = pixel_range
-    return ((samples.double().flatten(1) - low) * (PIXEL_MAX / (high - low))).numpy(), labels.numpy()
+    points = (split.samples(indices).double().flatten(1) - low) * (PIXEL_MAX / (high - low))
+    return points.numpy(), split.labels[indices].numpy()
 
 
-def _spread_samples(split: Split, most: int) -> tuple[Tensor, Tensor]:
-    """Samples and labels of a split, evenly spaced ones where it has more than ``most``."""
-    indices = list(range(0, len(split), -(-len(split) // most)))
-    return split.samples(indices), split.labels[indices]
+def _spread(count: int, most: int) -> list[int]:
+    """The indices below ``count``, evenly spaced ones where there are more than ``most``."""
+    return list(range(0, count, -(-count // most)))

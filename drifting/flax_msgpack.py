@@ -18,6 +18,7 @@ from .training.checkpoint import atomic_write
 ARRAY, SCALAR = 1, 3  # extension types; SCALAR is a numpy scalar, written like an array
 CHUNKED = "__msgpack_chunked_array__"
 CHUNK_BYTES = 2**30
+MOST_DIMENSIONS = 32  # of an array; no other lists are in these files
 DTYPES = {
     name: getattr(torch, name)
     for name in ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
@@ -33,8 +34,11 @@ def read_arrays(path: Path) -> dict[str, Tensor]:
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            tree = msgpack.unpackb(content, ext_hook=_unpack_array)  # no length in it may exceed the file's
-    except (msgpack.UnpackException, ValueError, TypeError) as error:
+            # No length in it may exceed the file's, of which lists are made before their items are there.
+            tree = msgpack.unpackb(
+                content, ext_hook=_unpack_array, object_pairs_hook=_unique, max_array_len=MOST_DIMENSIONS
+            )
+    except (msgpack.UnpackException, ValueError, TypeError, RuntimeError, MemoryError) as error:
         raise ValueError(f"{path} is no tree of arrays in flax's msgpack format: {error}") from error
     arrays: dict[str, Tensor] = {}
     pending: list[tuple[str, Any]] = [("", tree)]
@@ -44,8 +48,10 @@ def read_arrays(path: Path) -> dict[str, Tensor]:
             node = _join_chunks(name, node)
         if isinstance(node, dict):
             pending += [(f"{name}/{key}" if name else str(key), child) for key, child in node.items()]
-        elif isinstance(node, Tensor):
+        elif isinstance(node, Tensor) and name not in arrays:
             arrays[name] = node
+        elif isinstance(node, Tensor):
+            raise ValueError(f"{path}: two arrays are called {name}")
         else:
             raise ValueError(f"{path}: {name or 'all of it'} is {type(node).__name__}, expected arrays in dictionaries")
     return arrays
@@ -87,8 +93,8 @@ def _write_node(file: Any, packer: msgpack.Packer, node: Any) -> None:
 def _unpack_array(code: int, data: bytes) -> Tensor:
     if code not in (ARRAY, SCALAR):
         raise ValueError(f"extension type {code}, expected arrays ({ARRAY}) and scalars ({SCALAR}) only")
-    shape, name, content = msgpack.unpackb(data)
-    if name not in DTYPES:
+    shape, name, content = msgpack.unpackb(data, max_array_len=MOST_DIMENSIONS)
+    if not isinstance(name, str) or name not in DTYPES:
         raise ValueError(f"an array of dtype {name!r}, expected one of: {', '.join(DTYPES)}")
     dtype = DTYPES[name]
     _check_shape(shape)
@@ -99,15 +105,25 @@ def _unpack_array(code: int, data: bytes) -> Tensor:
     return torch.frombuffer(bytearray(content), dtype=dtype).view(shape)
 
 
+def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError("a dictionary has a key twice")
+    return content
+
+
 def _join_chunks(name: str, node: dict) -> Tensor:
     try:
         shape = [node["shape"][str(index)] for index in range(len(node["shape"]))]
         _check_shape(shape)
-        return torch.cat([node["chunks"][str(index)] for index in range(len(node["chunks"]))]).view(shape)
-    except (KeyError, TypeError, RuntimeError, ValueError) as error:
+        chunks = [node["chunks"][str(index)] for index in range(len(node["chunks"]))]
+        if len({chunk.dtype for chunk in chunks}) > 1:
+            raise ValueError("they are of several dtypes")
+        return torch.cat(chunks).view(shape)
+    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise ValueError(f"the chunks of {name} do not make up an array: {error}") from error
 
 
 def _check_shape(shape: Any) -> None:
-    if not isinstance(shape, (list, tuple)) or not all(type(size) is int and size >= 0 for size in shape):
+    if not isinstance(shape, (list, tuple)) or not all(type(size) is int and 0 <= size < 2**63 for size in shape):
         raise ValueError(f"an array of shape {shape!r}, expected whole numbers")

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .cli import INTERRUPTED, UserError, run_command
-from .config import PretrainConfig
+from .config_schema import PretrainConfig
 from .data import Dataset, Split, open_dataset
 from .images import save_panels, to_uint8
 from .models import MAE
@@ -78,7 +78,7 @@ def test_losses(model: MAE, images: Tensor, labels: Tensor, masks: Tensor) -> Qu
 def _build_trainer(config: PretrainConfig, dataset: Dataset) -> MAETrainer:
     torch.manual_seed(config.seed)
     model = MAE(in_chans=dataset.sample_shape[0], num_classes=dataset.num_classes, **vars(config.model))
-    settings: dict[str, Any] = vars(config.loss) | vars(config.optimizer)
+    settings: dict[str, Any] = vars(config.loss) | vars(config.step) | vars(config.optimizer)
     return MAETrainer(model, config.train.steps, seed=config.seed, **settings)
 
 

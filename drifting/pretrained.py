@@ -18,6 +18,7 @@ from .run_directory import Generator, read_model
 REPOSITORY = "Goodeat/drifting"
 HUB = "hf://"
 RELEASE_DATA, RELEASE_PIXEL_RANGE = "imagenet", (-1.0, 1.0)
+MOST_PIXEL = 2**16  # of the values that stand for black and white
 
 
 def load_generator(source: str | Path) -> DriftingDiT:
@@ -42,8 +43,18 @@ def open_generator(source: str | Path) -> Generator:
     model, description = open_model(locate(source, ["gen"]))
     if not isinstance(model, DriftingDiT):
         raise UserError(f"{source} is a masked autoencoder, not a generator")
-    low, high = description.get("pixel_range", RELEASE_PIXEL_RANGE)
-    return Generator(model, description.get("data", RELEASE_DATA), (low, high), description["step"])
+    data, pixel_range = description.get("data", RELEASE_DATA), description.get("pixel_range", RELEASE_PIXEL_RANGE)
+    if not isinstance(data, str) or not _is_range(pixel_range):
+        raise UserError(f"{source}: its data is {data!r} and its pixel_range {pixel_range!r}, expected a name and "
+                        "two numbers, black and white")  # fmt: skip
+    low, high = pixel_range
+    return Generator(model, data, (low, high), description["step"])
+
+
+def _is_range(value: Any) -> bool:
+    """Whether ``value`` is two numbers, the first below the second."""
+    numbers = isinstance(value, (list, tuple)) and len(value) == 2 and all(type(v) in (int, float) for v in value)
+    return numbers and -MOST_PIXEL <= value[0] < value[1] <= MOST_PIXEL
 
 
 def open_model(folder: Path) -> tuple[DriftingDiT | MAE, dict[str, Any]]:

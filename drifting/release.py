@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from .cli import UserError
 from .flax_msgpack import read_arrays, write_arrays
+from .json_file import is_count, read_object
 from .models import MAE, MODELS, DriftingDiT
+from .models.build import build_on_meta
 from .models.drifting_dit import RMSNorm
 from .training.checkpoint import atomic_write
 
@@ -65,10 +67,9 @@ def read_artifact(folder: Path) -> tuple[DriftingDiT | MAE, dict[str, Any]]:
     """
     metadata = _read_metadata(folder / METADATA)
     try:
-        with torch.device("meta"):
-            model = MODELS[metadata["kind"]](**our_config(metadata["kind"], metadata["model_config"]))
+        model = build_on_meta(MODELS[metadata["kind"]], our_config(metadata["kind"], metadata["model_config"]))
         arrays = read_arrays(folder / WEIGHTS)
-    except (ValueError, TypeError, RuntimeError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise UserError(f"the artifact in {folder} cannot be read: {error}") from error
     if arrays and all(name.startswith("params/") for name in arrays):
         arrays = {name.removeprefix("params/"): array for name, array in arrays.items()}
@@ -77,6 +78,8 @@ def read_artifact(folder: Path) -> tuple[DriftingDiT | MAE, dict[str, Any]]:
     with torch.no_grad():
         for name, view in release_arrays(model).items():
             view.copy_(arrays.pop(name).view(view.shape))
+            if not view.isfinite().all():
+                raise UserError(f"the weights in {folder} have NaN or infinity in {name}")
     return model.eval(), metadata
 
 
@@ -234,11 +237,13 @@ def _check_arrays(folder: Path, arrays: dict[str, Tensor], shapes: dict[str, tup
 
 def _read_metadata(path: Path) -> dict[str, Any]:
     try:
-        metadata = json.loads(path.read_text())
+        metadata = read_object(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read, and only it tells which model the weights are of: {error}") from error
-    if not isinstance(metadata, dict) or not isinstance(metadata.get("model_config"), dict):
+    if not isinstance(metadata.get("model_config"), dict):
         raise UserError(f"{path} has no model_config, and only that tells which model the weights are of")
-    if metadata.get("kind") not in MODELS:
+    if metadata.get("kind") not in list(MODELS):
         raise UserError(f"{path}: kind is {metadata.get('kind')!r}, expected one of: {', '.join(MODELS)}")
+    if not is_count(metadata.get("step", 0)):
+        raise UserError(f"{path}: step is {metadata['step']!r}, expected a number of steps")
     return {"step": 0} | metadata

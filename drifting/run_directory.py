@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .cli import UserError
 from .data import Dataset
+from .json_file import is_count, read_object
 from .models import MAE, MODELS, Classifier, DriftingDiT
+from .models.build import build_on_meta, check_weights
 from .training.checkpoint import atomic_write
 
 KINDS: dict[str, type[DriftingDiT] | type[MAE] | type[Classifier]] = {**MODELS, "classifier": Classifier}
@@ -44,6 +45,11 @@ class RunDirectory:
         return self.path / "checkpoints"
 
     @property
+    def best(self) -> "RunDirectory":
+        """The run as it was at its best evaluation: model and configuration."""
+        return RunDirectory(self.path / "best")
+
+    @property
     def samples(self) -> Path:
         return self.path / "samples"
 
@@ -58,9 +64,12 @@ class Generator:
     step: int
 
 
-def save_generator(run: RunDirectory, model: DriftingDiT, dataset: Dataset, step: int) -> None:
-    """Write ``model.safetensors`` and ``model.json``, all that sampling needs."""
-    write_model(run, model, describe_generator(Generator(model, dataset.name, dataset.pixel_range, step)))
+def save_generator(
+    run: RunDirectory, model: DriftingDiT, dataset: Dataset, step: int, quality: dict[str, float] | None = None
+) -> None:
+    """Write ``model.safetensors`` and ``model.json``, all that sampling needs; and ``quality`` if it was measured."""
+    description = describe_generator(Generator(model, dataset.name, dataset.pixel_range, step))
+    write_model(run, model, description | ({} if quality is None else {"quality": quality}))
 
 
 def describe_generator(trained: Generator) -> dict[str, Any]:
@@ -89,7 +98,7 @@ def read_model(path: Path) -> tuple[DriftingDiT | MAE, dict[str, Any]]:
     Raises:
         UserError: it is no run directory, holds no model yet or another kind, or its files cannot be read.
     """
-    model, description = _read_any(path)
+    model, description = read_any(path)
     if isinstance(model, Classifier):
         raise UserError(f"{path} holds a classifier, not a generator or masked autoencoder")
     return model, description
@@ -97,13 +106,14 @@ def read_model(path: Path) -> tuple[DriftingDiT | MAE, dict[str, Any]]:
 
 def read_classifier(path: Path) -> Classifier:
     """The classifier in ``path``; as :func:`read_model` otherwise."""
-    model, _ = _read_any(path)
+    model, _ = read_any(path)
     if not isinstance(model, Classifier):
         raise UserError(f"{path} holds no classifier of `python -m drifting.train_classifier`")
     return model
 
 
-def _read_any(path: Path) -> tuple[DriftingDiT | MAE | Classifier, dict[str, Any]]:
+def read_any(path: Path) -> tuple[DriftingDiT | MAE | Classifier, dict[str, Any]]:
+    """As :func:`read_model`, classifiers included."""
     run = RunDirectory(path)
     if not path.is_dir():
         raise UserError(f"there is no run directory {path}")
@@ -111,11 +121,14 @@ def _read_any(path: Path) -> tuple[DriftingDiT | MAE | Classifier, dict[str, Any
         if not file.is_file():
             raise UserError(f"{path} holds no {file.name}: expected a run directory of `python -m drifting.train`")
     try:
-        description = json.loads(run.description.read_text())
-        with torch.device("meta"):
-            model = KINDS[description.get("kind", "gen")](**description["model"])
-        model.load_state_dict(load_file(run.weights), assign=True)
-        return model.eval(), {"step": 0} | description
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
+        description = {"kind": "gen", "step": 0} | read_object(run.description)
+        if description["kind"] not in list(KINDS) or not is_count(description["step"]):
+            raise ValueError(f"{run.description.name} is of a {description['kind']} at step {description['step']}")
+        model = build_on_meta(KINDS[description["kind"]], description.get("model"))
+        weights = load_file(run.weights)
+        check_weights(weights, model.state_dict())
+        model.load_state_dict(weights, assign=True)
+        return model.eval(), description
+    except (ValueError, OSError, SafetensorError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"the model in {path} cannot be read: {type(error).__name__}: {reason}") from error

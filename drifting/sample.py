@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .archives import write_images
 from .cli import ArgumentParser, UserError, run_command
 from .images import Pixels, grid, to_uint8
 from .models import DriftingDiT
@@ -37,8 +38,15 @@ def draw_samples(
     """
     generator = torch.Generator().manual_seed(seed)
     size = max(1, min(BATCH, BATCH_TOKENS // (model.grid**2 + model.n_cls_tokens)))
-    batches = tqdm(labels.split(size), unit="batch", delay=1, leave=False, disable=None)  # of 1 s and on terminals
-    return np.concatenate([_draw_batch(model, y, pixel_range, cfg_scale, generator) for y in batches])
+    bar = tqdm(labels.split(size), desc="generate", unit="batch", delay=1, leave=False, disable=None)  # on a terminal
+    images, count = np.empty(0, np.uint8), 0
+    for y in bar:
+        batch = _draw_batch(model, y, pixel_range, cfg_scale, generator)
+        if not count:
+            images = np.empty((len(labels), *batch.shape[1:]), np.uint8)  # 50,000 of ImageNet are 10 GB: not held twice
+        images[count : count + len(y)] = batch
+        count += len(y)
+    return images
 
 
 def _draw_batch(
@@ -79,16 +87,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     labels = spread_labels(arguments.num, _parse_labels(arguments.labels, trained.model.num_classes))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     images = draw_samples(trained.model.to(device), labels, trained.pixel_range, arguments.cfg_scale, arguments.seed)
-    try:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        if arguments.out.suffix == ".npz":
-            np.savez(arguments.out, images, labels.numpy())
-        else:
-            grid(images, columns=math.ceil(math.sqrt(len(images)))).save(arguments.out)
-    except OSError as error:
-        raise UserError(f"cannot write {arguments.out}: {error.strerror}") from error
+    if arguments.out.suffix == ".npz":
+        write_images(arguments.out, images, labels.numpy())
+    else:
+        _write_picture(arguments.out, images)
     print(f"wrote {len(images)} images of labels {sorted(set(labels.tolist()))} to {arguments.out}")
     return 0
+
+
+def _write_picture(path: Path, images: Pixels) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        grid(images, columns=math.ceil(math.sqrt(len(images)))).save(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 def _parse_labels(text: str | None, num_classes: int) -> list[int]:

@@ -1,6 +1,6 @@
 """``python -m drifting.train_classifier [--data NAME] [--out DIR]``: a classifier to judge generated images by.
 
-``evaluation.classifier=DIR`` in a configuration of ``drifting.train`` uses it.
+``evaluation.features=DIR`` in a configuration of ``drifting.train`` and ``drifting.evaluate --features DIR`` use it.
 """
 
 from collections.abc import Sequence

@@ -15,7 +15,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .cli import ArgumentParser, UserError
-from .config import AnyConfig, Config, PretrainConfig, changed_keys, read_config, save_config
+from .config import AnyConfig, changed_keys, read_config, save_config
+from .config_schema import Config, PretrainConfig
 from .data import Split, training_batches
 from .run_directory import RunDirectory
 from .training.checkpoint import load_checkpoint, save_checkpoint
@@ -117,8 +118,9 @@ def run_training(config: Config | PretrainConfig, run: RunDirectory, task: Task)
         raise UserError(f"{run.path} is at step {trainer.step} already, expected train.steps of at least that")
     save_config(config, run.config)
     if trainer.step == config.train.steps:
-        task.save_model()
-        return task.evaluate()
+        measured = task.evaluate()
+        task.save_model()  # after the evaluation: it chooses among several averages
+        return measured
     log = MetricsLog(run.metrics, trainer.step)
     try:
         with _interruptible() as interrupts:

@@ -44,6 +44,17 @@ def float64_backend(request: pytest.FixtureRequest) -> str:
     return _usable(request.param)
 
 
+@pytest.fixture(scope="session")
+def torchvision():
+    """torchvision, whose Python needs two operators declared where its compiled part was built for another torch."""
+    try:
+        return pytest.importorskip("torchvision")
+    except RuntimeError:
+        for name in ("nms", "qnms"):
+            torch.library.define(f"torchvision::{name}", "(Tensor boxes, Tensor scores, float threshold) -> Tensor")
+        return pytest.importorskip("torchvision")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def nan_in_uninitialised_memory():
     """``torch.empty`` returns NaN (integers: their maximum), so a kernel that leaves an element unwritten is seen."""

@@ -214,7 +214,7 @@ def test_report(tmp_path):
     text = gpu_section({"some-gpu": results()})
     ours = "10.00 | 4.00 | 50% | 1.05"  # eager is of half of the problems
     assert f"| `one` | highest | 20 (G=4) | 8 | 2 | memory | {ours} |" in text
-    assert "`two`, high, triton: the process died" in text and "`three`, high, triton, cuda: no time was left" in text
+    assert "`two`, high, triton: the process died" in text and "for want of time: `three` at high" in text
     assert "Some GPU 80GB" in text and "0123456789ab" in text and "never" not in text
     assert "have never been run on a GPU" in gpu_section({})
     page = replace_section(f"before\n{BEGIN}\nold\n{END}\nafter\n", text)

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from drifting.cli import UserError
@@ -91,6 +92,52 @@ def test_metrics_have_one_record_a_step(finished):
         assert record["loss"] > 0 and record["scale"]["pixels"] > 0 and record["sample_spread"] >= 0
         assert set(record["lambda"]["pixels"]) == {"0.02", "0.05", "0.2"}
     assert "frechet_ratio" in records[-1] and "frechet_ratio" not in records[-2]
+
+
+def test_resumes_a_run_of_a_version_with_fewer_keys(finished, tmp_path):
+    """One average by the name `ema`, its decay a number, and no key for how a step is computed."""
+    out = tmp_path / "older"
+    shutil.copytree(finished, out)
+    values = yaml.safe_load((out / "config.yaml").read_text())
+    (values["optimizer"]["ema_decay"],) = values["optimizer"]["ema_decay"]
+    for key in ("bf16", "compile", "activation_checkpointing"):
+        del values["step"][key]
+    (out / "config.yaml").write_text(yaml.safe_dump(values))
+    state = load_checkpoint(out / "checkpoints")
+    (state["ema"],) = state.pop("averages").values()
+    del state["best_decay"]
+    save_checkpoint(out / "checkpoints", state)
+    assert train(load_config("digits", [*TINY, "train.steps=7"]), out) == 0
+    assert load_checkpoint(out / "checkpoints")["step"] == 7
+    with pytest.raises(UserError, match=r"optimizer.ema_decay: \[0.99\], now \[0.9, 0.99\]"):
+        train(load_config("digits", [*TINY, "train.steps=7", "optimizer.ema_decay=[0.9,0.99]"]), out)
+
+
+def test_evaluation_chooses_among_averages(tmp_path, monkeypatch):
+    """Each is measured; the best is reported, saved and kept."""
+    distances = [9.0, 1.0, 3.0]  # of the check before the run, then of each average
+
+    class Evaluator:
+        num_samples = fewest = 2
+        distance = "frechet_distance"
+
+        def __call__(self, images, labels):
+            return {"frechet_distance": distances.pop(0)}
+
+    monkeypatch.setattr("drifting.train.open_evaluator", lambda config, dataset: Evaluator())
+    config = load_config("digits", [*TINY, "optimizer.ema_decay=[0.5,0.75]", "train.steps=3"])
+    assert train(config, tmp_path) == 0
+    record = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert not distances and (record["ema_decay"], record["frechet_distance"]) == (0.5, 1.0)
+    state = load_checkpoint(tmp_path / "checkpoints")
+    assert list(state["averages"]) == [0.5, 0.75] and state["best_decay"] == 0.5
+
+    distances[:] = [9.0, 0.8, 0.5]
+    assert train(config, tmp_path) == 0  # a finished run is evaluated again
+    for folder in (tmp_path, tmp_path / "best"):
+        weights = load_file(folder / "model.safetensors")
+        assert all(torch.equal(weight, state["averages"][0.75][f"module.{name}"]) for name, weight in weights.items())
+    assert json.loads((tmp_path / "best" / "model.json").read_text())["quality"]["ema_decay"] == 0.75
 
 
 def test_another_configuration_is_refused(finished):

@@ -10,8 +10,10 @@ import torch
 from drifting import evaluate, train_classifier
 from drifting.cli import UserError
 from drifting.config import load_config
+from drifting.config_schema import EvaluationConfig
 from drifting.data import load_digits
-from drifting.evaluation import FeatureEvaluator, PixelEvaluator, frechet_distance, open_evaluator
+from drifting.evaluation import FEATURE_SAMPLES, FeatureEvaluator, PixelEvaluator, open_evaluator
+from drifting.evaluation_measures import fit_gaussian, frechet_distance
 from drifting.images import to_uint8
 from drifting.models import Classifier
 from drifting.pretrained import load_generator
@@ -35,7 +37,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def evaluator(digits, trained):
-    return FeatureEvaluator(digits, read_classifier(trained))
+    return open_evaluator(EvaluationConfig(features=str(trained)), digits)
 
 
 def test_recognises_digits(trained, digits):
@@ -47,12 +49,14 @@ def test_recognises_digits(trained, digits):
 def test_measures_are_those_of_its_features(evaluator, trained, digits):
     classifier = read_classifier(trained)
     with torch.no_grad():
-        train, test = (classifier.features(split.samples()).double().numpy() for split in (digits.train, digits.test))
+        train, test = (
+            fit_gaussian(classifier.features(split.samples()).double().numpy()) for split in (digits.train, digits.test)
+        )
     images = to_uint8(digits.train.samples(), digits.pixel_range)
     quality = evaluator(images, digits.train.labels.numpy())
-    assert quality["frechet_distance_train"] == pytest.approx(frechet_distance(train, test), rel=1e-4)
+    assert quality["frechet_distance_train"] == pytest.approx(frechet_distance(train, test), rel=ROUNDING)
     assert quality["frechet_ratio"] == pytest.approx(1, abs=ROUNDING)
-    assert quality["recognised_share"] > 0.9
+    assert quality["recognised_share"] > 0.9 and quality["precision"] > 0.8 and quality["recall"] > 0.8
     assert evaluator(images, (digits.train.labels.numpy() + 1) % 10)["recognised_share"] < 0.1
     noise = np.random.default_rng(0).integers(0, 256, images.shape).astype(np.uint8)
     assert evaluator(noise, digits.train.labels.numpy())["frechet_ratio"] > 5
@@ -63,26 +67,28 @@ def test_measures_are_those_of_its_features(evaluator, trained, digits):
 
 
 def test_configuration_chooses_the_evaluator(trained, digits):
-    assert isinstance(open_evaluator(load_config("digits"), digits), PixelEvaluator)
-    config = load_config("digits", [f"evaluation.classifier={trained}"])
+    assert isinstance(open_evaluator(EvaluationConfig(), digits), PixelEvaluator)
+    config = EvaluationConfig(features=str(trained))
     assert isinstance(open_evaluator(config, digits), FeatureEvaluator)
     with pytest.raises(UserError, match="trained on other data"):
         open_evaluator(config, replace(digits, class_names=("zero", "one")))
-    assert open_evaluator(load_config("digits"), replace(digits, latent=True)) is None
+    assert open_evaluator(EvaluationConfig(), replace(digits, latent=True)) is None
+    with pytest.raises(UserError, match="evaluation.reference must name"):
+        open_evaluator(config, replace(digits, latent=True))
 
 
 def test_run_is_evaluated_with_it(trained, tmp_path, capsys):
     config = load_config(
         "digits",
         ["model.embed_dim=16", "model.depth=1", "model.num_heads=2", "train.steps=2", "step.gen_per_label=4",
-         "train.eval_every=0", f"evaluation.classifier={trained}"],
+         "train.eval_every=0", f"evaluation.features={trained}"],
     )  # fmt: skip
     assert train(config, tmp_path) == 0
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     capsys.readouterr()
     assert evaluate.main([str(tmp_path)]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["num_samples"] == FeatureEvaluator.num_samples
+    assert report["num_samples"] == FEATURE_SAMPLES
     for measure in ("frechet_distance", "frechet_ratio", "recognised_share", "frechet_distance_train"):
         assert report[measure] == pytest.approx(last[measure], rel=1e-6)
 

@@ -62,7 +62,7 @@ def test_sample_then_evaluate(trained, tmp_path):
     with np.load(tmp_path / "some" / "digits.npz") as archive:
         assert archive["arr_0"].shape == (24, 8, 8, 1) and archive["arr_0"].dtype == np.uint8
         assert archive["arr_1"].tolist() == [3] * 12 + [5] * 12
-    result = run("drifting.evaluate", trained, "--samples", tmp_path / "some" / "digits.npz")
+    result = run("drifting.evaluate", tmp_path / "some" / "digits.npz", "--reference", trained)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["num_samples"] == 24  # stdout is JSON and nothing else
 
@@ -123,7 +123,9 @@ def test_mistake_is_one_line_and_status_2(tmp_path):
         (training, ["--nope"], "unrecognized arguments: --nope"),
         (training, ["--out", "{file}"], "cannot use .* as a run directory"),
         (training, ["--out", "{empty}", "data=mnist", "data.path={nowhere}"], "not in .*nowhere: set data.path to"),
-        (training, ["evaluation.classifier={nowhere}", "--out", "run"], "there is no run directory"),
+        (training, ["evaluation.features={nowhere}", "--out", "run"], "there are no features .*nowhere: exp"),
+        (training, ["evaluation.reference={nowhere}", "--out", "run"], "there is no file"),
+        (training, ["evaluation.cfg_scales=[1.0,0.5]", "--out", "run"], "one or more of at least 1"),
         (pretrain, ["--config", "digits"], "there is no configuration 'digits': .* one of: mae_256"),
         (pretrain, ["loss.lambda_cls=x"], "loss.lambda_cls is 'x', expected float"),
         (train_classifier, ["--data", "nope"], "argument --data: invalid choice"),
@@ -139,10 +141,15 @@ def test_mistake_is_one_line_and_status_2(tmp_path):
         (sample, ["{run}", "--num", "1", "--out", "a.png", "--cfg-scale", "0.5"], "expected 1 or more"),
         (sample, ["{run}", "--num", "1", "--out", "a.png", "--seed", "-1"], "--seed is -1"),
         (evaluate, ["{nowhere}"], "there is no run directory"),
-        (evaluate, ["{run}", "--samples", "{nowhere}"], "there is no file"),
-        (evaluate, ["{run}", "--samples", "{file}"], "is no .npz with images"),
-        (evaluate, ["{run}", "--samples", "{odd}"], "expected uint8"),
+        (evaluate, ["{nowhere}.npz", "--reference", "{run}"], "there is no file"),
+        (evaluate, ["{odd}", "--reference", "{run}"], "expected uint8"),
+        (evaluate, ["{odd}", "--reference", "{run}", "--num", "3"], "--num, --cfg-scale and --save-npz are for gen"),
         (evaluate, ["{run}", "--num", "1"], "--num is 1, expected 2 or more"),
+        (evaluate, ["{run}", "--cfg-scale", "1", "0.5"], "--cfg-scale is 0.5, expected 1 or more"),
+        (evaluate, ["{run}", "--save-npz", "a.png"], "expected a file that ends in .npz"),
+        (evaluate, ["{run}", "--features", "{empty}"], "there are no features"),
+        (evaluate, ["{run}", "--reference", "{empty}"], "must name a run directory"),
+        (evaluate, ["{run}", "--reference", "{nowhere}.npz"], "there is no file"),
     ],
 )  # fmt: skip
 def test_bad_arguments(command, arguments, expected, trained, tmp_path, capsys, monkeypatch):

@@ -9,8 +9,6 @@ import torch
 from drifting.cli import UserError
 from drifting.config import (
     CONFIG_DIR,
-    Config,
-    PretrainConfig,
     changed_keys,
     flatten,
     load_config,
@@ -18,6 +16,7 @@ from drifting.config import (
     read_config,
     save_config,
 )
+from drifting.config_schema import Config, PretrainConfig
 from drifting.data import DataConfig
 from drifting.models import MAE, DriftingDiT
 from drifting.training import MAETrainer, create_trainer
@@ -99,6 +98,23 @@ def test_feature_extractors_are_one_or_several():
             load_config("digits", overrides)
 
 
+def test_the_large_ones_are_computed_as_the_release_does():
+    for name, (_, parameters) in GENERATORS.items():
+        step, large = load_config(name).step, parameters is not None
+        assert (step.bf16, step.compile) == (large, large)
+        assert step.activation_checkpointing == name.startswith("pixel")
+    for name in ENCODERS:
+        assert load_pretrain_config(name).step.bf16 == (name in ("mae_256", "mae_640", "mae_pixel"))
+
+
+def test_a_list_may_be_given_as_its_only_entry():
+    assert load_config("digits", ["optimizer.ema_decay=0.5"]).optimizer.ema_decay == [0.5]
+    assert load_config("digits", ["optimizer.ema_decay=[0.5,0.9]"]).optimizer.ema_decay == [0.5, 0.9]
+    assert load_config("digits", ["evaluation.cfg_scales=2"]).evaluation.cfg_scales == [2.0]
+    with pytest.raises(UserError, match="expected float"):
+        load_pretrain_config("mae_256", ["optimizer.ema_decay=[0.5,0.9]"])
+
+
 def test_configurations_of_the_other_kind_are_told_apart():
     with pytest.raises(UserError, match="no configuration 'digits': expected a .yaml file or one of: mae_256"):
         load_pretrain_config("digits")
@@ -123,7 +139,7 @@ def test_unknown_key_names_the_nearest(override, key):
     [("train.steps=many", "train.steps is 'many', expected int"), ("train.steps=2.5", "expected int"),
      ("train.steps=true", "expected int"), ("train.steps=", "expected int"), ("train.steps=[1]", "expected int"),
      ("optimizer.learning_rate=fast", "expected float"), ("optimizer.cosine_decay=perhaps", "expected bool"),
-     ("loss.temperatures=0.1", r"expected list\[float\], for example \[0.02, 0.05, 0.2\]"),
+     ("loss.temperatures=a", r"is 'a', expected list\[float\], for example \[0.02, 0.05, 0.2\]"),
      ("loss.temperatures=[a]", r"expected list\[float\]"), ("seed=${nowhere}", "expected int"),
      ("train=5", "train is a section, set one of its keys: train.steps"),
      ("seed", "expected key=value"), ("seed=[1", "not valid YAML")],
@@ -142,6 +158,8 @@ def test_ill_typed_value_says_what_was_expected(override, expected):
      ("loss.feature_extractor=pixel", "expected one of: latent, pixels"), ("loss.temperatures=[]", "positive numbers"),
      ("loss.feature_extractor=[]", "or a list of them"), ("loss.feature_extractor=[pixels,pixels]", "or a list"),
      ("loss.temperatures=[0.1,0]", "positive numbers"), ("guidance.cfg_scale_range=[0.5,2]", "least"),
+     ("optimizer.ema_decay=[0.9,2]", "from 0 to 1"), ("optimizer.ema_decay=[0.9,0.9]", "several different ones"),
+     ("optimizer.ema_decay=[]", "from 0 to 1"), ("guidance.cfg_scale_range=1", "least"),
      ("guidance.cfg_scale_range=[1]", "least"), ("model.embed_dim=30", "a multiple of")],
 )  # fmt: skip
 def test_value_out_of_range_is_named(override, expected):
@@ -198,5 +216,5 @@ def test_sections_hold_arguments_that_exist():
     assert names <= set(inspect.signature(create_trainer).parameters)
     pretraining = PretrainConfig()
     assert set(vars(pretraining.model)) <= set(inspect.signature(MAE).parameters)
-    names = set(vars(pretraining.loss)) | set(vars(pretraining.optimizer))
+    names = {name for part in (pretraining.loss, pretraining.step, pretraining.optimizer) for name in vars(part)}
     assert names <= set(inspect.signature(MAETrainer).parameters)

@@ -4,11 +4,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.linalg import sqrtm
 
 from drifting.data import load_digits
-from drifting.evaluation import PixelEvaluator, frechet_distance, nearest_distance
+from drifting.evaluation import PixelEvaluator
+from drifting.evaluation_measures import (
+    Manifold,
+    fit_gaussian,
+    frechet_distance,
+    inception_score,
+    nearest_distance,
+)
 from drifting.images import grid, save_panels, to_uint8
-from drifting.sample import spread_labels
+from drifting.models import DriftingDiT
+from drifting.sample import draw_samples, spread_labels
 
 ROUNDING = 2e-3  # relative, on a measure of the data: their 17 grey levels do not divide the 255 of an image file
 
@@ -21,6 +30,10 @@ def digits():
 @pytest.fixture(scope="module")
 def evaluator(digits):
     return PixelEvaluator(digits)
+
+
+def frechet(a: np.ndarray, b: np.ndarray) -> float:
+    return frechet_distance(fit_gaussian(a), fit_gaussian(b))
 
 
 def with_moments(mean: np.ndarray, covariance: np.ndarray, n: int, seed: int) -> np.ndarray:
@@ -37,8 +50,8 @@ def test_frechet_distance_of_axis_aligned_gaussians():
     std_a, std_b = np.array([1.0, 0.3, 2.0]), np.array([0.5, 0.4, 5.0])
     a, b = with_moments(mean_a, np.diag(std_a**2), 50, 0), with_moments(mean_b, np.diag(std_b**2), 70, 1)
     expected = np.square(mean_a - mean_b).sum() + np.square(std_a - std_b).sum()
-    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
-    assert frechet_distance(b, a) == pytest.approx(expected, rel=1e-9)
+    assert frechet(a, b) == pytest.approx(expected, rel=1e-9)
+    assert frechet(b, a) == pytest.approx(expected, rel=1e-9)
 
 
 def test_frechet_distance_of_tilted_gaussians():
@@ -46,14 +59,73 @@ def test_frechet_distance_of_tilted_gaussians():
     A, B = np.array([[2.0, 0.9], [0.9, 1.0]]), np.array([[1.0, -0.7], [-0.7, 3.0]])
     root = np.sqrt(np.trace(A @ B) + 2 * np.sqrt(np.linalg.det(A @ B)))
     a, b = with_moments(np.zeros(2), A, 40, 0), with_moments(np.ones(2), B, 40, 1)
-    assert frechet_distance(a, b) == pytest.approx(2 + np.trace(A) + np.trace(B) - 2 * root, rel=1e-9)
+    assert frechet(a, b) == pytest.approx(2 + np.trace(A) + np.trace(B) - 2 * root, rel=1e-9)
 
 
 def test_frechet_distance_of_one_dimension_and_of_constants():
     line = np.linspace(0, 1, 20)[:, None]
-    assert frechet_distance(line, 3 * line) == pytest.approx((2 * line.mean()) ** 2 + (2 * line.std(ddof=1)) ** 2)
+    assert frechet(line, 3 * line) == pytest.approx((2 * line.mean()) ** 2 + (2 * line.std(ddof=1)) ** 2)
     padded = np.hstack([line, np.zeros((20, 2))])  # singular covariance
-    assert frechet_distance(padded, padded) == pytest.approx(0, abs=1e-9)
+    assert frechet(padded, padded) == pytest.approx(0, abs=1e-9)
+
+
+def test_frechet_distance_is_that_of_the_matrix_root_and_of_torch_fidelity(torchvision):
+    fidelity = pytest.importorskip("torch_fidelity.metric_fid")
+    rng = np.random.default_rng(0)
+    mix = rng.standard_normal((2, 24, 24))
+    few, many = rng.standard_normal((10, 24)) @ mix[0], rng.standard_normal((300, 24)) @ mix[1] + 1  # few: singular
+    a, b = fit_gaussian(few), fit_gaussian(many)
+    root = sqrtm(a.covariance @ b.covariance).real
+    expected = np.square(a.mean - b.mean).sum() + np.trace(a.covariance + b.covariance - 2 * root)
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
+    theirs = fidelity.fid_statistics_to_metric(
+        *({"mu": gaussian.mean, "sigma": gaussian.covariance} for gaussian in (a, b)), verbose=False
+    )
+    assert frechet_distance(a, b) == pytest.approx(theirs[fidelity.KEY_METRIC_FID], rel=1e-6)
+
+
+def test_inception_score():
+    """As many as there are classes, if each is drawn equally often and recognised beyond doubt, in whatever order."""
+    certain = 100 * torch.eye(8).repeat_interleave(1000, 0)  # class by class
+    mean, std = inception_score(certain)
+    assert mean == pytest.approx(8, rel=0.01) and std < 0.05
+    assert inception_score(torch.randn(1, 8).expand(50, 8)) == (pytest.approx(1), pytest.approx(0, abs=1e-12))
+    assert inception_score(certain[:3])[0] == pytest.approx(1)  # fewer than the splits
+
+
+def test_inception_score_is_that_of_torch_fidelity(torchvision):
+    fidelity = pytest.importorskip("torch_fidelity.metric_isc")
+    logits = 3 * torch.randn(200, 20)
+    theirs = fidelity.isc_features_to_metric(logits)
+    assert inception_score(logits) == (
+        pytest.approx(theirs[fidelity.KEY_METRIC_ISC_MEAN], rel=1e-9),
+        pytest.approx(theirs[fidelity.KEY_METRIC_ISC_STD], rel=1e-6),
+    )
+
+
+def inside(points: np.ndarray, centres: np.ndarray) -> float:
+    """Share of ``points`` that are no farther from some centre than its third-nearest neighbour, point by point."""
+    radii = [np.sort(np.linalg.norm(centres - centre, axis=1))[3] for centre in centres]
+    return np.mean([(np.linalg.norm(centres - point, axis=1) <= radii).any() for point in points])
+
+
+def test_precision_and_recall_by_definition(torchvision, monkeypatch):
+    monkeypatch.setattr("drifting.evaluation_measures.BLOCK", 37)  # not a divisor
+    rng = np.random.default_rng(0)
+    real, generated = rng.standard_normal((120, 4)), 0.5 * rng.standard_normal((90, 4)) + 0.5
+    a, b = (torch.from_numpy(points + 1000) for points in (real, generated))  # far from the origin
+    precision, recall = Manifold(a).share_inside(b), Manifold(b).share_inside(a)
+    assert precision == inside(generated, real) and recall == inside(real, generated)
+    assert 0.1 < recall < precision - 0.1 < 0.9  # narrow, so plausible but not varied
+    fidelity = pytest.importorskip("torch_fidelity.metric_prc")
+    settings = {"prc_neighborhood": 3, "prc_batch_size": 1000, "save_cpu_ram": False, "verbose": False}
+    theirs = fidelity.prc_features_to_metric(b - 1000, a - 1000, **settings)
+    assert theirs["precision"] == pytest.approx(precision) and theirs["recall"] == pytest.approx(recall)
+
+
+def test_manifold_of_two_points():
+    manifold = Manifold(torch.tensor([[0.0, 0.0], [1.0, 0.0]]))
+    assert manifold.share_inside(torch.tensor([[0.5, 0.5], [0.0, 2.0], [-0.9, 0.0], [2.5, 0.0]])) == 0.5
 
 
 def test_nearest_distance():
@@ -112,3 +184,12 @@ def test_labels_are_spread():
     assert spread_labels(7, [3, 5]).tolist() == [3, 3, 3, 3, 5, 5, 5]
     assert spread_labels(1300, range(10)).bincount().tolist() == [130] * 10
     assert spread_labels(2, range(10)).tolist() == [0, 1]
+
+
+def test_samples_of_several_batches(monkeypatch):
+    monkeypatch.setattr("drifting.sample.BATCH", 3)
+    model = DriftingDiT(img_size=8, patch_size=4, in_chans=1, num_classes=5, embed_dim=16, depth=1, num_heads=2).eval()
+    torch.nn.init.normal_(model.final.proj.weight)
+    images = draw_samples(model, torch.arange(7) % 5, (-1.0, 1.0))
+    assert images.shape == (7, 8, 8, 1) and len(np.unique(images.reshape(7, -1), axis=0)) == 7
+    assert (images[:6] == draw_samples(model, torch.arange(6) % 5, (-1.0, 1.0))).all()

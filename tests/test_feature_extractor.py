@@ -138,8 +138,7 @@ def test_resnet_without_torchvision_says_what_to_do(monkeypatch):
 
 
 @pytest.mark.parametrize("in_chans", [1, 3, 4])
-def test_resnet_maps(in_chans):
-    pytest.importorskip("torchvision")
+def test_resnet_maps(in_chans, torchvision):
     extractor = FeatureExtractor(in_chans, pretrained=False)
     x = torch.rand(2, in_chans, 32, 32, requires_grad=True)
     maps = extractor(x)

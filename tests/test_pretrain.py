@@ -24,9 +24,10 @@ TINY = [
 ]  # fmt: skip
 
 
-def make_trainer(**settings) -> MAETrainer:
+def make_trainer(base_channels: int = 8, **settings) -> MAETrainer:
     torch.manual_seed(0)
-    return MAETrainer(MAE(1, 8, (1, 1, 1, 1), 2), 40, "cpu", **({"learning_rate": 3e-3, "warmup_steps": 1} | settings))
+    model = MAE(1, base_channels, (1, 1, 1, 1), 2)
+    return MAETrainer(model, 40, "cpu", **({"learning_rate": 3e-3, "warmup_steps": 1} | settings))
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +96,18 @@ def test_learns_what_can_be_known():
     hidden = trainer.model.random_mask(images)
     restored = trainer.ema_model.eval().reconstruct(images, hidden)
     assert (restored - images).square().mean() < 0.2
+
+
+def test_bf16_is_of_the_model_alone():
+    images, labels = torch.rand(8, 1, 8, 8), torch.arange(8) % 2
+    whole, half = (make_trainer(base_channels=64, lambda_cls=0.5, bf16=bf16) for bf16 in (False, True))
+    dtypes = []
+    half.model.encoder.conv1.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+    expected, metrics = whole.train_step(images, labels), half.train_step(images, labels)
+    assert dtypes == [torch.bfloat16] and {p.dtype for p in half.model.parameters()} == {torch.float32}
+    for name, value in expected.items():
+        torch.testing.assert_close(metrics[name], value, rtol=0.05, atol=0)
+    assert metrics["loss"].dtype == torch.float32 and metrics["loss"] != expected["loss"]
 
 
 def test_mistakes_are_told(finished, tmp_path):

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import drift_ops
 from drifting.models import DriftingDiT, LatentFeatureExtractor
 from drifting.training import create_trainer
 from drifting.training.guidance import sample_cfg_scale, uncond_weight
@@ -198,28 +199,58 @@ def test_average_follows_the_weights():
     assert not torch.equal(trainer.ema_model.patch_embed.weight, trainer.model.patch_embed.weight)
 
 
-def test_generate_uses_the_average():
-    trainer = make_trainer()
+def test_several_averages_are_those_of_single_ones():
+    decays = (0.5, 0.9)
+    both, *single = (make_trainer(ema_decay=decay, learning_rate=1e-2) for decay in (decays, *decays))
+    for trainer in (both, *single):
+        for n in range(3):
+            trainer.train_step(*batch(seed=n))
+    assert tuple(both.ema_models) == decays
+    weights = [model.final.proj.weight for model in both.ema_models.values()]
+    assert not torch.equal(*weights)
+    for weight, trainer in zip(weights, single, strict=True):
+        assert torch.equal(weight, trainer.ema_model.final.proj.weight)
+
+
+def test_generate_uses_the_best_average():
+    trainer = make_trainer(ema_decay=(0.5, 0.9))
     with torch.no_grad():
-        trainer.ema_model.final.proj.bias.fill_(7.0)
+        trainer.ema_models[0.5].final.proj.bias.fill_(7.0)
+        trainer.ema_models[0.9].final.proj.bias.fill_(8.0)
     images = trainer.generate(batch_size=3, labels=torch.tensor([0, 1, 2]), cfg_scale=2.0)
     assert images.shape == (3, 2, 4, 4) and (images == 7).all()
+    trainer.best_decay = 0.9
+    assert (trainer.generate(batch_size=3) == 8).all()
 
 
 def test_state_dict_continues_exactly():
     """Weights after 3 + 3 steps in two trainers equal those after 6 in one, bit for bit."""
-    whole, first, second = make_trainer(decay_steps=6), make_trainer(decay_steps=6), make_trainer(decay_steps=6)
+    whole, first, second = (make_trainer(decay_steps=6, ema_decay=(0.5, 0.9)) for _ in range(3))
     for n in range(6):
         whole.train_step(*batch(seed=n))
     for n in range(3):
         first.train_step(*batch(seed=n))
+    first.best_decay = 0.9
     second.load_state_dict(first.state_dict())
     for n in range(3, 6):
         second.train_step(*batch(seed=n))
-    assert second.step == 6
-    for model in ("model", "ema_model"):
-        a, b = getattr(whole, model).state_dict(), getattr(second, model).state_dict()
+    assert second.step == 6 and second.best_decay == 0.9
+    models = [[trainer.model, *trainer.ema_models.values()] for trainer in (whole, second)]
+    for one, other in zip(*models, strict=True):
+        a, b = one.state_dict(), other.state_dict()
         assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_state_of_a_version_with_one_average():
+    old, trainer, other = make_trainer(), make_trainer(), make_trainer(ema_decay=(0.999, 0.9999))
+    old.train_step(*batch())
+    state = old.state_dict()
+    del state["best_decay"]
+    state["ema"] = state.pop("averages")[0.999]
+    trainer.load_state_dict(state)
+    assert torch.equal(trainer.ema_model.final.proj.weight, old.model.final.proj.weight)  # the first step's average
+    with pytest.raises(ValueError, match=r"averages of decay \[0.999\], expected \[0.999, 0.9999\]"):
+        other.load_state_dict(state)
 
 
 # ------------------------------------------------------------------------------------------------------ epochs
@@ -257,11 +288,102 @@ def test_training_draws_each_class_to_its_images():
 @pytest.mark.parametrize(
     "argument, value",
     [("learning_rate", 0.0), ("learning_rate", math.nan), ("gen_per_label", 0), ("uncond_prob", 1.5),
-     ("ema_decay", -0.1), ("cfg_scale_range", (0.5, 2.0)), ("cfg_scale_range", (3.0, 2.0)), ("queue_size", 0)],
+     ("ema_decay", -0.1), ("ema_decay", ()), ("ema_decay", (0.9, 2.0)),
+     ("cfg_scale_range", (0.5, 2.0)), ("cfg_scale_range", (3.0, 2.0)), ("queue_size", 0)],
 )  # fmt: skip
 def test_arguments_out_of_range_are_named(argument, value):
     with pytest.raises(ValueError, match=f"{argument} is"):
         make_trainer(**{argument: value})
+
+
+# ---------------------------------------------------------------------------------------- how a step is computed
+
+
+def small_extractor() -> LatentFeatureExtractor:
+    return LatentFeatureExtractor(2, base_channels=64, layers=(1, 1, 1, 1))
+
+
+def trained_pair(**settings):
+    """Two trainers of the same model, the second with these settings.
+
+    Samples far from each other and a wide kernel: the field amplifies no rounding.
+    """
+    plain, special = (
+        make_trainer(feature_extractor=small_extractor(), temperatures=(0.5,), **own) for own in ({}, settings)
+    )
+    for name, parameter in plain.model.named_parameters():
+        if "modulation" in name or "proj" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    special.load_state_dict(plain.state_dict())
+    return plain, special
+
+
+def gradient(trainer) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
+
+
+def test_bf16_is_of_the_networks_alone(monkeypatch):
+    """The gradient is that of float32 up to 8 bits; what trains is float32, and so is the field."""
+    plain, half = trained_pair(bf16=True)
+    seen, drift_loss = [], drift_ops.drift_loss
+
+    def record(gen, pos, neg, **options):
+        losses, infos = drift_loss(gen, pos, neg, **options)
+        seen.append(({t.dtype for t in (*gen, *pos, *neg)}, {loss.dtype for loss in losses}))
+        return losses, infos
+
+    plain.train_step(*batch())
+    monkeypatch.setattr(drift_ops, "drift_loss", record)
+    half.train_step(*batch())
+    assert seen == [({torch.bfloat16}, {torch.float32})]
+    assert {p.dtype for p in (*half.model.parameters(), *half.ema_model.parameters())} == {torch.float32}
+    a, b = gradient(plain), gradient(half)
+    assert not torch.equal(a, b) and (a - b).norm() < 0.1 * a.norm()
+    assert half.generate(2).dtype == torch.float32
+
+
+def test_bf16_in_parts_is_one_big_step():
+    _, whole = trained_pair(bf16=True)
+    _, parts = trained_pair(bf16=True, labels_at_once=2, activation_checkpointing=True)
+    for trainer in (whole, parts):
+        trainer.train_step(*batch())
+    assert (gradient(whole) - gradient(parts)).norm() < 0.02 * gradient(whole).norm()
+
+
+def test_checkpointing_computes_blocks_twice():
+    plain, checkpointing = trained_pair(activation_checkpointing=True)
+    calls = {id(plain): [], id(checkpointing): []}
+    for trainer in (plain, checkpointing):
+        trainer.model.blocks[0].register_forward_pre_hook(
+            lambda *_, t=trainer: calls[id(t)].append(torch.is_grad_enabled())
+        )
+        trainer.train_step(*batch())
+        trainer.model.generate(2)
+    assert calls[id(plain)] == [True, False] and calls[id(checkpointing)] == [True, True, False]
+    torch.testing.assert_close(gradient(checkpointing), gradient(plain))
+
+
+def test_compile_is_of_both_networks(monkeypatch):
+    compiled = []
+
+    def backend(graph, inputs):
+        parts = [part for part in graph.modules() if isinstance(part, torch.fx.GraphModule)]  # blocks are parts
+        compiled.append({str(node.target) for part in parts for node in part.graph.nodes})
+        return graph
+
+    module_compile = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: module_compile(module, backend=backend))
+    torch._dynamo.reset()
+    plain, compiling = trained_pair(compile=True, activation_checkpointing=True)
+    for trainer in (plain, compiling):
+        trainer.train_step(*batch())
+    used = set().union(*compiled)
+    assert any("scaled_dot_product_attention" in t for t in used) and any("group_norm" in t for t in used)
+    torch.testing.assert_close(gradient(compiling), gradient(plain), rtol=1e-3, atol=1e-5)
+    assert compiling.model.state_dict().keys() == plain.model.state_dict().keys()
+    graphs = len(compiled)
+    compiling.generate(3)
+    assert len(compiled) == graphs, "the averages are not compiled"
 
 
 # ------------------------------------------------------------------------------------------------ steps in parts
@@ -271,9 +393,8 @@ def test_arguments_out_of_range_are_named(argument, value):
 @pytest.mark.parametrize("settings", [{}, {"uncond_prob": 1.0}], ids=["guided", "unguided"])
 def test_step_in_parts_is_one_big_step(labels_at_once, settings):
     """Gradient and report agree though the field's statistics are over all labels; each part's own would not do."""
-    extractor = LatentFeatureExtractor(2, base_channels=8, layers=(1, 1, 1, 1))
     whole, parts = (
-        make_trainer(feature_extractor=extractor, labels_at_once=at_once, **settings)
+        make_trainer(feature_extractor=small_extractor(), labels_at_once=at_once, **settings)
         for at_once in (None, labels_at_once)
     )
     for _ in range(2):

@@ -12,11 +12,13 @@ template <class T> struct Simd;
 template <> struct Simd<float> {
     typedef float vec __attribute__((vector_size(DRIFT_VECTOR_BYTES)));
     typedef int32_t ivec __attribute__((vector_size(DRIFT_VECTOR_BYTES)));
+    typedef uint32_t uvec __attribute__((vector_size(DRIFT_VECTOR_BYTES)));
     typedef float unaligned __attribute__((vector_size(DRIFT_VECTOR_BYTES), aligned(4), may_alias));
 };
 template <> struct Simd<double> {
     typedef double vec __attribute__((vector_size(DRIFT_VECTOR_BYTES)));
     typedef int64_t ivec __attribute__((vector_size(DRIFT_VECTOR_BYTES)));
+    typedef uint64_t uvec __attribute__((vector_size(DRIFT_VECTOR_BYTES)));
     typedef double unaligned __attribute__((vector_size(DRIFT_VECTOR_BYTES), aligned(8), may_alias));
 };
 
@@ -92,8 +94,8 @@ DRIFT_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * (r * r) + r + 1.0f;
-    typedef Simd<float>::ivec ivec;
-    const Vec<float> power = (Vec<float>)(((ivec)shifted << 23) + 0x3f800000);
+    typedef Simd<float>::uvec uvec;  // unsigned, because it overflows where x < -87, and the result is 0 anyway
+    const Vec<float> power = (Vec<float>)(((uvec)shifted << 23) + 0x3f800000u);
     return x < -87.0f ? Vec<float>{} : p * power;
 }
 DRIFT_INLINE Vec<double> exp_nonpositive(Vec<double> x) {
@@ -112,8 +114,8 @@ DRIFT_INLINE Vec<double> exp_nonpositive(Vec<double> x) {
     p = p * r + 1.0 / 6.0;
     p = p * r + 0.5;
     p = p * (r * r) + r + 1.0;
-    typedef Simd<double>::ivec ivec;
-    const Vec<double> power = (Vec<double>)(((ivec)shifted << 52) + 0x3ff0000000000000);
+    typedef Simd<double>::uvec uvec;
+    const Vec<double> power = (Vec<double>)(((uvec)shifted << 52) + 0x3ff0000000000000u);
     return x < -708.0 ? Vec<double>{} : p * power;
 }
 

@@ -81,6 +81,11 @@ def _sub_folders(root: Path) -> list[str]:
 
 
 def _image_files(root: Path, class_name: str) -> Iterator[str]:
-    for folder, _, names in os.walk(root / class_name, followlinks=True):
+    seen = set()  # links may lead back to a folder that is above them
+    for folder, links, names in os.walk(root / class_name, followlinks=True):
+        if (place := os.path.realpath(folder)) in seen:
+            links.clear()
+            continue
+        seen.add(place)
         relative = os.path.relpath(folder, root)
         yield from (os.path.join(relative, name) for name in names if name.lower().endswith(SUFFIXES))

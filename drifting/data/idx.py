@@ -10,11 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..cli import UserError
+from ..npy import DEFLATE
 from .dataset import DataConfig, Dataset
 from .image_split import ArrayImages, ImageTransform
 
 UINT8 = 8  # the format's code of the only type these data sets use
 MOST_BYTES = 2**31  # of one file's values; the training images of MNIST are 47 MB
+MOST_DIMENSIONS = 4
 
 IMAGES, LABELS = "{}-images-idx3-ubyte", "{}-labels-idx1-ubyte"
 TRAIN, TEST = "train", "t10k"
@@ -64,10 +66,16 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
             magic = file.read(4)
             if magic[:3] != bytes([0, 0, UINT8]) or len(magic) < 4:
                 raise ValueError("it does not begin as one of unsigned bytes does")
-            shape = [int.from_bytes(file.read(4), "big") for _ in range(magic[3])]
+            sizes = file.read(4 * magic[3])
+            if not 1 <= magic[3] <= MOST_DIMENSIONS or len(sizes) < 4 * magic[3]:
+                raise ValueError(f"its header ends before its {magic[3]} sizes, or they are not 1 to {MOST_DIMENSIONS}")
+            shape = np.frombuffer(sizes, ">u4").tolist()
             size = math.prod(shape)
             if size > MOST_BYTES:
                 raise ValueError(f"its header speaks of {size} values, expected at most {MOST_BYTES}")
+            most = path.stat().st_size * (DEFLATE if path.suffix == ".gz" else 1)
+            if size > most:
+                raise ValueError(f"its header speaks of {size} values, it holds at most {most}")
             values = np.frombuffer(file.read(size + 1), np.uint8)
             if len(values) != size:
                 found = "more" if len(values) > size else len(values)

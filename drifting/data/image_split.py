@@ -8,6 +8,7 @@ import hashlib
 import io
 import math
 import os
+import stat
 from abc import abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,13 @@ from .dataset import Draw, Split
 CROP_AREA = (0.2, 1.0)  # share of the image's area
 CROP_ASPECT = (3 / 4, 4 / 3)  # width over height
 CROP_TRIALS = 10
+
+# What image files may make Pillow do: decode these formats (for PostScript, it would run a program), up to so many
+# bytes and pixels.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
+MOST_BYTES = 2**28
+MOST_PIXELS = 2**26
+MOST_ASPECT = 16  # of what is resized: of an image longer than that, the middle
 
 HELD_OUT = 10  # one image in so many is for testing, where a data set has no such split of its own
 
@@ -99,6 +107,9 @@ def read_image(path: Path) -> Image.Image:
         UserError: it cannot be read, which need not be the image's fault.
     """
     try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MOST_BYTES:
+            raise ImageError(f"{path} is no file of at most {MOST_BYTES} bytes: delete it")
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
@@ -112,7 +123,10 @@ def decode_image(data: bytes, origin: str) -> Image.Image:
         ImageError: it cannot be decoded; the message names ``origin``.
     """
     try:
-        return Image.open(io.BytesIO(data)).convert("RGB")
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        if image.width * image.height > MOST_PIXELS:
+            raise ValueError(f"{image.width} × {image.height} pixels, expected at most {MOST_PIXELS}")
+        return image.convert("RGB")
     except UnidentifiedImageError as error:
         raise ImageError(f"{origin} cannot be decoded (of no known format): repair or delete it") from error
     except Exception as error:  # on broken files, decoders raise errors of any class
@@ -125,6 +139,11 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
     by averaging, then brought to ``size`` along the shorter side by bicubic resampling."""
     if image.size == (size, size):
         return image
+    width, height = image.size
+    most = MOST_ASPECT * min(image.size)
+    if max(image.size) > most:
+        left, top = max(0, width - most) // 2, max(0, height - most) // 2
+        image = image.crop((left, top, width - left, height - top))
     while min(image.size) >= 2 * size:
         width, height = image.size
         image = image.resize((width // 2, height // 2), Image.Resampling.BOX)

@@ -7,7 +7,7 @@ latent of each image and of its mirror image, multiplied by the index's ``scalin
 the images ``skipped`` with the reason.
 """
 
-import json
+import re
 from bisect import bisect_right
 from itertools import accumulate
 from pathlib import Path
@@ -19,10 +19,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..cli import UserError
+from ..json_file import is_count, read_object
+from ..npy import read_header
 from .dataset import DataConfig, Dataset, Draw, Split
 
 INDEX = "index.json"
 SPLITS = ("train", "test")
+DTYPE = np.dtype(np.float16)
 
 
 class LatentSplit(Split):
@@ -67,10 +70,14 @@ def load_latents(config: DataConfig, seed: int = 0) -> Dataset:
         raise UserError(f"data.path is {root}, which holds no {INDEX} of `python -m drifting.cache_latents`")
     if not index["complete"]:
         raise UserError(f"{root} does not hold all latents yet: run the same `python -m drifting.cache_latents` again")
-    train, test = (LatentSplit(root, index["splits"][name], config.flip, seed) for name in SPLITS)
-    for file in train.files + test.files:
-        if not file.is_file():
-            raise UserError(f"{file} is missing: empty {root} and run `python -m drifting.cache_latents` again")
+    try:
+        _check_index(index)
+        train, test = (LatentSplit(root, index["splits"][name], config.flip, seed) for name in SPLITS)
+        for split in (train, test):
+            for file, start, end in zip(split.files, [0, *split.ends], split.ends, strict=False):
+                _check_shard(file, (end - start, 2, *index["shape"]))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{error}: empty {root} and run `python -m drifting.cache_latents` again") from error
     channels, height, width = index["shape"]
     return Dataset(
         name="latents",
@@ -86,11 +93,50 @@ def read_index(root: Path) -> dict[str, Any] | None:
     """The index in ``root``, or None where there is none; raises UserError if it cannot be read."""
     path = root / INDEX
     try:
-        index = json.loads(path.read_text())
+        index = read_object(path)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
-    if not isinstance(index, dict) or "complete" not in index:
+    if not isinstance(index.get("complete"), bool) or not isinstance(index.get("settings"), dict):
         raise UserError(f"{path} is no index of `python -m drifting.cache_latents`")
     return index
+
+
+def _check_index(index: dict[str, Any]) -> None:
+    """Raises ValueError unless a complete index holds all that training reads, as this module's head describes it."""
+    shape, names, splits = index.get("shape"), index.get("class_names"), index.get("splits")
+    if not isinstance(shape, list) or len(shape) != 3 or not all(is_count(size, 1) for size in shape):
+        raise ValueError(f"{INDEX} has the shape {shape!r}")
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{INDEX} has no names of classes")
+    for split in SPLITS:
+        content = splits.get(split) if isinstance(splits, dict) else None
+        labels, shards = (content.get(key) if isinstance(content, dict) else None for key in ("labels", "shards"))
+        if not isinstance(labels, list) or not all(is_count(n) and n < len(names) for n in labels) or not labels:
+            raise ValueError(f"{INDEX} has no labels of its split {split}, or some that are of none of its classes")
+        if not isinstance(shards, list) or not all(_is_shard(split, shard) for shard in shards):
+            raise ValueError(f"{INDEX} has no shards of its split {split}, or some that are not files and counts")
+        if sum(shard["count"] for shard in shards) != len(labels):
+            raise ValueError(f"{INDEX} has {len(labels)} labels of its split {split}, its shards have another number")
+
+
+def _is_shard(split: str, shard: Any) -> bool:
+    """Whether ``shard`` has the count of a file in the folder of its split, and in no other place."""
+    return (
+        isinstance(shard, dict) and is_count(shard.get("count"), 1) and isinstance(shard.get("file"), str)
+        and re.fullmatch(rf"{split}/\d+\.npy", shard["file"]) is not None
+    )  # fmt: skip
+
+
+def _check_shard(path: Path, shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless the file has float16 latents of that shape, and nothing else."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing")
+    with path.open("rb") as file:
+        try:
+            got, fortran, dtype = read_header(file, path.stat().st_size)
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be read: {error}") from error
+    if got != shape or dtype != DTYPE or fortran:
+        raise ValueError(f"{path} holds {dtype} {list(got)}, expected {DTYPE} {list(shape)}")

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 NORM_EPS = 1e-6
 CFG_WEIGHT = 0.02  # share of the CFG-scale embedding in the condition
@@ -42,8 +43,11 @@ class DriftingDiT(nn.Module):
     Raises:
         ValueError: sizes that do not divide or are not positive.
 
-    ``config`` holds these arguments, so that ``DriftingDiT(**model.config)`` builds the same network.
+    ``config`` holds these arguments, so that ``DriftingDiT(**model.config)`` builds the same network. With
+    ``activation_checkpointing`` set, training keeps only what passes from block to block and computes the rest twice.
     """
+
+    activation_checkpointing = False
 
     def __init__(
         self,
@@ -141,7 +145,10 @@ class DriftingDiT(nn.Module):
             x = torch.cat([self.cls_proj(cond).unsqueeze(1) + self.cls_embed, x], 1)
         rope = rotary_angles(x.shape[1], self.head_dim, x.device) if self.use_rope else None
         for block in self.blocks:
-            x = block(x, cond, rope)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, cond, rope, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, cond, rope)
         x = self.final(x[:, self.n_cls_tokens :], cond)  # [B, grid², patch² · out_chans]
         x = x.view(B, self.grid, self.grid, self.patch_size, self.patch_size, self.out_chans)
         return x.permute(0, 5, 1, 3, 2, 4).reshape(B, self.out_chans, self.img_size, self.img_size)

@@ -34,6 +34,7 @@ class DriftingLoss(nn.Module):
         affinity_floor: lower bound of the paper field's squared affinities; the release has 1e-6, 0 is the definition.
         in_chans: image channels of the extractors built here ('latent', 'resnet18').
         backend: of :mod:`drift_ops`; None picks the best available.
+        bf16: run the extractor under bfloat16 autocast and keep its maps in bfloat16; the field stays float32.
 
     Raises:
         ValueError: an unknown name, or a flag that the field does not have.
@@ -51,6 +52,7 @@ class DriftingLoss(nn.Module):
         affinity_floor: float = 0.0,
         in_chans: int = 4,
         backend: str | None = None,
+        bf16: bool = False,
     ) -> None:
         super().__init__()
         if field not in FIELDS:
@@ -63,7 +65,7 @@ class DriftingLoss(nn.Module):
         self.feature_extractor = build_extractor(feature_extractor, in_chans).requires_grad_(False).eval()
         self.temperatures = tuple(float(t) for t in temperatures)
         self.normalize_features, self.normalize_drift = normalize_features, normalize_drift
-        self.field, self.affinity_floor, self.backend = field, affinity_floor, backend
+        self.field, self.affinity_floor, self.backend, self.bf16 = field, affinity_floor, backend, bf16
 
     def train(self, mode: bool = True) -> "DriftingLoss":
         super().train(mode)
@@ -104,33 +106,32 @@ class DriftingLoss(nn.Module):
         fixed = x_real if x_uncond is None else torch.cat([x_real, x_uncond], 1)
         with torch.no_grad():
             fixed_groups = self.groups(fixed)
-        return self.of_groups(self.groups(x_gen), fixed_groups, x_real.shape[1], weight)
+        return self.of_groups(self.groups(x_gen), *split_groups(fixed_groups, x_real.shape[1]), weight)
 
     def of_groups(
-        self, gen: FeatureMaps, fixed: FeatureMaps, num_real: int, weight: Tensor
+        self, gen: FeatureMaps, pos: FeatureMaps, neg: FeatureMaps, weight: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of :meth:`loss_and_info` from its images' :meth:`groups`.
 
         Args:
-            gen: of the generated images.
-            fixed: of the real images of the same labels, the first ``num_real`` of each group, and the unconditional.
+            gen, pos, neg: of the generated, the real, and the unconditional images.
             weight: ``[L, U]``, of the unconditional images.
         """
-        pos = {name: g[:, :num_real] for name, g in fixed.items()}
-        if self.field == "gaussian":
-            return self._gaussian(gen, pos)
-        return self._paper(gen, pos, {name: g[:, num_real:] for name, g in fixed.items()}, weight)
+        return self._gaussian(gen, pos) if self.field == "gaussian" else self._paper(gen, pos, neg, weight)
 
     def groups(self, images: Tensor) -> FeatureMaps:
         """Maps of ``[L, n, C, H, W]`` images as groups ``[L·T, n, D]``, one forward pass of the extractor."""
         L, n = images.shape[:2]
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
+            maps = self.feature_extractor(images.flatten(0, 1))
         groups = {}
-        for name, feature in self.feature_extractor(images.flatten(0, 1)).items():
+        for name, feature in maps.items():
             if feature.ndim != 3 or feature.shape[0] != L * n:
                 raise ValueError(
                     f"the feature extractor's map {name!r} has shape {list(feature.shape)} for {L * n} images, "
                     f"expected [{L * n}, locations, features]"
                 )
+            feature = feature.bfloat16() if self.bf16 else feature  # of some operations autocast leaves float32
             groups[name] = feature.unflatten(0, (L, n)).transpose(1, 2).flatten(0, 1)
         return groups
 
@@ -191,6 +192,11 @@ class SimpleDriftingLoss(DriftingLoss):
             return x[..., None, None] if x.ndim == 2 else x
 
         return super().loss_and_info(image(x_gen), image(x_real), x_uncond, weight_uncond)
+
+
+def split_groups(groups: FeatureMaps, num: int) -> tuple[FeatureMaps, FeatureMaps]:
+    """The first ``num`` samples of every group, and the others."""
+    return {name: g[:, :num] for name, g in groups.items()}, {name: g[:, num:] for name, g in groups.items()}
 
 
 def build_extractor(extractor: str | Sequence[str] | nn.Module, in_chans: int) -> nn.Module:

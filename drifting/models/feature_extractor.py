@@ -110,7 +110,7 @@ class FeatureExtractor(FrozenModule):
     def __init__(self, in_chans: int = 3, pretrained: bool = True) -> None:
         super().__init__()
         try:
-            from torchvision.models import resnet18  # type: ignore[import-not-found]
+            from torchvision.models import resnet18
         except ImportError as error:
             raise ImportError(
                 "feature_extractor='resnet18' needs torchvision, which is not installed: `pip install torchvision`, "

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..models import DriftingLoss
+from ..models.drifting_loss import split_groups
 from ..models.feature_extractor import FeatureMaps
 
 
@@ -35,21 +36,49 @@ def backward_in_parts(
         The generated images ``[L, G, C, H, W]``, the loss, and what it reports, all detached.
     """
     parts = [slice(at, at + labels_per_part) for at in range(0, len(fixed), labels_per_part)]
-    with torch.no_grad():
-        images = [generate(part) for part in parts]
-        gen = _joined([loss_fn.groups(image) for image in images])
-        real = _joined([loss_fn.groups(fixed[part]) for part in parts])
-    leaves = {name: groups.requires_grad_() for name, groups in gen.items()}
-    loss, info = loss_fn.of_groups(leaves, real, num_real, weight)
-    gradients = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
-    L = len(fixed)
+    images, gradients, loss, info = _loss_and_gradients(loss_fn, generate, fixed, num_real, weight, parts)
     for part in parts:
         groups = loss_fn.groups(generate(part))
-        rows = {name: gradient.unflatten(0, (L, -1))[part].flatten(0, 1) for name, gradient in gradients.items()}
-        torch.autograd.backward(list(groups.values()), [rows[name] for name in groups])
-    return torch.cat(images), loss.detach(), info
+        rows = {name: gradient.unflatten(0, (len(fixed), -1))[part] for name, gradient in gradients.items()}
+        torch.autograd.backward(list(groups.values()), [rows[name].flatten(0, 1) for name in groups])
+    return images, loss, info
 
 
-def _joined(parts: list[FeatureMaps]) -> FeatureMaps:
-    """The groups of all parts, label after label."""
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+def _loss_and_gradients(
+    loss_fn: DriftingLoss,
+    generate: Callable[[slice], Tensor],
+    fixed: Tensor,
+    num_real: int,
+    weight: Tensor,
+    parts: list[slice],
+) -> tuple[Tensor, FeatureMaps, Tensor, dict[str, Tensor]]:
+    """Generated images, the loss's gradient by each of their feature maps, the loss and what it reports.
+
+    Memory's peak is here: the features of all labels, each once, and the gradients.
+    """
+    images = []
+    gen: FeatureMaps = {}
+    pos: FeatureMaps = {}
+    neg: FeatureMaps = {}
+    L = len(fixed)
+    with torch.no_grad():
+        for part in parts:
+            images.append(generate(part))
+            _put(loss_fn.groups(images[-1]), gen, part, L)
+            real, uncond = split_groups(loss_fn.groups(fixed[part]), num_real)
+            _put(real, pos, part, L)
+            _put(uncond, neg, part, L)
+    leaves = [groups.requires_grad_() for groups in gen.values()]
+    loss, info = loss_fn.of_groups(gen, pos, neg, weight)
+    gradients = dict(zip(gen, torch.autograd.grad(loss, leaves), strict=True))
+    return torch.cat(images), gradients, loss.detach(), info
+
+
+def _put(groups: FeatureMaps, whole: FeatureMaps, part: slice, num_labels: int) -> None:
+    """Copy the groups of some labels to their place among those of all labels, which is made where there is none."""
+    for name, of_part in groups.items():
+        locations = of_part.shape[0] // len(range(num_labels)[part])
+        if name not in whole:
+            whole[name] = of_part.new_empty(num_labels * locations, *of_part.shape[1:])
+        start = part.start * locations
+        whole[name][start : start + len(of_part)] = of_part

@@ -28,7 +28,9 @@ class MAETrainer:
         mask_ratio_range: least and greatest share of the squares that an image hides.
         learning_rate, weight_decay: of AdamW; the rate rises over ``warmup_steps`` steps, then stays, or with
             ``cosine_decay`` falls along a cosine to 0 at the end.
-        ema_decay, max_grad_norm: as in :class:`DriftingTrainer`.
+        ema_decay: of the averaged weights.
+        max_grad_norm: gradients are clipped to this norm.
+        bf16: run the model under bfloat16 autocast; weights, optimiser and losses stay float32.
         seed: all randomness of step n derives from (seed, n). Every step seeds torch's global generators, which
             dropout draws from, so that a resumed run repeats an uninterrupted one.
 
@@ -52,13 +54,15 @@ class MAETrainer:
         cosine_decay: bool = False,
         ema_decay: float = 0.9995,
         max_grad_norm: float = 2.0,
+        bf16: bool = False,
         seed: int = 0,
     ) -> None:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model = model.to(self.device)
         self.mask_ratio_range, self.lambda_cls = mask_ratio_range, lambda_cls
         self.finetune_start, self.finetune_warmup_steps = steps - finetune_steps, finetune_warmup_steps
-        self.finetune_lambda_cls, self.max_grad_norm, self.seed = finetune_lambda_cls, max_grad_norm, seed
+        self.finetune_lambda_cls, self.max_grad_norm = finetune_lambda_cls, max_grad_norm
+        self.bf16, self.seed = bf16, seed
         self.optimizer = torch.optim.AdamW(
             model.parameters(), learning_rate, BETAS, weight_decay=weight_decay, fused=True
         )
@@ -90,7 +94,9 @@ class MAETrainer:
         least, greatest = self.mask_ratio_range
         share = torch.full((), self.lambda_at(self.step), device=self.device)
         self.model.train()
-        losses = self.model(images, labels, self.model.random_mask(images, least, greatest), share)
+        mask = self.model.random_mask(images, least, greatest)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            losses = self.model(images, labels, mask, share)
         means = {name: loss.mean() for name, loss in losses.items()}
         self.optimizer.zero_grad()
         means["loss"].backward()

@@ -32,14 +32,16 @@ class DriftingTrainer:
         sample_queue: source of the real images.
         labels_per_step, gen_per_label, pos_per_label, uncond_per_label: sizes of a step, each at least 1.
         cfg_scale_range, cfg_exponent, uncond_prob: distribution of α, see :func:`sample_cfg_scale`.
-        ema_decay: of the averaged weights that :meth:`generate` uses.
+        ema_decays: of the averages of the weights, one or several.
         max_grad_norm: gradients are clipped to this norm.
         pixel_range: least and greatest value of an image; generated values are clamped to it. None does not clamp.
         seed: all randomness of step n derives from (seed, n), so that a resumed run repeats an uninterrupted one.
         device: of the model.
         labels_at_once: labels whose activations are held at once, see :func:`backward_in_parts`; None holds all.
+        bf16: run the generator under bfloat16 autocast; its weights stay float32.
 
-    ``step`` counts the steps taken.
+    ``step`` counts the steps taken; ``best_decay`` says which average :meth:`generate` uses, and whoever evaluates them
+    may set it.
     """
 
     def __init__(
@@ -57,12 +59,13 @@ class DriftingTrainer:
         cfg_scale_range: tuple[float, float],
         cfg_exponent: float,
         uncond_prob: float,
-        ema_decay: float,
+        ema_decays: Sequence[float],
         max_grad_norm: float,
         pixel_range: tuple[float, float] | None,
         seed: int,
         device: torch.device,
         labels_at_once: int | None = None,
+        bf16: bool = False,
     ) -> None:
         self.model, self.loss_fn, self.optimizer, self.scheduler = model, loss_fn, optimizer, scheduler
         self.sample_queue = sample_queue
@@ -70,14 +73,23 @@ class DriftingTrainer:
         self.pos_per_label, self.uncond_per_label = pos_per_label, uncond_per_label
         self.cfg_scale_range, self.cfg_exponent, self.uncond_prob = cfg_scale_range, cfg_exponent, uncond_prob
         self.max_grad_norm, self.pixel_range, self.seed, self.device = max_grad_norm, pixel_range, seed, device
-        self.labels_at_once = labels_at_once
-        self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay)).requires_grad_(False)
+        self.labels_at_once, self.bf16 = labels_at_once, bf16
+        self.averages = {
+            decay: AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)).requires_grad_(False)
+            for decay in ema_decays
+        }
+        self.best_decay = ema_decays[0]
         self.step = 0
 
     @property
+    def ema_models(self) -> dict[float, DriftingDiT]:
+        """The model with averaged weights, by the decay of the average."""
+        return {decay: cast(DriftingDiT, average.module) for decay, average in self.averages.items()}
+
+    @property
     def ema_model(self) -> DriftingDiT:
-        """The model with averaged weights."""
-        return cast(DriftingDiT, self.ema.module)
+        """The model with the averaged weights of ``best_decay``."""
+        return self.ema_models[self.best_decay]
 
     def train_step(self, images: Tensor, labels: Tensor, use_cfg_training: bool = True) -> dict[str, Tensor]:
         """Put a batch of real images into the queue, then take one optimiser step.
@@ -93,6 +105,16 @@ class DriftingTrainer:
             what the loss reports of each feature map.
         """
         self.sample_queue.add(images, labels)
+        self.model.train()
+        self.optimizer.zero_grad()
+        gen, pos, loss, info = self._backward(use_cfg_training)
+        grad_norm = self._update()
+        with torch.no_grad():
+            spread = gen.std(1).mean() / pos.std(1).mean()
+        return {"loss": loss.detach(), "grad_norm": grad_norm, "sample_spread": spread} | info
+
+    def _backward(self, use_cfg_training: bool) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """The gradient of the parameters; returns generated images, positives, the loss and what it reports."""
         host, noise = self._generators()
         label = self._draw_labels(host)  # [L]
         pos = self.sample_queue.sample(label, self.pos_per_label, host)  # [L, P, C, H, W]
@@ -105,8 +127,6 @@ class DriftingTrainer:
             uncond = uncond.unflatten(0, (len(label), self.uncond_per_label))  # [L, U, C, H, W]
             weight = uncond_weight(cfg_scale, self.gen_per_label, self.uncond_per_label).to(self.device)
 
-        self.model.train()
-        self.optimizer.zero_grad()
         inputs = self._draw_inputs(label, cfg_scale, noise)
         if self.labels_at_once is None or self.labels_at_once >= len(label):
             gen = self._generate(inputs, slice(None))  # [L, G, C, H, W]
@@ -120,14 +140,17 @@ class DriftingTrainer:
                 self.loss_fn, lambda part: self._generate(inputs, part), fixed, self.pos_per_label, weights,
                 self.labels_at_once,
             )  # fmt: skip
+        return gen, pos, loss, info
+
+    def _update(self) -> Tensor:
+        """One step of the optimiser and of the averages; the norm of the gradient before clipping."""
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
         self.optimizer.step()
         self.scheduler.step()
-        self.ema.update_parameters(self.model)
+        for average in self.averages.values():
+            average.update_parameters(self.model)
         self.step += 1
-        with torch.no_grad():
-            spread = gen.std(1).mean() / pos.std(1).mean()
-        return {"loss": loss.detach(), "grad_norm": grad_norm, "sample_spread": spread} | info
+        return grad_norm
 
     def train_epoch(
         self, dataloader: Iterable[tuple[Tensor, Tensor]], use_cfg_training: bool = True
@@ -164,10 +187,11 @@ class DriftingTrainer:
         return self._clamp(self.ema_model.generate(batch_size, labels, cfg_scale, generator=generator))
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that shapes the rest of the run: weights, average, optimiser, schedule, queue, step."""
+        """Everything that shapes the rest of the run: weights, averages, optimiser, schedule, queue, step."""
         return {
             "model": self.model.state_dict(),
-            "ema": self.ema.state_dict(),
+            "averages": {decay: average.state_dict() for decay, average in self.averages.items()},
+            "best_decay": self.best_decay,
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "sample_queue": self.sample_queue.state_dict(),
@@ -175,9 +199,18 @@ class DriftingTrainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from :meth:`state_dict` of a trainer that was created with the same arguments."""
+        """Continue from :meth:`state_dict` of a trainer that was created with the same arguments.
+
+        Raises:
+            ValueError: the state has averages of other decays.
+        """
+        averages = state.get("averages") or {self.best_decay: state["ema"]}  # `ema`: of older versions, the only one
+        if averages.keys() != self.averages.keys():
+            raise ValueError(f"the state has averages of decay {[*averages]}, expected {[*self.averages]}")
+        for decay, average in self.averages.items():
+            average.load_state_dict(averages[decay])
+        self.best_decay = state.get("best_decay", self.best_decay)
         self.model.load_state_dict(state["model"])
-        self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.sample_queue.load_state_dict(state["sample_queue"])
@@ -211,7 +244,9 @@ class DriftingTrainer:
         """Images ``[L, G, C, H, W]`` of those labels of a step."""
         grouped = [None if values is None else values.unflatten(0, (-1, self.gen_per_label)) for values in inputs]
         z, y, alpha, style = (None if values is None else values[part].flatten(0, 1) for values in grouped)
-        return self._clamp(self.model(z, y, alpha, style)).unflatten(0, (-1, self.gen_per_label))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            images = self.model(z, y, alpha, style).float()
+        return self._clamp(images).unflatten(0, (-1, self.gen_per_label))
 
     def _clamp(self, images: Tensor) -> Tensor:
         return images if self.pixel_range is None else images.clamp(*self.pixel_range)
@@ -237,11 +272,14 @@ def create_trainer(
     weight_decay: float = 0.01,
     warmup_steps: int = 1000,
     decay_steps: int | None = None,
-    ema_decay: float = 0.999,
+    ema_decay: float | Sequence[float] = 0.999,
     max_grad_norm: float = 2.0,
     pixel_range: tuple[float, float] | None = None,
     seed: int = 0,
     labels_at_once: int | None = None,
+    bf16: bool = False,
+    compile: bool = False,
+    activation_checkpointing: bool = False,
 ) -> DriftingTrainer:
     """A trainer with its loss, queue, AdamW and schedule.
 
@@ -262,29 +300,40 @@ def create_trainer(
         labels_per_step, gen_per_label, pos_per_label, uncond_per_label: sizes of a step; the paper's ablation uses
             64 labels, 64 generated and 64 positive images and 16 unconditional ones.
         unconditional_queue_size: real images kept over all classes.
-        weight_decay, ema_decay, max_grad_norm: the release's values by default.
+        weight_decay, max_grad_norm: the release's values by default.
+        ema_decay: of the averaged weights; several make as many averages, of which an evaluation may choose the best.
         pixel_range: least and greatest value of an image. Real pixels pile up at both ends; clamping generated ones
             before the loss lets them do so too. None, for latents, does not clamp.
         seed: of all randomness in training. The model's initial weights are the caller's.
         labels_at_once: labels whose activations are held at once: a step in parts needs less memory and the time of
             one more forward pass, and is the same step otherwise. None holds all.
+        bf16: run generator and feature extractor under bfloat16 autocast. Weights, optimiser, distances and loss stay
+            float32; feature maps are bfloat16.
+        compile: let torch.compile optimise both networks, which delays the first steps.
+        activation_checkpointing: keep the generator's activations between its blocks only and compute those inside a
+            second time in the backward: less memory, more time.
 
     Raises:
         ValueError: an argument out of its range, named with its value.
     """
+    ema_decays = (ema_decay,) if isinstance(ema_decay, (int, float)) else tuple(ema_decay)
     _check_arguments(
         positive={
             "learning_rate": learning_rate, "max_grad_norm": max_grad_norm, "labels_per_step": labels_per_step,
             "gen_per_label": gen_per_label, "pos_per_label": pos_per_label, "uncond_per_label": uncond_per_label,
         },
-        share={"uncond_prob": uncond_prob, "ema_decay": ema_decay},
+        share={"uncond_prob": [uncond_prob], "ema_decay": ema_decays},
         cfg_scale_range=tuple(cfg_scale_range),
     )  # fmt: skip
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = model.to(where)
     loss_fn = DriftingLoss(
-        feature_extractor, tuple(temperatures), affinity_floor=affinity_floor, in_chans=model.out_chans
+        feature_extractor, tuple(temperatures), affinity_floor=affinity_floor, in_chans=model.out_chans, bf16=bf16
     ).to(where)
+    model.activation_checkpointing = activation_checkpointing
+    if compile:
+        model.compile()
+        loss_fn.feature_extractor.compile()
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, BETAS, weight_decay=weight_decay, fused=True)
     queue = SampleQueue(
         queue_size, model.num_classes, (model.out_chans, model.img_size, model.img_size), where,
@@ -294,9 +343,8 @@ def create_trainer(
         model, loss_fn, optimizer, warmup_then_cosine(optimizer, warmup_steps, decay_steps), queue,
         labels_per_step=labels_per_step, gen_per_label=gen_per_label, pos_per_label=pos_per_label,
         uncond_per_label=uncond_per_label, cfg_scale_range=(cfg_scale_range[0], cfg_scale_range[1]),
-        cfg_exponent=cfg_exponent, uncond_prob=uncond_prob, ema_decay=ema_decay, max_grad_norm=max_grad_norm,
-        pixel_range=pixel_range, seed=seed, device=where,
-        labels_at_once=labels_at_once,
+        cfg_exponent=cfg_exponent, uncond_prob=uncond_prob, ema_decays=ema_decays, max_grad_norm=max_grad_norm,
+        pixel_range=pixel_range, seed=seed, device=where, labels_at_once=labels_at_once, bf16=bf16,
     )  # fmt: skip
 
 
@@ -314,12 +362,14 @@ def warmup_then_cosine(
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def _check_arguments(positive: dict[str, float], share: dict[str, float], cfg_scale_range: tuple[float, ...]) -> None:
+def _check_arguments(
+    positive: dict[str, float], share: dict[str, Sequence[float]], cfg_scale_range: tuple[float, ...]
+) -> None:
     for name, value in positive.items():
         if not 0 < value < math.inf:
             raise ValueError(f"{name} is {value}, expected a positive number")
-    for name, value in share.items():
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name} is {value}, expected a number from 0 to 1")
+    for name, values in share.items():
+        if not values or not all(0 <= value <= 1 for value in values):
+            raise ValueError(f"{name} is {', '.join(map(str, values))}, expected a number from 0 to 1")
     if len(cfg_scale_range) != 2 or not 1 <= cfg_scale_range[0] <= cfg_scale_range[1] < math.inf:
         raise ValueError(f"cfg_scale_range is {cfg_scale_range}, expected (least, greatest), from 1 up")

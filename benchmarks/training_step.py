@@ -1,0 +1,217 @@
+"""Where the time of a training step goes: ``python -m benchmarks.training_step CONFIG [--labels-at-once N]``.
+
+Steps of the trainer itself on random images, with random weights in the feature extractor, at the sizes of one of our
+configurations. Prints a table and writes ``benchmarks/results/DEVICE.training-step.json``.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from drifting.config_schema import Config, PretrainConfig
+from drifting.models import MAE, DriftingDiT, FeatureStack
+from drifting.models.drifting_loss import build_extractor
+from drifting.training import DriftingTrainer, create_trainer
+
+from .machine import ROOT, describe_machine, slug
+from .measure import default_device
+
+RESULTS = ROOT / "benchmarks" / "results"
+CONFIGS = ROOT / "drifting" / "configs"
+PHASES = (
+    "generator forward", "feature extraction", "operator", "generator backward", "optimizer and averages", "the rest",
+)  # fmt: skip
+GENERATOR, FEATURES, OPERATOR, GENERATOR_BACKWARD, OPTIMIZER, REST = PHASES
+SAMPLES = {  # channels, size and classes of the data sets that configurations name
+    "latents": (4, 32, 1000), "folder": (3, 256, 1000), "digits": (1, 8, 10), "fashion_mnist": (1, 28, 10),
+    "cifar10": (3, 32, 10),
+}  # fmt: skip
+MAES = {  # sources of loss.mae and the configurations that they were trained with
+    "hf://mae_latent_256": "mae_256", "hf://mae_latent_640": "mae_640", "hf://mae_pixel_640": "mae_pixel",
+    "runs/mae_fashion_mnist": "mae_fashion_mnist", "runs/mae_cifar10": "mae_cifar10",
+}  # fmt: skip
+
+
+class Stopwatch:
+    """Tells how long each phase of a step took: a phase lasts until the next one is entered."""
+
+    def __init__(self, device: str) -> None:
+        self.on_gpu = device != "cpu"
+        self.entries: list[tuple[str, Any]] = []
+
+    def enter(self, phase: str) -> None:
+        event = torch.cuda.Event(enable_timing=True) if self.on_gpu else None
+        if event is not None:
+            event.record()
+        self.entries.append((phase, event or time.perf_counter()))
+
+    def milliseconds(self) -> dict[str, float]:
+        """Of every phase, up to the last entry; then it is empty."""
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        total = dict.fromkeys(PHASES, 0.0)
+        for (phase, start), (_, end) in zip(self.entries, self.entries[1:], strict=False):
+            total[phase] += start.elapsed_time(end) if self.on_gpu else 1e3 * (end - start)
+        self.entries.clear()
+        return total
+
+
+def watch(trainer: DriftingTrainer, stopwatch: Stopwatch) -> None:
+    """Let the trainer's steps enter their phases.
+
+    In a backward, gradients reach first the groups of features, where the operator's part ends, then the generated
+    images, where the extractor's does.
+    """
+    loss_fn = trainer.loss_fn
+    generate, groups, of_groups, update = trainer._generate, loss_fn.groups, loss_fn.of_groups, trainer._update
+
+    def watched_generate(*args: Any) -> Tensor:
+        stopwatch.enter(GENERATOR)
+        return generate(*args)
+
+    def watched_groups(images: Tensor) -> dict[str, Tensor]:
+        if images.requires_grad:
+            images.register_hook(lambda gradient: stopwatch.enter(GENERATOR_BACKWARD))
+        stopwatch.enter(FEATURES)
+        maps = groups(images)
+        for of_map in maps.values():
+            if of_map.requires_grad:
+                of_map.register_hook(lambda gradient: stopwatch.enter(FEATURES))
+        return maps
+
+    def watched_of_groups(*args: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        stopwatch.enter(OPERATOR)
+        return of_groups(*args)
+
+    def watched_update() -> Tensor:
+        stopwatch.enter(OPTIMIZER)
+        norm = update()
+        stopwatch.enter(REST)
+        return norm
+
+    trainer._generate, trainer._update = watched_generate, watched_update  # type: ignore[method-assign, assignment]
+    loss_fn.groups, loss_fn.of_groups = watched_groups, watched_of_groups  # type: ignore[method-assign, assignment]
+
+
+def read_config(name: str, schema: type) -> Any:
+    """One of our configurations; unlike :mod:`drifting.config` this needs no omegaconf."""
+    values = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    config = schema()
+    if isinstance(values["data"], str):
+        values["data"] = {"name": values["data"]}
+    sections = {name: dataclasses.replace(getattr(config, name), **keys) for name, keys in values.items()}
+    return dataclasses.replace(config, **sections)
+
+
+def build_trainer(config: Config, device: str) -> DriftingTrainer:
+    """As ``drifting.train`` does, with random weights in the feature extractor.
+
+    So are those of the generator's last layer, which starts as 0, so that samples differ from each other.
+    """
+    channels, size, classes = SAMPLES[config.data.name]
+    torch.manual_seed(config.seed)
+    model = DriftingDiT(img_size=size, in_chans=channels, num_classes=classes, **vars(config.model))
+    nn.init.normal_(model.final.proj.weight, std=config.model.embed_dim**-0.5)
+    names = config.loss.feature_extractor
+    extractors: dict[str, nn.Module] = {}
+    for name in [names] if isinstance(names, str) else names:
+        if name == "mae":
+            mae: PretrainConfig = read_config(MAES[str(config.loss.mae)], PretrainConfig)
+            extractors[name] = MAE(channels, num_classes=classes, **vars(mae.model)).feature_extractor()
+        else:
+            extractors[name] = build_extractor(name, channels)
+    settings: dict[str, Any] = vars(config.loss) | vars(config.step) | vars(config.guidance) | vars(config.optimizer)
+    del settings["mae"], settings["cosine_decay"]
+    settings["feature_extractor"] = FeatureStack(extractors) if len(extractors) > 1 else next(iter(extractors.values()))
+    return create_trainer(model, device=device, seed=config.seed, **settings)
+
+
+def profile(config: Config, device: str, seconds: float) -> dict[str, Any]:
+    """Medians of the phases over as many steps as the time allows, at least one, after one that warms up."""
+    trainer = build_trainer(config, device)
+    stopwatch = Stopwatch(device)
+    watch(trainer, stopwatch)
+    step, (channels, size, classes) = config.step, SAMPLES[config.data.name]
+    labels = torch.arange(min(classes, step.labels_per_step)).repeat(step.queue_size)
+    trainer.sample_queue.add(torch.randn(len(labels), channels, size, size, device=device), labels)
+    labels = labels[: config.train.batch_size]
+    images = torch.randn(len(labels), channels, size, size, device=device)
+
+    def take_step() -> tuple[dict[str, float], dict[str, Tensor]]:
+        stopwatch.enter(REST)
+        metrics = trainer.train_step(images, labels)
+        stopwatch.enter(REST)
+        return stopwatch.milliseconds(), metrics
+
+    _, metrics = take_step()
+    if not all(metrics[name].isfinite() for name in ("loss", "grad_norm")):
+        raise RuntimeError(f"a step has loss {metrics['loss'].item()} and gradient {metrics['grad_norm'].item()}")
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats(device)
+    steps: list[dict[str, float]] = []
+    end = time.monotonic() + seconds
+    while not steps or time.monotonic() < end:
+        steps.append(take_step()[0])
+    totals = [sum(of_step.values()) for of_step in steps]
+    return {
+        "maps": sum(name.endswith("/scale") for name in metrics),
+        "steps": len(steps),
+        "step_milliseconds": statistics.median(totals),
+        "milliseconds": {phase: statistics.median(of_step[phase] for of_step in steps) for phase in PHASES},
+        "operator_share": statistics.median(s[OPERATOR] / total for s, total in zip(steps, totals, strict=True)),
+        "peak_bytes": None if device == "cpu" else torch.cuda.max_memory_allocated(device),
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result in Markdown."""
+    total, step = sum(result["milliseconds"].values()), result["step"]
+    lines = [f"| a step of `{result['config']}` on {result['machine']['device']} | ms | share |", "|---|---|---|"]
+    lines += [f"| {phase} | {ms:.1f} | {ms / total:.1%} |" for phase, ms in result["milliseconds"].items()]
+    counts = ", ".join(f"{key} {step[key]}" for key in ("labels_per_step", "labels_at_once", "bf16", "compile"))
+    memory = "" if result["peak_bytes"] is None else f", peak memory {result['peak_bytes'] / 1e9:.1f} GB"
+    summary = f"{result['step_milliseconds']:.1f} ms a step, median of {result['steps']}, {result['maps']} feature maps"
+    return "\n".join([*lines, "", f"{summary}; {counts}{memory}"])
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = sorted(path.stem for path in CONFIGS.glob("*.yaml") if not path.stem.startswith("mae_"))
+    parser.add_argument("config", choices=names, metavar="CONFIG", help=f"one of: {', '.join(names)}")
+    parser.add_argument("--seconds", type=float, default=20, help="how long to go on after the first step (default 20)")
+    parser.add_argument("--labels", type=int, help="labels a step, for less memory (default: the configuration's)")
+    parser.add_argument("--labels-at-once", type=int, help="as step.labels_at_once (default: the configuration's)")
+    parser.add_argument("--compile", action="store_true", help="compile as the configuration says; takes minutes")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="default benchmarks/results")
+    arguments = parser.parse_args(argv)
+
+    config: Config = read_config(arguments.config, Config)
+    step = dataclasses.replace(config.step, compile=arguments.compile and config.step.compile)
+    if arguments.labels is not None:
+        step.labels_per_step = arguments.labels
+    if arguments.labels_at_once is not None:
+        step.labels_at_once = arguments.labels_at_once
+    device = default_device()
+    result = {
+        "machine": describe_machine(device),
+        "config": arguments.config,
+        "step": dataclasses.asdict(step),
+        **profile(dataclasses.replace(config, step=step), device, arguments.seconds),
+    }
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    file = arguments.out / f"{slug(result['machine']['device'])}.training-step.json"
+    file.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"{table(result)}\nwritten to {file}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,149 @@
+"""``python -m drifting.doctor``: versions, devices, backends with reasons, and a check of each usable backend.
+
+The check compares the three forms of the operator with the dense reference in float64, forward and backward, on small
+problems. It is meant to take ten seconds a backend at most (it begins nothing new after five, and says so), and the
+exit status says whether all that was checked agreed.
+"""
+
+import importlib.metadata
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import drift_ops
+
+from .cli import ArgumentParser, run_command
+
+SECONDS = 10.0  # for the check of one backend: what has not begun in half of them is told, and left out
+TOLERANCE = 1e-3  # relative RMS error in float32; a kernel that computes anything else is off by far more
+
+PACKAGES = (
+    "torch", "triton", "numpy", "omegaconf", "safetensors", "msgpack", "pillow", "scikit-learn", "matplotlib",
+    "tensorboard",
+)  # fmt: skip
+OPTIONAL_PACKAGES = (
+    "torchvision", "huggingface_hub", "diffusers", "torch-fidelity", "transformers", "datasets", "wandb",
+)  # fmt: skip
+
+LARGE = "drift_field of 600 points"  # minutes in Triton's interpreter
+
+Values = dict[str, Tensor]
+Shapes = dict[str, tuple[int, ...]]
+Form = tuple[Callable[..., Any], Shapes, dict[str, Any]]  # function, shapes of tensors, options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    description = "What this machine has, and whether it works."
+    ArgumentParser(prog="python -m drifting.doctor", description=description).parse_args(argv)
+    for heading, lines in (("versions", _versions()), ("devices", _devices())):
+        print(heading)
+        for name, value in lines:
+            print(f"  {name:<18}{value}")
+    print("backends")
+    failures = 0
+    for name, status in drift_ops.backends().items():
+        if not status.usable:
+            print(f"  {name:<18}not usable: {status.reason}")
+            continue
+        started = time.perf_counter()
+        problems, unchecked = check_backend(name)
+        failures += bool(problems)
+        verdict = "FAILED: " + "; ".join(problems) if problems else "agrees with the reference"
+        verdict += f", no time for {', '.join(unchecked)}: run it again" if unchecked else ""
+        print(f"  {name:<18}usable, {verdict} ({time.perf_counter() - started:.1f} s)")
+    print("FAILED: a usable backend is wrong" if failures else "all checks passed")
+    return int(failures > 0)
+
+
+def check_backend(name: str) -> tuple[list[str], list[str]]:
+    """What is wrong with a usable backend, nothing for one that computes what the reference does; and what there was no
+    time for, which is where kernels are compiled at their first use."""
+    device = _device_of(name)
+    interpreted = name == "triton" and device.type == "cpu"
+    started = time.perf_counter()
+    problems, unchecked = [], []
+    for label, form in _forms():
+        if time.perf_counter() - started > SECONDS / 2 or (interpreted and label == LARGE):
+            unchecked.append(label)
+            continue
+        try:
+            expected = _run(form, "reference", torch.device("cpu"), torch.float64)
+            got = _run(form, name, device, torch.float32)
+        except Exception as error:  # whatever a driver or compiler raises is what is to be told
+            problems.append(f"{label}: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+            continue
+        for what, value in got.items():
+            off = float((value.cpu().double() - expected[what]).norm() / expected[what].norm())
+            if not off <= TOLERANCE:
+                problems.append(f"{label}: {what} is off by {off:.1e}")
+    return problems, unchecked
+
+
+def _forms() -> Iterator[tuple[str, Form]]:
+    """Small problems, and one large enough for the kernels that stream."""
+    field: Shapes = {"x": (4, 24, 12), "pos": (4, 20, 12), "neg": (4, 9, 12)}
+    yield "compute_V", (drift_ops.compute_V, {"x": (24, 12), "x_data": (20, 12), "x_gen": (9, 12)}, {"sigma": 3.0})
+    yield "drift_field", (drift_ops.drift_field, field, {"temperature": (0.5, 2.0)})
+    loss: Shapes = {"gen": (4, 24, 12), "fixed_pos": (4, 20, 12), "fixed_neg": (4, 9, 12)}
+    yield "drift_loss", (drift_ops.drift_loss, loss, {"affinity_floor": 0.0})
+    large: Shapes = {"x": (600, 40), "pos": (500, 40)}
+    yield LARGE, (drift_ops.drift_field, large, {"temperature": 2.0})
+
+
+def _run(form: Form, backend: str, device: torch.device, dtype: torch.dtype) -> Values:
+    """Output and gradients of a form on a backend."""
+    function, shapes, options = form
+    generator = torch.Generator().manual_seed(0)
+    tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    leaves = {name: t.to(device, dtype).requires_grad_() for name, t in tensors.items()}
+    result = function(**leaves, **options, backend=backend)
+    output = result[0] if isinstance(result, tuple) else result
+    incoming = torch.randn(output.shape, generator=generator).to(device, dtype)
+    gradients = torch.autograd.grad(output, list(leaves.values()), incoming, allow_unused=True)
+    named = {f"gradient of {name}": g for name, g in zip(leaves, gradients, strict=True) if g is not None}
+    return {"output": output.detach()} | named
+
+
+def _device_of(backend: str) -> torch.device:
+    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    on_gpu = backend in ("triton", "cuda") or (backend == "reference" and torch.cuda.is_available())
+    return torch.device("cuda" if on_gpu and not interpreted else "cpu")
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    yield "drifting", _version("drifting") or "not installed: run from its folder"
+    yield "python", f"{platform.python_version()} on {platform.platform()}"
+    for name in PACKAGES:
+        yield name, _version(name) or "not installed"
+    yield "optional", ", ".join(f"{name} {_version(name) or 'absent'}" for name in OPTIONAL_PACKAGES)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> Iterator[tuple[str, str]]:
+    yield "cpu", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, kernels for {_instruction_set()}"
+    yield "cuda", f"of torch: {torch.version.cuda or torch.version.hip or 'none, this torch is for CPUs'}"
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        memory = properties.total_memory / 2**30
+        yield f"cuda:{index}", f"{properties.name}, {properties.major}.{properties.minor}, {memory:.0f} GiB"
+
+
+def _instruction_set() -> str:
+    from drift_ops import cpu
+
+    return "no instruction set: they are not built" if cpu.load_error or cpu._cpu is None else cpu._cpu.chosen()
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,142 @@
+"""``make sanitize``: the CPU kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer.
+
+Needs GCC or Clang with its sanitizers' libraries; on Debian and Ubuntu, the package g++ has them, and clang needs
+libclang-rt-VERSION-dev. What is built goes to ``build/sanitize``; the module that is installed stays as it is.
+
+1. The operator's tests with a module built for AddressSanitizer and UndefinedBehaviorSanitizer, whose library is loaded
+   before Python, so that it watches the memory of torch's tensors as well, for every instruction set of this machine.
+2. ``threads.cpp``, which calls every kernel on several threads, under ThreadSanitizer. Without Python, because torch's
+   OpenMP is not built for it, and every barrier of it would be taken for a race.
+
+Before each, a fault is made on purpose: a sanitizer that does not see it would see nothing else.
+"""
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pybind11
+
+ROOT = Path(__file__).parents[1]
+BUILD = ROOT / "build" / "sanitize"
+SOURCES = ROOT / "csrc" / "cpu"
+FLAGS = ["-std=c++17", "-O1", "-g", "-fno-omit-frame-pointer", "-fno-math-errno", "-fno-trapping-math", "-fPIC"]
+ADDRESS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+THREAD = ["-fsanitize=thread"]
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+AVX512 = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"]
+INSTRUCTION_SETS = {"portable": []} | ({"avx2": ["-mavx2", "-mfma"], "avx512": AVX512} if X86 else {})
+TESTS = ["tests/test_operator.py", "tests/test_gradients.py", "tests/test_golden.py"]
+
+# A group of 10 numbers, of which loss_gradient is told that it has 1,000.
+OVERFLOW = """import sanitized_cpu, torch; from drift_ops import _cpu
+few, many = torch.ones(10), torch.ones(1000)
+_cpu.loss_gradient_float32(1, 1000, [1.0], 1, few.data_ptr(), few.data_ptr(), many.data_ptr())
+"""
+SUPPORTED = "import sanitized_cpu; from drift_ops import _cpu; print(*_cpu.supported())"
+
+
+def find_compiler() -> str:
+    """``$CXX``, g++ or clang++."""
+    names = [os.environ.get("CXX"), "g++", "clang++"]
+    compiler = next((path for name in names if name and (path := shutil.which(name))), None)
+    if compiler is None:
+        sys.exit("make sanitize needs g++ or clang++ (on Debian and Ubuntu: apt-get install g++)")
+    return compiler
+
+
+def is_clang(compiler: str) -> bool:
+    return "clang" in output_of([compiler, "--version"])
+
+
+def output_of(command: list[str]) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def compile_all(compiler: str, name: str, flags: list[str], sources: list[Path], link: list[str]) -> Path:
+    """Link ``sources`` and the kernels of every instruction set, built with ``flags``, to ``build/sanitize/NAME``."""
+    folder = BUILD / f"{name}.objects"
+    folder.mkdir(parents=True, exist_ok=True)
+    includes = [f"-I{path}" for path in (SOURCES, pybind11.get_include(), sysconfig.get_paths()["include"])]
+    defines = ["-DDRIFT_X86"] if X86 else []
+    jobs = [(source, []) for source in sources]
+    jobs += [(SOURCES / f"kernels_{isa}.cpp", extra) for isa, extra in INSTRUCTION_SETS.items()]
+
+    def compile_source(job: tuple[Path, list[str]]) -> str:
+        source, extra = job
+        target = str(folder / f"{source.name}.o")
+        run([compiler, *FLAGS, *flags, *defines, *includes, *extra, "-c", str(source), "-o", target])
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_source, jobs))
+    target = BUILD / name
+    run([compiler, *flags, *objects, "-o", str(target), *link])
+    return target
+
+
+def run(command: list[str], environment: dict[str, str] | None = None) -> None:
+    """Run a command that must succeed."""
+    if subprocess.run(command, cwd=ROOT, env=os.environ | (environment or {})).returncode:
+        sys.exit(f"make sanitize: failed: {shlex.join(command)}")
+
+
+def must_fail(command: list[str], report: str, environment: dict[str, str] | None = None) -> None:
+    """Run a command whose fault the sanitizer must ``report``."""
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | (environment or {}), capture_output=True, text=True)
+    if done.returncode == 0 or report not in done.stderr:
+        sys.exit(f"make sanitize: no {report} reported where there is one:\n{done.stdout}{done.stderr}")
+
+
+def sanitize_memory(compiler: str) -> None:
+    shared = ["-shared-libasan"] if is_clang(compiler) else []
+    module = compile_all(
+        compiler, "_cpu.so", [*ADDRESS, *shared], [SOURCES / "module.cpp", SOURCES / "parallel.cpp"], ["-shared"]
+    )
+    arch = platform.machine()
+    library = f"libclang_rt.asan-{arch}.so" if shared else "libasan.so"
+    runtime = output_of([compiler, f"-print-file-name={library}"])
+    libraries = [runtime, *([] if shared else [output_of([compiler, "-print-file-name=libstdc++.so"])])]
+    environment = {
+        "LD_PRELOAD": ":".join(libraries),  # with libstdc++, so that exceptions can be intercepted
+        "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",  # Python leaves much to the end of the process
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "SANITIZED_CPU": str(module),
+        "PYTHONPATH": str(ROOT / "tests"),
+    }
+    must_fail([sys.executable, "-c", OVERFLOW], "heap-buffer-overflow", environment)
+    supported = subprocess.run(
+        [sys.executable, "-c", SUPPORTED], env=os.environ | environment, check=True, capture_output=True, text=True
+    ).stdout.split()
+    for isa in supported:
+        started = time.monotonic()
+        pytest = [sys.executable, *"-m pytest -q -s -p sanitized_cpu -p no:cacheprovider -k cpu".split()]
+        run([*pytest, *TESTS], environment | {"DRIFT_OPS_CPU_ISA": isa, "DRIFT_OPS_REQUIRE": "cpu"})
+        seconds = time.monotonic() - started
+        print(f"AddressSanitizer and UndefinedBehaviorSanitizer, {isa}: clean ({seconds:.0f} s)", flush=True)
+
+
+def sanitize_threads(compiler: str) -> None:
+    program = compile_all(
+        compiler, "threads", THREAD, [ROOT / "tests/threads.cpp", SOURCES / "parallel.cpp"], ["-pthread", "-ldl"]
+    )
+    # without address space randomisation, which libraries of before 2024 cannot work with on newer kernels
+    command = [*(["setarch", platform.machine(), "-R"] if shutil.which("setarch") else []), str(program)]
+    must_fail([*command, "race"], "data race")
+    started = time.monotonic()
+    run(command, {"TSAN_OPTIONS": "halt_on_error=1"})
+    print(f"ThreadSanitizer: clean ({time.monotonic() - started:.0f} s)", flush=True)
+
+
+if __name__ == "__main__":
+    chosen = find_compiler()
+    print(output_of([chosen, "--version"]).splitlines()[0], flush=True)
+    sanitize_threads(chosen)
+    sanitize_memory(chosen)

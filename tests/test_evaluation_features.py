@@ -1,0 +1,359 @@
+"""FID and its kin: Inception and DINOv2 with random weights, references in files, guidance sweeps, the best kept."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from drifting import evaluate
+from drifting import train as training
+from drifting.archives import read_images, read_reference
+from drifting.cli import UserError
+from drifting.config import load_config
+from drifting.config_schema import EvaluationConfig
+from drifting.evaluation import open_evaluator
+from drifting.evaluation_features import open_features
+from drifting.evaluation_measures import fit_gaussian, inception_score
+from drifting.models import MAE, Classifier, DriftingDiT
+from drifting.pretrained import load_generator
+from drifting.run_directory import RunDirectory, write_model
+from drifting.sample import draw_samples
+from drifting.train import train
+
+SMALL = ["model.embed_dim=16", "model.depth=1", "model.num_heads=2", "step.gen_per_label=4", "train.eval_every=0"]
+
+
+def pictures(count: int, seed: int, channels: int = 3, size: int = 16) -> np.ndarray:
+    """uint8 images that differ from each other in colour and contrast."""
+    rng = np.random.default_rng(seed)
+    level = rng.uniform(60, 190, (count, 1, 1, channels))
+    noise = rng.standard_normal((count, size, size, channels)) * rng.uniform(5, 60, (count, 1, 1, 1))
+    return (level + noise).clip(0, 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def inception(tmp_path_factory, torchvision):
+    """torch-fidelity's Inception with random weights, and the file of these."""
+    fidelity = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fidelity, "load_state_dict_from_url", lambda *args, **kwargs: {})
+        patch.setattr(fidelity.FeatureExtractorInceptionV3, "load_state_dict", lambda *args: None)
+        network = fidelity.FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"])
+    generator = torch.Generator().manual_seed(0)
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):  # so that what is seen reaches the end
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu", generator=generator)
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.05, generator=generator)
+    path = tmp_path_factory.mktemp("weights") / "inception.pth"
+    torch.save(network.state_dict(), path)
+    return network, path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "digits"
+    assert train(load_config("digits", ["train.steps=2", *SMALL]), out) == 0
+    return out
+
+
+@pytest.fixture
+def classifier(tmp_path):
+    """A directory with an untrained classifier of digits."""
+    path = tmp_path / "classifier"
+    path.mkdir()
+    write_model(RunDirectory(path), Classifier(1, 10, (8, 16)), {"data": "digits"})
+    return path
+
+
+def report(capsys, *arguments: object) -> dict:
+    capsys.readouterr()
+    assert evaluate.main([str(argument) for argument in arguments]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_inception_measures(inception, tmp_path, capsys):
+    """On the command line, against an ADM-style batch with statistics of more images than it holds."""
+    network, weights = inception
+    real, generated = pictures(7, 0), pictures(5, 1)
+    with torch.no_grad():
+        real_points, _ = network(torch.from_numpy(real).permute(0, 3, 1, 2))
+        points, logits = network(torch.from_numpy(generated).permute(0, 3, 1, 2))
+    assert points.std(0).mean() > 1e-3 * points.abs().mean() > 0  # random weights tell the images apart
+    statistics = fit_gaussian(real_points.double().numpy())
+    np.savez(
+        tmp_path / "adm.npz", arr_0=real[:4], mu=statistics.mean, sigma=statistics.covariance, mu_s=np.zeros(3),
+        sigma_s=np.eye(3),
+    )  # fmt: skip
+    np.savez(tmp_path / "samples.npz", generated)
+    measures = report(capsys, tmp_path / "samples.npz", "--reference", tmp_path / "adm.npz", "--features", weights)
+    assert measures["num_samples"] == 5
+    # With few points the root's trace is the nuclear norm of their products.
+    a, b = ((part.double() - part.double().mean(0)) / (len(part) - 1) ** 0.5 for part in (points, real_points))
+    mean = (points.double().mean(0) - real_points.double().mean(0)).square().sum()
+    expected = mean + a.square().sum() + b.square().sum() - 2 * torch.linalg.matrix_norm(a @ b.T, "nuc")
+    assert measures["fid"] == pytest.approx(float(expected), rel=1e-4)
+    assert measures["inception_score"] == pytest.approx(inception_score(logits)[0], rel=1e-4)
+    assert 0 <= measures["precision"] <= 1 and 0 <= measures["recall"] <= 1
+
+
+def test_inception_takes_grey_images_as_rgb(inception):
+    features = open_features(str(inception[1]))
+    grey = pictures(2, 0, channels=1)
+    points, _ = features(grey)
+    torch.testing.assert_close(points, features(grey.repeat(3, axis=3))[0])
+
+
+def test_dinov2_class_token(tmp_path, torchvision):
+    """Of a tiny one with random weights: the normalised first token of ImageNet-normalised images."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Dinov2Config(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=2, patch_size=56, image_size=224
+    )
+    model = transformers.Dinov2Model(config).eval()
+    model.save_pretrained(tmp_path)
+    features = open_features(str(tmp_path))
+    assert features.distance == "fd_dinov2" and features.dim == 24
+    constant = np.full((1, 32, 32, 3), 51, np.uint8)  # which resizing leaves as it is
+    points, logits = features(constant)
+    pixels = (0.2 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
+    with torch.no_grad():
+        hidden = model(pixels.view(1, 3, 1, 1).expand(1, 3, 224, 224)).last_hidden_state
+    assert logits is None
+    torch.testing.assert_close(points, hidden[:, 0], rtol=1e-4, atol=1e-5)
+
+
+class BrightestPixels(nn.Module):
+    """Stands for transformers' Dinov2Model."""
+
+    config = SimpleNamespace(hidden_size=3)
+    device = torch.device("cpu")
+
+    @classmethod
+    def from_pretrained(cls, model):
+        assert model == "facebook/dinov2-large"
+        return cls()
+
+    def forward(self, x):
+        assert x.shape[1:] == (3, 224, 224)
+        return SimpleNamespace(pooler_output=x.amax((2, 3)))
+
+
+def test_dinov2_is_given_normalised_images(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", SimpleNamespace(Dinov2Model=BrightestPixels))
+    features = open_features("dinov2")
+    bright = np.array([255, 51, 0], np.uint8) * np.ones((60, 7, 7, 1), np.uint8)  # more than a batch
+    points, logits = features(bright)
+    assert points.shape == (60, features.dim) and logits is None and features.distance == "fd_dinov2"
+    assert points[59].tolist() == pytest.approx([(1 - 0.485) / 0.229, (0.2 - 0.456) / 0.224, -0.406 / 0.225], abs=1e-4)
+
+
+def test_features_of_an_autoencoder(tmp_path):
+    mae = MAE(1, 32, (1, 1, 1, 1), 10, input_patch_size=2).eval()
+    write_model(RunDirectory(tmp_path), mae, {"data": "digits", "step": 1})
+    features = open_features(str(tmp_path))
+    images = pictures(3, 0, channels=1)
+    points, logits = features(images)
+    assert points.shape == (3, features.dim) and logits is None and features.classifier is None
+    x = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
+    with torch.no_grad():
+        result = mae(x, torch.arange(3), torch.zeros(3, 1, 8, 8))["cls_loss"]
+        torch.testing.assert_close(cross_entropy(mae.fc(points), torch.arange(3), reduction="none"), result)
+
+
+@pytest.mark.parametrize(
+    "module, source, extra", [("torch_fidelity", "inception", "fid"), ("transformers", "dinov2", "dinov2")]
+)
+def test_missing_libraries_are_told(module, source, extra, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=rf"pip install 'drifting\[{extra}\]'"):
+        open_features(source)
+
+
+def test_weights_of_something_else_are_told(inception, tmp_path):
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pth")
+    (tmp_path / "text.pth").write_text("text")
+    torch.save(print, tmp_path / "code.pth")
+    with pytest.raises(UserError, match="cannot load Inception's weights"):
+        open_features(str(tmp_path / "other.pth"))
+    for name in ("text", "code", "absent"):
+        with pytest.raises(UserError, match=f"{name}.pth cannot be read as weights"):
+            open_features(str(tmp_path / f"{name}.pth"))
+
+
+def test_references_of_every_kind(tmp_path):
+    images, mean, covariance = pictures(3, 0), np.arange(4.0, dtype=np.float32), np.eye(4)
+    np.savez(tmp_path / "images.npz", images, np.array([4, 5, 6]))
+    np.savez(tmp_path / "statistics.npz", mu=mean, sigma=covariance)
+    np.savez(tmp_path / "renamed.npz", ref_mu=mean, ref_sigma=covariance)
+    np.savez(tmp_path / "both.npz", arr_0=images, mu=mean, sigma=covariance)
+    assert (read_reference(tmp_path / "images.npz").images == images).all()
+    assert read_images(tmp_path / "images.npz")[1].tolist() == [4, 5, 6]
+    assert read_images(tmp_path / "both.npz")[1] is None
+    for name in ("statistics", "renamed", "both"):
+        reference = read_reference(tmp_path / f"{name}.npz")
+        assert reference.statistics.mean.dtype == np.float64
+        assert (reference.statistics.mean == mean).all() and (reference.statistics.covariance == covariance).all()
+        assert (reference.images is None) == (name != "both")
+
+
+@pytest.mark.parametrize(
+    "arrays, message",
+    [
+        ({"mean": np.zeros(3)}, r"holds mean, expected statistics \(mu and sigma\), images \(arr_0\), or both"),
+        ({}, "holds nothing, expected"),
+        ({"mu": np.zeros(3)}, "holds mu: mu, but no sigma"),
+        ({"mu": np.zeros(3), "sigma": np.eye(4)}, r"mu is \[3\] and sigma \[4, 4\], expected \[D\] and \[D, D\]"),
+        ({"arr_0": np.zeros((2, 3, 8, 8), np.uint8)}, r"arr_0 is uint8 \[2, 3, 8, 8\], expected uint8 \[N, H, W, C\]"),
+        ({"arr_0": np.zeros((2, 8, 8, 3))}, "arr_0 is float64"),
+        ({"arr_0": np.array([None])}, "arr_0 cannot be read: Object arrays"),
+    ],
+)
+def test_wrong_references_are_told(arrays, message, tmp_path):
+    np.savez(tmp_path / "reference.npz", **arrays)
+    with pytest.raises(UserError, match=message):
+        read_reference(tmp_path / "reference.npz")
+
+
+def test_files_that_are_no_archives_are_told(tmp_path):
+    (tmp_path / "text.npz").write_text("text")
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    (tmp_path / "array.npy").rename(tmp_path / "array.npz")
+    np.savez(tmp_path / "labels.npz", arr_0=pictures(3, 0), arr_1=np.zeros(2))
+    for name, message in (("text", "is no .npz file"), ("array", "but a single array"), ("absent", "there is no file")):
+        with pytest.raises(UserError, match=message):
+            read_reference(tmp_path / f"{name}.npz")
+    with pytest.raises(UserError, match=r"arr_1 is \[2\], expected \[3\]"):
+        read_images(tmp_path / "labels.npz")
+
+
+def test_statistics_of_other_features_are_told(classifier, tmp_path):
+    np.savez(tmp_path / "statistics.npz", mu=np.zeros(5), sigma=np.eye(5))
+    config = EvaluationConfig(features=str(classifier), reference=[str(tmp_path / "statistics.npz")])
+    with pytest.raises(UserError, match="statistics are of 5 features, classifier has 16"):
+        open_evaluator(config, None)
+
+
+def test_statistics_and_images_may_be_in_two_files(classifier, tmp_path):
+    images = pictures(40, 0, channels=1, size=8)
+    np.savez(tmp_path / "images.npz", images)
+    np.savez(tmp_path / "statistics.npz", mu=np.zeros(16), sigma=np.eye(16))
+    paths = [str(tmp_path / "statistics.npz"), str(tmp_path / "images.npz")]
+    measures = open_evaluator(EvaluationConfig(str(classifier), paths), None)(images, None)
+    assert measures["precision"] == measures["recall"] == 1 and measures["frechet_distance"] > 1
+    assert open_evaluator(EvaluationConfig(str(classifier), paths[1:]), None)(images, None)[
+        "frechet_distance"
+    ] == pytest.approx(0, abs=1e-6)
+    assert "precision" not in open_evaluator(EvaluationConfig(str(classifier), paths[:1]), None)(images, None)
+
+
+def test_sweep_reports_the_best_scale_and_saves_its_images(trained, tmp_path, capsys, monkeypatch):
+    """Of a generator whose images change with the scale, which those of an untrained one do not."""
+    path = tmp_path / "some" / "best.npz"
+    forward = DriftingDiT.forward
+    monkeypatch.setattr(
+        DriftingDiT, "forward", lambda self, z, y, cfg_scale=1.0, style=None: forward(self, z, y) + cfg_scale * z / 5
+    )
+    swept = report(capsys, trained, "--num", 100, "--cfg", 3.0, 1.0, 2.0, "--save-npz", path)
+    scales = {row["cfg_scale"]: row["frechet_distance"] for row in swept["sweep"]}
+    assert list(scales) == [3, 1, 2] and len(set(scales.values())) == 3
+    assert swept["frechet_distance"] == min(scales.values()) == scales[swept["cfg_scale"]]
+    best = swept["cfg_scale"]
+    alone = report(capsys, trained, "--num", 100, "--cfg-scale", best)
+    assert "sweep" not in alone and alone["frechet_distance"] == swept["frechet_distance"]
+    saved = report(capsys, path, "--reference", trained)
+    for measure in ("frechet_distance", "recognised_share", "nearest_distance"):
+        assert saved[measure] == swept[measure]
+    images, labels = read_images(path)
+    expected = draw_samples(load_generator(trained), torch.from_numpy(labels), (-1, 1), best)
+    assert (images == expected).all()
+
+
+def test_few_images_are_warned_of(trained, capsys):
+    assert evaluate.main([str(trained), "--num", "50"]) == 0
+    captured = capsys.readouterr()
+    assert "warning: 50 images are few" in captured.err and "warning" not in captured.out
+    assert evaluate.main([str(trained), "--num", "300"]) == 0
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_nothing_to_compare_with_is_told(trained, tmp_path):
+    np.savez(tmp_path / "samples.npz", pictures(3, 0))
+    with pytest.raises(UserError, match="nothing to compare .*samples.npz with: --reference must name"):
+        evaluate.main([str(tmp_path / "samples.npz")])
+    with pytest.raises(UserError, match="received 3 images of 768 values"):
+        evaluate.main([str(tmp_path / "samples.npz"), "--reference", str(trained)])
+
+
+def test_training_is_measured_against_files(classifier, tmp_path, capsys):
+    np.savez(tmp_path / "reference.npz", pictures(60, 0, channels=1, size=8))
+    settings = [
+        f"evaluation.features={classifier}", f"evaluation.reference={tmp_path / 'reference.npz'}",
+        "evaluation.num_samples=80", "evaluation.cfg_scales=[1.0,2.0]", "train.steps=2",
+    ]  # fmt: skip
+    assert train(load_config("digits", [*SMALL, *settings]), tmp_path / "run") == 0
+    assert "Frechet distance to the reference" in capsys.readouterr().out
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    measured = report(capsys, tmp_path / "run")  # everything as in training
+    assert measured["num_samples"] == 80 and len(measured["sweep"]) == 2
+    for measure in ("frechet_distance", "precision", "recall", "cfg_scale"):
+        assert measured[measure] == pytest.approx(last[measure], rel=1e-6)
+
+
+def test_images_of_another_size_stop_training_at_once(classifier, tmp_path):
+    np.savez(tmp_path / "reference.npz", pictures(60, 0, channels=1))
+    settings = [f"evaluation.features={classifier}", f"evaluation.reference={tmp_path / 'reference.npz'}"]
+    with pytest.raises(UserError, match=r"received 2 images \[8, 8, 1\], expected at least 2 \[16, 16, 1\]"):
+        train(load_config("digits", [*SMALL, *settings]), tmp_path / "run")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    np.savez(tmp_path / "reference.npz", pictures(60, 0))
+    with pytest.raises(UserError, match="received images of 3 channels, the features are of 1"):
+        train(load_config("digits", [*SMALL, *settings]), tmp_path / "run")
+
+
+class Scripted:
+    """An evaluator that says what it is told to, and keeps the images of each call."""
+
+    num_samples, fewest, distance = 20, 2, "frechet_distance"
+
+    def __init__(self, *distances: float) -> None:
+        self.distances, self.images = list(distances), []
+
+    def __call__(self, images, labels):
+        self.images.append(images)
+        return {"frechet_distance": self.distances.pop(0)}
+
+
+def test_best_weights_are_kept(tmp_path, monkeypatch, capsys):
+    out, settings = tmp_path / "run", [*SMALL, "train.eval_every=2", "train.save_every=4", "train.log_every=2"]
+
+    def train_to(steps: int, *distances: float) -> Scripted:
+        evaluator = Scripted(0.0, *distances)  # the first is a trial that counts for nothing
+        monkeypatch.setattr(training, "open_evaluator", lambda *args: evaluator)
+        assert train(load_config("digits", [*settings, f"train.steps={steps}"]), out) == 0
+        assert not evaluator.distances
+        return evaluator
+
+    def kept_step() -> int:
+        return json.loads((out / "best" / "model.json").read_text())["step"]
+
+    evaluator = train_to(6, 5.0, 3.0, 4.0)
+    assert kept_step() == 4
+    assert f"best: 3.00 at step 4, kept in {out / 'best'}" in capsys.readouterr().out
+    labels = torch.arange(10).repeat_interleave(2)
+    drawn = draw_samples(load_generator(out / "best"), labels, (-1, 1))
+    assert (drawn == evaluator.images[2]).all() and (drawn != evaluator.images[3]).any()
+    train_to(8, 3.5)  # a resumed run knows the best before it
+    assert kept_step() == 4
+    train_to(10, 2.5)
+    assert kept_step() == 10
+    settings.append("evaluation.num_samples=40")
+    train_to(12, 9.0)  # measured in another way, it cannot be compared
+    assert kept_step() == 12
+    monkeypatch.undo()
+    assert report(capsys, out / "best", "--num", 100)["step"] == 12  # its configuration is there too
