@@ -10,7 +10,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from drift_ops import cpu, reference  # noqa: E402
-from drift_ops.triton import group, group_field, group_loss  # noqa: E402
+from drift_ops.triton import group, group_field, group_loss, launch  # noqa: E402
 
 if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("needs TRITON_INTERPRET=1 or a CUDA device", allow_module_level=True)
@@ -20,6 +20,7 @@ FEW = settings(
     max_examples=5, deadline=None, derandomize=True, phases=(Phase.explicit, Phase.generate)
 )  # slow to shrink
 R_LIST = (0.02, 0.05, 0.2)
+LIMITS = launch.limits(torch.device(DEVICE))
 
 
 def on_device(t: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -52,7 +53,7 @@ def phases(given: tuple[list[Tensor], list[Tensor]], incoming: Tensor, floor: fl
 
 
 def check_loss(p: list[Tensor], w: list[Tensor], floor: float, dtype: torch.dtype = torch.float32, rtol=0.0) -> None:
-    assert group.fits_loss(p[0].shape[1], *(t.shape[1] for t in p))
+    assert group.fits_loss(LIMITS, p[0].shape[1], *(t.shape[1] for t in p))
     p = [t.to(dtype).double() for t in p]
     incoming = points(p[0].shape[0], seed=8).bfloat16()
     truth = phases((p, w), incoming, floor, reference, torch.Tensor.double)
@@ -248,10 +249,10 @@ def test_field_with_everything_masked():
 
 
 def test_fits():
-    assert group.fits_loss(64, 64, 16, 64)
-    assert group.fits_loss(128, 64)
-    assert not group.fits_loss(129, 16)
-    assert not group.fits_loss(64, 300)
+    assert group.fits_loss(LIMITS, 64, 64, 32, 64)
+    assert group.fits_loss(LIMITS, 128, 64)
+    assert not group.fits_loss(LIMITS, 129, 64)
+    assert not group.fits_loss(LIMITS, 64, 300)
     assert group.fits_field(64, 32, 17)
     assert not group.fits_field(64, 32, 33)
     assert not group.fits_field(16, 65)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from .. import streamed_loss
-from . import group, group_field, group_loss, streaming, streaming_loss
+from . import group, group_field, group_loss, launch, streaming, streaming_loss
 from .streaming_backward import affinity_sums_backward as affinity_sums_backward
 
 
@@ -33,7 +33,7 @@ def affinity_sums(
 def _in_groups(points: Sequence[Tensor]) -> bool:
     """Whether the groups of a map go through the group kernels of form C; larger ones are streamed."""
     N, M, P = (t.shape[1] for t in points)
-    return group.fits_loss(N, N, M, P)
+    return group.fits_loss(launch.limits(points[0].device), N, N, M, P)
 
 
 def kept_shape(points: Sequence[Tensor]) -> tuple[int, ...]:

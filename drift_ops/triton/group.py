@@ -12,25 +12,25 @@ import triton.language as tl
 from . import launch
 
 LOSS_PAIRS, FIELD_PAIRS = 64 * 160, 64 * 64  # of padded queries and targets: what the registers of a program hold
-MOST_QUERIES = 128
+AMD_LOSS_PAIRS = 64 * 144  # more do not compile for gfx942
 OPERANDS_IN_SHARED = 200_000  # bytes: with less, tensor cores read both operands from registers, and few are left
 
 
-def fits_loss(N: int, *counts: int) -> bool:
+def fits_loss(limits: launch.Limits, N: int, *counts: int) -> bool:
     """Whether groups of N samples and so many targets on each side are for the group kernels of form C."""
-    blocks = padded(N, counts)
-    return blocks[0] <= MOST_QUERIES and blocks[0] * sum(blocks[1:]) <= LOSS_PAIRS
+    rows, *blocks = padded(N, *counts)
+    return rows * sum(blocks) <= (AMD_LOSS_PAIRS if limits.amd else LOSS_PAIRS)
 
 
 def fits_field(N: int, *counts: int) -> bool:
     """Whether problems of N queries and so many keys on each side are for the group kernel of forms A and B."""
-    blocks = padded(N, counts)
-    return max(blocks) <= 64 and blocks[0] * sum(blocks[1:]) <= FIELD_PAIRS
+    rows, *blocks = padded(N, *counts)
+    return max(rows, *blocks) <= 64 and rows * sum(blocks) <= FIELD_PAIRS
 
 
-def padded(N: int, counts: tuple[int, ...]) -> tuple[int, ...]:
-    """Blocks of the queries and of each side that is not empty."""
-    return tuple(launch.padded_block(count) for count in (N, *counts) if count > 0)
+def padded(*counts: int) -> tuple[int, ...]:
+    """Blocks of the queries and of the sides, those that are not empty."""
+    return tuple(launch.padded_block(count) for count in counts if count > 0)
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def loss_configuration(kernel: str, limits: launch.Limits) -> Configuration:
         return {
             "scale": Configuration(32, 0, 4, 1),
             "statistics": Configuration(32, 0, 4, 1),
-            "moments": Configuration(32, 32, 4, 1),
+            "moments": Configuration(32, 32, 4 if limits.amd else 8, 1),
             "gram": Configuration(0, 0, 4, 1),
             "gradient": Configuration(32, 64, 4, 1),
             "gradient of kept distances": Configuration(32, 64, 4, 1),
@@ -72,7 +72,7 @@ def loss_configuration(kernel: str, limits: launch.Limits) -> Configuration:
     return {
         "scale": Configuration(32, 0, 4, 3),
         "statistics": Configuration(32, 0, 4, 1),
-        "moments": Configuration(32, 32, 4, 2),
+        "moments": Configuration(32, 32, 8, 2),
         "gram": Configuration(0, 0, 4, 1),
         "gradient": Configuration(32, 64, 4, 3),
         "gradient of kept distances": Configuration(32, 64, 4, 2),

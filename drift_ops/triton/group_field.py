@@ -144,7 +144,7 @@ def affinity_sums(
     num, den = q.new_empty(S, G, len(counts), N, D), q.new_empty(S, G, len(counts), N)
     row_stats, col_stats = q.new_empty(S, G, 2, N), q.new_empty(S, G, 2, M)
     limits = launch.limits(q.device)
-    block_n, *blocks = group.padded(N, counts)
+    block_n, *blocks = group.padded(N, *counts)
     chosen = group.configuration((block_n, *blocks), limits, pairs_of_lane=32)
     with launch.on_device_of(q):
         _sums_kernel[(G,)](

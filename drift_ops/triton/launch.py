@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 
@@ -16,6 +15,7 @@ class Limits:
 
     amd: bool
     shared_bytes: int  # of a program: 166,912 on sm_80, 232,448 on sm_90 and sm_100, 65,536 on gfx942, 101,376 on sm_89
+    tensor_memory: bool = False  # where products are summed up, on sm_100
 
 
 @functools.cache
@@ -24,7 +24,8 @@ def limits(device: torch.device) -> Limits:
         return Limits(amd=False, shared_bytes=232448)
     properties = torch.cuda.get_device_properties(device)
     amd = torch.version.hip is not None
-    return Limits(amd, getattr(properties, "shared_memory_per_block" if amd else "shared_memory_per_block_optin"))
+    shared_bytes = getattr(properties, "shared_memory_per_block" if amd else "shared_memory_per_block_optin")
+    return Limits(amd, shared_bytes, tensor_memory=not amd and properties.major == 10)
 
 
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -46,4 +47,4 @@ def splits_products() -> bool:
 
 def padded_block(count: int, least: int = 16) -> int:
     """The block that holds ``count`` entries: Triton's are powers of two, and a matrix product's at least 16."""
-    return max(least, triton.next_power_of_2(count))
+    return max(least, 1 << (int(count) - 1).bit_length())
