@@ -141,7 +141,12 @@ def _in_shared_memory(points: Sequence[Tensor], R: int) -> bool:
 
 
 def _groups(
-    points: Sequence[Tensor], weights: Sequence[Tensor], scale: Tensor | None, R_list: Sequence[float], floor: float
+    points: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    kept: Tensor,
+    scale: Tensor | None,
+    R_list: Sequence[float],
+    floor: float,
 ) -> Any:
     assert _cuda is not None
     return _cuda.Loss(
@@ -151,6 +156,7 @@ def _groups(
         points=[address(t) for t in points],
         weights=[address(w) for w in weights],
         scale=address(scale),
+        kept=address(kept),
         R_list=list(R_list),
         floor=floor,
         **_launch_options(points[0]),
@@ -158,17 +164,20 @@ def _groups(
 
 
 def kept_shape(points: Sequence[Tensor]) -> tuple[int, ...]:
-    """Shape of what phase 1 of form C keeps for phase 2: nothing."""
-    return (0,)
+    """Shape of what phase 1 of form C keeps for phase 2: the distances ``[G, N, targets]`` if they take no more memory
+    than gen, as the gradient does later; otherwise nothing."""
+    G, N, D = points[0].shape
+    targets = sum(t.shape[1] for t in points)
+    return (G, N, targets) if targets <= D and _in_shared_memory(points, R=1) else (0,)
 
 
 def loss_scale(points: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Phase 1 of one map: ``[mean d·w, mean w]`` in float64, and nothing kept."""
+    """Phase 1 of one map: ``[mean d·w, mean w]`` in float64, and what :func:`kept_shape` says."""
     gen = points[0]
     means, kept = gen.new_empty(2, dtype=torch.float64), gen.new_empty(kept_shape(points))
     if _in_shared_memory(points, R=1):
         scratch = gen.new_empty(2 * gen.shape[0], dtype=torch.float64)
-        _groups(points, weights, None, (), 0.0).scale(address(means), address(scratch))
+        _groups(points, weights, kept, None, (), 0.0).scale(address(means), address(scratch))
         return means, kept
     q, targets, w = streamed_loss.centred(points, weights)
     least = streamed_loss.LEAST_DISTANCE
@@ -179,8 +188,11 @@ def loss_scale(points: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Ten
 
 
 def state_shape(points: Sequence[Tensor], R: int) -> tuple[int, ...]:
-    """Shape of what phase 2 keeps for phase 3: nothing, or the forces ``[R, G, N, D]`` where groups are streamed."""
-    return (0,) if _in_shared_memory(points, R) else (R, *points[0].shape)
+    """Shape of what phase 2 keeps for phase 3, which makes the gradient: the distances if they are small beside it,
+    otherwise nothing; the forces ``[R, G, N, D]`` where groups are streamed."""
+    if not _in_shared_memory(points, R):
+        return (R, *points[0].shape)
+    return kept_shape(points) if 4 * sum(t.shape[1] for t in points) <= points[0].shape[2] else (0,)
 
 
 def loss_moments(
@@ -195,8 +207,9 @@ def loss_moments(
     gen, R = points[0], len(R_list)
     if not _in_shared_memory(points, R):
         return streamed_loss.loss_moments(affinity_sums, points, weights, scale, R_list, floor)
-    state, moments = gen.new_empty(0), gen.new_empty(gen.shape[0], R, R)
-    _groups(points, weights, scale, R_list, floor).moments(address(moments))
+    state = kept.clone() if state_shape(points, R) == kept.shape else gen.new_empty(0)  # an op returns no input
+    moments = gen.new_empty(gen.shape[0], R, R)
+    _groups(points, weights, kept, scale, R_list, floor).moments(address(moments))
     return state, moments
 
 
@@ -214,7 +227,7 @@ def loss_gradient(
     gen = points[0]
     if _in_shared_memory(points, len(R_list)):
         grad = torch.empty_like(gen)
-        groups = _groups(points, weights, scale, R_list, floor)
+        groups = _groups(points, weights, state, scale, R_list, floor)
         groups.gradient(*map(address, (factors.contiguous(), incoming, grad)))
         return grad
     return streamed_loss.loss_gradient(gen, state, scale, factors, incoming)

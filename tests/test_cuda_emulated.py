@@ -103,6 +103,7 @@ def test_drift_field(shape, dtype, weighted):
         (6, 5, 7, 10, 3, (0.02, 0.05, 0.2)),
         (33, 64, 16, 70, 1, (0.02, 0.05, 0.2)),
         (64, 90, 30, 140, 1, (0.05, 0.2)),  # more targets than a tile of distances has columns
+        (9, 6, 5, 50, 2, (0.05, 0.2)),  # distances are kept from the first phase to the second; below, to the third
         (17, 20, 9, 1500, 1, (0.02, 0.05, 0.2)),  # sums so long that what tensor cores cut off of each step would show
         (6, 5, 7, 20, 2, (0.02, 0.05, 0.1, 0.2, 0.4)),  # too many R for the group kernels
         (70, 35, 16, 36, 1, (0.05, 0.2)),  # too many samples for them

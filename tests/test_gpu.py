@@ -132,19 +132,22 @@ def test_stream_of_the_caller(gpu_backend, name):
 
 @every_form
 def test_compiled_with_cuda_graphs(gpu_backend, name):
+    """Inductor adds up in another order than eager PyTorch, so it is the truth that the results are held against."""
     torch._dynamo.reset()
     function, tensors, options = FORMS[name]
     compiled = torch.compile(
         lambda **leaves: function(**leaves, **options, backend=gpu_backend), fullgraph=True, mode="reduce-overhead"
     )
-    for factor in (1.0, 1.0, 0.75, 0.75):  # records, then replays
-        moved = {key: t if key.startswith("weight") else t * factor for key, t in on_gpu(tensors).items()}
-        leaves = {key: t.requires_grad_() for key, t in moved.items()}
+
+    def step(backend, **leaves):
+        if backend == "reference":
+            return function(**leaves, **options, backend=backend)
         torch.compiler.cudagraph_mark_step_begin()
-        ours = output_and_gradients(lambda backend, **leaves: compiled(**leaves), leaves, {}, gpu_backend)
-        ours = {key: value.clone() for key, value in ours.items()}
-        for key, expected in output_and_gradients(function, leaves, options, gpu_backend).items():
-            torch.testing.assert_close(ours[key], expected)
+        return compiled(**leaves)
+
+    for factor in (1.0, 1.0, 0.75, 0.75):  # records, then replays
+        moved = {key: t if key.startswith("weight") else t * factor for key, t in tensors.items()}
+        check(step, moved, {}, torch.float32, gpu_backend)
 
 
 @every_form

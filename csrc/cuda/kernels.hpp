@@ -62,6 +62,7 @@ struct Loss {
     const float* points[3];   // [G, count, D]
     const float* weights[3];  // [G, count]
     const double* scale;      // device
+    float* kept;              // the distances [G, N, targets] that loss_scale leaves for the others; null: found again
 };
 
 bool group_fits(const int* counts, int widths, Device);  // what the next three take

@@ -1,5 +1,5 @@
-// Form C, the release's training loss, for groups whose pairs fit into shared memory: a block has a group, whose distances it
-// finds again in each of the three phases, so that nothing but the global statistics lives between them.
+// Form C, the release's training loss, for groups whose pairs fit into shared memory: a block has a group. Nothing but the
+// global statistics lives between the phases, and the distances where there is memory for them.
 //
 //   group_scale     Σ d·w of every group;  finish_means adds them up
 //   group_moments   the coefficients c of every R, and mean F_r F_r' with F_r = c_r (t/s), a few dimensions at a time
@@ -113,8 +113,12 @@ __global__ void __launch_bounds__(THREADS, 1) group_scale(const __grid_constant_
     double* sums = reinterpret_cast<double*>(norms + ROWS + COLS<GROUP_NT>);
     const Targets targets(p, blockIdx.x);
     float total = 0, weight = 0;
-    find_distances(p, targets, stage, norms, [&](int, int j, float d) { total += d * targets.weight(j); });
     const int M = targets.count[0] + targets.count[1] + targets.count[2];
+    float* kept = p.kept ? p.kept + int64_t(blockIdx.x) * p.count[0] * M : nullptr;
+    find_distances(p, targets, stage, norms, [&](int i, int j, float d) {
+        total += d * targets.weight(j);
+        if (kept) kept[i * M + j] = d;
+    });
     for (int j = threadIdx.x; j < M; j += THREADS) weight += targets.weight(j);
     const double all = sum_over_block(total, sums), all_weight = sum_over_block(weight, sums);
     if (threadIdx.x == 0) parts[2 * int64_t(blockIdx.x)] = all, parts[2 * int64_t(blockIdx.x) + 1] = all_weight;
@@ -162,6 +166,7 @@ __global__ void __launch_bounds__(THREADS) finish_means(const double* parts, int
 // The coefficients c of a group. δ·scale is the distance, with 100 scales on the self pairs; the maximum of a row's logits is at
 // its least δ whatever R, so one minimum a row and a column serves every R.
 struct Coefficients {
+    static constexpr int R = MAX_LOSS_WIDTHS;
     const Loss& p;
     const Targets& targets;
     const Layout layout;
@@ -179,56 +184,81 @@ struct Coefficients {
     __device__ __forceinline__ float distance(int i, int j) const {
         return d[i * layout.ld + j] + (i == j ? float(LOSS_SELF_DISTANCE) * kernel_scale : 0.0f);
     }
-    __device__ __forceinline__ float per_width(int r) const { return 1 / (float(p.R[r]) * kernel_scale); }
+    // Calls body(r, width) for all r < R, the last widths again and again where there are fewer: without branches, the work on
+    // one does not wait for that on another.
+    template <class Body> __device__ __forceinline__ void for_widths(Body body) const {
+#pragma unroll
+        for (int r = 0; r < R; ++r) body(r, r < p.widths ? r : p.widths - 1);
+    }
+    static __device__ __forceinline__ void add_exponentials(float (&sum)[R], float difference, const float (&rate)[R]) {
+#pragma unroll
+        for (int r = 0; r < R; ++r) sum[r] += std::exp(difference * rate[r]);
+    }
 
     // After this and a __syncthreads, all but `d` is known.
     __device__ void find_statistics() const {
+        float rate[R];
+        for_widths([&](int r, int width) { rate[r] = 1 / (float(p.R[width]) * kernel_scale); });
         for (int i = warp; i < N; i += THREADS / 32) {
-            float min = INF<float>, total = 0;
+            float min = INF<float>, total = 0, sum[R] = {};
             for (int j = lane; j < M; j += 32) min = fminf(min, distance(i, j)), total += d[i * layout.ld + j];
             min = min_over_warp(min), total = sum_over_warp(total);
-            if (lane == 0) row_min[i] = min, row_total[i] = total;
-            for (int r = 0; r < p.widths; ++r) {
-                float sum = 0;
-                for (int j = lane; j < M; j += 32) sum += std::exp((min - distance(i, j)) * per_width(r));
-                sum = sum_over_warp(sum);
-                if (lane == 0) row_factor[r * ROWS + i] = 1 / std::sqrt(sum);
-            }
+            for (int j = lane; j < M; j += 32) add_exponentials(sum, min - distance(i, j), rate);
+            for_widths([&](int r, int width) { row_factor[width * ROWS + i] = 1 / std::sqrt(sum_over_warp(sum[r])); });
+            row_min[i] = min, row_total[i] = total;  // all lanes agree
         }
         for (int j = threadIdx.x; j < M; j += THREADS) {
-            float min = INF<float>;
+            float min = INF<float>, sum[R] = {};
             for (int i = 0; i < N; ++i) min = fminf(min, distance(i, j));
+            for (int i = 0; i < N; ++i) add_exponentials(sum, min - distance(i, j), rate);
+            for_widths([&](int r, int width) { col_factor[width * M + j] = 1 / std::sqrt(sum[r]); });
             col_min[j] = min;
-            for (int r = 0; r < p.widths; ++r) {
-                float sum = 0;
-                for (int i = 0; i < N; ++i) sum += std::exp((min - distance(i, j)) * per_width(r));
-                col_factor[r * M + j] = 1 / std::sqrt(sum);
-            }
         }
     }
 
     // The sample nearest to all targets together: an origin that a few far outliers do not move away from the rest.
     __device__ const float* medoid() const {
         int best = 0;
-        for (int i = 1; i < N; ++i)
-            if (row_total[i] < row_total[best]) best = i;
+        float least_total = row_total[0];
+        for (int i = 1; i < N; ++i) {
+            const float total = row_total[i];
+            if (total < least_total) best = i, least_total = total;
+        }
         return targets.points[0] + best * p.D;
     }
 
-    __device__ __forceinline__ float weighted_affinity(int r, int i, int j) const {
-        const float exponent = ((row_min[i] + col_min[j]) * 0.5f - distance(i, j)) * per_width(r);
-        const float value = std::exp(exponent) * (row_factor[r * ROWS + i] * col_factor[r * M + j]);
-        return (value < least ? least : value) * targets.weight(j);
+    // w_j A_ij of every R.
+    __device__ __forceinline__ void weighted_affinities(float (&A)[R], int i, int j, const float (&rate)[R]) const {
+        const float difference = (row_min[i] + col_min[j]) * 0.5f - distance(i, j), weight = targets.weight(j);
+        for_widths([&](int r, int width) {
+            const float value = std::exp(difference * rate[r]) * (row_factor[width * ROWS + i] * col_factor[width * M + j]);
+            A[r] = (value < least ? least : value) * weight;
+        });
     }
 
-    // Calls body(i, j, c_ij / s) for all pairs of one R; a warp has a row, and a pair's distance is not read after its call.
-    template <class Body> __device__ __forceinline__ void for_pairs(int r, Body body) const {
+    // Calls body(i, j, c_ij / s of every R) for all pairs; a warp has a row, and a pair's distance is not read after its call.
+    template <class Body> __device__ __forceinline__ void for_pairs(Body body) const {
         const int split = p.count[0] + p.count[1];
+        float rate[R], A[R];
+        for_widths([&](int r, int width) { rate[r] = 1 / (float(p.R[width]) * kernel_scale); });
         for (int i = warp; i < N; i += THREADS / 32) {
-            float negative = 0, positive = 0;
-            for (int j = lane; j < M; j += 32) (j < split ? negative : positive) += weighted_affinity(r, i, j);
-            const float of_negatives = -sum_over_warp(positive) * inverse_unit, of_positives = sum_over_warp(negative) * inverse_unit;
-            for (int j = lane; j < M; j += 32) body(i, j, weighted_affinity(r, i, j) * (j < split ? of_negatives : of_positives));
+            float negative[R] = {}, positive[R] = {};
+            for (int j = lane; j < M; j += 32) {
+                weighted_affinities(A, i, j, rate);
+#pragma unroll
+                for (int r = 0; r < R; ++r) negative[r] += j < split ? A[r] : 0, positive[r] += j < split ? 0 : A[r];
+            }
+#pragma unroll
+            for (int r = 0; r < R; ++r) {
+                const float of_negatives = -sum_over_warp(positive[r]) * inverse_unit;
+                positive[r] = sum_over_warp(negative[r]) * inverse_unit, negative[r] = of_negatives;
+            }
+            for (int j = lane; j < M; j += 32) {
+                weighted_affinities(A, i, j, rate);
+#pragma unroll
+                for (int r = 0; r < R; ++r) A[r] *= j < split ? negative[r] : positive[r];
+                body(i, j, A);
+            }
         }
     }
 };
@@ -239,7 +269,14 @@ __device__ __forceinline__ void prepare(const Loss& p, const Targets& targets, c
     float* d = strips + (layout.strips - 1) * ROWS * layout.ld;
     for (int n = threadIdx.x; n < ROWS * layout.ld; n += THREADS) d[n] = 0;  // beyond the pairs, too
     __syncthreads();
-    find_distances(p, targets, shared, shared + layout.statistics(), [&](int i, int j, float distance) { d[i * layout.ld + j] = distance; });
+    if (p.kept) {
+        const int N = p.count[0], M = layout.M;
+        const float* kept = p.kept + int64_t(blockIdx.x) * N * M;
+        for (int i = threadIdx.x / 32; i < N; i += THREADS / 32)
+            for (int j = threadIdx.x % 32; j < M; j += 32) d[i * layout.ld + j] = kept[i * M + j];
+    } else {
+        find_distances(p, targets, shared, shared + layout.statistics(), [&](int i, int j, float distance) { d[i * layout.ld + j] = distance; });
+    }
     __syncthreads();
     c.find_statistics();
     for (int n = threadIdx.x; n < (layout.strips - 1) * ROWS * layout.ld; n += THREADS) strips[n] = 0;
@@ -254,8 +291,11 @@ __global__ void __launch_bounds__(THREADS, 1) group_moments(const __grid_constan
     float *shared = shared_as<float>(), *strips = shared + layout.first_strip();
     const Coefficients c(p, targets, layout, shared);
     prepare(p, targets, layout, shared, c);
-    for (int r = 0; r < p.widths; ++r)  // the last in place of the distances
-        c.for_pairs(r, [&](int i, int j, float value) { strips[(r * ROWS + i) * layout.ld + j] = value; });
+    c.for_pairs([&](int i, int j, const float(&of_pair)[R]) {  // those of the last R in place of the distances
+#pragma unroll
+        for (int r = 0; r < R; ++r)
+            if (r < p.widths) strips[(r * ROWS + i) * layout.ld + j] = of_pair[r];
+    });
     const float* centre = c.medoid();
     float products[R][R] = {};
     for (int64_t at = 0; at < p.D; at += COLS<MOMENTS_NT>) {
@@ -292,10 +332,13 @@ __global__ void __launch_bounds__(THREADS, 1) group_gradient(const __grid_consta
     const Coefficients c(p, targets, layout, shared);
     prepare(p, targets, layout, shared, c);
     const int N = p.count[0];
-    for (int r = 0; r < p.widths; ++r) {
-        const float factor = float(factors[r]);
-        c.for_pairs(r, [&](int i, int j, float value) { strip[i * layout.ld + j] += value * factor; });
-    }
+    float factor[Coefficients::R];
+    for (int r = 0; r < Coefficients::R; ++r) factor[r] = r < p.widths ? float(factors[r]) : 0;
+    c.for_pairs([&](int i, int j, const float(&of_pair)[Coefficients::R]) {
+        float sum = 0;
+        for (int r = 0; r < Coefficients::R; ++r) sum += of_pair[r] * factor[r];
+        strip[i * layout.ld + j] = sum;
+    });
     const float* centre = c.medoid();
     const float by = -2 * incoming[blockIdx.x] * c.inverse_unit / (float(N) * float(p.D));
     float* out = grad + int64_t(blockIdx.x) * N * p.D;

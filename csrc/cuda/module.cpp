@@ -64,14 +64,14 @@ struct LossProblem {
     std::vector<uintptr_t> points, weights;
     std::vector<double> R_list;
     double floor;
-    uintptr_t scale;
+    uintptr_t scale, kept;
     bool split_products;
     int device;
     uintptr_t stream;
 
     Device where() const { return {device, at<void>(stream)}; }
     Loss problem() const {
-        Loss p{groups, D, {}, int(R_list.size()), split_products, {}, floor, {}, {}, at<double>(scale)};
+        Loss p{groups, D, {}, int(R_list.size()), split_products, {}, floor, {}, {}, at<double>(scale), at<float>(kept)};
         for (int kind = 0; kind < 3; ++kind)
             p.count[kind] = counts.at(kind), p.points[kind] = at<float>(points.at(kind)), p.weights[kind] = at<float>(weights.at(kind));
         std::copy(R_list.begin(), R_list.end(), p.R);
@@ -111,9 +111,9 @@ PYBIND11_MODULE(_cuda, m) {
         .def("scale_float64", &A::scale<double>, release);
     py::class_<LossProblem>(m, "Loss")
         .def(py::init<int64_t, int64_t, std::vector<int>, std::vector<uintptr_t>, std::vector<uintptr_t>, std::vector<double>, double, uintptr_t,
-                      bool, int, uintptr_t>(),
+                      uintptr_t, bool, int, uintptr_t>(),
              py::kw_only(), py::arg("groups"), py::arg("D"), py::arg("counts"), py::arg("points"), py::arg("weights"), py::arg("R_list"),
-             py::arg("floor"), py::arg("scale"), py::arg("split_products"), py::arg("device"), py::arg("stream"))
+             py::arg("floor"), py::arg("scale"), py::arg("kept"), py::arg("split_products"), py::arg("device"), py::arg("stream"))
         .def("scale", &LossProblem::find_scale, release)
         .def("moments", &LossProblem::moments, release)
         .def("gradient", &LossProblem::gradient, release);

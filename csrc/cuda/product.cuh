@@ -31,6 +31,12 @@ template <class T, int NT> struct Tile {
 #pragma unroll
             for (int c = 0; c < 2 * NT; ++c) value[r][c] = 0;
     }
+    __device__ __forceinline__ void operator+=(const Tile& other) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r)
+#pragma unroll
+            for (int c = 0; c < 2 * NT; ++c) value[r][c] += other.value[r][c];
+    }
     static __device__ __forceinline__ int warp_row() { return threadIdx.x / 32 % 2; }
     static __device__ __forceinline__ int warp_col() { return threadIdx.x / 64; }
     static __device__ __forceinline__ int row(int r) { return 32 * warp_row() + threadIdx.x % 32 / 4 + 8 * r; }
@@ -91,12 +97,7 @@ template <class T, int COUNT, int WIDTH> struct Fetched {
 };
 
 #ifdef __CUDACC__
-__device__ __forceinline__ float to_tf32(float x) {
-    uint32_t bits;
-    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
-    return __uint_as_float(bits);
-}
-// c[16×8] += a[16×8] · b[8×8] of a warp.
+// c[16×8] += a[16×8] · b[8×8] of a warp; of the operands, the bits that TF32 lacks are ignored.
 __device__ __forceinline__ void mma_tf32(float& c0, float& c1, float& c2, float& c3, const float (&a)[4], const float (&b)[2]) {
     asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c0), "+f"(c1), "+f"(c2), "+f"(c3)
@@ -105,18 +106,24 @@ __device__ __forceinline__ void mma_tf32(float& c0, float& c1, float& c2, float&
 }
 #endif
 
+// The nearest TF32 number (Veltkamp's splitting): three operations of the float units, where the conversion takes more.
+__device__ __forceinline__ float to_tf32(float x) {
+    const float scaled = __fmul_rn(x, 8193);  // 2^13 + 1
+    return __fsub_rn(scaled, __fsub_rn(scaled, x));
+}
+
 template <int COUNT> struct Tf32 {
-    float big[COUNT], small[COUNT];
-    __device__ __forceinline__ void set(int n, float x, bool split) {
+    float big[COUNT], small[COUNT];  // x = big + small; a TF32 number holds all of `small` but half its last bit
+    __device__ __forceinline__ void set(int n, float x) {
         big[n] = to_tf32(x);
-        small[n] = split ? to_tf32(x - big[n]) : 0;
+        small[n] = x - big[n];
     }
 };
 
 // tile += X·Yᵀ over one staged chunk. X [64][x_ld] holds rows; Y holds rows of the right-hand side ([columns][y_ld]), or,
 // with BY_DEPTH, its transpose ([depth][y_ld]).
-template <bool BY_DEPTH, int NT>
-__device__ __forceinline__ void multiply(Tile<float, NT>& tile, const float* X, int x_ld, const float* Y, int y_ld, bool split) {
+template <bool BY_DEPTH, bool SPLIT, int NT>
+__device__ __forceinline__ void multiply_tf32(Tile<float, NT>& tile, const float* X, int x_ld, const float* Y, int y_ld) {
     const int lane = threadIdx.x % 32, quad = lane / 4, in_quad = lane % 4;
     const float* x = X + (32 * tile.warp_row() + quad) * x_ld + in_quad;
     const int col = 8 * NT * tile.warp_col() + quad;
@@ -124,32 +131,38 @@ __device__ __forceinline__ void multiply(Tile<float, NT>& tile, const float* X, 
     const int y_deeper = BY_DEPTH ? y_ld : 1, y_right = BY_DEPTH ? 8 : 8 * y_ld;
 #pragma unroll 1
     for (int k = 0; k < CHUNK<float>; k += 8) {
+        Tile<float, NT> of_step;  // tensor cores truncate every sum: long ones are added up outside them
+        Tile<float, NT>& sums = SPLIT ? of_step : tile;
+        if (SPLIT) of_step.clear();
         Tf32<4> a[2];
+        Tf32<2> b[NT];
 #pragma unroll
         for (int m = 0; m < 2; ++m)
 #pragma unroll
-            for (int e = 0; e < 4; ++e) a[m].set(e, x[(16 * m + e % 2 * 8) * x_ld + k + e / 2 * 4], split);
+            for (int e = 0; e < 4; ++e) a[m].set(e, x[(16 * m + e % 2 * 8) * x_ld + k + e / 2 * 4]);
 #pragma unroll
-        for (int n = 0; n < NT; ++n) {
-            Tf32<2> b;
+        for (int n = 0; n < NT; ++n)
 #pragma unroll
-            for (int e = 0; e < 2; ++e) b.set(e, y[(k + 4 * e) * y_deeper + n * y_right], split);
+            for (int e = 0; e < 2; ++e) b[n].set(e, y[(k + 4 * e) * y_deeper + n * y_right]);
+        // neighbours in this order do not wait for each other's sums
 #pragma unroll
-            for (int m = 0; m < 2; ++m) {
-                float &c0 = tile.value[2 * m][2 * n], &c1 = tile.value[2 * m][2 * n + 1], &c2 = tile.value[2 * m + 1][2 * n],
-                      &c3 = tile.value[2 * m + 1][2 * n + 1];
-                if (!split) {
-                    mma_tf32(c0, c1, c2, c3, a[m].big, b.big);
-                    continue;
-                }
-                float of_step[4] = {};  // tensor cores truncate every sum: long ones are added up outside them
-                mma_tf32(of_step[0], of_step[1], of_step[2], of_step[3], a[m].small, b.big);
-                mma_tf32(of_step[0], of_step[1], of_step[2], of_step[3], a[m].big, b.small);
-                mma_tf32(of_step[0], of_step[1], of_step[2], of_step[3], a[m].big, b.big);
-                c0 += of_step[0], c1 += of_step[1], c2 += of_step[2], c3 += of_step[3];
-            }
-        }
+        for (int pass = SPLIT ? 0 : 2; pass < 3; ++pass)
+#pragma unroll
+            for (int n = 0; n < NT; ++n)
+#pragma unroll
+                for (int m = 0; m < 2; ++m)
+                    mma_tf32(sums.value[2 * m][2 * n], sums.value[2 * m][2 * n + 1], sums.value[2 * m + 1][2 * n],
+                             sums.value[2 * m + 1][2 * n + 1], pass == 0 ? a[m].small : a[m].big, pass == 1 ? b[n].small : b[n].big);
+        if (SPLIT) tile += of_step;
     }
+}
+
+template <bool BY_DEPTH, int NT>
+__device__ __forceinline__ void multiply(Tile<float, NT>& tile, const float* X, int x_ld, const float* Y, int y_ld, bool split) {
+    if (split)
+        multiply_tf32<BY_DEPTH, true>(tile, X, x_ld, Y, y_ld);
+    else
+        multiply_tf32<BY_DEPTH, false>(tile, X, x_ld, Y, y_ld);
 }
 
 // tile += combine(x, y) summed over one staged chunk, on the ordinary units.

@@ -142,11 +142,11 @@ inline void run_block(int threads, int stride) {
     }
 }
 
-// What `mma_tf32` and `to_tf32` of product.cuh do on a device.
-inline float to_tf32(float x) {
+// An operand of `mma_tf32`: without the bits that TF32 lacks.
+inline float tf32_part(float x) {
     uint32_t bits;
     memcpy(&bits, &x, 4);
-    if ((bits & 0x7f800000u) != 0x7f800000u) bits = (bits + 0x1000u) & ~0x1fffu;  // nearest, ties away from zero
+    if (!std::isnan(x)) bits &= ~0x1fffu;
     memcpy(&x, &bits, 4);
     return x;
 }
@@ -187,13 +187,13 @@ template <class T> T __shfl_xor_sync(unsigned, T x, int lanes) {
 }
 
 namespace drift::cuda {
-using emulation::to_tf32;
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+// What `mma_tf32` of product.cuh does on a device.
 inline void mma_tf32(float& c0, float& c1, float& c2, float& c3, const float (&a)[4], const float (&b)[2]) {
     auto& operands = emulation::operands[emulation::own_warp().passed & 1];
-    for (float x : a)
-        if (!(std::isnan(x) || x == to_tf32(x))) emulation::fail("an operand is not a TF32 number");
-    memcpy(operands[threadIdx.x], a, sizeof a);
-    memcpy(operands[threadIdx.x] + 4, b, sizeof b);
+    for (int n = 0; n < 4; ++n) operands[threadIdx.x][n] = emulation::tf32_part(a[n]);
+    for (int n = 0; n < 2; ++n) operands[threadIdx.x][4 + n] = emulation::tf32_part(b[n]);
     __syncwarp();
     const int lane = threadIdx.x % 32, warp = threadIdx.x - lane;
     float* c[4] = {&c0, &c1, &c2, &c3};
