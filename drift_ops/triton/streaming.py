@@ -117,7 +117,7 @@ def statistics_kernel(
     q_lo,
     k_hi,  # [G, M, DEPTH]
     k_lo,
-    largest,
+    largest,  # [G]
     row_slots,  # [S, G, col_parts, 2, N]
     col_slots,  # [S, G, row_parts, 2, M]
     unit,  # [] or None
@@ -153,7 +153,7 @@ def statistics_kernel(
     col_end = tl.minimum((col_part + 1) * col_tiles, tl.cdiv(split, BLOCK_K) + tl.cdiv(M - split, BLOCK_K))
     n = tl.arange(0, BLOCK_K)
     m = tl.arange(0, BLOCK_Q)
-    undo = scale_of_products(largest, DIFFERENCES)
+    undo = scale_of_products(largest + g, DIFFERENCES)
     per_unit = inverse_of(unit)
     levels = first_levels(temperature, GAUSSIAN, len(widths))
     row_tile = row_part * row_tiles
@@ -292,8 +292,8 @@ def weighted_sums_kernel(
     k_lo,
     v_hi,  # parts of w v [G, M, DEPTH]
     v_lo,
-    largest,  # what the exponents of q and k, and of v, are chosen by
-    largest_value,
+    largest,  # [G]: what the exponents of q and k, and of v, are chosen by
+    largest_value,  # [G]
     row_stats,  # [S, G, 2, N]
     col_stats,  # [S, G, 2, M]
     num,  # [S, G, sides, N, D]
@@ -337,7 +337,7 @@ def weighted_sums_kernel(
     q_parts = load_whole(q_hi + q_row, q_lo + q_row, q_count, SPLIT, DIFFERENCES, DEPTH, BLOCK_Q, BLOCK_D)
     rows = row_stats + problem * 2 * N + i
     row_shift = load_shift(rows, N, q_count, BLOCK_Q) - AFFINITY_BITS
-    undo = scale_of_products(largest, DIFFERENCES)
+    undo = scale_of_products(largest + g, DIFFERENCES)
     per_unit = inverse_of(unit)
     tiles_of_first = tl.cdiv(split, BLOCK_K)
     tiles = tiles_of_first + tl.cdiv(M - split, BLOCK_K)
@@ -394,7 +394,7 @@ def weighted_sums_kernel(
             weighted += product(A_hi, A_lo, v_parts[0], v_parts[1], True)
         else:
             weighted = tl.dot(A_hi, v_parts[0], weighted)
-    weighted *= power_of_two(-exponent(tl.load(largest_value))) / AFFINITY_SCALE
+    weighted *= power_of_two(-exponent(tl.load(largest_value + g))) / AFFINITY_SCALE
     row = i + tl.arange(0, BLOCK_Q)
     dim = chunk * BLOCK_V + tl.arange(0, BLOCK_V)
     out = (problem * sides + side) * N + row
@@ -432,10 +432,10 @@ def affinity_sums(
         if v is k and w is None and not arguments["DIFFERENCES"]:
             values = streaming_parts.Parts(*(arguments[name] for name in ("k_hi", "k_lo", "largest")))
         else:
-            largest = streaming_parts.largest_entry([v])
-            values = streaming_parts.split_points(
-                v, w, largest if w is None else largest * streaming_parts.largest_entry([w])
-            )
+            largest = streaming_parts.largest_entries(v)
+            if w is not None:
+                largest = largest * streaming_parts.largest_entries(w)
+            values = streaming_parts.split_points(v, w, largest)
         num, den = q.new_empty(S, G, sides, N, D), q.new_empty(S, G, sides, N)
         blocks = streaming_parts.choose_blocks("sums", q, k)
         programs = triton.cdiv(N, blocks.queries) * triton.cdiv(D, blocks.values) * sides * S * G

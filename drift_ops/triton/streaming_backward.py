@@ -33,7 +33,7 @@ from .streaming_tiles import (
     tile_affinities,
     width_of,
 )
-from .tiles import CLOSE, kernel_logits, load_rows, load_vector
+from .tiles import CLOSE, DIFFERENCES_UP_TO, kernel_logits, load_rows, load_vector
 
 
 @triton.jit
@@ -575,7 +575,9 @@ def affinity_sums_backward(
         "sides": sides,
         "least_affinity": math.sqrt(floor),
     }
-    incoming = {"v": v, "grad_den": grad_den}
+    incoming = arguments | {"v": v, "grad_den": grad_den}
+    if D <= DIFFERENCES_UP_TO and launch.splits_products():
+        incoming["PRECISION"] = "ieee"  # products of so few dimensions need no tensor cores
     grad_q, grad_k, grad_v = torch.zeros_like(q), torch.zeros_like(k), torch.empty_like(v)
     with launch.on_device_of(q):
         blocks = streaming_tiles.choose_blocks("flows", q, k)
@@ -587,7 +589,6 @@ def affinity_sums_backward(
             col_slots=col_slots,
             weight_slots=weight_slots,
             **incoming,
-            **arguments,
             **parts._asdict(),
             **blocks.options(),
         )
@@ -595,7 +596,7 @@ def affinity_sums_backward(
         for grad, of_keys in ((grad_q, False), (grad_k, True)):
             blocks = streaming_tiles.choose_blocks("differences", q, k)
             tiles = count_tiles(M, split or M, blocks.keys) if of_keys else triton.cdiv(N, blocks.queries)
-            points = incoming | flows | arguments | {"grad": grad, "OF_KEYS": of_keys}
+            points = incoming | flows | {"grad": grad, "OF_KEYS": of_keys}
             differences_kernel[tiles * G,](**points, **blocks.options())
             if arguments["q_norms"] is not None:
                 blocks = streaming_tiles.choose_blocks("products", q, k)

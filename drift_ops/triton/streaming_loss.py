@@ -35,7 +35,7 @@ def scale_kernel(
     q_lo,
     k_hi,  # [G, M, DEPTH]
     k_lo,
-    largest,
+    largest,  # [G]
     sums,  # [G · col_parts · row_parts] float64
     unit,
     self_distance,
@@ -64,7 +64,7 @@ def scale_kernel(
     g = (program // row_parts // col_parts).to(tl.int64)
     row_end = tl.minimum((row_part + 1) * row_tiles, tl.cdiv(N, BLOCK_Q))
     col_end = tl.minimum((col_part + 1) * col_tiles, tl.cdiv(split, BLOCK_K) + tl.cdiv(M - split, BLOCK_K))
-    undo = scale_of_products(largest, DIFFERENCES)
+    undo = scale_of_products(largest + g, DIFFERENCES)
     per_unit = inverse_of(unit)
     total = tl.zeros([1], tl.float64)
     for row_tile in range(row_part * row_tiles, row_end):

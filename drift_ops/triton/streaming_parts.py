@@ -5,13 +5,13 @@ and go straight to where the tensor cores read.
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from . import launch, streaming_tiles
 from .halves import exponent, split
@@ -35,6 +35,8 @@ BLOCKS = {
     ("sums", "highest"): (Blocks(64, 64, 16, 16, 8, 2), Blocks(64, 64, 64, 64, 4, 2), Blocks(128, 64, 64, 128, 8, 3)),
 }
 SMALL = {"statistics": Blocks(64, 64, 32, 0, 4, 2), "sums": Blocks(64, 32, 32, 64, 4, 2)}  # from products
+# Too few rows for products in tensor memory, on which Triton 3.6 fails.
+TENSOR_MEMORY = {"statistics": Blocks(32, 32, 64, 0, 4, 3), "sums": Blocks(32, 64, 64, 128, 4, 3)}
 LARGE_SHARED_BYTES = 220_000  # what BLOCKS are for: Hopper and later
 
 
@@ -43,7 +45,10 @@ def choose_blocks(kernel: str, q: Tensor, k: Tensor) -> Blocks:
     (N, D), M = q.shape[1:], k.shape[1]
     by_dimensions = BLOCKS[kernel, "highest" if launch.splits_products() else "high"]
     blocks = by_dimensions[(D > DIFFERENCES_UP_TO) + (D > 64)]
-    if D > DIFFERENCES_UP_TO and launch.limits(q.device).shared_bytes < LARGE_SHARED_BYTES:
+    limits = launch.limits(q.device)
+    if D > DIFFERENCES_UP_TO and limits.tensor_memory:
+        blocks = TENSOR_MEMORY[kernel]
+    elif D > DIFFERENCES_UP_TO and limits.shared_bytes < LARGE_SHARED_BYTES:
         blocks = SMALL[kernel]
     elif D > WHOLE_UP_TO:
         blocks = blocks._replace(depth=64, stages=3)
@@ -90,16 +95,16 @@ class Parts(NamedTuple):
 
     hi: Tensor
     lo: Tensor
-    largest: Tensor  # 0-d float32: what e is chosen by
+    largest: Tensor  # [G] float32: what e is chosen by, problem by problem
 
 
-def largest_entry(points: Sequence[Tensor]) -> Tensor:
-    """The largest absolute value in any of some tensors, 0-d; NaN where there is one. Makes no copy of them."""
-    return torch.stack([extreme for t in points for extreme in torch.aminmax(t)]).abs().amax()
+def largest_entries(x: Tensor) -> Tensor:
+    """The largest absolute value of every problem of ``x [G, …]``, ``[G]``; NaN where there is one. Makes no copy."""
+    return vector_norm(x.flatten(1), ord=math.inf, dim=1)
 
 
 def split_points(x: Tensor, w: Tensor | None, largest: Tensor) -> Parts:
-    """Parts of ``x [G, count, D]``, times ``w [G, count]``; no entry is above ``largest``."""
+    """Parts of ``x [G, count, D]``, times ``w [G, count]``; no entry of a problem is above its ``largest``."""
     G, count, D = x.shape
     shape, exact = (G, count, padded_depth(D)), launch.splits_products()
     hi = x.new_empty(shape, dtype=torch.float16)
@@ -107,7 +112,19 @@ def split_points(x: Tensor, w: Tensor | None, largest: Tensor) -> Parts:
     block_d = min(256, launch.padded_block(D))
     rows = max(1, 4096 // block_d)
     split_kernel[triton.cdiv(G * count, rows),](
-        x, w, largest, hi, lo, G * count, D, DEPTH=shape[2], SPLIT=exact, BLOCK=rows, BLOCK_D=block_d, num_warps=4
+        x,
+        w,
+        largest,
+        hi,
+        lo,
+        G * count,
+        count,
+        D,
+        DEPTH=shape[2],
+        SPLIT=exact,
+        BLOCK=rows,
+        BLOCK_D=block_d,
+        num_warps=4,
     )
     return Parts(hi, lo, largest)
 
@@ -120,14 +137,15 @@ def parts_of_pairs(q: Tensor, k: Tensor, has_self: bool) -> dict[str, Any]:
         unused = dict.fromkeys(("q_hi", "q_lo", "k_hi", "k_lo", "largest"), q)
         return unused | {"q_rows": N, "DEPTH": padded_depth(D), "SPLIT": exact, "DIFFERENCES": True}
     shared = has_self or q is k  # the first keys are the queries
-    of_k = split_points(k, None, largest_entry([k] if shared else [q, k]))
-    of_q = of_k if shared else split_points(q, None, of_k.largest)
+    largest = largest_entries(k) if shared else torch.maximum(largest_entries(q), largest_entries(k))
+    of_k = split_points(k, None, largest)
+    of_q = of_k if shared else split_points(q, None, largest)
     return {
         "q_hi": of_q.hi,
         "q_lo": of_q.lo,
         "k_hi": of_k.hi,
         "k_lo": of_k.lo,
-        "largest": of_k.largest,
+        "largest": largest,
         "q_rows": of_q.hi.shape[1],  # from one problem's first query to the next's, in the parts
         "DEPTH": of_k.hi.shape[2],
         "SPLIT": exact,
@@ -145,10 +163,11 @@ def power_of_two(e):
 def split_kernel(
     x,  # [rows, D]
     w,  # [rows] or None
-    largest,  # []
+    largest,  # [problems]
     hi,  # [rows, DEPTH]
     lo,  # [rows, DEPTH]
     rows,
+    count,  # rows of a problem
     D,
     DEPTH: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -157,8 +176,7 @@ def split_kernel(
 ):
     """The parts of some rows."""
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    scale = power_of_two(exponent(tl.load(largest)))
-    factor = tl.zeros([BLOCK], tl.float32) + scale
+    factor = power_of_two(exponent(tl.load(largest + row // count, mask=row < rows, other=0.0)))
     if w is not None:
         factor *= tl.load(w + row, mask=row < rows, other=0.0)
     for start in range(0, DEPTH, BLOCK_D):
@@ -330,7 +348,7 @@ def tile_logits(d, width, temperature, GAUSSIAN: tl.constexpr):
 
 @triton.jit
 def scale_of_products(largest, DIFFERENCES: tl.constexpr):
-    """What products of parts are multiplied with to undo their scale."""
+    """What products of the parts of a problem are multiplied with to undo their scale."""
     if DIFFERENCES:
         return 1.0
     else:

@@ -146,13 +146,16 @@ def coarse(x):
 
 @triton.jit
 def add_product(total, a, b, PRECISION: tl.constexpr):
-    """``total + a @ b``. For TF32x3 Triton's own way needs three accumulators and more registers than there are."""
+    """``total + a @ b``. For TF32x3 Triton's own way needs three accumulators and more registers than there are.
+
+    The tensor cores cut what they add: there, only the product of these two tiles runs through them, small parts first.
+    """
     if PRECISION == "tf32x3":
         a_coarse = coarse(a)
         b_coarse = coarse(b)
-        total = tl.dot(a - a_coarse, b_coarse, total, input_precision="tf32")
-        total = tl.dot(a_coarse, b - b_coarse, total, input_precision="tf32")
-        return tl.dot(a_coarse, b_coarse, total, input_precision="tf32")
+        product = tl.dot(a - a_coarse, b_coarse, input_precision="tf32")
+        product = tl.dot(a_coarse, b - b_coarse, product, input_precision="tf32")
+        return total + tl.dot(a_coarse, b_coarse, product, input_precision="tf32")
     else:
         return tl.dot(a, b, total, input_precision=PRECISION)
 

@@ -103,28 +103,47 @@ def moments_kernel(
 ):
     """Of all groups, or if products are kept, of those with close pairs."""
     first = tl.program_id(0).to(tl.int64) * GROUPS
-    for g in range(first, tl.minimum(first + GROUPS, G)):
-        wanted = True
-        if kept is not None:
-            wanted = has_close(slot_of(kept, g, BLOCKS))
-        if wanted:
-            _moments_of_points(
-                g,
-                points,
-                weights,
-                kept,
-                state,
-                scale,
-                R_list,
-                moments,
-                counts,
-                D,
-                least,
-                BLOCKS,
-                BLOCK_D,
-                BLOCK_SUM,
-                DIFFERENCES,
-                SPLIT,
-                LONG,
-                KEEP,
-            )
+    if kept is None:
+        _moments_of_points(
+            first,
+            points,
+            weights,
+            kept,
+            state,
+            scale,
+            R_list,
+            moments,
+            counts,
+            D,
+            least,
+            BLOCKS,
+            BLOCK_D,
+            BLOCK_SUM,
+            DIFFERENCES,
+            SPLIT,
+            LONG,
+            KEEP,
+        )
+    else:
+        for g in range(first, tl.minimum(first + GROUPS, G)):
+            if has_close(slot_of(kept, g, BLOCKS)):
+                _moments_of_points(
+                    g,
+                    points,
+                    weights,
+                    kept,
+                    state,
+                    scale,
+                    R_list,
+                    moments,
+                    counts,
+                    D,
+                    least,
+                    BLOCKS,
+                    BLOCK_D,
+                    BLOCK_SUM,
+                    DIFFERENCES,
+                    SPLIT,
+                    LONG,
+                    KEEP,
+                )
