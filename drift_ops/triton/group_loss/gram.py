@@ -23,7 +23,7 @@ def _zero_product(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 @triton.jit
 def _load_gram(slot, products, BLOCKS: tl.constexpr):
     """Products of all targets, those of gen given, between targets scaled to lengths in [2^6, 2^7): two parts of each,
-    as :func:`_nothing_yet` lists them."""
+    in the order of `.points._nothing_yet`."""
     hi = ()
     lo = ()
     scale = tl.load(vector_in(slot, 1, BLOCKS, 0))

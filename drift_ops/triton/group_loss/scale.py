@@ -13,7 +13,7 @@ def scale_kernel(
     points,
     weights,
     means,  # [G, 2]: mean d·w, mean w
-    kept,  # see above, or None
+    kept,  # see .kept, or None
     counts,
     D,
     BLOCKS: tl.constexpr,
