@@ -31,6 +31,17 @@ def split(x):
 
 
 @triton.jit
+def product(a_hi, a_lo, b_hi, b_lo, SPLIT: tl.constexpr):
+    """``a @ b``, the small parts first; of the parts hi alone unless SPLIT."""
+    if SPLIT:
+        total = tl.dot(a_lo, b_hi)
+        total = tl.dot(a_hi, b_lo, total)
+        return tl.dot(a_hi, b_hi, total)
+    else:
+        return tl.dot(a_hi, b_hi)
+
+
+@triton.jit
 def add_product(total, a_hi, a_lo, b_hi, b_lo, SPLIT: tl.constexpr, LONG: tl.constexpr):
     """``total + a @ b``; of the parts hi alone unless SPLIT.
 
@@ -38,9 +49,7 @@ def add_product(total, a_hi, a_lo, b_hi, b_lo, SPLIT: tl.constexpr, LONG: tl.con
     at zero, the small parts first, and is added to ``total`` outside.
     """
     if SPLIT and LONG:
-        product = tl.dot(a_lo, b_hi)
-        product = tl.dot(a_hi, b_lo, product)
-        return total + tl.dot(a_hi, b_hi, product)
+        return total + product(a_hi, a_lo, b_hi, b_lo, SPLIT)
     else:
         if SPLIT:
             total = tl.dot(a_lo, b_hi, total)

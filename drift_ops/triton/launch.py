@@ -37,7 +37,7 @@ def product_precision(amd: bool) -> str:
     """``input_precision`` of ``tl.dot`` for float32, as ``torch.set_float32_matmul_precision`` asks for."""
     if amd:
         return "ieee"
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32x3" if splits_products() else "tf32"
 
 
 def splits_products() -> bool:

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch, streaming_parts
-from .halves import exponent
+from .halves import exponent, product
 from .halves import split as in_halves
 from .streaming_parts import (
     LOG2E,
@@ -31,7 +31,6 @@ from .streaming_parts import (
     load_parts,
     load_whole,
     power_of_two,
-    product,
     scale_of_products,
     tile_distances,
     tile_logits,

@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from . import launch, streaming_tiles
-from .halves import exponent, split
+from . import launch
+from .halves import exponent, product, split
 from .streaming_tiles import Blocks, correct_close_keys, squared_norms
 from .tiles import CLOSE, DIFFERENCES_UP_TO, load_vector, pairs_within, self_pairs, squared_differences
 
@@ -52,10 +52,7 @@ def choose_blocks(kernel: str, q: Tensor, k: Tensor) -> Blocks:
         blocks = SMALL[kernel]
     elif D > WHOLE_UP_TO:
         blocks = blocks._replace(depth=64, stages=3)
-    counts = (N, M, padded_depth(D), padded_depth(D))
-    most = streaming_tiles.LARGEST_BLOCK
-    fitting = (min(b, most, launch.padded_block(n)) for b, n in zip(blocks, counts, strict=False))
-    return blocks._replace(**dict(zip(blocks._fields, fitting, strict=False)))
+    return blocks.within(N, M, padded_depth(D))
 
 
 def forward_arguments(
@@ -233,17 +230,6 @@ def load_whole(
             return hi, lo
         else:
             return load_parts(hi, lo, count, 0, SPLIT, DEPTH, BLOCK, BLOCK_D)
-
-
-@triton.jit
-def product(a_hi, a_lo, b_hi, b_lo, SPLIT: tl.constexpr):
-    """``a @ b`` from their parts; of hi alone unless SPLIT."""
-    if SPLIT:
-        total = tl.dot(a_lo, b_hi)
-        total = tl.dot(a_hi, b_lo, total)
-        return tl.dot(a_hi, b_hi, total)
-    else:
-        return tl.dot(a_hi, b_hi)
 
 
 @triton.jit

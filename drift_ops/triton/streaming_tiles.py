@@ -45,30 +45,29 @@ class Blocks(NamedTuple):
         values = {"BLOCK_V": self.values} if self.values else {}
         return tile | values | {"num_warps": self.warps, "num_stages": self.stages}
 
+    def within(self, queries: int, keys: int, dimensions: int) -> "Blocks":
+        """No larger than a problem of such a size needs."""
+        counts = (queries, keys, dimensions, dimensions)
+        fitting = (min(most, LARGEST_BLOCK, launch.padded_block(n)) for most, n in zip(self, counts, strict=False))
+        return self._replace(**dict(zip(self._fields, fitting, strict=False)))
 
-# The largest blocks found whose kernels spill no registers on any architecture (tests/test_triton_compile.py): where
-# distances are worked out from differences, and where from products.
+
+# Of the backward: the largest blocks found whose kernels spill next to nothing on any architecture
+# (tests/test_triton_compile.py): where distances are worked out from differences, and where from products.
 BLOCKS = {
-    "statistics": (Blocks(64, 64, 16, 0, 16, 2), Blocks(128, 64, 32, 0, 8, 2)),
-    "sums": (Blocks(64, 64, 16, 16, 8, 2), Blocks(128, 32, 16, 128, 8, 2)),
     "flows": (Blocks(64, 32, 16, 0, 8, 2), Blocks(64, 32, 32, 0, 4, 2)),
     "differences": (Blocks(32, 32, 16, 0, 8, 2), Blocks(64, 16, 32, 0, 4, 2)),
     "products": (None, Blocks(64, 16, 32, 64, 4, 2)),
     "values": (Blocks(64, 32, 16, 16, 8, 2), Blocks(32, 32, 16, 128, 4, 2)),
 }
-SMALL_SUMS = Blocks(32, 32, 32, 128, 4, 2)  # for few queries, and for AMD
 
 
 def choose_blocks(kernel: str, q: Tensor, k: Tensor) -> Blocks:
-    """The blocks of a kernel, no larger than the problem."""
+    """The blocks of a kernel of the backward, no larger than the problem."""
     (N, D), M = q.shape[1:], k.shape[1]
     blocks = BLOCKS[kernel][D > DIFFERENCES_UP_TO]
     assert blocks is not None, "there are no products of so few dimensions"
-    if kernel == "sums" and D > DIFFERENCES_UP_TO and (N <= 64 or launch.limits(q.device).amd):
-        blocks = SMALL_SUMS
-    counts = (N, M, D, D)
-    fitting = (min(most, LARGEST_BLOCK, launch.padded_block(n)) for most, n in zip(blocks, counts, strict=False))
-    return blocks._replace(**dict(zip(blocks._fields, fitting, strict=False)))
+    return blocks.within(N, M, D)
 
 
 class Rectangles(NamedTuple):
