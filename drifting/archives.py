@@ -1,7 +1,7 @@
 """Images and statistics in ``.npz`` files, as the field's evaluators exchange them.
 
 Images are ``arr_0``, uint8 ``[N, H, W, C]``, with labels ``arr_1`` where there are any; statistics of features ``mu``
-``[D]`` and ``sigma`` ``[D, D]``. ADM's reference batches have both, and more that is not read here.
+``[D]`` and ``sigma`` ``[D, D]``, those of spatial features ``mu_s`` and ``sigma_s``. ADM's reference batches have all.
 """
 
 from dataclasses import dataclass
@@ -19,16 +19,21 @@ from .npy import ArrayArchive
 
 IMAGES, LABELS = "arr_0", "arr_1"
 STATISTICS = (("mu", "sigma"), ("ref_mu", "ref_sigma"))
+SPATIAL_STATISTICS = (("mu_s", "sigma_s"),)
 
 Labels = NDArray[np.int64]  # [N]
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What generated images are compared with: images, statistics of the features of more, or both."""
+    """What generated images are compared with: images, statistics of the features of more, or both.
+
+    Beside ``statistics`` there may be ``spatial_statistics``, of features before the network's pooling.
+    """
 
     images: Pixels | None
     statistics: Gaussian | None
+    spatial_statistics: Gaussian | None = None
 
 
 def write_images(path: Path, images: Pixels, labels: Labels) -> None:
@@ -53,13 +58,16 @@ def read_images(path: Path) -> tuple[Pixels, Labels | None]:
 def read_reference(path: Path) -> Reference:
     """What ``path`` holds of a reference."""
     with _open(path) as archive:
-        statistics = next((_statistics(path, archive, keys) for keys in STATISTICS if keys[0] in archive), None)
+        statistics, spatial = (
+            next((_statistics(path, archive, keys) for keys in names if keys[0] in archive), None)
+            for names in (STATISTICS, SPATIAL_STATISTICS)
+        )
         images = _images(path, archive) if IMAGES in archive else None
         if images is None and statistics is None:
             raise UserError(
                 f"{path} holds {_keys(archive)}, expected statistics (mu and sigma), images ({IMAGES}), or both"
             )
-    return Reference(images, statistics)
+    return Reference(images, statistics, spatial)
 
 
 def _statistics(path: Path, archive: ArrayArchive, keys: tuple[str, str]) -> Gaussian:

@@ -16,7 +16,7 @@ from .archives import Labels, read_reference
 from .cli import UserError
 from .config_schema import EvaluationConfig
 from .data import Dataset, Split
-from .evaluation_features import INCEPTION, ImageFeatures, open_features
+from .evaluation_features import INCEPTION, SPATIAL_DIM, Features, ImageFeatures, concatenate, open_features
 from .evaluation_measures import (
     Gaussian,
     Manifold,
@@ -115,12 +115,14 @@ class FeatureEvaluator:
     """An :class:`Evaluator` in the features of a network.
 
     The Fréchet distance is ``fid`` in Inception's features, ``fd_dinov2`` in DINOv2's and else ``frechet_distance``.
-    ``precision`` and ``recall`` are the improved ones of Kynkäänniemi et al.; Inception gives its score too, and a
-    classifier of the data ``recognised_share``, the share that it takes for their label.
+    ``precision`` and ``recall`` are the improved ones of Kynkäänniemi et al.; Inception gives its score too, and
+    ``sfid``, the distance in its spatial features; a classifier of the data gives ``recognised_share``, the share that
+    it takes for their label.
 
     Args:
         features: the network.
         statistics: Gaussian of the features of real images.
+        spatial: Gaussian of their spatial features; None leaves out ``sfid``.
         points: features ``[M, D]`` of real images, not all of them perhaps; None leaves out precision and recall.
         image_shape: H, W and C that images must have; None takes any.
         num_samples: images it is meant to be given.
@@ -132,12 +134,13 @@ class FeatureEvaluator:
         self,
         features: ImageFeatures,
         statistics: Gaussian,
+        spatial: Gaussian | None,
         points: Tensor | None,
         image_shape: tuple[int, ...] | None,
         num_samples: int,
         of_data: Quality,
     ) -> None:
-        self.features, self.statistics, self.image_shape = features, statistics, image_shape
+        self.features, self.statistics, self.spatial, self.image_shape = features, statistics, spatial, image_shape
         self.points = None if points is None else points[_spread(len(points), MANIFOLD_IMAGES)]
         self.real = None if self.points is None else Manifold(self.points)
         self.num_samples, self.of_data, self.distance = num_samples, of_data, features.distance
@@ -147,9 +150,11 @@ class FeatureEvaluator:
         if len(images) < 2 or self.image_shape not in (None, images.shape[1:]):
             expected = "" if self.image_shape is None else f" {list(self.image_shape)}, as the real ones"
             raise ValueError(f"received {len(images)} images {list(images.shape[1:])}, expected at least 2{expected}")
-        points, logits = self.features(images)
-        distance = frechet_distance(fit_gaussian(_as_points(points)), self.statistics)
+        points, logits, spatial = self.features(images)
+        distance = frechet_distance(_fit(points), self.statistics)
         quality = {self.distance: distance}
+        if self.spatial is not None and spatial is not None:
+            quality["sfid"] = frechet_distance(_fit(spatial), self.spatial)
         if f"{self.distance}_train" in self.of_data:
             quality["frechet_ratio"] = distance / self.of_data[f"{self.distance}_train"]
         if self.features.classifier is not None:
@@ -164,48 +169,54 @@ class FeatureEvaluator:
 
 def _dataset_evaluator(dataset: Dataset, features: ImageFeatures) -> FeatureEvaluator:
     """Against the test images; ``…_train`` is the distance of as many training images as are generated, the floor."""
-    train, _ = _split_features(features, dataset, dataset.train, FEATURE_SAMPLES)
-    test, logits = _split_features(features, dataset, dataset.test, len(dataset.test))
-    statistics = fit_gaussian(_as_points(test))
-    of_data = {f"{features.distance}_train": frechet_distance(fit_gaussian(_as_points(train)), statistics)}
+    train = _split_features(features, dataset, dataset.train, FEATURE_SAMPLES)
+    test = _split_features(features, dataset, dataset.test, len(dataset.test))
+    statistics, spatial = _fit_both(test)
+    of_data = {f"{features.distance}_train": frechet_distance(_fit(train.points), statistics)}
     if features.classifier is not None:
-        share = _recognised(logits, dataset.test.labels.numpy())
+        share = _recognised(test.logits, dataset.test.labels.numpy())
         of_data["recognised_share_test"] = share["recognised_share"]
     C, H, W = dataset.sample_shape
-    return FeatureEvaluator(features, statistics, test, (H, W, C), FEATURE_SAMPLES, of_data)
+    return FeatureEvaluator(features, statistics, spatial, test.points, (H, W, C), FEATURE_SAMPLES, of_data)
 
 
 def _archive_evaluator(paths: Sequence[Path], source: str) -> FeatureEvaluator:
     """Against the first of ``paths`` with statistics, or else with images; precision and recall need images."""
     references = [read_reference(path) for path in paths]
-    statistics = next((r.statistics for r in references if r.statistics is not None), None)
+    known = next((r for r in references if r.statistics is not None), None)
     images = next((r.images for r in references if r.images is not None), None)
     features = open_features(source)
-    points = None
+    real = None
     if images is not None:
-        if statistics is not None:
+        if known is not None:
             images = images[_spread(len(images), MANIFOLD_IMAGES)]
         if len(images) < 2:
             raise UserError(f"the reference has {len(images)} images, expected at least 2")
-        points, _ = features(images)
-        statistics = statistics or fit_gaussian(_as_points(points))
-    assert statistics is not None  # each file has one or the other
-    if len(statistics.mean) != features.dim:
-        raise UserError(
-            f"the reference's statistics are of {len(statistics.mean)} features, {features.name} has {features.dim}"
-        )
+        real = features(images)
+    if known is not None and known.statistics is not None:
+        statistics, spatial = known.statistics, known.spatial_statistics
+    else:
+        assert real is not None  # each file has one or the other
+        statistics, spatial = _fit_both(real)
+    _check_dim(statistics, features.dim, features.name)
+    if features.name == INCEPTION and spatial is not None:
+        _check_dim(spatial, SPATIAL_DIM, features.name)
     shape = None if images is None else images.shape[1:]
-    return FeatureEvaluator(features, statistics, points, shape, REFERENCE_SAMPLES, {})
+    points = None if real is None else real.points
+    return FeatureEvaluator(features, statistics, spatial, points, shape, REFERENCE_SAMPLES, {})
 
 
-def _split_features(features: ImageFeatures, dataset: Dataset, split: Split, most: int) -> tuple[Tensor, Tensor | None]:
-    """Features, and logits where there are any, of a split's images, evenly spaced ones of more than ``most``."""
+def _check_dim(statistics: Gaussian, dim: int, name: str) -> None:
+    if len(statistics.mean) != dim:
+        raise UserError(f"the reference's statistics are of {len(statistics.mean)} features, {name} has {dim}")
+
+
+def _split_features(features: ImageFeatures, dataset: Dataset, split: Split, most: int) -> Features:
+    """Those of a split's images, evenly spaced ones of more than ``most``."""
     indices = _spread(len(split), most)
     parts = [indices[start : start + SPLIT_BATCH] for start in range(0, len(indices), SPLIT_BATCH)]
     bar = tqdm(parts, desc="real images", unit="part", delay=1, leave=False, disable=None)
-    results = [features(to_uint8(split.samples(part), dataset.pixel_range)) for part in bar]
-    logits = [logit for _, logit in results if logit is not None]
-    return torch.cat([points for points, _ in results]), torch.cat(logits) if logits else None
+    return concatenate([features(to_uint8(split.samples(part), dataset.pixel_range)) for part in bar])
 
 
 def _recognised(logits: Tensor | None, labels: Labels | None) -> Quality:
@@ -214,8 +225,13 @@ def _recognised(logits: Tensor | None, labels: Labels | None) -> Quality:
     return {"recognised_share": float((logits.argmax(1).cpu().numpy() == labels).mean())}
 
 
-def _as_points(features: Tensor) -> Points:
-    return features.double().cpu().numpy()
+def _fit_both(features: Features) -> tuple[Gaussian, Gaussian | None]:
+    """The Gaussians of the features and of the spatial ones, where there are any."""
+    return _fit(features.points), None if features.spatial is None else _fit(features.spatial)
+
+
+def _fit(features: Tensor) -> Gaussian:
+    return fit_gaussian(features.double().cpu().numpy())
 
 
 class PixelEvaluator:

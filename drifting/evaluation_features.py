@@ -1,9 +1,9 @@
 """Networks in whose features images are compared: FID's Inception, DINOv2, or a classifier or encoder of our own."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,16 +13,30 @@ from tqdm import tqdm
 from .cli import UserError
 from .images import Pixels
 from .models import MAE, Classifier
+from .models.feature_extractor import IMAGENET_MEAN, IMAGENET_STD
 from .run_directory import RunDirectory, read_any
 
 INCEPTION, DINOV2 = "inception", "dinov2"
 INCEPTION_DIM = 2048
+SPATIAL_CHANNELS, SPATIAL_DIM = 7, 2023  # 17 × 17 locations of 7 channels: nearly as many values as features
 DINOV2_MODEL = "facebook/dinov2-large"  # ViT-L/14, as Stein et al. (arXiv 2306.04675) recommend
 DINOV2_SIZE = 224
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BATCH, OWN_BATCH = 50, 500  # images that large and small networks are given at once
 
-Network = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+
+class Features(NamedTuple):
+    """What a network makes of images.
+
+    ``points [N, D]`` are the features that are compared; ``logits [N, K]`` are those of networks that classify, and
+    ``spatial [N, 2023]`` those of Inception, before it pools. Where a network has none, they are None.
+    """
+
+    points: Tensor
+    logits: Tensor | None = None
+    spatial: Tensor | None = None
+
+
+Network = Callable[[Tensor], Features]
 
 
 @dataclass(frozen=True)
@@ -33,8 +47,7 @@ class ImageFeatures:
         name: of the network.
         distance: what the Fréchet distance in its features is called.
         dim: number of features.
-        network: from uint8 images ``[B, C, H, W]`` on ``device`` to features ``[B, D]`` and, of networks that
-            classify, logits ``[B, K]``.
+        network: from uint8 images ``[B, C, H, W]`` on ``device`` to their features.
         device: where it computes.
         batch: images it is given at once.
         classifier: whether its classes are those of the images.
@@ -49,14 +62,20 @@ class ImageFeatures:
     classifier: Classifier | None = None
 
     @torch.no_grad()
-    def __call__(self, images: Pixels) -> tuple[Tensor, Tensor | None]:
-        """Features ``[N, D]`` of images ``[N, H, W, C]``, and logits ``[N, K]`` of networks that classify, float32."""
+    def __call__(self, images: Pixels) -> Features:
+        """Features of images ``[N, H, W, C]``, float32."""
         batches = torch.from_numpy(images).split(self.batch)
         bar = tqdm(batches, desc=self.name, unit="batch", delay=1, leave=False, disable=None)
         with torch.backends.cudnn.flags(allow_tf32=False):
-            results = [self.network(batch.permute(0, 3, 1, 2).to(self.device)) for batch in bar]
-        logits = [logit for _, logit in results if logit is not None]
-        return torch.cat([points for points, _ in results]), torch.cat(logits) if logits else None
+            return concatenate([self.network(batch.permute(0, 3, 1, 2).to(self.device)) for batch in bar])
+
+
+def concatenate(parts: Sequence[Features]) -> Features:
+    """The features of all parts' images."""
+    logits = [part.logits for part in parts if part.logits is not None]
+    spatial = [part.spatial for part in parts if part.spatial is not None]
+    points = torch.cat([part.points for part in parts])
+    return Features(points, torch.cat(logits) if logits else None, torch.cat(spatial) if spatial else None)
 
 
 def open_features(source: str) -> ImageFeatures:
@@ -93,9 +112,9 @@ def open_features(source: str) -> ImageFeatures:
 
 
 def _classify(classifier: Classifier) -> Network:
-    def network(images: Tensor) -> tuple[Tensor, Tensor]:
+    def network(images: Tensor) -> Features:
         points = classifier.features(_own_input(images, classifier))
-        return points, classifier.fc(points)
+        return Features(points, classifier.fc(points))
 
     return network
 
@@ -103,9 +122,9 @@ def _classify(classifier: Classifier) -> Network:
 def _encode(mae: MAE) -> Network:
     """The mean of the encoder's last stage, of which the autoencoder's own classifier takes account."""
 
-    def network(images: Tensor) -> tuple[Tensor, None]:
+    def network(images: Tensor) -> Features:
         visible = mae.encoder.patchify(_own_input(images, mae))
-        return mae.encoder(visible)["layer4"].mean((2, 3)), None
+        return Features(mae.encoder(visible)["layer4"].mean((2, 3)))
 
     return network
 
@@ -119,7 +138,11 @@ def _own_input(images: Tensor, model: Classifier | MAE) -> Tensor:
 
 
 def _load_inception(weights: Path | None, device: torch.device) -> Network:
-    """torch-fidelity's port of the Inception that FID is defined by, its TensorFlow resizing included."""
+    """torch-fidelity's port of the Inception that FID is defined by, its TensorFlow resizing included.
+
+    The spatial features are those of ADM's ``evaluations/evaluator.py``, after Nash et al. (arXiv 2103.03841): the
+    first channels of ``mixed_6/conv``, which is ``Mixed_6d.branch1x1`` here, location by location.
+    """
     try:
         from torch_fidelity import FeatureExtractorInceptionV3
     except Exception as error:  # a torchvision that does not fit torch raises RuntimeError
@@ -138,9 +161,13 @@ def _load_inception(weights: Path | None, device: torch.device) -> Network:
             "weights-inception-2015-12-05-6726825d.pth of torch-fidelity's release 0.2.0 as features"
         ) from error
 
-    def network(images: Tensor) -> tuple[Tensor, Tensor]:
+    branches: list[Tensor] = []
+    extractor.Mixed_6d.branch1x1.register_forward_hook(lambda module, inputs, output: branches.append(output))
+
+    def network(images: Tensor) -> Features:
         points, logits = extractor(_in_colour(images))
-        return points, logits
+        spatial = branches.pop()[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1)  # [B, 17, 17, 7]
+        return Features(points, logits, spatial.flatten(1))
 
     return network
 
@@ -168,10 +195,10 @@ def _class_token(dinov2: Any) -> Network:
     """DINOv2's class token of images resized and normalised as in EDM2's ``calculate_metrics.py``."""
     mean, std = (torch.tensor(values, device=dinov2.device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
 
-    def network(images: Tensor) -> tuple[Tensor, None]:
+    def network(images: Tensor) -> Features:
         size = (DINOV2_SIZE, DINOV2_SIZE)
         x = F.interpolate(_in_colour(images).float(), size, mode="bicubic", antialias=True)
-        return dinov2((x / 255 - mean) / std).pooler_output, None
+        return Features(dinov2((x / 255 - mean) / std).pooler_output)
 
     return network
 

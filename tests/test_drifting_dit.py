@@ -265,9 +265,21 @@ def test_bfloat16():
     expected = model(z, y, 1.5, style)
     with torch.autocast("cpu", torch.bfloat16):
         mixed = model(z, y, 1.5, style)
+        compiled = torch.compile(model, fullgraph=True, backend="eager")(z, y, 1.5, style)
+    torch.testing.assert_close(compiled, mixed)
     pure = model.bfloat16()(z.bfloat16(), y, 1.5, style)
     for out in (mixed, pure):
         assert (out.float() - expected).norm() < 0.05 * expected.norm()
+
+
+def test_modulation_stays_float32_under_autocast():
+    model = tiny()
+    cond = torch.randn(4, TINY["embed_dim"])
+    for module in (model.blocks[0].modulation, model.final.modulation):
+        with torch.autocast("cpu", torch.bfloat16):
+            mixed = module(cond)
+        exact = torch.nn.functional.linear(torch.nn.functional.silu(cond), module.weight, module.bias)
+        assert mixed.dtype == torch.float32 and torch.equal(mixed.squeeze(1), exact)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Generator, feature extractors, masked autoencoder, classifier and the drifting loss."""
 
 from .classifier import Classifier
+from .convnext import ConvNeXtFeatureExtractor
 from .drifting_dit import DriftingDiT, DriftingDiTBase, DriftingDiTLarge, DriftingDiTSmall, DriftingDiTXL
 from .drifting_loss import DriftingLoss, SimpleDriftingLoss
 from .feature_extractor import FeatureExtractor, FeatureStack, LatentFeatureExtractor, PixelFeatureExtractor
@@ -12,6 +13,7 @@ __all__ = [
     "MAE",
     "MODELS",
     "Classifier",
+    "ConvNeXtFeatureExtractor",
     "DriftingDiT",
     "DriftingDiTBase",
     "DriftingDiTLarge",

@@ -5,6 +5,7 @@ official release, so that its weights fit this class.
 """
 
 import math
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -243,10 +244,10 @@ class Block(nn.Module):
         self.attn = Attention(dim, num_heads, use_qknorm, use_rmsnorm)
         self.norm2 = _token_norm(dim, use_rmsnorm)
         self.mlp = SwiGLU(dim, mlp_ratio) if use_swiglu else GELUMLP(dim, mlp_ratio)
-        self.modulation = nn.Linear(cond_dim, 6 * dim)
+        self.modulation = Modulation(cond_dim, 6 * dim)
 
     def forward(self, x: Tensor, cond: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(F.silu(cond)).unsqueeze(1).chunk(6, -1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(cond).chunk(6, -1)
         x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), rope)
         return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
@@ -257,12 +258,26 @@ class FinalLayer(nn.Module):
     def __init__(self, dim: int, cond_dim: int, out_dim: int, use_rmsnorm: bool) -> None:
         super().__init__()
         self.norm = _token_norm(dim, use_rmsnorm)
-        self.modulation = nn.Linear(cond_dim, 2 * dim)
+        self.modulation = Modulation(cond_dim, 2 * dim)
         self.proj = nn.Linear(dim, out_dim)
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
-        shift, scale = self.modulation(F.silu(cond)).unsqueeze(1).chunk(2, -1)
+        shift, scale = self.modulation(cond).chunk(2, -1)
         return self.proj(modulate(self.norm(x), shift, scale))
+
+
+class Modulation(nn.Linear):
+    """Shifts, scales and gates ``[B, 1, ·]`` of adaLN, from the condition ``[B, cond_dim]``.
+
+    Autocast leaves it in the weights' dtype, as the release does under bfloat16: what is rounded here is wrong for all
+    tokens alike.
+    """
+
+    def forward(self, cond: Tensor) -> Tensor:
+        device = cond.device.type
+        exact = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+        with exact:  # there is no autocast on the meta device
+            return super().forward(F.silu(cond.to(self.weight.dtype))).unsqueeze(1)
 
 
 class Attention(nn.Module):

@@ -16,6 +16,7 @@ FeatureMaps = dict[str, Tensor]
 NORM_EPS = 1e-6
 STD_EPS = 1e-6  # inside the square root, so that a constant patch has a finite gradient
 PATCH_SIZES = (2, 4)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class FrozenModule(nn.Module):
@@ -102,11 +103,6 @@ class FeatureExtractor(FrozenModule):
         ImportError: torchvision is not installed.
     """
 
-    RGB_MEAN = (0.485, 0.456, 0.406)
-    RGB_STD = (0.229, 0.224, 0.225)
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, in_chans: int = 3, pretrained: bool = True) -> None:
         super().__init__()
         try:
@@ -121,24 +117,36 @@ class FeatureExtractor(FrozenModule):
         if in_chans != 3:
             shared = self.resnet.conv1.weight.mean(1, keepdim=True) * 3 / in_chans
             self.resnet.conv1.weight = nn.Parameter(shared.repeat(1, in_chans, 1, 1))
-        self.register_buffer("mean", torch.tensor(self.RGB_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(self.RGB_STD).view(3, 1, 1), persistent=False)
+        self.normalization = ImageNetNormalization() if in_chans == 3 else nn.Identity()
         self.freeze()
 
     def forward(self, x: Tensor) -> FeatureMaps:
         """Maps of ``x [B, in_chans, H, W]``; raises ValueError for another channel count."""
         _check_channels(x, self.in_chans)
         maps = input_maps(x)
-        if self.in_chans == 3:
-            x = ((x + 1) / 2 - self.mean) / self.std
         net = self.resnet
-        x = F.relu(net.bn1(net.conv1(x)))
+        x = F.relu(net.bn1(net.conv1(self.normalization(x))))
         maps |= multiscale_maps("conv1", x)
         x = net.maxpool(x)
         for name in ("layer1", "layer2", "layer3", "layer4"):
             x = getattr(net, name)(x)
             maps |= multiscale_maps(name, x)
         return maps
+
+
+class ImageNetNormalization(nn.Module):
+    """RGB images ``[B, 3, H, W]`` in [-1, 1] as networks trained on ImageNet expect them."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ((x + 1) / 2 - self.mean) / self.std
 
 
 class ResNetEncoder(nn.Module):

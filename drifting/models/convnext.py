@@ -1,0 +1,91 @@
+"""ConvNeXt V2 (Woo et al., arXiv 2301.00808) as a feature extractor: what the pixel models see beside their MAE.
+
+Network, input and maps are those of ``models/convnext.py`` in the release; the network itself is that of transformers.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..cli import UserError
+from .feature_extractor import FeatureMaps, FrozenModule, ImageNetNormalization, input_maps, multiscale_maps
+
+CONVNEXT = "facebook/convnextv2-base-22k-224"  # on the hub: trained on ImageNet-22k, then on ImageNet-1k
+SIZE = 224  # images are resized to this, whatever their size
+NORM_EPS = 1e-6  # of the norm of the pooled features; transformers has 1e-12 there
+SCALE_EPS = 1e-3  # added to a location's standard deviation
+
+
+class ConvNeXtFeatureExtractor(FrozenModule):
+    """Maps of a ConvNeXt V2, whose images are resized to 224 × 224.
+
+    ``global``, the input as :class:`LatentFeatureExtractor` has it. Of the four stages, ``stage_1`` … ``stage_3``
+    ``[B, H·W, C]`` by location and ``stage_0_mean``, ``stage_0_std`` … ``stage_3_std`` ``[B, 1, C]`` over them, all
+    after each location's features were normalised over channels. ``global_mean`` ``[B, 1, C]`` is what the network's
+    classifier takes: the mean of the last stage as it is, normalised; ``global_std`` is ``stage_3_std``.
+
+    The release has a prefix ``convenxt_`` (sic) for the stages and computes in float32 even where the rest of a
+    training step is in bfloat16.
+
+    Args:
+        network: a ``ConvNextV2Model`` of transformers; :func:`load_convnext` gives the paper's.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network: Any = network
+        self.normalization = ImageNetNormalization()
+        self.freeze()
+
+    def forward(self, x: Tensor) -> FeatureMaps:
+        """Maps of RGB images ``x [B, 3, H, W]`` in [-1, 1]."""
+        maps = {"global": input_maps(x)["global"]}
+        x = F.interpolate(self.normalization(x), (SIZE, SIZE), mode="bilinear", antialias=True)
+        x = self.network.embeddings(x)
+        for index, stage in enumerate(self.network.encoder.stages):
+            x = stage(x)
+            maps |= multiscale_maps(f"stage_{index}", _normalized(x), (), ())
+        del maps["stage_0"]  # 56 × 56 locations, which the release leaves out
+        norm = self.network.layernorm
+        pooled = F.layer_norm(x.mean((2, 3)), norm.normalized_shape, norm.weight, norm.bias, NORM_EPS)
+        return maps | {"global_mean": pooled.unsqueeze(1), "global_std": maps["stage_3_std"]}
+
+
+def load_convnext(in_chans: int = 3, source: str = CONVNEXT) -> ConvNeXtFeatureExtractor:
+    """The extractor with the weights of ``source``, on the CPU in float32.
+
+    Args:
+        in_chans: channels of the images to come, which must be 3.
+        source: name on the hub, downloaded once by transformers, or a directory in its format.
+
+    Raises:
+        UserError: images of other channels, transformers is not installed, or the weights cannot be had.
+    """
+    if in_chans != 3:
+        raise UserError(f"convnext_v2 takes images of 3 channels, the data have {in_chans}")
+    try:
+        from transformers import ConvNextV2ForImageClassification
+    except ImportError as error:
+        raise UserError(
+            f"the features convnext_v2 need transformers: `pip install 'drifting[convnext]'` ({error})"
+        ) from error
+    try:
+        classifier, info = ConvNextV2ForImageClassification.from_pretrained(source, output_loading_info=True)
+    except Exception as error:  # offline, no access, a broken file: they have no base class in common
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        raise UserError(
+            f"cannot load ConvNeXt V2 {source} ({reason}): where the hub is out of reach, bring the cache of a machine "
+            f"that ran `hf download {CONVNEXT}`, and set HF_HOME to it"
+        ) from error
+    missing = [key for key in info["missing_keys"] if not key.startswith("classifier.")]
+    if missing:
+        raise UserError(f"{source} holds no ConvNeXt V2 in the format of transformers, it lacks {missing[0]}")
+    return ConvNeXtFeatureExtractor(classifier.convnextv2.float())
+
+
+def _normalized(x: Tensor) -> Tensor:
+    """The features of each location less their mean, over their standard deviation; in float32 inside."""
+    std, mean = torch.std_mean(x.float(), 1, correction=0, keepdim=True)
+    return ((x - mean) / (std + SCALE_EPS)).to(x.dtype)
