@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from drifting.config_schema import Config, PretrainConfig
 from drifting.models import MAE, DriftingDiT, FeatureStack
+from drifting.models.convnext import ConvNeXtFeatureExtractor
 from drifting.models.drifting_loss import build_extractor
 from drifting.training import DriftingTrainer, create_trainer
 
@@ -26,10 +27,7 @@ from .measure import default_device
 
 RESULTS = ROOT / "benchmarks" / "results"
 CONFIGS = ROOT / "drifting" / "configs"
-PHASES = (
-    "generator forward", "feature extraction", "operator", "generator backward", "optimizer and averages", "the rest",
-)  # fmt: skip
-GENERATOR, FEATURES, OPERATOR, GENERATOR_BACKWARD, OPTIMIZER, REST = PHASES
+PHASES = ("communication", "generator", "encoder", "operator", "optimizer", "other")  # forward and backward
 SAMPLES = {  # channels, size and classes of the data sets that configurations name
     "latents": (4, 32, 1000), "folder": (3, 256, 1000), "digits": (1, 8, 10), "fashion_mnist": (1, 28, 10),
     "cifar10": (3, 32, 10),
@@ -40,67 +38,6 @@ MAES = {  # sources of loss.mae and the configurations that they were trained wi
 }  # fmt: skip
 
 
-class Stopwatch:
-    """Tells how long each phase of a step took: a phase lasts until the next one is entered."""
-
-    def __init__(self, device: str) -> None:
-        self.on_gpu = device != "cpu"
-        self.entries: list[tuple[str, Any]] = []
-
-    def enter(self, phase: str) -> None:
-        event = torch.cuda.Event(enable_timing=True) if self.on_gpu else None
-        if event is not None:
-            event.record()
-        self.entries.append((phase, event or time.perf_counter()))
-
-    def milliseconds(self) -> dict[str, float]:
-        """Of every phase, up to the last entry; then it is empty."""
-        if self.on_gpu:
-            torch.cuda.synchronize()
-        total = dict.fromkeys(PHASES, 0.0)
-        for (phase, start), (_, end) in zip(self.entries, self.entries[1:], strict=False):
-            total[phase] += start.elapsed_time(end) if self.on_gpu else 1e3 * (end - start)
-        self.entries.clear()
-        return total
-
-
-def watch(trainer: DriftingTrainer, stopwatch: Stopwatch) -> None:
-    """Let the trainer's steps enter their phases.
-
-    In a backward, gradients reach first the groups of features, where the operator's part ends, then the generated
-    images, where the extractor's does.
-    """
-    loss_fn = trainer.loss_fn
-    generate, groups, of_groups, update = trainer._generate, loss_fn.groups, loss_fn.of_groups, trainer._update
-
-    def watched_generate(*args: Any) -> Tensor:
-        stopwatch.enter(GENERATOR)
-        return generate(*args)
-
-    def watched_groups(images: Tensor) -> dict[str, Tensor]:
-        if images.requires_grad:
-            images.register_hook(lambda gradient: stopwatch.enter(GENERATOR_BACKWARD))
-        stopwatch.enter(FEATURES)
-        maps = groups(images)
-        for of_map in maps.values():
-            if of_map.requires_grad:
-                of_map.register_hook(lambda gradient: stopwatch.enter(FEATURES))
-        return maps
-
-    def watched_of_groups(*args: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        stopwatch.enter(OPERATOR)
-        return of_groups(*args)
-
-    def watched_update() -> Tensor:
-        stopwatch.enter(OPTIMIZER)
-        norm = update()
-        stopwatch.enter(REST)
-        return norm
-
-    trainer._generate, trainer._update = watched_generate, watched_update  # type: ignore[method-assign, assignment]
-    loss_fn.groups, loss_fn.of_groups = watched_groups, watched_of_groups  # type: ignore[method-assign, assignment]
-
-
 def read_config(name: str, schema: type) -> Any:
     """One of our configurations; unlike :mod:`drifting.config` this needs no omegaconf."""
     values = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
@@ -109,6 +46,14 @@ def read_config(name: str, schema: type) -> Any:
         values["data"] = {"name": values["data"]}
     sections = {name: dataclasses.replace(getattr(config, name), **keys) for name, keys in values.items()}
     return dataclasses.replace(config, **sections)
+
+
+def random_convnext() -> nn.Module:
+    """Of the size of the one that the release takes, "base"."""
+    from transformers import ConvNextV2Config, ConvNextV2Model
+
+    config = ConvNextV2Config(depths=[3, 3, 27, 3], hidden_sizes=[128, 256, 512, 1024])
+    return ConvNeXtFeatureExtractor(ConvNextV2Model(config))
 
 
 def build_trainer(config: Config, device: str) -> DriftingTrainer:
@@ -126,6 +71,8 @@ def build_trainer(config: Config, device: str) -> DriftingTrainer:
         if name == "mae":
             mae: PretrainConfig = read_config(MAES[str(config.loss.mae)], PretrainConfig)
             extractors[name] = MAE(channels, num_classes=classes, **vars(mae.model)).feature_extractor()
+        elif name == "convnext_v2":
+            extractors[name] = random_convnext()
         else:
             extractors[name] = build_extractor(name, channels)
     settings: dict[str, Any] = vars(config.loss) | vars(config.step) | vars(config.guidance) | vars(config.optimizer)
@@ -137,8 +84,7 @@ def build_trainer(config: Config, device: str) -> DriftingTrainer:
 def profile(config: Config, device: str, seconds: float) -> dict[str, Any]:
     """Medians of the phases over as many steps as the time allows, at least one, after one that warms up."""
     trainer = build_trainer(config, device)
-    stopwatch = Stopwatch(device)
-    watch(trainer, stopwatch)
+    stopwatch = trainer.stopwatch
     step, (channels, size, classes) = config.step, SAMPLES[config.data.name]
     labels = torch.arange(min(classes, step.labels_per_step)).repeat(step.queue_size)
     trainer.sample_queue.add(torch.randn(len(labels), channels, size, size, device=device), labels)
@@ -146,10 +92,10 @@ def profile(config: Config, device: str, seconds: float) -> dict[str, Any]:
     images = torch.randn(len(labels), channels, size, size, device=device)
 
     def take_step() -> tuple[dict[str, float], dict[str, Tensor]]:
-        stopwatch.enter(REST)
+        stopwatch.take()
         metrics = trainer.train_step(images, labels)
-        stopwatch.enter(REST)
-        return stopwatch.milliseconds(), metrics
+        seconds = stopwatch.take()
+        return {phase: 1e3 * seconds.get(phase, 0.0) for phase in PHASES}, metrics
 
     _, metrics = take_step()
     if not all(metrics[name].isfinite() for name in ("loss", "grad_norm")):
@@ -166,7 +112,7 @@ def profile(config: Config, device: str, seconds: float) -> dict[str, Any]:
         "steps": len(steps),
         "step_milliseconds": statistics.median(totals),
         "milliseconds": {phase: statistics.median(of_step[phase] for of_step in steps) for phase in PHASES},
-        "operator_share": statistics.median(s[OPERATOR] / total for s, total in zip(steps, totals, strict=True)),
+        "operator_share": statistics.median(s["operator"] / total for s, total in zip(steps, totals, strict=True)),
         "peak_bytes": None if device == "cpu" else torch.cuda.max_memory_allocated(device),
     }
 

@@ -138,7 +138,8 @@ def _mean_over_ranks(means: Tensor, gens: list[Tensor], process_group: dist.Proc
     """``means [maps, …]`` over this rank's groups to means over the groups of all ranks, in one all-reduce."""
     if process_group is None:
         return means
-    groups = means.new_tensor([[gen.shape[0]] for gen in gens])
+    counts = torch.tensor([[gen.shape[0]] for gen in gens], dtype=means.dtype, pin_memory=means.is_cuda)
+    groups = counts.to(means.device, non_blocking=True)  # the host waits for nothing
     totals = torch.cat([means * groups, groups], 1)
     dist.all_reduce(totals, group=process_group)
     return totals[:, :-1] / totals[:, -1:]

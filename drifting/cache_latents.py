@@ -26,7 +26,7 @@ from .data import DATASETS, DataConfig, Dataset, Split, open_dataset
 from .data.dataset import load_batches, worker_settings
 from .data.image_split import ImageError
 from .data.latents import INDEX, SPLITS, read_index
-from .training.checkpoint import atomic_write
+from .files import atomic_write
 from .vae import LATENT_SCALE, VAE, encode_images
 
 Encoder = Callable[[Tensor], tuple[Tensor, Tensor]]  # images [B, 3, H, W] to mean and standard deviation of latents

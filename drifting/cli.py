@@ -11,6 +11,16 @@ INTERRUPTED = 130  # exit status after Ctrl-C
 class UserError(ValueError):
     """Something about the command, its files or its configuration is wrong; the message says what to do."""
 
+    status = 2  # that the command exits with
+
+
+class Interrupted(Exception):
+    """A signal ended the command, which saved its work; the message says how to go on."""
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.status = 128 + signal  # as shells report it
+
 
 class ArgumentParser(argparse.ArgumentParser):
     """Raises :class:`UserError` instead of printing the usage."""
@@ -20,7 +30,8 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def run_command(command: Callable[[], int]) -> NoReturn:
-    """Exit with the status that ``command`` returns, or with 2 and one line on stderr for a :class:`UserError`.
+    """Exit with the status that ``command`` returns, or with one line on stderr and the status of a
+    :class:`UserError` or :class:`Interrupted`.
 
     Ctrl-C where nothing is under way that needs saving ends with one line as well.
     """
@@ -28,7 +39,10 @@ def run_command(command: Callable[[], int]) -> NoReturn:
         status = command()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        status = 2
+        status = error.status
+    except Interrupted as interrupted:
+        print(interrupted, file=sys.stderr)
+        status = interrupted.status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = INTERRUPTED

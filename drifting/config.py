@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from .cli import UserError
 from .config_schema import Config, PretrainConfig
 from .data import DATASETS
+from .files import atomic_write
 
 MOST_BYTES = 2**20  # of a configuration file
 # What reading YAML of anything else ends in: its dates and numbers raise ValueError, for one.
@@ -23,11 +24,12 @@ CONFIG_DIR = Path(__file__).parent / "configs"
 AnyConfig = TypeVar("AnyConfig", Config, PretrainConfig)
 
 MAY_CHANGE = (  # when a run is resumed
-    "data.path", "data.workers", "train.steps", "train.log_every", "train.save_every", "train.eval_every",
-    "evaluation.features", "evaluation.reference", "evaluation.num_samples", "evaluation.cfg_scales",
+    "data.path", "data.workers", "step.labels_at_once", "step.compile", "step.activation_checkpointing", "step.fsdp",
+    "train.steps", "train.log_every", "train.save_every", "train.eval_every", "train.max_skipped_steps",
+    "train.wandb", "evaluation.features", "evaluation.reference", "evaluation.num_samples", "evaluation.cfg_scales",
 )  # fmt: skip
 SHORTHANDS = {"data": "data.name"}  # keys of sections that may be set like one of their values: `data: digits`
-EXTRACTORS = ("latent", "pixels", "resnet18", "mae")
+EXTRACTORS = ("latent", "pixels", "resnet18", "convnext_v2", "mae")
 
 # Checks of values; either kind of configuration has some of these keys.
 COUNTS = (  # integers of at least 1
@@ -39,7 +41,7 @@ COUNTS = (  # integers of at least 1
 NON_NEGATIVE = (
     "seed", "data.workers", "model.num_style_tokens", "model.n_cls_tokens", "loss.affinity_floor",
     "loss.finetune_steps", "loss.finetune_warmup_steps", "guidance.cfg_exponent", "optimizer.weight_decay",
-    "optimizer.warmup_steps", "train.eval_every",
+    "optimizer.warmup_steps", "train.eval_every", "train.max_skipped_steps",
 )  # fmt: skip
 POSITIVE = ("model.mlp_ratio", "optimizer.learning_rate", "optimizer.max_grad_norm")
 SHARES = (
@@ -97,7 +99,8 @@ def read_config(name_or_file: str, overrides: Sequence[str], schema: type[AnyCon
 
 def save_config(config: Config | PretrainConfig, path: Path) -> None:
     """Write every key as YAML."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    with atomic_write(path) as part:
+        part.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
 def check_values(config: Config | PretrainConfig) -> None:

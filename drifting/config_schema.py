@@ -47,6 +47,7 @@ class StepConfig:
     bf16: bool = False
     compile: bool = False
     activation_checkpointing: bool = False
+    fsdp: bool = False
 
 
 @dataclass
@@ -85,13 +86,19 @@ class MAEOptimizerConfig(AdamWConfig):
 
 @dataclass
 class TrainConfig:
-    """Length of the run and what happens when. ``eval_every=0`` evaluates at the end only."""
+    """Length of the run and what happens when. ``eval_every=0`` evaluates at the end only.
+
+    A loss or gradient that is not finite changes nothing, and more than ``max_skipped_steps`` of them end the run.
+    ``wandb`` names a project of Weights & Biases to log to.
+    """
 
     steps: int = 30000
     batch_size: int = 64
     log_every: int = 50
     save_every: int = 2000
     eval_every: int = 0
+    max_skipped_steps: int = 0
+    wandb: str | None = None
 
 
 @dataclass

@@ -8,6 +8,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from .files import atomic_write
+
 TILE = 48  # least side of an image in a picture, in pixels
 GAP = 4
 HEADER = 20
@@ -37,7 +39,7 @@ def grid(images: Pixels, columns: int) -> Image.Image:
 
 
 def save_panels(panels: dict[str, Pixels], columns: int, path: Path) -> None:
-    """Grids of ``columns`` columns, of as many images each, side by side under their headings."""
+    """Grids of ``columns`` columns, of as many images each, side by side under their headings, as PNG."""
     grids = {heading: grid(images, columns) for heading, images in panels.items()}
     width, height = next(iter(grids.values())).size
     step = width + 5 * GAP
@@ -46,4 +48,5 @@ def save_panels(panels: dict[str, Pixels], columns: int, path: Path) -> None:
     for index, (heading, panel) in enumerate(grids.items()):
         draw.text((index * step + GAP, GAP), heading, fill="black")
         picture.paste(panel, (index * step, HEADER))
-    picture.save(path)
+    with atomic_write(path) as part:
+        picture.save(part, format="PNG")

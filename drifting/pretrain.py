@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .cli import INTERRUPTED, UserError, run_command
+from .cli import UserError, run_command
 from .config_schema import PretrainConfig
 from .data import Dataset, Split, open_dataset
 from .images import save_panels, to_uint8
 from .models import MAE
+from .ranks import Ranks, join_ranks
 from .run_directory import RunDirectory, write_model
 from .training import MAETrainer
-from .training_run import Quality, Task, leave_a_core_free, open_run, parse_command, run_training
+from .training_run import Quality, Task, leave_a_core_free, opened_run, parse_command, run_training
 from .vae import decode_latents
 
 TEST_IMAGES, TEST_BATCH = 2000, 250
@@ -30,38 +31,48 @@ def main(argv: Sequence[str] | None = None) -> int:
     purpose = "Train a masked autoencoder."
     config, out = parse_command(argv, "pretrain", purpose, PretrainConfig, "mae_fashion_mnist")
     leave_a_core_free()
-    return pretrain(config, out)
+    with join_ranks() as ranks:
+        pretrain(config, out, ranks)
+    return 0
 
 
-def pretrain(config: PretrainConfig, out: Path) -> int:
-    """Train to ``config.train.steps`` in ``out``, from its newest checkpoint if it has one; returns the exit status.
+def pretrain(config: PretrainConfig, out: Path, ranks: Ranks = Ranks()) -> None:  # noqa: B008
+    """Train to ``config.train.steps`` in ``out``, from its newest checkpoint if it has one.
+
+    All ``ranks`` take the steps; rank 0 evaluates and writes.
 
     Raises:
-        UserError: ``out`` belongs to another configuration or cannot be written.
+        UserError: ``out`` is in use, belongs to another configuration or cannot be written.
+        Interrupted: by Ctrl-C or SIGTERM; the run is saved.
     """
     run = RunDirectory(out)
-    open_run(run, config)
-    dataset = open_dataset(config.data, config.seed)
-    trainer = _build_trainer(config, dataset)
-    images, labels, masks = _test_batch(config, dataset.test, trainer)
+    with opened_run(run, config, ranks):
+        dataset = open_dataset(config.data, config.seed)
+        trainer = build_trainer(config, dataset, ranks)
+        images, labels, masks = _test_batch(config, dataset.test, trainer)
 
-    def evaluate() -> Quality:
-        _save_picture(run, trainer, dataset, images[: ROWS * COLUMNS], masks[: ROWS * COLUMNS])
-        return test_losses(trainer.ema_model, images, labels, masks)
+        def measure() -> Quality:
+            _save_picture(run, trainer, dataset, images[: ROWS * COLUMNS], masks[: ROWS * COLUMNS])
+            return test_losses(trainer.ema_model, images, labels, masks)
 
-    task = Task(
-        trainer=trainer,
-        split=dataset.train,
-        evaluate=evaluate,
-        save_model=lambda: write_model(run, trainer.ema_model, {"data": dataset.name, "step": trainer.step}),
-        describe=_describe,
-    )
-    quality = run_training(config, run, task)
-    if quality is None:
-        return INTERRUPTED
+        def save_model() -> None:
+            write_model(run, trainer.ema_model, {"data": dataset.name, "step": trainer.step})
+
+        task = Task(
+            trainer=trainer,
+            split=dataset.train,
+            evaluate=lambda: ranks.on_main(measure) or {},
+            save_model=lambda: ranks.on_main(save_model),
+            describe=_describe,
+        )
+        quality = run_training(config, run, task)
+        ranks.on_main(lambda: _report(quality, run))
+
+
+def _report(quality: Quality, run: RunDirectory) -> None:
     print(f"\ntest images: reconstruction {quality['recon_loss_test']:.3f}, class {quality['cls_loss_test']:.3f}")
-    print(f"pictures: {run.samples}\nnext:     python -m drifting.train … loss.feature_extractor=mae loss.mae={out}")
-    return 0
+    print(f"pictures: {run.samples}")
+    print(f"next:     python -m drifting.train … loss.feature_extractor=mae loss.mae={run.path}")
 
 
 @torch.no_grad()
@@ -75,11 +86,11 @@ def test_losses(model: MAE, images: Tensor, labels: Tensor, masks: Tensor) -> Qu
     return {f"{name}_test": float(torch.cat([batch[name] for batch in losses]).mean()) for name in names}
 
 
-def _build_trainer(config: PretrainConfig, dataset: Dataset) -> MAETrainer:
+def build_trainer(config: PretrainConfig, dataset: Dataset, ranks: Ranks) -> MAETrainer:
     torch.manual_seed(config.seed)
     model = MAE(in_chans=dataset.sample_shape[0], num_classes=dataset.num_classes, **vars(config.model))
     settings: dict[str, Any] = vars(config.loss) | vars(config.step) | vars(config.optimizer)
-    return MAETrainer(model, config.train.steps, seed=config.seed, **settings)
+    return MAETrainer(model, config.train.steps, seed=config.seed, ranks=ranks, **settings)
 
 
 def _test_batch(config: PretrainConfig, split: Split, trainer: MAETrainer) -> tuple[Tensor, Tensor, Tensor]:

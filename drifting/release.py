@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from .cli import UserError
+from .files import atomic_write
 from .flax_msgpack import read_arrays, write_arrays
 from .json_file import is_count, read_object
 from .models import MAE, MODELS, DriftingDiT
 from .models.build import build_on_meta
 from .models.drifting_dit import RMSNorm
-from .training.checkpoint import atomic_write
 
 WEIGHTS, METADATA = "ema_params.msgpack", "metadata.json"
 

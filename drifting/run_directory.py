@@ -1,19 +1,30 @@
 """The files of a run: where they are, and the model among them."""
 
+import errno
 import json
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .cli import UserError
 from .data import Dataset
+from .files import atomic_write, reason
 from .json_file import is_count, read_object
 from .models import MAE, MODELS, Classifier, DriftingDiT
 from .models.build import build_on_meta, check_weights
-from .training.checkpoint import atomic_write
+
+LOCK_SECONDS = 6  # to wait: data-loader workers of a killed process take up to five to notice, and may hold its lock
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 KINDS: dict[str, type[DriftingDiT] | type[MAE] | type[Classifier]] = {**MODELS, "classifier": Classifier}
 
@@ -52,6 +63,46 @@ class RunDirectory:
     @property
     def samples(self) -> Path:
         return self.path / "samples"
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Inside, no other process can have this lock; it is gone with the process, however that ends.
+
+        Raises:
+            UserError: another process has it, or the folder cannot be written.
+        """
+        path = self.path / ".lock"
+        lock = FileLock(path)
+        try:
+            lock.acquire(timeout=LOCK_SECONDS)
+            _sign(path)
+        except Timeout as error:
+            raise UserError(
+                f"{self.path} is being trained by another process ({_holder(path)}): "
+                "wait for it, or choose another --out"
+            ) from error
+        except OSError as error:
+            lock.release()
+            if error.errno not in NO_LOCKS:
+                raise UserError(f"cannot write {path}: {reason(error)}") from error
+            print(f"{self.path} is on a file system without locks: take care to train one run there", file=sys.stderr)
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+def _sign(path: Path) -> None:
+    path.write_text(f"process {os.getpid()} on {platform.node()}, since {datetime.now():%Y-%m-%d %H:%M:%S}\n")
+
+
+def _holder(path: Path) -> str:
+    """What the process that has the lock wrote there."""
+    try:
+        with path.open(errors="replace") as file:
+            return "".join(filter(str.isprintable, file.read(200))) or "just started"
+    except OSError as error:
+        return reason(error)
 
 
 @dataclass(frozen=True)
@@ -130,5 +181,4 @@ def read_any(path: Path) -> tuple[DriftingDiT | MAE | Classifier, dict[str, Any]
         model.load_state_dict(weights, assign=True)
         return model.eval(), description
     except (ValueError, OSError, SafetensorError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"the model in {path} cannot be read: {type(error).__name__}: {reason}") from error
+        raise UserError(f"the model in {path} cannot be read: {type(error).__name__}: {reason(error)}") from error

@@ -1,10 +1,11 @@
 """What the training commands share: their arguments, the run directory, the loop over steps, and how it ends."""
 
+import dataclasses
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -14,13 +15,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .cli import ArgumentParser, UserError
+from .cli import ArgumentParser, Interrupted, UserError
 from .config import AnyConfig, changed_keys, read_config, save_config
 from .config_schema import Config, PretrainConfig
 from .data import Split, training_batches
+from .data.dataset import telling_of_dead_workers
+from .ranks import Ranks
 from .run_directory import RunDirectory
-from .training.checkpoint import load_checkpoint, save_checkpoint
+from .training.checkpoint import _checkpoints, load_checkpoint, save_checkpoint
+from .training.finite import FiniteGuard, NotFiniteError
+from .training.meter import Meter
 from .training.metrics_log import MetricsLog, to_record
+from .utils.stopwatch import Stopwatch
 
 Quality = dict[str, float]
 
@@ -29,6 +35,11 @@ class Trainer(Protocol):
     """What takes the steps; ``step`` counts those taken."""
 
     step: int
+    ranks: Ranks
+    stopwatch: Stopwatch
+
+    @property
+    def images_per_step(self) -> int: ...
 
     def train_step(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]: ...
 
@@ -43,9 +54,9 @@ class Task:
 
     Args:
         trainer: takes the steps.
-        split: what it is given, in the order of :func:`training_batches`.
-        evaluate: measures the model and leaves a picture in the run directory.
-        save_model: writes the averaged weights into the run directory.
+        split: what it is given, in the order of :func:`training_batches`, each rank its share of a batch.
+        evaluate: measures the model and leaves a picture in the run directory; all ranks call it together.
+        save_model: writes the averaged weights into the run directory; so they do this.
         describe: the terms of a record and of the last measures that are worth watching.
     """
 
@@ -98,78 +109,141 @@ def open_run(run: RunDirectory, config: AnyConfig) -> None:
             )
 
 
-def run_training(config: Config | PretrainConfig, run: RunDirectory, task: Task) -> Quality | None:
+@contextmanager
+def opened_run(run: RunDirectory, config: AnyConfig, ranks: Ranks) -> Iterator[None]:
+    """The run directory is there and this run's alone, inside.
+
+    Raises:
+        UserError: it is in use, cannot be written, or holds a run with a configuration that would train something else;
+            or the ranks cannot share a batch.
+    """
+    if config.train.batch_size % ranks.size:
+        raise UserError(f"train.batch_size is {config.train.batch_size}, expected a multiple of the {ranks.size} ranks")
+    with ExitStack() as stack:
+
+        def open_and_lock() -> None:
+            open_run(run, config)
+            stack.enter_context(run.lock())
+
+        ranks.on_main(open_and_lock)
+        yield
+
+
+def run_training(config: Config | PretrainConfig, run: RunDirectory, task: Task) -> Quality:
     """Train to ``config.train.steps`` from the newest checkpoint, if there is one.
 
     Returns:
-        The measures of the trained model, or None if Ctrl-C or SIGTERM ended the run early; it is saved then.
+        The measures of the trained model.
 
     Raises:
-        UserError: the checkpoint cannot be read, or is of a later step.
+        UserError: the checkpoint cannot be read or is of a later step, or loss or gradient are not finite.
+        Interrupted: Ctrl-C or SIGTERM ended the run early; it is saved.
     """
-    trainer = task.trainer
-    try:
-        state = load_checkpoint(run.checkpoints)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    if state is not None:
-        trainer.load_state_dict(state)
+    trainer, ranks = task.trainer, task.trainer.ranks
+    _resume(run, trainer)
     if trainer.step > config.train.steps:
         raise UserError(f"{run.path} is at step {trainer.step} already, expected train.steps of at least that")
-    save_config(config, run.config)
+    ranks.on_main(lambda: save_config(config, run.config))
     if trainer.step == config.train.steps:
         measured = task.evaluate()
         task.save_model()  # after the evaluation: it chooses among several averages
         return measured
-    log = MetricsLog(run.metrics, trainer.step)
+    settings = dataclasses.asdict(config)
+    log = ranks.on_main(lambda: MetricsLog(run.metrics, trainer.step, config.train.wandb, settings))
     try:
-        with _interruptible() as interrupts:
-            quality = _train_steps(config, run, task, log, interrupts)
+        with _noting_signals(ranks) as signals:
+            return _train_steps(config, run, task, log, signals)
     finally:
-        log.close()
-    if quality is None:
-        print(f"interrupted at step {trainer.step}, saved in {run.checkpoints}: the same command again goes on")
-    return quality
+        if log is not None:
+            log.close()
+
+
+def _resume(run: RunDirectory, trainer: Trainer) -> None:
+    """Bring the trainer to where the newest checkpoint is."""
+    try:
+        state = load_checkpoint(run.checkpoints, trainer.state_dict(), trainer.ranks)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if state is not None:
+        trainer.load_state_dict(state)
 
 
 def _train_steps(
-    config: Config | PretrainConfig, run: RunDirectory, task: Task, log: MetricsLog, interrupts: list[int]
-) -> Quality | None:
-    """The remaining steps; None if a signal ended them early."""
-    trainer, every, total = task.trainer, config.train, config.train.steps
+    config: Config | PretrainConfig, run: RunDirectory, task: Task, log: MetricsLog | None, signals: list[int]
+) -> Quality:
+    """The remaining steps. Only rank 0 has a log."""
+    trainer, ranks, every = task.trainer, task.trainer.ranks, config.train
     quality: Quality = {}
+    guard, meter = FiniteGuard(every.max_skipped_steps), Meter(trainer.stopwatch, trainer.step)
     batches = training_batches(
-        task.split, every.batch_size, config.seed, trainer.step * every.batch_size, config.data.workers
-    )
-    interval = 0.5 if sys.stderr.isatty() else 10
-    with tqdm(total=total, initial=trainer.step, unit="step", mininterval=interval) as bar:
-        for images, labels in islice(batches, total - trainer.step):
+        task.split, every.batch_size, config.seed, trainer.step * every.batch_size, config.data.workers,
+        ranks.share(every.batch_size),
+    )  # fmt: skip
+    with _progress(every.steps, trainer) as bar, telling_of_dead_workers():
+        for images, labels in islice(batches, every.steps - trainer.step):
             metrics = trainer.train_step(images, labels)
-            step = trainer.step
-            evaluating = step == total or (every.eval_every and step % every.eval_every == 0)
+            step, last = trainer.step, trainer.step == every.steps
+            evaluating = last or (every.eval_every and step % every.eval_every == 0)
+            received = ranks.greatest(max(signals, default=0))
+            saving = last or received or step % every.save_every == 0
+            with _stopping_at_not_finite(run, ranks):
+                guard.check(step, metrics)
+                if evaluating or saving:
+                    guard.finish()
+            logging = log is not None and (evaluating or step % every.log_every == 0)
+            timing = meter.read(step, trainer.images_per_step) if logging else {}
+            trainer.stopwatch.enter("evaluation")
             if evaluating:
                 quality = task.evaluate()
-            if evaluating or step % every.log_every == 0:
-                record = {"step": step} | to_record(metrics)
+            if log is not None and logging:
+                record = {"step": step} | to_record(metrics) | {"timing": timing}
                 bar.set_postfix_str(task.describe(record, quality), refresh=False)
                 log.write(record | (quality if evaluating else {}))
             bar.update()
-            if step == total or step % every.save_every == 0 or interrupts:
-                save_checkpoint(run.checkpoints, trainer.state_dict())
+            if saving:
+                save_checkpoint(run.checkpoints, trainer.state_dict(), ranks)
                 task.save_model()
-            if interrupts and step < total:
-                return None
+            trainer.stopwatch.enter("data")
+            if received and not last:
+                message = f"interrupted at step {step}, saved in {run.checkpoints}: the same command again goes on"
+                ranks.stop(Interrupted(message, received))
     return quality
 
 
+def _progress(steps: int, trainer: Trainer) -> Any:
+    """The bar over all steps, on rank 0."""
+    interval = 0.5 if sys.stderr.isatty() else 10
+    silent = not trainer.ranks.main
+    return tqdm(total=steps, initial=trainer.step, unit="step", mininterval=interval, disable=silent)
+
+
 @contextmanager
-def _interruptible() -> Iterator[list[int]]:
-    """Inside, Ctrl-C and SIGTERM only fill the list, so that the step in hand ends well; a second one kills."""
+def _stopping_at_not_finite(run: RunDirectory, ranks: Ranks) -> Iterator[None]:
+    """What a loss or gradient that is not finite ends the run with, on all ranks alike."""
+    try:
+        yield
+    except NotFiniteError as error:
+        newest = [str(path) for path in _checkpoints(run.checkpoints)]
+        ranks.stop(
+            UserError(
+                f"{error}. They left the weights as they were; the last checkpoint is {[None, *newest][-1]}: "
+                "look at the data, lower optimizer.learning_rate, or let train.max_skipped_steps such steps pass"
+            )
+        )
+
+
+@contextmanager
+def _noting_signals(ranks: Ranks) -> Iterator[list[int]]:
+    """Inside, Ctrl-C and SIGTERM only fill the list, so that the step in hand ends well.
+
+    A second one kills, unless torchrun is there, which passes on what a terminal has sent already.
+    """
     received: list[int] = []
 
     def note(number: int, frame: object) -> None:
         received.append(number)
-        signal.signal(number, before[number])
+        if ranks.size == 1:
+            signal.signal(number, before[number])
 
     before = {int(number): signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -13,7 +13,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from drifting import cache_latents as caching
-from drifting import sample, vae
+from drifting import run_evaluation, sample, vae
 from drifting import train as training
 from drifting.cli import UserError
 from drifting.data import DataConfig, Draw, open_dataset, training_batches
@@ -233,7 +233,7 @@ def fake_vae(monkeypatch):
         return F.interpolate(latents[:, :3], scale_factor=2).clamp(-1, 1)
 
     monkeypatch.setattr(caching, "encode_images", fake_encode)
-    for module in (training, sample):
+    for module in (run_evaluation, sample):
         monkeypatch.setattr(module, "decode_latents", decode)
 
 

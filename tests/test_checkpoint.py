@@ -1,157 +1,346 @@
-"""Checkpoint files, and runs resumed from them."""
+"""Checkpoints: what is saved comes back to the last bit, and what was damaged does not."""
 
-import json
+import io
+import os
+import pickle
 import shutil
+import tempfile
+import zipfile
+from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from safetensors.torch import load_file
+import torch.distributed as dist
+from checkpoint_cases import (
+    bits,
+    blank,
+    content_of,
+    forge,
+    read_tensors,
+    small_state,
+    states,
+    with_checksums,
+)
+from hypothesis import given, settings
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from drifting.cli import UserError
-from drifting.config import load_config
-from drifting.train import train
+from drifting.ranks import Ranks
+from drifting.training import checkpoint_storage
 from drifting.training.checkpoint import load_checkpoint, save_checkpoint
 
-TINY = [
-    "model.patch_size=4", "model.embed_dim=16", "model.depth=1", "model.num_heads=2", "model.num_style_tokens=2",
-    "step.gen_per_label=4", "step.pos_per_label=8", "train.batch_size=40", "train.log_every=1", "train.eval_every=0",
-    "guidance.uncond_prob=0.5", "train.save_every=3", "train.steps=6",
-]  # fmt: skip
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(states)
+def test_what_is_saved_comes_back(state):
+    with tempfile.TemporaryDirectory() as folder:
+        save_checkpoint(Path(folder), state)
+        template = blank(state)
+        loaded = load_checkpoint(Path(folder), template)
+    assert bits(loaded) == bits(state)
+    assert list(loaded) == list(state)
+
+
+def test_loads_into_the_tensors_it_is_given(tmp_path):
+    """Also into parameters, and into what is no contiguous whole."""
+    weight, columns = torch.nn.Parameter(torch.randn(3, 4)), torch.randn(4, 6)[:, ::2]
+    save_checkpoint(tmp_path, {"step": 1, "weight": weight, "columns": columns})
+    template = {"step": 0, "weight": torch.nn.Parameter(torch.zeros(3, 4)), "columns": torch.zeros(6, 4).T[:, ::2]}
+    loaded = load_checkpoint(tmp_path, template)
+    assert loaded["weight"] is template["weight"] and loaded["columns"] is template["columns"]
+    assert torch.equal(loaded["weight"], weight) and torch.equal(loaded["columns"], columns)
 
 
 def test_keeps_the_newest(tmp_path):
     for step in (5, 10, 900, 1000):
-        save_checkpoint(tmp_path, {"step": step, "weights": torch.full((2,), float(step))}, keep=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000900.pt", "step_00001000.pt"]
-    state = load_checkpoint(tmp_path)
-    assert state["step"] == 1000 and torch.equal(state["weights"], torch.full((2,), 1000.0))
-    assert load_checkpoint(tmp_path / "nothing here") is None
+        save_checkpoint(tmp_path, small_state(step), keep=2)
+    assert names(tmp_path) == ["step_00000900", "step_00001000"]
+    assert names(tmp_path / "step_00001000") == [".metadata", "__0_0.distcp", "checkpoint.json"]
+    assert bits(load_checkpoint(tmp_path, blank(small_state(0)))) == bits(small_state(1000))
+    save_checkpoint(tmp_path, small_state(10**8), keep=1)  # a digit more than the others
+    assert names(tmp_path) == ["step_100000000"]
+    assert load_checkpoint(tmp_path, blank(small_state(0)))["step"] == 10**8
+    assert load_checkpoint(tmp_path / "nothing here", {"step": 0}) is None
 
 
-def test_a_failed_save_leaves_no_trace(tmp_path):
-    save_checkpoint(tmp_path, {"step": 1})
-    with pytest.raises(Exception, match="pickle"):
-        save_checkpoint(tmp_path, {"step": 2, "unpicklable": lambda: None})
-    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001.pt"]
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
-def test_unreadable_checkpoint_is_named(tmp_path):
-    path = save_checkpoint(tmp_path, {"step": 1})
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ValueError, match="step_00000001.pt cannot be read"):
-        load_checkpoint(tmp_path)
+def test_a_step_is_saved_again(tmp_path):
+    save_checkpoint(tmp_path, {"step": 1, "x": torch.zeros(2)})
+    save_checkpoint(tmp_path, {"step": 1, "x": torch.ones(2)})
+    assert names(tmp_path) == ["step_00000001"]
+    assert torch.equal(load_checkpoint(tmp_path, {"step": 0, "x": torch.zeros(2)})["x"], torch.ones(2))
 
 
-class NotData:
-    pass
+def test_remainders_of_a_killed_process(tmp_path):
+    """One checkpoint half written, one being replaced, one being deleted."""
+    for step in (1, 2):
+        save_checkpoint(tmp_path, small_state(step))
+    shutil.copytree(tmp_path / "step_00000001", tmp_path / ".step_00000003.part")
+    (tmp_path / "step_00000002").rename(tmp_path / "step_00000002.old")
+    (tmp_path / "step_00000001").rename(tmp_path / ".step_00000001.part")
+    assert bits(load_checkpoint(tmp_path, blank(small_state(0)))) == bits(small_state(2))
+    save_checkpoint(tmp_path, small_state(2), keep=1)
+    assert names(tmp_path) == ["step_00000002"]
 
 
-def test_loads_data_only(tmp_path):
-    """A pickle that would build objects of other classes, and so could run code, is refused."""
-    save_checkpoint(tmp_path, {"step": 1, "object": NotData()})
-    with pytest.raises(ValueError, match="cannot be read"):
-        load_checkpoint(tmp_path)
+def test_values_that_cannot_be_saved_are_named(tmp_path):
+    for value in (lambda: None, {1}, b"x", [b"x"]):
+        with pytest.raises(TypeError, match="a/b is a .*, expected a tensor, number"):
+            save_checkpoint(tmp_path, {"step": 1, "a": {"b": value}})
+    assert not names(tmp_path)
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A run of 6 steps with checkpoints at 3 and 6."""
-    out = tmp_path_factory.mktemp("runs") / "whole"
-    assert train(load_config("digits", TINY), out) == 0
-    return out
+# --------------------------------------------------------------------------------------------------------- damage
+
+DAMAGE = {
+    "a byte": lambda data: data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :],
+    "cut short": lambda data: data[:-1],
+    "longer": lambda data: data + b"\0",
+    "empty": lambda data: b"",
+    "missing": lambda data: None,
+    "a folder": lambda data: {},
+}
 
 
-def test_resumed_run_equals_an_uninterrupted_one(finished, tmp_path):
-    out = tmp_path / "resumed"
-    shutil.copytree(finished, out)
-    (out / "checkpoints" / "step_00000006.pt").unlink()
-    (out / "model.safetensors").unlink()
-    with (out / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 7, "los')  # cut short by a crash
-    assert train(load_config("digits", TINY), out) == 0
-    assert (out / "metrics.jsonl").read_text() == (finished / "metrics.jsonl").read_text()
-    expected, weights = load_file(finished / "model.safetensors"), load_file(out / "model.safetensors")
-    assert all(torch.equal(expected[name], weights[name]) for name in expected)
-    states = [load_checkpoint(folder / "checkpoints") for folder in (finished, out)]
-    assert torch.equal(*(state["sample_queue"]["by_class"]["samples"] for state in states))
-    assert states[0]["step"] == states[1]["step"] == 6
+@pytest.mark.parametrize("file", ["__0_0.distcp", ".metadata", "checkpoint.json"])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_the_one_before_a_damaged_checkpoint_is_used(tmp_path, capfd, file, damage):
+    for step in (1, 2):
+        save_checkpoint(tmp_path, small_state(step))
+    path = tmp_path / "step_00000002" / file
+    data = DAMAGE[damage](path.read_bytes())
+    path.unlink()
+    if data == {}:
+        path.mkdir()
+    elif data is not None:
+        path.write_bytes(data)
+    assert bits(load_checkpoint(tmp_path, blank(small_state(0)))) == bits(small_state(1))
+    output = capfd.readouterr()
+    assert output.out == "" and len(output.err.splitlines()) == 1
+    assert f"checkpoint {path.parent} is damaged and left out: {file} " in output.err
+
+    (tmp_path / "step_00000001" / "checkpoint.json").unlink()
+    with pytest.raises(ValueError, match=r"step_00000002 is damaged .*step_00000001 is damaged .* or delete .* to"):
+        load_checkpoint(tmp_path, blank(small_state(0)))
 
 
-def test_finished_run_has_nothing_to_do(finished, capsys):
-    before = (finished / "metrics.jsonl").read_text()
-    assert train(load_config("digits", TINY), finished) == 0
-    assert (finished / "metrics.jsonl").read_text() == before
-    assert "recognised as their class" in capsys.readouterr().out
+def test_a_damaged_checkpoint_gives_way_when_its_step_comes_again(tmp_path, capfd):
+    for step in (1, 3):
+        save_checkpoint(tmp_path, small_state(step))
+    (tmp_path / "step_00000003" / "checkpoint.json").unlink()
+    save_checkpoint(tmp_path, small_state(2))
+    assert names(tmp_path) == ["step_00000001", "step_00000002", "step_00000003"]  # two good ones
+    assert load_checkpoint(tmp_path, blank(small_state(0)))["step"] == 2
+    save_checkpoint(tmp_path, small_state(3))
+    assert names(tmp_path) == ["step_00000002", "step_00000003"]
+    assert load_checkpoint(tmp_path, blank(small_state(0)))["step"] == 3
 
 
-def test_metrics_have_one_record_a_step(finished):
-    records = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
-    for record in records:
-        assert record["loss"] > 0 and record["scale"]["pixels"] > 0 and record["sample_spread"] >= 0
-        assert set(record["lambda"]["pixels"]) == {"0.02", "0.05", "0.2"}
-    assert "frechet_ratio" in records[-1] and "frechet_ratio" not in records[-2]
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"new": torch.zeros(2)}, "it lacks 1 of the tensors: new"),
+        ({"queue": {"a": torch.zeros(2), "b": torch.zeros(1)}}, "it lacks 2 of the tensors: queue/a, queue/b"),
+        ({"model": {"weight": torch.zeros(5, 3)}}, "it has, unexpected, 1 of the tensors: model/a~1b"),
+        ({"queue": torch.zeros(41, dtype=torch.uint8)}, r"queue is \['uint8', \[40\]\], expected \['uint8', \[41\]\]"),
+        ({"queue": torch.zeros(40, dtype=torch.int8)}, r"queue is \['uint8', \[40\]\], expected \['int8', \[40\]\]"),
+        ({"more": 1}, "it lacks 1 of the values: more"),
+        ({"optimizer": {"lr": 0.5}}, "it has, unexpected, 3 of the values: optimizer/best, "),
+        ({"optimizer": {"lr": "", "betas": (), "best": 0.0, "name": ""}}, "optimizer/lr is 0.1, expected a str"),
+    ],
+)
+def test_a_checkpoint_of_another_trainer(tmp_path, change, message):
+    """The one before it would not fit either: it is refused, and says what differs."""
+    save_checkpoint(tmp_path, small_state(1))
+    with pytest.raises(ValueError, match=f"checkpoint .*step_00000001 is of another trainer than this: {message}"):
+        load_checkpoint(tmp_path, blank(small_state(0)) | change)
 
 
-def test_resumes_a_run_of_a_version_with_fewer_keys(finished, tmp_path):
-    """One average by the name `ema`, its decay a number, and no key for how a step is computed."""
-    out = tmp_path / "older"
-    shutil.copytree(finished, out)
-    values = yaml.safe_load((out / "config.yaml").read_text())
-    (values["optimizer"]["ema_decay"],) = values["optimizer"]["ema_decay"]
-    for key in ("bf16", "compile", "activation_checkpointing"):
-        del values["step"][key]
-    (out / "config.yaml").write_text(yaml.safe_dump(values))
-    state = load_checkpoint(out / "checkpoints")
-    (state["ema"],) = state.pop("averages").values()
-    del state["best_decay"]
-    save_checkpoint(out / "checkpoints", state)
-    assert train(load_config("digits", [*TINY, "train.steps=7"]), out) == 0
-    assert load_checkpoint(out / "checkpoints")["step"] == 7
-    with pytest.raises(UserError, match=r"optimizer.ema_decay: \[0.99\], now \[0.9, 0.99\]"):
-        train(load_config("digits", [*TINY, "train.steps=7", "optimizer.ema_decay=[0.9,0.99]"]), out)
+def test_a_checkpoint_of_another_version(tmp_path):
+    path = save_checkpoint(tmp_path, small_state(1))
+    forge(path, content_of(path) | {"format": 2})
+    with pytest.raises(ValueError, match="of another version of this program: expected format 1"):
+        load_checkpoint(tmp_path, blank(small_state(0)))
 
 
-def test_evaluation_chooses_among_averages(tmp_path, monkeypatch):
-    """Each is measured; the best is reported, saved and kept."""
-    distances = [9.0, 1.0, 3.0]  # of the check before the run, then of each average
-
-    class Evaluator:
-        num_samples = fewest = 2
-        distance = "frechet_distance"
-
-        def __call__(self, images, labels):
-            return {"frechet_distance": distances.pop(0)}
-
-    monkeypatch.setattr("drifting.train.open_evaluator", lambda config, dataset: Evaluator())
-    config = load_config("digits", [*TINY, "optimizer.ema_decay=[0.5,0.75]", "train.steps=3"])
-    assert train(config, tmp_path) == 0
-    record = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
-    assert not distances and (record["ema_decay"], record["frechet_distance"]) == (0.5, 1.0)
-    state = load_checkpoint(tmp_path / "checkpoints")
-    assert list(state["averages"]) == [0.5, 0.75] and state["best_decay"] == 0.5
-
-    distances[:] = [9.0, 0.8, 0.5]
-    assert train(config, tmp_path) == 0  # a finished run is evaluated again
-    for folder in (tmp_path, tmp_path / "best"):
-        weights = load_file(folder / "model.safetensors")
-        assert all(torch.equal(weight, state["averages"][0.75][f"module.{name}"]) for name, weight in weights.items())
-    assert json.loads((tmp_path / "best" / "model.json").read_text())["quality"]["ema_decay"] == 0.75
+# ------------------------------------------------------------------------------------------------------- execution
 
 
-def test_another_configuration_is_refused(finished):
-    with pytest.raises(UserError, match=r"seed: 0, now 1.*choose another --out"):
-        train(load_config("digits", [*TINY, "seed=1"]), finished)
-    with pytest.raises(UserError, match="at step 6 already"):
-        train(load_config("digits", [*TINY, "train.steps=2"]), finished)
+class Call:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
 
 
-def test_length_and_intervals_may_change(finished, tmp_path):
-    out = tmp_path / "longer"
-    shutil.copytree(finished, out)
-    assert train(load_config("digits", [*TINY, "train.steps=8", "train.log_every=2"]), out) == 0
-    assert load_checkpoint(out / "checkpoints")["step"] == 8
-    assert load_config(str(out / "config.yaml")).train.steps == 8
-    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert steps == [1, 2, 3, 4, 5, 6, 8]
+def test_executes_nothing(tmp_path):
+    """Of a checkpoint made to be read here: neither DCP's index, which is a pickle, nor what stands for a tensor."""
+    checkpoint = save_checkpoint(tmp_path / "run", small_state(1))
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(Call(tmp_path / "executed")))
+    forge(checkpoint, with_checksums(checkpoint, content_of(checkpoint)))
+    assert bits(load_checkpoint(tmp_path / "run", blank(small_state(0)))) == bits(small_state(1))
+
+    buffer = io.BytesIO()
+    torch.save(Call(tmp_path / "executed"), buffer)
+    (checkpoint / "__0_0.distcp").write_bytes(buffer.getvalue())
+    content = content_of(checkpoint)
+    for tensor in content["tensors"].values():
+        tensor["chunks"][0] |= {"start": 0, "length": len(buffer.getvalue())}
+    forge(checkpoint, with_checksums(checkpoint, content))
+    with pytest.raises(ValueError, match=r"__0_0.distcp does not hold .*\(UnpicklingError\)"):
+        load_checkpoint(tmp_path / "run", blank(small_state(0)))
+    assert not (tmp_path / "executed").exists()
+    torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)
+    assert (tmp_path / "executed").exists()  # so it would have shown
+
+
+def compressed(data: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as stored, zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for entry in stored.namelist():
+            archive.writestr(entry, stored.read(entry))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["another tensor", "more than it is", "older"])
+def test_what_stands_for_a_tensor_is_no_larger(tmp_path, kind):
+    """Archives from which more comes than they are, and formats that say how much is to be allocated."""
+    checkpoint = save_checkpoint(tmp_path, {"step": 1, "x": torch.zeros(100_000)})
+    buffer = io.BytesIO()
+    tensor = torch.zeros(100_001 if kind == "another tensor" else 100_000)
+    torch.save(tensor, buffer, _use_new_zipfile_serialization=kind != "older")
+    data = compressed(buffer.getvalue()) if kind == "more than it is" else buffer.getvalue()
+    (checkpoint / "__0_0.distcp").write_bytes(data)
+    content = content_of(checkpoint)
+    content["tensors"]["x"]["chunks"][0] |= {"start": 0, "length": len(data)}
+    forge(checkpoint, with_checksums(checkpoint, content))
+    assert torch.equal(torch.load(io.BytesIO(data)), tensor)
+    with pytest.raises(ValueError, match="__0_0.distcp does not hold x"):
+        load_checkpoint(tmp_path, {"step": 0, "x": torch.zeros(100_000)})
+
+
+def test_reads_nothing_but_its_own_files(tmp_path):
+    checkpoint = save_checkpoint(tmp_path / "run", small_state(1))
+    shutil.copy(checkpoint / "__0_0.distcp", tmp_path / "__0_0.distcp")
+    content = content_of(checkpoint)
+    content["files"]["../../__0_0.distcp"] = content["files"].pop("__0_0.distcp")
+    for tensor in content["tensors"].values():
+        tensor["chunks"][0]["file"] = "../../__0_0.distcp"
+    forge(checkpoint, content)
+    with pytest.raises(ValueError, match="checkpoint.json is not one of step 1 with files"):
+        load_checkpoint(tmp_path / "run", blank(small_state(0)))
+
+
+def test_other_programs_can_read_it(tmp_path):
+    """PyTorch's own converter."""
+    checkpoint = save_checkpoint(tmp_path, small_state(1))
+    assert torch.equal(read_tensors(checkpoint)["model/weight"], small_state(1)["model"]["weight"])
+
+
+# ----------------------------------------------------------------------------------------------- at other numbers
+
+SHAPES = {"even": (8, 3), "uneven": (5, 2), "fewer": (2,), "one": (1, 4), "columns": (2, 7)}
+
+
+def whole(step: int) -> dict[str, torch.Tensor]:
+    return {name: torch.randn(*shape, generator=torch.Generator().manual_seed(step)) for name, shape in SHAPES.items()}
+
+
+def sharded_state(step: int, mesh: DeviceMesh) -> dict:
+    """Shards as FSDP2 makes them, along the first dimension or another, and tensors that all ranks have alike."""
+    shards = {
+        name: distribute_tensor(tensor, mesh, [Shard(1 if name == "columns" else 0)], src_data_rank=None)
+        for name, tensor in whole(step).items()
+    }
+    return {"shards": shards, "alike": torch.full((3,), float(step)), "lr": step / 10, "step": step}
+
+
+def blank_shards(mesh: DeviceMesh) -> dict:
+    state = sharded_state(0, mesh)
+    for shard in state["shards"].values():
+        shard.to_local().zero_()
+    return state
+
+
+def is_state(state: dict, step: int) -> bool:
+    full = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in state["shards"].items()}
+    alike = torch.equal(state["alike"], torch.full((3,), float(step)))
+    shards = all(torch.equal(full[name], tensor) for name, tensor in whole(step).items())
+    return alike and shards and (state["lr"], state["step"]) == (step / 10, step)
+
+
+def refusal(action) -> str:
+    try:
+        action()
+    except ValueError as error:
+        return f"{type(error).__name__}: {error}"
+    return "none"
+
+
+def worker(rank: int, folder: Path) -> None:
+    """Four processes, of which the first two, and each alone, also save and load among themselves."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=4)
+    groups = {size: dist.new_group(list(range(size)), backend="gloo") for size in (2, 4)}
+    meshes = {size: DeviceMesh("cpu", list(range(size))) for size in (2, 4)}
+    ranks = {size: Ranks(rank, size, groups[size], groups[size]) for size in (2, 4)}
+    results = {}
+    if rank < 2:
+        save_checkpoint(folder / "of_two", sharded_state(1, meshes[2]), ranks[2])
+    save_checkpoint(folder / "of_four", sharded_state(2, meshes[4]), ranks[4])
+    dist.barrier()
+    loaded = load_checkpoint(folder / "of_two", blank_shards(meshes[4]), ranks[4])
+    results["two on four"] = is_state(loaded, 1)
+    if rank < 2:
+        results["four on two"] = is_state(load_checkpoint(folder / "of_four", blank_shards(meshes[2]), ranks[2]), 2)
+        results["one on two"] = is_state(load_checkpoint(folder / "of_one", blank_shards(meshes[2]), ranks[2]), 3)
+
+    # What fails on one rank fails on all, and none is left waiting.
+    if rank == 3:
+        checkpoint_storage._Stream.write = full_disk
+    results["full disk"] = refusal(lambda: save_checkpoint(folder / "of_four", sharded_state(3, meshes[4]), ranks[4]))
+    results["left"] = names(folder / "of_four")
+    dist.barrier()
+    if rank == 0:
+        (folder / "of_four" / "step_00000002" / "__2_0.distcp").write_bytes(b"")
+    dist.barrier()
+    results["damaged"] = refusal(lambda: load_checkpoint(folder / "of_four", blank_shards(meshes[4]), ranks[4]))
+    torch.save(results, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def full_disk(self, data):
+    raise OSError(28, "No space left on device")
+
+
+def test_at_other_numbers_of_ranks(tmp_path):
+    alone = {"shards": whole(3), "alike": torch.full((3,), 3.0), "lr": 0.3, "step": 3}
+    save_checkpoint(tmp_path / "of_one", alone)
+    torch.multiprocessing.get_context("forkserver").set_forkserver_preload(["drifting.training.checkpoint"])
+    torch.multiprocessing.start_processes(worker, (tmp_path,), nprocs=4, start_method="forkserver")
+    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(4)]
+    for rank, result in enumerate(results):
+        assert result["two on four"] and (rank >= 2 or (result["four on two"] and result["one on two"]))
+        folder = tmp_path / "of_four"
+        assert result["full disk"] == (
+            f"UserError: cannot save the checkpoint step_00000003: {folder}/.step_00000003.part/__3_0.distcp: "
+            f"No space left on device; the checkpoint {folder}/step_00000002 is intact"
+        )
+        assert result["damaged"].startswith(f"ValueError: checkpoint {folder}/step_00000002 is damaged and left out: ")
+        assert "__2_0.distcp has 0 bytes, expected " in result["damaged"]
+    assert results[0]["left"] == ["step_00000002"]
+    fresh = {"shards": {name: torch.zeros(shape) for name, shape in SHAPES.items()}, "alike": torch.zeros(3)}
+    assert is_state(load_checkpoint(tmp_path / "of_two", fresh | {"lr": 0.0, "step": 0}), 1)
+    files = content_of(tmp_path / "of_two" / "step_00000001")["files"]
+    assert sorted(files) == [".metadata", "__0_0.distcp", "__1_0.distcp"]
+
+
+def test_errors_in_saving_are_user_errors(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot save .*: .*file: .*; there is no earlier checkpoint"):
+        save_checkpoint(tmp_path / "file", small_state(1))

@@ -162,7 +162,7 @@ def test_a_broken_image_is_told_in_one_line(workers):
 
 
 def test_a_dead_worker_is_reported():
-    with pytest.raises(RuntimeError, match="worker.*(killed|exited)"):
+    with pytest.raises(UserError, match="a process that reads data died .*worker.*(killed|exited)"):
         next(training_batches(Faulty(lambda: os.kill(os.getpid(), signal.SIGKILL)), 5, seed=0, workers=1))
 
 

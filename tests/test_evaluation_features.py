@@ -10,15 +10,14 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from drifting import evaluate
-from drifting import train as training
+from drifting import evaluate, evaluation, evaluation_features, run_evaluation
 from drifting.archives import read_images, read_reference
 from drifting.cli import UserError
 from drifting.config import load_config
 from drifting.config_schema import EvaluationConfig
 from drifting.evaluation import open_evaluator
-from drifting.evaluation_features import open_features
-from drifting.evaluation_measures import fit_gaussian, inception_score
+from drifting.evaluation_features import INCEPTION_DIM, SPATIAL_DIM, Features, ImageFeatures, open_features
+from drifting.evaluation_measures import fit_gaussian, frechet_distance, inception_score
 from drifting.models import MAE, Classifier, DriftingDiT
 from drifting.pretrained import load_generator
 from drifting.run_directory import RunDirectory, write_model
@@ -58,7 +57,7 @@ def inception(tmp_path_factory, torchvision):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "digits"
-    assert train(load_config("digits", ["train.steps=2", *SMALL]), out) == 0
+    train(load_config("digits", ["train.steps=2", *SMALL]), out)
     return out
 
 
@@ -77,27 +76,46 @@ def report(capsys, *arguments: object) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
-def test_inception_measures(inception, tmp_path, capsys):
+def spatial_by_hand(network: nn.Module, images: np.ndarray, channels: int = 7) -> torch.Tensor:
+    """ADM's spatial features ``[N, 17 · 17 · channels]``: the first channels of what a block's branches give."""
+    caught = []
+    handle = network.Mixed_6e.register_forward_pre_hook(lambda module, inputs: caught.append(inputs[0]))
+    with torch.no_grad():
+        network(torch.from_numpy(images).permute(0, 3, 1, 2))
+    handle.remove()
+    first = caught[0].permute(0, 2, 3, 1).numpy()[..., :channels]  # of the 1 × 1 convolution
+    assert first.shape == (len(images), 17, 17, channels)
+    return torch.from_numpy(first.reshape(len(images), -1).copy())
+
+
+def distance_of_few(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Fréchet distance of few points: the root's trace is the nuclear norm of their products."""
+    mean = (a.double().mean(0) - b.double().mean(0)).square().sum()
+    a, b = ((part.double() - part.double().mean(0)) / (len(part) - 1) ** 0.5 for part in (a, b))
+    return float(mean + a.square().sum() + b.square().sum() - 2 * torch.linalg.matrix_norm(a @ b.T, "nuc"))
+
+
+def test_inception_measures(inception, tmp_path, capsys, monkeypatch):
     """On the command line, against an ADM-style batch with statistics of more images than it holds."""
     network, weights = inception
+    monkeypatch.setattr(evaluation_features, "SPATIAL_CHANNELS", 1)  # takes a fraction of the time of all seven
+    monkeypatch.setattr(evaluation, "SPATIAL_DIM", 289)
     real, generated = pictures(7, 0), pictures(5, 1)
     with torch.no_grad():
         real_points, _ = network(torch.from_numpy(real).permute(0, 3, 1, 2))
         points, logits = network(torch.from_numpy(generated).permute(0, 3, 1, 2))
     assert points.std(0).mean() > 1e-3 * points.abs().mean() > 0  # random weights tell the images apart
-    statistics = fit_gaussian(real_points.double().numpy())
+    real_spatial, spatial = spatial_by_hand(network, real, 1), spatial_by_hand(network, generated, 1)
+    whole, of_space = (fit_gaussian(part.double().numpy()) for part in (real_points, real_spatial))
     np.savez(
-        tmp_path / "adm.npz", arr_0=real[:4], mu=statistics.mean, sigma=statistics.covariance, mu_s=np.zeros(3),
-        sigma_s=np.eye(3),
+        tmp_path / "adm.npz", arr_0=real[:4], mu=whole.mean, sigma=whole.covariance, mu_s=of_space.mean,
+        sigma_s=of_space.covariance,
     )  # fmt: skip
     np.savez(tmp_path / "samples.npz", generated)
     measures = report(capsys, tmp_path / "samples.npz", "--reference", tmp_path / "adm.npz", "--features", weights)
     assert measures["num_samples"] == 5
-    # With few points the root's trace is the nuclear norm of their products.
-    a, b = ((part.double() - part.double().mean(0)) / (len(part) - 1) ** 0.5 for part in (points, real_points))
-    mean = (points.double().mean(0) - real_points.double().mean(0)).square().sum()
-    expected = mean + a.square().sum() + b.square().sum() - 2 * torch.linalg.matrix_norm(a @ b.T, "nuc")
-    assert measures["fid"] == pytest.approx(float(expected), rel=1e-4)
+    assert measures["fid"] == pytest.approx(distance_of_few(points, real_points), rel=1e-4)
+    assert measures["sfid"] == pytest.approx(distance_of_few(spatial, real_spatial), rel=1e-4)
     assert measures["inception_score"] == pytest.approx(inception_score(logits)[0], rel=1e-4)
     assert 0 <= measures["precision"] <= 1 and 0 <= measures["recall"] <= 1
 
@@ -105,8 +123,21 @@ def test_inception_measures(inception, tmp_path, capsys):
 def test_inception_takes_grey_images_as_rgb(inception):
     features = open_features(str(inception[1]))
     grey = pictures(2, 0, channels=1)
-    points, _ = features(grey)
-    torch.testing.assert_close(points, features(grey.repeat(3, axis=3))[0])
+    torch.testing.assert_close(features(grey).points, features(grey.repeat(3, axis=3)).points)
+
+
+def test_spatial_features_are_adms(inception, monkeypatch):
+    """Of several batches, and whatever the sample's size; no two features are alike."""
+    network, weights = inception
+    monkeypatch.setattr(evaluation_features, "BATCH", 2)
+    features = open_features(str(weights))
+    monkeypatch.undo()
+    images = pictures(3, 0, size=20)
+    seen = features(images)
+    expected = spatial_by_hand(network, images)
+    assert seen.spatial.shape == (3, SPATIAL_DIM) and seen.points.shape == (3, features.dim)
+    torch.testing.assert_close(seen.spatial, expected, rtol=1e-4, atol=1e-5)
+    assert expected.std(1).min() > 0.1 * expected.abs().mean() > 0
 
 
 def test_dinov2_class_token(tmp_path, torchvision):
@@ -120,7 +151,7 @@ def test_dinov2_class_token(tmp_path, torchvision):
     features = open_features(str(tmp_path))
     assert features.distance == "fd_dinov2" and features.dim == 24
     constant = np.full((1, 32, 32, 3), 51, np.uint8)  # which resizing leaves as it is
-    points, logits = features(constant)
+    points, logits, _ = features(constant)
     pixels = (0.2 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
     with torch.no_grad():
         hidden = model(pixels.view(1, 3, 1, 1).expand(1, 3, 224, 224)).last_hidden_state
@@ -148,7 +179,7 @@ def test_dinov2_is_given_normalised_images(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", SimpleNamespace(Dinov2Model=BrightestPixels))
     features = open_features("dinov2")
     bright = np.array([255, 51, 0], np.uint8) * np.ones((60, 7, 7, 1), np.uint8)  # more than a batch
-    points, logits = features(bright)
+    points, logits, _ = features(bright)
     assert points.shape == (60, features.dim) and logits is None and features.distance == "fd_dinov2"
     assert points[59].tolist() == pytest.approx([(1 - 0.485) / 0.229, (0.2 - 0.456) / 0.224, -0.406 / 0.225], abs=1e-4)
 
@@ -158,8 +189,8 @@ def test_features_of_an_autoencoder(tmp_path):
     write_model(RunDirectory(tmp_path), mae, {"data": "digits", "step": 1})
     features = open_features(str(tmp_path))
     images = pictures(3, 0, channels=1)
-    points, logits = features(images)
-    assert points.shape == (3, features.dim) and logits is None and features.classifier is None
+    points, logits, spatial = features(images)
+    assert points.shape == (3, features.dim) and logits is spatial is features.classifier is None
     x = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
     with torch.no_grad():
         result = mae(x, torch.arange(3), torch.zeros(3, 1, 8, 8))["cls_loss"]
@@ -191,7 +222,7 @@ def test_references_of_every_kind(tmp_path):
     np.savez(tmp_path / "images.npz", images, np.array([4, 5, 6]))
     np.savez(tmp_path / "statistics.npz", mu=mean, sigma=covariance)
     np.savez(tmp_path / "renamed.npz", ref_mu=mean, ref_sigma=covariance)
-    np.savez(tmp_path / "both.npz", arr_0=images, mu=mean, sigma=covariance)
+    np.savez(tmp_path / "both.npz", arr_0=images, mu=mean, sigma=covariance, mu_s=mean[:3], sigma_s=covariance[:3, :3])
     assert (read_reference(tmp_path / "images.npz").images == images).all()
     assert read_images(tmp_path / "images.npz")[1].tolist() == [4, 5, 6]
     assert read_images(tmp_path / "both.npz")[1] is None
@@ -199,7 +230,8 @@ def test_references_of_every_kind(tmp_path):
         reference = read_reference(tmp_path / f"{name}.npz")
         assert reference.statistics.mean.dtype == np.float64
         assert (reference.statistics.mean == mean).all() and (reference.statistics.covariance == covariance).all()
-        assert (reference.images is None) == (name != "both")
+        assert (reference.images is None) == (reference.spatial_statistics is None) == (name != "both")
+    assert reference.spatial_statistics.mean.tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -208,6 +240,8 @@ def test_references_of_every_kind(tmp_path):
         ({"mean": np.zeros(3)}, r"holds mean, expected statistics \(mu and sigma\), images \(arr_0\), or both"),
         ({}, "holds nothing, expected"),
         ({"mu": np.zeros(3)}, "holds mu: mu, but no sigma"),
+        ({"mu": np.zeros(3), "sigma": np.eye(3), "mu_s": np.zeros(3)}, "mu_s, but no sigma_s"),
+        ({"mu_s": np.zeros(3), "sigma_s": np.eye(3)}, r"holds mu_s, sigma_s, expected statistics \(mu and sigma\)"),
         ({"mu": np.zeros(3), "sigma": np.eye(4)}, r"mu is \[3\] and sigma \[4, 4\], expected \[D\] and \[D, D\]"),
         ({"arr_0": np.zeros((2, 3, 8, 8), np.uint8)}, r"arr_0 is uint8 \[2, 3, 8, 8\], expected uint8 \[N, H, W, C\]"),
         ({"arr_0": np.zeros((2, 8, 8, 3))}, "arr_0 is float64"),
@@ -237,6 +271,29 @@ def test_statistics_of_other_features_are_told(classifier, tmp_path):
     config = EvaluationConfig(features=str(classifier), reference=[str(tmp_path / "statistics.npz")])
     with pytest.raises(UserError, match="statistics are of 5 features, classifier has 16"):
         open_evaluator(config, None)
+
+
+def test_spatial_distance_to_images(tmp_path, monkeypatch):
+    """In the corner pixels, where the reference has no statistics."""
+
+    def network(x: torch.Tensor) -> Features:
+        return Features(x.float().mean((2, 3)), spatial=x[:, 0, :2, :2].flatten(1).float())
+
+    features = ImageFeatures("corners", "frechet_distance", 3, network, torch.device("cpu"))
+    monkeypatch.setattr(evaluation, "open_features", lambda source: features)
+    np.savez(tmp_path / "images.npz", pictures(60, 0))
+    evaluator = open_evaluator(EvaluationConfig("corners", [str(tmp_path / "images.npz")]), None)
+    real, generated = (pictures(60, seed) for seed in (0, 1))
+    expected = frechet_distance(*(fit_gaussian(part[:, :2, :2, 0].reshape(60, 4)) for part in (generated, real)))
+    assert evaluator(generated, None)["sfid"] == pytest.approx(expected, rel=1e-4)
+    assert evaluator(real, None)["sfid"] == pytest.approx(0, abs=1e-6)
+
+
+def test_spatial_statistics_of_other_features_are_told(inception, tmp_path):
+    zeros, covariance = np.zeros(INCEPTION_DIM), np.eye(INCEPTION_DIM)
+    np.savez(tmp_path / "reference.npz", mu=zeros, sigma=covariance, mu_s=np.zeros(3), sigma_s=np.eye(3))
+    with pytest.raises(UserError, match="statistics are of 3 features, inception has 2023"):
+        open_evaluator(EvaluationConfig(str(inception[1]), [str(tmp_path / "reference.npz")]), None)
 
 
 def test_statistics_and_images_may_be_in_two_files(classifier, tmp_path):
@@ -296,7 +353,7 @@ def test_training_is_measured_against_files(classifier, tmp_path, capsys):
         f"evaluation.features={classifier}", f"evaluation.reference={tmp_path / 'reference.npz'}",
         "evaluation.num_samples=80", "evaluation.cfg_scales=[1.0,2.0]", "train.steps=2",
     ]  # fmt: skip
-    assert train(load_config("digits", [*SMALL, *settings]), tmp_path / "run") == 0
+    train(load_config("digits", [*SMALL, *settings]), tmp_path / "run")
     assert "Frechet distance to the reference" in capsys.readouterr().out
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     measured = report(capsys, tmp_path / "run")  # everything as in training
@@ -334,8 +391,8 @@ def test_best_weights_are_kept(tmp_path, monkeypatch, capsys):
 
     def train_to(steps: int, *distances: float) -> Scripted:
         evaluator = Scripted(0.0, *distances)  # the first is a trial that counts for nothing
-        monkeypatch.setattr(training, "open_evaluator", lambda *args: evaluator)
-        assert train(load_config("digits", [*settings, f"train.steps={steps}"]), out) == 0
+        monkeypatch.setattr(run_evaluation, "open_evaluator", lambda *args: evaluator)
+        train(load_config("digits", [*settings, f"train.steps={steps}"]), out)
         assert not evaluator.distances
         return evaluator
 

@@ -3,11 +3,13 @@
 What is read must be usable, and reading must execute nothing, come to an end and take bounded memory.
 """
 
+import contextlib
 import gzip
 import io
 import json
 import os
 import pickle
+import shutil
 import struct
 import zipfile
 
@@ -15,6 +17,7 @@ import msgpack
 import numpy as np
 import pytest
 import torch
+from checkpoint_cases import bits, blank, forge, small_state, with_checksums
 from fuzzing import changes, damaged, edited, fuzzed, json_edits, json_values, watching
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -33,6 +36,8 @@ from drifting.models import MAE, Classifier, DriftingDiT
 from drifting.pretrained import load_mae, open_generator
 from drifting.release import METADATA, WEIGHTS, write_artifact
 from drifting.run_directory import RunDirectory, read_any, write_model
+from drifting.training.checkpoint import load_checkpoint, save_checkpoint
+from drifting.training.checkpoint_index import flat
 
 UINT8 = np.uint8
 
@@ -124,6 +129,81 @@ def test_weights_must_be_what_the_model_has(tmp_path):
     write_model(run, tiny_generator().half(), {"step": 1})
     with pytest.raises(UserError, match="is torch.float16 .*, expected torch.float32"):
         read_any(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------- checkpoints
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    """A folder with those of steps 1 and 2, and the files of the latter."""
+    for step in (1, 2):
+        save_checkpoint(tmp_path, small_state(step))
+    files = {path.name: path for path in (tmp_path / "step_00000002").iterdir()}
+    return tmp_path, {name: (path, path.read_bytes()) for name, path in files.items()}
+
+
+def load_quietly(folder, template):
+    with contextlib.redirect_stderr(io.StringIO()):  # where damage is reported
+        return load_checkpoint(folder, template)
+
+
+def test_damaged_checkpoints(checkpoints):
+    """One of step 2 is read if it is as it was; otherwise that of step 1, and refused for it here."""
+    folder, files = checkpoints
+    good = {step: bits(small_state(step)) for step in (1, 2)}
+
+    def load():
+        loaded = load_quietly(folder, blank(small_state(0)))
+        assert bits(loaded) == good[loaded["step"]]
+        if loaded["step"] == 1:
+            raise ValueError("damaged")
+
+    with watching("damaged checkpoint", ValueError) as watch:
+
+        @fuzzed
+        @given(st.sampled_from(sorted(files)), changes, st.integers(0, 10**6))
+        def fuzz(name, edits, place):
+            path, data = files[name]
+            place %= len(data)  # one bit, if there are no edits: anywhere
+            new = damaged(data, edits) if edits else data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :]
+            path.write_bytes(new)
+            _, refusal = watch.call(load)
+            path.write_bytes(data)
+            assert refusal is not None or new == data or name == "checkpoint.json"  # 1.0 and 1.00 are the same
+
+        watch.call(load)
+        fuzz()
+
+
+def check_state(state, template) -> None:
+    """Its tensors are those of the template, its values of the same kinds, or numbers of another, or None."""
+    leaves, expected = flat(state), flat(template)
+    assert list(leaves) == list(expected) and type(state["step"]) is int
+    for name, leaf in leaves.items():
+        kinds = {type(leaf), type(expected[name])}
+        assert leaf is expected[name] or len(kinds) == 1 or kinds == {int, float} or type(None) in kinds
+
+
+def test_forged_checkpoints(checkpoints):
+    """Whose checksums are right: read as what the trainer expects, or refused."""
+    folder, files = checkpoints
+    shutil.rmtree(folder / "step_00000001")
+    (path, data), index = files["__0_0.distcp"], json.loads(files["checkpoint.json"][1])["content"]
+    with watching("forged checkpoint", ValueError) as watch:
+
+        @fuzzed
+        @given(json_edits, changes | st.just([]))
+        @example([], [("set", 0, 0, pickle.dumps(Call(eval, "1")))])
+        def fuzz(edits, data_changes):
+            path.write_bytes(damaged(data, data_changes))
+            forge(path.parent, edited(with_checksums(path.parent, index), edits))
+            template = blank(small_state(0))
+            loaded, _ = watch.call(load_quietly, folder, template)
+            if loaded is not None:
+                check_state(loaded, template)
+
+        fuzz()
 
 
 # ------------------------------------------------------------------------------------------- models of the release
@@ -255,6 +335,8 @@ def test_npz_archives(tmp_path, reader):
         "arr_1": np.arange(2),
         "mu": np.zeros(3),
         "sigma": np.eye(3),
+        "mu_s": np.zeros(2),
+        "sigma_s": np.eye(2),
     }
     stored = {}
     for name, array in good.items():
@@ -288,8 +370,10 @@ def test_npz_archives(tmp_path, reader):
                 images, labels = read
                 assert images.dtype == UINT8 and images.ndim == 4 and images.size
                 assert labels is None or (labels.dtype == np.int64 and labels.min() >= 0)
-            elif read is not None and read.statistics is not None:
-                assert np.isfinite(read.statistics.mean).all() and np.isfinite(read.statistics.covariance).all()
+            elif read is not None:
+                for gaussian in (read.statistics, read.spatial_statistics):
+                    assert gaussian is None or np.isfinite(gaussian.mean).all()
+                    assert gaussian is None or np.isfinite(gaussian.covariance).all()
 
         fuzz()
 

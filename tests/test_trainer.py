@@ -241,18 +241,6 @@ def test_state_dict_continues_exactly():
         assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_state_of_a_version_with_one_average():
-    old, trainer, other = make_trainer(), make_trainer(), make_trainer(ema_decay=(0.999, 0.9999))
-    old.train_step(*batch())
-    state = old.state_dict()
-    del state["best_decay"]
-    state["ema"] = state.pop("averages")[0.999]
-    trainer.load_state_dict(state)
-    assert torch.equal(trainer.ema_model.final.proj.weight, old.model.final.proj.weight)  # the first step's average
-    with pytest.raises(ValueError, match=r"averages of decay \[0.999\], expected \[0.999, 0.9999\]"):
-        other.load_state_dict(state)
-
-
 # ------------------------------------------------------------------------------------------------------ epochs
 
 

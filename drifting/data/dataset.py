@@ -3,7 +3,9 @@
 import signal
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -115,15 +117,33 @@ class EndlessShuffle(Sampler[Draw]):
             epoch, offset = epoch + 1, 0
 
 
+class Batches(Sampler[list[Draw]]):
+    """The ``part`` of each ``batch_size`` draws of an endless ``order``."""
+
+    def __init__(self, order: EndlessShuffle, batch_size: int, part: slice) -> None:
+        self.order, self.batch_size, self.part = order, batch_size, part
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        draws = iter(self.order)
+        while True:
+            yield list(islice(draws, self.batch_size))[self.part]
+
+
 def training_batches(
-    split: Split, batch_size: int, seed: int, start: int = 0, workers: int = 0
+    split: Split,
+    batch_size: int,
+    seed: int,
+    start: int = 0,
+    workers: int = 0,
+    part: slice = slice(None),  # noqa: B008
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of samples ``[B, C, H, W]`` and labels ``[B]`` in the order of :class:`EndlessShuffle`, without end.
 
-    They depend on ``seed`` and ``start`` (samples drawn before) but not on ``workers``. Raises as :func:`load_batches`.
+    They depend on ``seed`` and ``start`` (samples drawn before) but not on ``workers``; only the ``part`` of each is
+    read. Raises as :func:`load_batches`.
     """
-    order = EndlessShuffle(len(split), seed, start)
-    return load_batches(DataLoader(split, batch_size, sampler=order, **worker_settings(workers)))
+    order = Batches(EndlessShuffle(len(split), seed, start), batch_size, part)
+    return load_batches(DataLoader(split, batch_sampler=order, **worker_settings(workers)))
 
 
 def worker_settings(workers: int) -> dict[str, Any]:
@@ -135,15 +155,28 @@ def load_batches(loader: DataLoader[Any]) -> Iterator[Any]:
     """The batches of ``loader``.
 
     Raises:
-        UserError: a sample cannot be read; the message is one line, whether a worker read it or this process.
-        RuntimeError: a worker died (from the DataLoader).
+        UserError: a sample cannot be read, or a worker died; the message is one line, whether a worker read it or this
+            process.
     """
     try:
-        yield from loader
+        with telling_of_dead_workers():
+            yield from loader
     except UserError as error:  # in a worker, the DataLoader puts the traceback before its message
         kind = type(error)
         reason = str(error).rstrip().splitlines()[-1].removeprefix(f"{kind.__module__}.{kind.__qualname__}: ")
         raise UserError(reason) from error
+
+
+@contextmanager
+def telling_of_dead_workers() -> Iterator[None]:
+    """Inside, a worker that died raises UserError: the DataLoader raises where it is noticed, in whatever is done."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        reason = str(error).partition("\n")[0].rstrip(". ")
+        raise UserError(f"a process that reads data died ({reason}): fewer data.workers need less memory") from error
 
 
 def _ignore_ctrl_c(worker: int) -> None:

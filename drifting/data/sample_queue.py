@@ -32,8 +32,9 @@ class RingBuffers:
         self.count = (self.count + added).clamp(max=self.size)
         self.head = (self.head + added) % self.size
 
-    def draw(self, row: Tensor, num: int, generator: torch.Generator | None) -> Tensor:
-        """``num`` samples ``[len(row), num, ...]`` of each buffer in ``row``, without repeats while they last.
+    def draw(self, row: Tensor, num: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """Rows and slots ``[len(row), num]`` of ``num`` samples of each buffer in ``row``, without repeats while they
+        last.
 
         A buffer that holds fewer gives every sample equally often, up to one.
         """
@@ -41,8 +42,12 @@ class RingBuffers:
         key = torch.rand(len(row), self.size, generator=generator)
         key.masked_fill_(torch.arange(self.size) >= count, 2.0)  # empty slots sort last
         slot = key.argsort(1).gather(1, torch.arange(num) % count)
-        device = self.samples.device
-        return self.samples[row.unsqueeze(1).to(device), slot.to(device)]
+        return row.unsqueeze(1).expand_as(slot), slot
+
+    def __getitem__(self, place: tuple[Tensor, Tensor]) -> Tensor:
+        """The samples in those rows and slots."""
+        row, slot = place
+        return self.samples[row.to(self.samples.device), slot.to(self.samples.device)]
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"samples": self.samples, "count": self.count, "head": self.head}
@@ -117,7 +122,13 @@ class SampleQueue:
         self.by_class.push(samples, labels)
         self.unconditional.push(samples, torch.zeros_like(labels))
 
-    def sample(self, labels: Tensor, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
+    def sample(
+        self,
+        labels: Tensor,
+        num_samples: int,
+        generator: torch.Generator | None = None,
+        part: slice = slice(None),  # noqa: B008
+    ) -> Tensor:
         """Samples ``[L, num_samples, *latent_shape]`` of the classes ``labels [L]``, without replacement.
 
         A class that holds fewer than ``num_samples`` repeats its samples, each equally often up to one.
@@ -126,6 +137,7 @@ class SampleQueue:
             labels: integer labels; one that occurs twice is drawn for twice, independently.
             num_samples: how many of each.
             generator: CPU generator of the choice.
+            part: of the labels whose samples are returned; they are chosen for all.
 
         Raises:
             ValueError: a label out of range, or one that has no sample yet.
@@ -134,17 +146,25 @@ class SampleQueue:
         empty = labels[self.by_class.count[labels] == 0]
         if len(empty):
             raise ValueError(f"no samples of class {int(empty[0])} in the queue yet: add() some before sampling it")
-        return self.by_class.draw(labels, num_samples, generator)
+        row, slot = self.by_class.draw(labels, num_samples, generator)
+        return self.by_class[row[part], slot[part]]
 
-    def sample_unconditional(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
-        """Samples ``[num_samples, *latent_shape]`` of any class, without replacement while they last.
+    def sample_unconditional(
+        self,
+        num_samples: int,
+        generator: torch.Generator | None = None,
+        part: slice = slice(None),  # noqa: B008
+    ) -> Tensor:
+        """Samples ``[num_samples, *latent_shape]`` of any class, without replacement while they last, or the ``part``
+        of them.
 
         Raises:
             ValueError: the queue is empty.
         """
         if not self.unconditional.count.item():
             raise ValueError("the queue is empty: add() samples before drawing from it")
-        return self.unconditional.draw(torch.zeros(1, dtype=torch.long), num_samples, generator).squeeze(0)
+        row, slot = self.unconditional.draw(torch.zeros(1, dtype=torch.long), num_samples, generator)
+        return self.unconditional[row[0, part], slot[0, part]]
 
     def state_dict(self) -> dict[str, Any]:
         return {"by_class": self.by_class.state_dict(), "unconditional": self.unconditional.state_dict()}

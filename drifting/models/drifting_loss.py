@@ -3,11 +3,14 @@
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import drift_ops
 from drift_ops.reference import unit_drift
 
+from ..utils.stopwatch import Stopwatch
+from .convnext import load_convnext
 from .feature_extractor import (
     FeatureExtractor,
     FeatureMaps,
@@ -23,8 +26,8 @@ class DriftingLoss(nn.Module):
     """Loss whose gradient moves generated samples along the drifting field of their label group.
 
     Args:
-        feature_extractor: 'latent', 'resnet18', 'pixels', several of these names in a list, or a module from images
-            ``[B, C, H, W]`` to maps ``{name: [B, T, D]}``, which is frozen here.
+        feature_extractor: 'latent', 'resnet18', 'pixels', 'convnext_v2', several of these names in a list, or a module
+            from images ``[B, C, H, W]`` to maps ``{name: [B, T, D]}``, which is frozen here.
         temperatures: bandwidths of the kernel, each > 0: R of the paper's field, sigma of the Gaussian one.
         normalize_features, normalize_drift: part of the method for ``field='paper'``, where both must be True; optional
             for ``field='gaussian'``.
@@ -35,12 +38,17 @@ class DriftingLoss(nn.Module):
         in_chans: image channels of the extractors built here ('latent', 'resnet18').
         backend: of :mod:`drift_ops`; None picks the best available.
         bf16: run the extractor under bfloat16 autocast and keep its maps in bfloat16; the field stays float32.
+        process_group: of ranks that have labels each; the statistics of the paper's field are over all of them, and
+            the mean of their losses, weighted by labels, is the loss.
 
     Raises:
         ValueError: an unknown name, or a flag that the field does not have.
+
+    With a ``stopwatch``, forward and backward enter the phases "encoder", the extractor's, and "operator".
     """
 
     softmax_temperature = 1.0  # T of the Gaussian field
+    stopwatch: Stopwatch | None = None
 
     def __init__(
         self,
@@ -53,6 +61,7 @@ class DriftingLoss(nn.Module):
         in_chans: int = 4,
         backend: str | None = None,
         bf16: bool = False,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         if field not in FIELDS:
@@ -66,6 +75,7 @@ class DriftingLoss(nn.Module):
         self.temperatures = tuple(float(t) for t in temperatures)
         self.normalize_features, self.normalize_drift = normalize_features, normalize_drift
         self.field, self.affinity_floor, self.backend, self.bf16 = field, affinity_floor, backend, bf16
+        self.process_group = process_group
 
     def train(self, mode: bool = True) -> "DriftingLoss":
         super().train(mode)
@@ -117,11 +127,15 @@ class DriftingLoss(nn.Module):
             gen, pos, neg: of the generated, the real, and the unconditional images.
             weight: ``[L, U]``, of the unconditional images.
         """
+        if self.stopwatch is not None:
+            self.stopwatch.enter("operator")
         return self._gaussian(gen, pos) if self.field == "gaussian" else self._paper(gen, pos, neg, weight)
 
     def groups(self, images: Tensor) -> FeatureMaps:
         """Maps of ``[L, n, C, H, W]`` images as groups ``[L·T, n, D]``, one forward pass of the extractor."""
         L, n = images.shape[:2]
+        if self.stopwatch is not None:
+            self.stopwatch.enter("encoder")
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
             maps = self.feature_extractor(images.flatten(0, 1))
         groups = {}
@@ -133,6 +147,8 @@ class DriftingLoss(nn.Module):
                 )
             feature = feature.bfloat16() if self.bf16 else feature  # of some operations autocast leaves float32
             groups[name] = feature.unflatten(0, (L, n)).transpose(1, 2).flatten(0, 1)
+            if self.stopwatch is not None:
+                self.stopwatch.enter_at_gradient(groups[name], "encoder")
         return groups
 
     def _paper(
@@ -142,7 +158,8 @@ class DriftingLoss(nn.Module):
         weights = [weight.repeat_interleave(g.shape[0] // L, dim=0) for g in neg.values()]  # one row a location
         losses, infos = drift_ops.drift_loss(
             list(gen.values()), list(pos.values()), list(neg.values()), weight_neg=weights,
-            R_list=self.temperatures, affinity_floor=self.affinity_floor, backend=self.backend,
+            R_list=self.temperatures, affinity_floor=self.affinity_floor, process_group=self.process_group,
+            backend=self.backend,
         )  # fmt: skip
         loss = torch.stack([group_losses.mean() for group_losses in losses]).sum()
         names = [f"{name}/lambda_{R}" for name in gen for R in self.temperatures]
@@ -211,7 +228,11 @@ def build_extractor(extractor: str | Sequence[str] | nn.Module, in_chans: int) -
         return PixelFeatureExtractor()
     if extractor == "resnet18":
         return FeatureExtractor(in_chans)
-    raise ValueError(f"feature_extractor is {extractor!r}, expected 'latent', 'pixels', 'resnet18' or an nn.Module")
+    if extractor == "convnext_v2":
+        return load_convnext(in_chans)
+    raise ValueError(
+        f"feature_extractor is {extractor!r}, expected 'latent', 'pixels', 'resnet18', 'convnext_v2' or an nn.Module"
+    )
 
 
 def _as_label_groups(x_gen: Tensor, x_real: Tensor, x_uncond: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

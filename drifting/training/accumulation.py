@@ -6,6 +6,7 @@ loss of all of them and its gradient by them, at once; then each part again, wit
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -22,8 +23,10 @@ def backward_in_parts(
     num_real: int,
     weight: Tensor,
     labels_per_part: int,
+    share: float,
+    backward_part: Callable[[bool], AbstractContextManager[None]],
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Add the gradient of the loss to the generator's parameters, as ``loss.backward()`` in one step would.
+    """Add the gradient of the loss to the generator's parameters, as ``(loss * share).backward()`` would.
 
     Args:
         loss_fn: the loss.
@@ -31,16 +34,19 @@ def backward_in_parts(
         fixed: real images ``[L, P + U, C, H, W]``, the ``num_real`` = P of each label, then unconditional ones.
         weight: ``[L, U]``, of the unconditional images.
         labels_per_part: labels whose generator and extractor activations are held at once.
+        share: factor of the gradient.
+        backward_part: what a part's forward and backward are inside of, given whether it is the last.
 
     Returns:
         The generated images ``[L, G, C, H, W]``, the loss, and what it reports, all detached.
     """
     parts = [slice(at, at + labels_per_part) for at in range(0, len(fixed), labels_per_part)]
-    images, gradients, loss, info = _loss_and_gradients(loss_fn, generate, fixed, num_real, weight, parts)
+    images, gradients, loss, info = _loss_and_gradients(loss_fn, generate, fixed, num_real, weight, parts, share)
     for part in parts:
-        groups = loss_fn.groups(generate(part))
-        rows = {name: gradient.unflatten(0, (len(fixed), -1))[part] for name, gradient in gradients.items()}
-        torch.autograd.backward(list(groups.values()), [rows[name].flatten(0, 1) for name in groups])
+        with backward_part(part is parts[-1]):
+            groups = loss_fn.groups(generate(part))
+            rows = {name: gradient.unflatten(0, (len(fixed), -1))[part] for name, gradient in gradients.items()}
+            torch.autograd.backward(list(groups.values()), [rows[name].flatten(0, 1) for name in groups])
     return images, loss, info
 
 
@@ -51,8 +57,9 @@ def _loss_and_gradients(
     num_real: int,
     weight: Tensor,
     parts: list[slice],
+    share: float,
 ) -> tuple[Tensor, FeatureMaps, Tensor, dict[str, Tensor]]:
-    """Generated images, the loss's gradient by each of their feature maps, the loss and what it reports.
+    """Generated images, ``share`` of the loss's gradient by each of their feature maps, the loss and what it reports.
 
     Memory's peak is here: the features of all labels, each once, and the gradients.
     """
@@ -70,7 +77,7 @@ def _loss_and_gradients(
             _put(uncond, neg, part, L)
     leaves = [groups.requires_grad_() for groups in gen.values()]
     loss, info = loss_fn.of_groups(gen, pos, neg, weight)
-    gradients = dict(zip(gen, torch.autograd.grad(loss, leaves), strict=True))
+    gradients = dict(zip(gen, torch.autograd.grad(loss * share, leaves), strict=True))
     return torch.cat(images), gradients, loss.detach(), info
 
 

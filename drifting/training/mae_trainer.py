@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..models import MAE
-from .trainer import BETAS, warmup_then_cosine
-
-STATEFUL = ("model", "ema", "optimizer", "scheduler")
+from ..ranks import Ranks
+from ..utils.stopwatch import Stopwatch
+from .parallel import distribute, load_optimizer_state, optimizer_state
+from .trainer import BETAS, load_schedule, step_unless, warmup_then_cosine
 
 
 class MAETrainer:
@@ -33,8 +34,14 @@ class MAETrainer:
         bf16: run the model under bfloat16 autocast; weights, optimiser and losses stay float32.
         seed: all randomness of step n derives from (seed, n). Every step seeds torch's global generators, which
             dropout draws from, so that a resumed run repeats an uninterrupted one.
+        ranks: processes that take each step together, each with its share of the images. Without dropout the step is
+            the same at any number of them, up to rounding.
 
-    ``step`` counts the steps taken.
+    ``step`` counts the steps taken. ``stopwatch`` knows how long their phases took: "model", "communication" of
+    metrics, "optimizer" and average, and between steps "data".
+
+    A step whose loss or gradient is not finite leaves weights and optimizer as they are, and counts in
+    ``skipped_steps``, a 0-d tensor.
     """
 
     def __init__(
@@ -56,19 +63,24 @@ class MAETrainer:
         max_grad_norm: float = 2.0,
         bf16: bool = False,
         seed: int = 0,
+        ranks: Ranks | None = None,
     ) -> None:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model = model.to(self.device)
         self.mask_ratio_range, self.lambda_cls = mask_ratio_range, lambda_cls
         self.finetune_start, self.finetune_warmup_steps = steps - finetune_steps, finetune_warmup_steps
         self.finetune_lambda_cls, self.max_grad_norm = finetune_lambda_cls, max_grad_norm
-        self.bf16, self.seed = bf16, seed
+        self.bf16, self.seed, self.ranks = bf16, seed, ranks or Ranks()
         self.optimizer = torch.optim.AdamW(
             model.parameters(), learning_rate, BETAS, weight_decay=weight_decay, fused=True
         )
         self.scheduler = warmup_then_cosine(self.optimizer, warmup_steps, steps if cosine_decay else None)
         self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay)).requires_grad_(False)
+        self.distributed_model = distribute(model, [], self.ranks, sharded=False)
         self.step = 0
+        self.skipped_steps = torch.zeros((), dtype=torch.long, device=self.device)
+        self.images_per_step = 0  # of the last one, on all ranks
+        self.stopwatch = Stopwatch(self.device)
 
     @property
     def ema_model(self) -> MAE:
@@ -83,36 +95,66 @@ class MAETrainer:
         return self.finetune_lambda_cls * min(1.0, since / max(1, self.finetune_warmup_steps))
 
     def train_step(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """One optimiser step on images ``[B, C, H, W]`` and labels ``[B]``.
+        """One optimiser step on images ``[B, C, H, W]`` and labels ``[B]``, as many on each rank.
 
         Returns:
-            0-d tensors, left on the device: the means of ``loss``, ``recon_loss`` and ``cls_loss``; ``lambda_cls``;
-            ``grad_norm`` before clipping.
+            0-d tensors, left on the device and the same on all ranks: the means of ``loss``, ``recon_loss`` and
+            ``cls_loss``; ``lambda_cls``; ``grad_norm`` before clipping; ``skipped_steps``.
         """
-        torch.manual_seed(int(np.random.SeedSequence([self.seed, self.step]).generate_state(1)[0]))
-        images, labels = images.to(self.device), labels.to(self.device)
-        least, greatest = self.mask_ratio_range
+        self.stopwatch.enter("model")
+        self.images_per_step = len(images) * self.ranks.size
+        images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
         share = torch.full((), self.lambda_at(self.step), device=self.device)
         self.model.train()
-        mask = self.model.random_mask(images, least, greatest)
+        mask = self._draw_mask(images)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            losses = self.model(images, labels, mask, share)
-        means = {name: loss.mean() for name, loss in losses.items()}
+            losses = self.distributed_model(images, labels, mask, share)
         self.optimizer.zero_grad()
-        means["loss"].backward()
+        losses["loss"].mean().backward()
+        self.stopwatch.enter("communication")
+        means = self.ranks.sum(torch.stack([loss.detach().mean() for loss in losses.values()])) / self.ranks.size
+        metrics = dict(zip(losses, means.unbind(), strict=True))
+        self.stopwatch.enter("optimizer")
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
-        self.optimizer.step()
+        skip = ~(metrics["loss"] + grad_norm).isfinite()
+        step_unless(skip, self.optimizer)
+        self.skipped_steps += skip
         self.scheduler.step()
         self.ema.update_parameters(self.model)
         self.step += 1
-        return {name: mean.detach() for name, mean in means.items()} | {"lambda_cls": share, "grad_norm": grad_norm}
+        self.stopwatch.enter("data")
+        return metrics | {"lambda_cls": share, "grad_norm": grad_norm, "skipped_steps": self.skipped_steps.clone()}
+
+    def _draw_mask(self, images: Tensor) -> Tensor:
+        """Of this rank's images; leaves torch's generators, which dropout draws from, at a seed of this step and rank.
+
+        Masks are drawn for the images of all ranks, on each.
+        """
+        whole = images[:1].expand(len(images) * self.ranks.size, -1, -1, -1)
+        least, greatest = self.mask_ratio_range
+        seeds = np.random.SeedSequence([self.seed, self.step]).generate_state(1 + self.ranks.size).tolist()
+        torch.manual_seed(seeds[0])
+        masks = self.model.random_mask(whole, least, greatest)
+        if self.ranks.rank:  # the first goes on where the masks ended, as one rank alone would
+            torch.manual_seed(seeds[self.ranks.rank])
+        return masks[self.ranks.share(len(masks))]
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that shapes the rest of the run."""
-        return {name: getattr(self, name).state_dict() for name in STATEFUL} | {"step": self.step}
+        """Everything that shapes the rest of the run: tensors, and values of JSON."""
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": optimizer_state(self.model, self.optimizer),
+            "scheduler": self.scheduler.state_dict(),
+            "skipped_steps": self.skipped_steps,
+            "step": self.step,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict` of a trainer that was created with the same arguments."""
-        for name in STATEFUL:
-            getattr(self, name).load_state_dict(state[name])
+        self.model.load_state_dict(state["model"])
+        self.ema.load_state_dict(state["ema"])
+        load_optimizer_state(self.model, self.optimizer, state["optimizer"])
+        load_schedule(self.scheduler, state["scheduler"])
+        self.skipped_steps.copy_(state["skipped_steps"])
         self.step = state["step"]

@@ -1,0 +1,115 @@
+"""The processes that train together: those that torchrun started, or one alone."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+PATIENCE = timedelta(days=1)  # for rank 0 to evaluate, while the others wait
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of the run; by default it is alone, and nothing is communicated.
+
+    ``group`` is for tensors on any device, ``host`` for what is decided on the host. All ranks call a method that
+    communicates, together.
+    """
+
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+    host: dist.ProcessGroup | None = None
+
+    @property
+    def main(self) -> bool:
+        """Whether this is rank 0, which evaluates and writes."""
+        return self.rank == 0
+
+    def share(self, count: int) -> slice:
+        """This rank's part of ``count`` items; parts are in the order of ranks and differ by one item at most."""
+        return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+
+    def gather(self, part: Tensor) -> Tensor:
+        """The parts of all ranks, of one shape, one after another."""
+        if self.size == 1:
+            return part
+        whole = part.new_empty(self.size * part.shape[0], *part.shape[1:])
+        dist.all_gather(list(whole.chunk(self.size)), part.contiguous(), group=self.group)
+        return whole
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of ``values`` over the ranks."""
+        if self.size > 1:
+            values = values.clone()
+            dist.all_reduce(values, group=self.group)
+        return values
+
+    def greatest(self, number: int) -> int:
+        """The greatest ``number`` of any rank, between hosts."""
+        if self.size == 1:
+            return number
+        greatest = torch.tensor(number)
+        dist.all_reduce(greatest, dist.ReduceOp.MAX, group=self.host)
+        return int(greatest)
+
+    def from_main(self, value: T) -> T:
+        """The ``value`` of rank 0, between hosts."""
+        if self.size == 1:
+            return value
+        values: list[Any] = [value]
+        dist.broadcast_object_list(values, src=0, group=self.host)
+        return values[0]
+
+    def on_main(self, action: Callable[[], T]) -> T | None:
+        """What ``action`` returns on rank 0, which alone does it; None on the others, which wait.
+
+        What it raises there ends the others too, without a word.
+        """
+        error: Exception | None = None
+        result = None
+        if self.main:
+            try:
+                result = action()
+            except Exception as raised:
+                error = raised
+        status = self.from_main(None if error is None else getattr(error, "status", 1))
+        if error is not None:
+            raise error
+        if status is not None:
+            raise SystemExit(status)
+        return result
+
+    def stop(self, error: Exception) -> NoReturn:
+        """Raise ``error``, which all ranks have come to; the others than rank 0 end without a word."""
+        if self.main:
+            raise error
+        raise SystemExit(getattr(error, "status", 1))
+
+
+@contextmanager
+def join_ranks() -> Iterator[Ranks]:
+    """Meet the other processes, if torchrun started this one among several, and part from them in the end.
+
+    Each process has a GPU of its own, by its local rank, or where there are none the CPU.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield Ranks()
+        return
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    try:
+        host = dist.new_group(backend="gloo", timeout=PATIENCE)
+        yield Ranks(dist.get_rank(), dist.get_world_size(), dist.group.WORLD, host)
+    finally:
+        dist.destroy_process_group()

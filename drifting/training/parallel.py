@@ -1,0 +1,85 @@
+"""One generator on several ranks: a replica on each (DDP), or a shard of every parameter (FSDP2)."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from ..models import DriftingDiT
+from ..models.build import build_on_meta
+from ..ranks import Ranks
+
+
+def distribute(model: nn.Module, averages: Iterable[nn.Module], ranks: Ranks, sharded: bool) -> nn.Module:
+    """What training calls in place of ``model``, whose gradients are then means over the ranks.
+
+    With ``sharded``, each rank keeps a shard of every parameter of ``model``, block by block, and of its ``averages``,
+    which become so in place.
+    """
+    if ranks.group is None:
+        return model
+    if not sharded:
+        return DistributedDataParallel(model, process_group=ranks.group)
+    mesh = DeviceMesh.from_group(ranks.group, next(model.parameters()).device.type)
+    for module in (model, *averages):
+        for block in module.get_submodule("blocks").children():
+            fully_shard(block, mesh=mesh)
+        fully_shard(module, mesh=mesh)
+    return model
+
+
+@contextmanager
+def averaging_gradients(model: nn.Module, averaging: bool) -> Iterator[None]:
+    """Whether a backward inside takes the mean of the gradients over the ranks, or only adds to this rank's.
+
+    ``model`` is what :func:`distribute` returned; forward and backward are both inside.
+    """
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(averaging)
+    adding_replica = isinstance(model, DistributedDataParallel) and not averaging
+    with cast(DistributedDataParallel, model).no_sync() if adding_replica else nullcontext():
+        yield
+
+
+def unsharded(model: DriftingDiT) -> DriftingDiT:
+    """``model``, or where it is in shards a copy with all weights on every rank; all ranks call this."""
+    if not isinstance(model, FSDPModule):
+        return model
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    with torch.no_grad():
+        copy: DriftingDiT = build_on_meta(DriftingDiT, model.config)
+        copy.load_state_dict(weights, assign=True)
+    return copy.requires_grad_(False).eval()
+
+
+def whole_tensor(value: Tensor) -> Tensor:
+    """``value`` itself, or what its shards make up; all ranks call this."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimizer's state by names of parameters, in shards where these are; zeros before the first step."""
+    fresh = not optimizer.state
+    state = cast(dict[str, Any], get_optimizer_state_dict(model, optimizer)["state"])
+    if fresh:  # it was made by a step that changed nothing but was counted
+        for of_parameter in optimizer.state.values():
+            of_parameter["step"].zero_()
+    return state
+
+
+def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Continue from :func:`optimizer_state` of an optimizer with the same settings."""
+    groups = get_optimizer_state_dict(model, optimizer)["param_groups"]
+    set_optimizer_state_dict(model, optimizer, {"state": state, "param_groups": groups})

@@ -1,0 +1,182 @@
+"""One, two and four ranks take the same steps: gloo, four processes, one spawn for all."""
+
+import subprocess
+import sys
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from run_records import read_records
+from safetensors.torch import load_file
+
+from drifting.cli import UserError
+from drifting.config import load_config
+from drifting.models import MAE, DriftingDiT
+from drifting.ranks import Ranks
+from drifting.run_directory import RunDirectory
+from drifting.train import main as command_line
+from drifting.training import MAETrainer, create_trainer
+from drifting.training.parallel import unsharded
+from drifting.training_run import opened_run
+
+STEPS, BATCH, CLASSES = 20, 16, 6
+MAE_STEPS = 2  # an encoder's ReLUs turn differences of rounding into others soon
+RUNS = {  # settings of trainers, the numbers of ranks that they are tried with
+    "ddp": ({}, (2, 4)),
+    "fsdp": ({"fsdp": True}, (2, 4)),
+    "ddp, uneven": ({"labels_per_step": 5}, (2, 4)),
+    "ddp, in parts": ({"labels_at_once": 1}, (2,)),
+    "fsdp, in parts, checkpointing": ({"fsdp": True, "labels_at_once": 1, "activation_checkpointing": True}, (2,)),
+}
+
+
+class Patches(torch.nn.Module):
+    """Maps of all pixels, and of 16 patches behind a convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolution = torch.nn.Conv2d(2, 12, 2, stride=2)
+
+    def forward(self, x):
+        return {"pixels": x.flatten(1).unsqueeze(1), "patches": self.convolution(x).tanh().flatten(2).transpose(1, 2)}
+
+
+def make_trainer(ranks, **settings):
+    torch.manual_seed(0)
+    model = DriftingDiT(
+        img_size=8, patch_size=2, in_chans=2, num_classes=CLASSES, embed_dim=16, depth=2, num_heads=2,
+        num_style_tokens=2, style_vocab=4, n_cls_tokens=1,
+    )  # fmt: skip
+    for name, parameter in model.named_parameters():  # otherwise most gradients are 0 at first
+        if "modulation" in name or "proj" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    defaults = dict(
+        feature_extractor=Patches(), temperatures=(0.2, 0.5),
+        learning_rate=1e-3, device="cpu", queue_size=8, labels_per_step=4, gen_per_label=6, pos_per_label=5,
+        uncond_per_label=3, uncond_prob=0.3, cfg_scale_range=(1.0, 3.0), warmup_steps=5, decay_steps=STEPS,
+        ema_decay=(0.5, 0.9),
+    )  # fmt: skip
+    return create_trainer(model, ranks=ranks, **(defaults | settings))
+
+
+def batch(step: int, ranks: Ranks) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    labels = torch.randint(CLASSES, (BATCH,), generator=generator)
+    images = torch.randn(BATCH, 2, 8, 8, generator=generator) * 0.3 + labels.view(-1, 1, 1, 1) / CLASSES
+    part = ranks.share(BATCH)
+    return images[part], labels[part]
+
+
+def train(trainer):
+    """Metrics of each step, and at the end weights, averages and queue."""
+    metrics = [trainer.train_step(*batch(step, trainer.ranks)) for step in range(STEPS)]
+    weights = [dict(model.state_dict()) for model in (unsharded(trainer.model), *trainer.ema_models.values())]
+    return metrics, weights, trainer.sample_queue.state_dict()
+
+
+def pretrain(trainer):
+    metrics = [trainer.train_step(*batch(step, trainer.ranks)) for step in range(MAE_STEPS)]
+    return metrics, [dict(trainer.model.state_dict()), dict(trainer.ema_model.state_dict())], {}
+
+
+def make_mae_trainer(ranks):
+    torch.manual_seed(0)
+    model = MAE(2, base_channels=32, layers=(1, 1, 1, 1), num_classes=CLASSES)
+    settings = dict(mask_ratio_range=(0.3, 0.7), lambda_cls=0.1, learning_rate=1e-3, warmup_steps=5, device="cpu")
+    return MAETrainer(model, STEPS, ranks=ranks, **settings)
+
+
+def worker(rank: int, directory: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=4)
+    groups = {size: dist.new_group(range(size), timeout=timedelta(minutes=2)) for size in (2, 4)}
+    results = {}
+    for size, group in groups.items():
+        if rank < size:
+            ranks = Ranks(rank, size, group, group)
+            for name, (settings, sizes) in RUNS.items():
+                if size in sizes:
+                    results[name, size] = train(make_trainer(ranks, **settings))
+            results["mae", size] = pretrain(make_mae_trainer(ranks))
+    torch.save(results, f"{directory}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def of_ranks(tmp_path_factory):
+    """Results of every rank, by name and number of ranks."""
+    directory = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(worker, (str(directory),), nprocs=4)
+    ranks = [torch.load(directory / f"{rank}.pt") for rank in range(4)]
+    return {key: [results[key] for results in ranks[: key[1]]] for key in ranks[0]}
+
+
+def assert_same(results, expected):
+    (metrics, weights, queue), (expected_metrics, expected_weights, expected_queue) = results, expected
+    for step, (got, want) in enumerate(zip(metrics, expected_metrics, strict=True)):
+        assert got.keys() == want.keys()
+        for name in want:
+            torch.testing.assert_close(got[name], want[name], rtol=1e-5, atol=1e-7, msg=f"{name}, step {step}")
+    for got, want in zip(weights, expected_weights, strict=True):
+        assert got.keys() == want.keys()
+        a, b = (torch.cat([tensor.flatten().double() for tensor in w.values()]) for w in (got, want))
+        assert (a - b).norm() <= 1e-5 * b.norm()
+    torch.testing.assert_close(queue, expected_queue, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name, size", [(name, size) for name, (_, sizes) in RUNS.items() for size in sizes])
+def test_ranks_take_the_same_steps(of_ranks, name, size):
+    """Statistics, losses, weights and queues, on every rank, are those of one process, up to rounding."""
+    torch.set_num_threads(1)
+    settings = {key: value for key, value in RUNS[name][0].items() if key != "fsdp"}
+    expected = train(make_trainer(Ranks(), **settings))
+    moved = expected[1][0]["final.proj.weight"] - expected[1][1]["final.proj.weight"]
+    assert moved.abs().max() > 1e-5 and all(any("/scale" in key for key in metrics) for metrics in expected[0])
+    for results in of_ranks[name, size]:
+        assert_same(results, expected)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_pretrain_alike(of_ranks, size):
+    expected = pretrain(make_mae_trainer(Ranks()))
+    for results in of_ranks["mae", size]:
+        assert_same(results, expected)
+
+
+def test_ranks_without_a_label_are_refused():
+    with pytest.raises(ValueError, match="labels_per_step is 4, expected at least the 8 ranks"):
+        make_trainer(Ranks(0, 8))
+    with pytest.raises(ValueError, match="labels_per_step is 4, expected a multiple of the 3 ranks"):
+        make_trainer(Ranks(0, 3), labels_at_once=1)
+
+
+def test_torchrun_and_going_on_alone(tmp_path):
+    """Two processes with shards, then one: the run is that of one process. Cosine decay is off: steps change."""
+    tiny = [
+        "model.patch_size=4", "model.embed_dim=16", "model.depth=1", "model.num_heads=2", "model.num_style_tokens=2",
+        "step.gen_per_label=6", "step.pos_per_label=8", "train.batch_size=40", "train.log_every=1",
+        "loss.temperatures=[0.5]", "optimizer.cosine_decay=false",
+    ]  # fmt: skip
+    train = ["-m", "drifting.train", "--out", str(tmp_path / "two"), *tiny]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    result = subprocess.run([*torchrun, *train, "train.steps=3", "step.fsdp=true"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("Frechet distance to the test images") == 1
+    command_line([*train[2:], "train.steps=5"])
+    command_line(["--out", str(tmp_path / "one"), *tiny, "train.steps=5"])
+    one, two = (read_records(tmp_path / name) for name in ("one", "two"))
+    assert [record["step"] for record in two] == [1, 2, 3, 4, 5]
+    for a, b in zip(one, two, strict=True):
+        assert a["scale"] == pytest.approx(b["scale"], rel=1e-5) and a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")]
+    a, b = (torch.cat([tensor.flatten().double() for tensor in w.values()]) for w in weights)
+    assert (a - b).norm() <= 1e-5 * a.norm()
+
+
+def test_ranks_that_cannot_share_are_told(tmp_path):
+    config = load_config("digits", ["train.batch_size=40"])
+    with pytest.raises(UserError, match="train.batch_size is 40, expected a multiple of the 3 ranks"):
+        with opened_run(RunDirectory(tmp_path), config, Ranks(0, 3)):
+            pass

@@ -1,0 +1,135 @@
+"""Runs that go on from their checkpoints."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import yaml
+from checkpoint_cases import content_of, read_tensors, same_checkpoints
+from run_records import read_records
+from safetensors.torch import load_file
+
+from drifting.cli import UserError
+from drifting.config import load_config
+from drifting.train import train
+
+TINY = [
+    "model.patch_size=4", "model.embed_dim=16", "model.depth=1", "model.num_heads=2", "model.num_style_tokens=2",
+    "step.gen_per_label=4", "step.pos_per_label=8", "train.batch_size=40", "train.log_every=1", "train.eval_every=0",
+    "guidance.uncond_prob=0.5", "train.save_every=3", "train.steps=6",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of 6 steps with checkpoints at 3 and 6."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    train(load_config("digits", TINY), out)
+    return out
+
+
+def test_resumed_run_equals_an_uninterrupted_one(finished, tmp_path):
+    out = tmp_path / "resumed"
+    shutil.copytree(finished, out)
+    shutil.rmtree(out / "checkpoints" / "step_00000006")
+    (out / "model.safetensors").unlink()
+    with (out / "metrics.jsonl").open("ab") as file:
+        file.write(b'7\n[1]\n{"step": "x"}\n\x00\xff\n{"step": 7, "los')  # not records; the last cut short by a crash
+    train(load_config("digits", TINY), out)
+    assert read_records(out) == read_records(finished)
+    assert (out / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
+    last = [folder / "checkpoints" / "step_00000006" for folder in (finished, out)]
+    assert same_checkpoints(*last)
+    assert "sample_queue/by_class/samples" in read_tensors(last[0])
+
+
+def test_goes_on_from_the_one_before_a_damaged_checkpoint(finished, tmp_path, capfd):
+    out = tmp_path / "damaged"
+    shutil.copytree(finished, out)
+    file = out / "checkpoints" / "step_00000006" / "__0_0.distcp"
+    file.write_bytes(file.read_bytes()[:-1])
+    train(load_config("digits", TINY), out)
+    assert "step_00000006 is damaged and left out: __0_0.distcp has " in capfd.readouterr().err
+    assert same_checkpoints(*(folder / "checkpoints" / "step_00000006" for folder in (finished, out)))
+    for checkpoint in (out / "checkpoints").iterdir():
+        (checkpoint / "checkpoint.json").write_text("{}")
+    with pytest.raises(UserError, match="put one back from a copy, or delete .*checkpoints to begin anew"):
+        train(load_config("digits", TINY), out)
+
+
+def test_finished_run_has_nothing_to_do(finished, capsys):
+    before = (finished / "metrics.jsonl").read_text()
+    train(load_config("digits", TINY), finished)
+    assert (finished / "metrics.jsonl").read_text() == before
+    assert "recognised as their class" in capsys.readouterr().out
+
+
+def test_metrics_have_one_record_a_step(finished):
+    records = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
+    for record in records:
+        assert record["loss"] > 0 and record["scale"]["pixels"] > 0 and record["sample_spread"] >= 0
+        assert set(record["lambda"]["pixels"]) == {"0.02", "0.05", "0.2"}
+    assert "frechet_ratio" in records[-1] and "frechet_ratio" not in records[-2]
+
+
+def test_resumes_a_run_of_a_version_with_fewer_keys(finished, tmp_path):
+    """Its decay a number, and no key for how a step is computed."""
+    out = tmp_path / "older"
+    shutil.copytree(finished, out)
+    values = yaml.safe_load((out / "config.yaml").read_text())
+    (values["optimizer"]["ema_decay"],) = values["optimizer"]["ema_decay"]
+    for key in ("bf16", "compile", "activation_checkpointing"):
+        del values["step"][key]
+    (out / "config.yaml").write_text(yaml.safe_dump(values))
+    train(load_config("digits", [*TINY, "train.steps=7"]), out)
+    assert (out / "checkpoints" / "step_00000007").is_dir()
+    with pytest.raises(UserError, match=r"optimizer.ema_decay: \[0.99\], now \[0.9, 0.99\]"):
+        train(load_config("digits", [*TINY, "train.steps=7", "optimizer.ema_decay=[0.9,0.99]"]), out)
+
+
+def test_evaluation_chooses_among_averages(tmp_path, monkeypatch):
+    """Each is measured; the best is reported, saved and kept."""
+    distances = [9.0, 1.0, 3.0]  # of the check before the run, then of each average
+
+    class Evaluator:
+        num_samples = fewest = 2
+        distance = "frechet_distance"
+
+        def __call__(self, images, labels):
+            return {"frechet_distance": distances.pop(0)}
+
+    monkeypatch.setattr("drifting.run_evaluation.open_evaluator", lambda config, dataset: Evaluator())
+    config = load_config("digits", [*TINY, "optimizer.ema_decay=[0.5,0.75]", "train.steps=3"])
+    train(config, tmp_path)
+    record = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert not distances and (record["ema_decay"], record["frechet_distance"]) == (0.5, 1.0)
+    checkpoint = tmp_path / "checkpoints" / "step_00000003"
+    state = read_tensors(checkpoint)
+    assert {name.split("/")[1] for name in state if name.startswith("averages/")} == {"0.5", "0.75"}
+    assert content_of(checkpoint)["values"]["best_decay"] == 0.5
+
+    distances[:] = [9.0, 0.8, 0.5]
+    train(config, tmp_path)  # a finished run is evaluated again
+    for folder in (tmp_path, tmp_path / "best"):
+        weights = load_file(folder / "model.safetensors")
+        assert all(torch.equal(weight, state[f"averages/0.75/module.{name}"]) for name, weight in weights.items())
+    assert json.loads((tmp_path / "best" / "model.json").read_text())["quality"]["ema_decay"] == 0.75
+
+
+def test_another_configuration_is_refused(finished):
+    with pytest.raises(UserError, match=r"seed: 0, now 1.*choose another --out"):
+        train(load_config("digits", [*TINY, "seed=1"]), finished)
+    with pytest.raises(UserError, match="at step 6 already"):
+        train(load_config("digits", [*TINY, "train.steps=2"]), finished)
+
+
+def test_length_and_intervals_may_change(finished, tmp_path):
+    out = tmp_path / "longer"
+    shutil.copytree(finished, out)
+    train(load_config("digits", [*TINY, "train.steps=8", "train.log_every=2"]), out)
+    assert (out / "checkpoints" / "step_00000008").is_dir()
+    assert load_config(str(out / "config.yaml")).train.steps == 8
+    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5, 6, 8]
