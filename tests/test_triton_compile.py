@@ -4,6 +4,7 @@ No GPU is needed: the launchers run on tensors without memory, and what they wou
 ``triton_budgets.json``; ``python tests/test_triton_compile.py --write`` records it anew.
 """
 
+import itertools
 import json
 import os
 import re
@@ -95,6 +96,10 @@ EXACT_CASES: dict[str, Callable[[], None]] = {  # with products rounded as "high
 }
 
 
+NEIGHBOURS_OF = ("streaming D=256", "group loss D=256")  # whose configurations' neighbours, for autotuning, compile too
+ONE_OF = 8  # of them for each target: all would take minutes
+
+
 class Driver:
     """Stands in for the driver of a GPU, as far as compiling goes."""
 
@@ -112,7 +117,7 @@ class Driver:
 
 
 def compile_all(name: str) -> dict[str, dict[str, int]]:
-    """Resources of every kernel on one target; runs in a process of its own."""
+    """Resources of every kernel on one target; runs in a process of its own. Raises what the compiler raises."""
     from triton.runtime.jit import JITFunction
 
     from drift_ops.triton import launch
@@ -136,7 +141,25 @@ def compile_all(name: str) -> dict[str, dict[str, int]]:
             call()
             for n, (kernel_name, kernel) in enumerate(launched):
                 found[f"{case}, {precision}, {n} {kernel_name}"] = resources(kernel, amd)
+    compile_neighbours(list(TARGETS).index(name), limits)
     return found
+
+
+def compile_neighbours(turn: int, limits: Any) -> None:
+    """At "highest"; every target has others."""
+    from drift_ops.triton import autotune
+
+    counter = itertools.count(turn)
+
+    def start(kernel: Any, grid: Any, *args: Any, configuration: dict[str, int], **options: Any) -> None:
+        for neighbour in autotune.neighbours(configuration, grid, limits)[1:]:
+            if next(counter) % ONE_OF == 0:
+                kernel[grid](*args, **options, **neighbour)
+
+    torch.set_float32_matmul_precision("highest")
+    autotune.start = start
+    for case in NEIGHBOURS_OF:
+        CASES[case]()
 
 
 def resources(kernel: Any, amd: bool) -> dict[str, int]:

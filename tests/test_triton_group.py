@@ -10,7 +10,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from drift_ops import cpu, reference  # noqa: E402
-from drift_ops.triton import group, group_field, group_loss, launch  # noqa: E402
+from drift_ops.triton import autotune, group, group_field, group_loss, launch  # noqa: E402
 
 if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("needs TRITON_INTERPRET=1 or a CUDA device", allow_module_level=True)
@@ -246,6 +246,21 @@ def test_field_with_everything_masked():
     assert not num[:, :, 0].any()
     assert not den[:, :, 0].any()
     assert den[:, :, 1].all()
+
+
+@pytest.mark.parametrize("times", [0.5, 2])
+@pytest.mark.parametrize("block", ["BLOCK_D", "BLOCK_SUM"])
+def test_blocks_that_autotuning_may_choose(monkeypatch, block, times):
+    def start(kernel, grid, *args, configuration, **options):
+        other = configuration | {block: int(times * configuration.get(block, 0))}
+        allowed = other in autotune.neighbours(configuration, grid, LIMITS)
+        kernel[grid](*args, **options, **(other if allowed else configuration))
+
+    monkeypatch.setattr(autotune, "start", start)
+    check_loss(*loss_case(2, 16, 3, 10, 50), 1e-6)  # moments from weighted sums
+    check_loss(*loss_case(2, 16, 3, 10, 200), 1e-6)  # and from kept products
+    options = {"kernel": "laplace", "widths": [1.0], "temperature": 1.0, "has_self": True, "floor": 0.0}
+    check_field(16, 40, 70, 28, options, True)
 
 
 def test_fits():

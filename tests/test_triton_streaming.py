@@ -11,13 +11,14 @@ from drift_ops import reference
 
 pytest.importorskip("triton")
 from drift_ops import triton as backend  # noqa: E402
-from drift_ops.triton import group, streaming, streaming_backward, streaming_tiles  # noqa: E402
+from drift_ops.triton import autotune, group, launch, streaming, streaming_backward, streaming_tiles  # noqa: E402
 
 if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("needs TRITON_INTERPRET=1 or a GPU", allow_module_level=True)
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 F32 = torch.float32
+LIMITS = launch.Limits(amd=False, shared_bytes=232448)
 
 
 @pytest.fixture(autouse=True)
@@ -128,6 +129,24 @@ def test_all_dimensions_in_a_tile(monkeypatch):
     check(make(1, 40, 70, 30, False, True), ("laplace", (0.5, 2.0), 1.0, 40, True, 0.0))
     q, k, *_ = make(1, 40, 70, 30, False, True)
     check([q, k, k], ("laplace", (1.0,), 1.0, 0, True, 0.0))
+
+
+@pytest.mark.parametrize("times", [0.5, 2])
+@pytest.mark.parametrize("block", ["BLOCK_Q", "BLOCK_K", "BLOCK_D", "BLOCK_V"])
+def test_blocks_that_autotuning_may_choose(monkeypatch, block, times):
+    def start(kernel, grid, *args, configuration, **options):
+        other = configuration | {block: int(times * configuration.get(block, 0))}
+        allowed = other in autotune.neighbours(configuration, grid, LIMITS)
+        kernel[grid](*args, **options, **(other if allowed else configuration))
+
+    monkeypatch.setattr(streaming_tiles, "LARGEST_BLOCK", 32)
+    monkeypatch.setattr(autotune, "start", start)
+    q, k, v = make(1, 20, 35, 30, False, True)
+    options = ("laplace", (1.0,), 1.0, 25, True, 0.0)
+    check([q, k, v], options)
+    q, k = (t.to(DEVICE, F32) for t in (q, k))
+    of_keys, of_copy = (streaming.affinity_sums(q, k, values, None, *options)[0] for values in (k, k.clone()))
+    torch.testing.assert_close(of_keys, of_copy)  # whose tiles are not loaded again, if the blocks allow that
 
 
 @pytest.mark.parametrize("apart", [0.0, 300.0, 3000.0])

@@ -4,6 +4,7 @@ The targets of a problem come in one to three *sides*, each a register tile of i
 of two; arrays and counts are passed as tuples over the sides.
 """
 
+import functools
 from dataclasses import dataclass
 
 import triton
@@ -41,15 +42,16 @@ class Configuration:
     block_sum: int  # dimensions a step of the weighted sums
     num_warps: int
     num_stages: int
-    maxnreg: int = 0  # registers of a thread at most, for more programs on a multiprocessor; 0: as many as it wants
 
+    @functools.cached_property
     def options(self) -> dict[str, int]:
         """What a kernel is launched with."""
-        found = {"BLOCK_D": self.block_d, "BLOCK_SUM": self.block_sum, "num_warps": self.num_warps}
-        found |= {"num_stages": self.num_stages, "maxnreg": self.maxnreg}
-        return {name: value for name, value in found.items() if value}
+        blocks = {"BLOCK_D": self.block_d, "BLOCK_SUM": self.block_sum}
+        used = {name: size for name, size in blocks.items() if size}
+        return used | {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
+@functools.cache
 def configuration(blocks: tuple[int, ...], limits: launch.Limits, pairs_of_lane: int) -> Configuration:
     """For blocks of the queries and of each side, and how many pairs a lane of a warp may hold."""
     lanes, most_warps = (64, 4) if limits.amd else (32, 8)
@@ -58,6 +60,7 @@ def configuration(blocks: tuple[int, ...], limits: launch.Limits, pairs_of_lane:
     return Configuration(16, 32, min(most_warps, num_warps), 3 if pipelined else 1)
 
 
+@functools.cache
 def loss_configuration(kernel: str, limits: launch.Limits) -> Configuration:
     """For a kernel of form C."""
     if limits.amd or limits.shared_bytes < OPERANDS_IN_SHARED:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import group, launch
+from . import autotune, group, launch
 from .group import one_of, zeros
 from .tiles import (
     DIFFERENCES_UP_TO,
@@ -145,9 +145,10 @@ def affinity_sums(
     row_stats, col_stats = q.new_empty(S, G, 2, N), q.new_empty(S, G, 2, M)
     limits = launch.limits(q.device)
     block_n, *blocks = group.padded(N, *counts)
-    chosen = group.configuration((block_n, *blocks), limits, pairs_of_lane=32)
     with launch.on_device_of(q):
-        _sums_kernel[(G,)](
+        autotune.start(
+            _sums_kernel,
+            (G,),
             q,
             k,
             v,
@@ -165,14 +166,11 @@ def affinity_sums(
             D,
             BLOCK_N=block_n,
             BLOCKS=tuple(blocks),
-            BLOCK_D=chosen.block_d,
-            BLOCK_SUM=chosen.block_sum,
             GAUSSIAN=kernel == "gaussian",
             HAS_SELF=has_self,
             WEIGHTED=w is not None,
             DIFFERENCES=D <= DIFFERENCES_UP_TO,
             PRECISION=launch.product_precision(limits.amd),
-            num_warps=chosen.num_warps,
-            num_stages=chosen.num_stages,
+            configuration=group.configuration((block_n, *blocks), limits, pairs_of_lane=32).options,
         )
     return num, den, row_stats, col_stats

@@ -19,10 +19,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch, streaming_parts
-from .halves import exponent, product
+from . import autotune, launch, streaming_parts
+from .halves import product
 from .halves import split as in_halves
 from .streaming_parts import (
+    AFFINITY_BITS,
+    AFFINITY_SCALE,
     LOG2E,
     forward_arguments,
     has_diagonal,
@@ -31,16 +33,14 @@ from .streaming_parts import (
     load_parts,
     load_whole,
     power_of_two,
+    rows_of,
+    scale_of,
     scale_of_products,
     tile_distances,
     tile_logits,
 )
 from .streaming_tiles import count_tiles, cut, find_tile, width_of
 from .tiles import NOTHING, finite_shift, load_vector, self_pairs
-
-# An affinity is at most 1; float16 has most bits for numbers between 2^-14 and 2^15.
-AFFINITY_BITS = tl.constexpr(15)
-AFFINITY_SCALE = tl.constexpr(2.0**15)
 
 # Sums of exponentials relative to a level in which nothing is lost: their terms are normal float32 numbers or too small
 # to count, and as many sums as there may be cannot overflow.
@@ -110,13 +110,9 @@ def finish(top, total):
 def statistics_kernel(
     q,  # [G, N, D]
     k,  # [G, M, D]
-    q_norms,  # [G, N], unless DIFFERENCES
-    k_norms,
-    q_hi,  # [G, q_rows, DEPTH], unless DIFFERENCES
-    q_lo,
-    k_hi,  # [G, M, DEPTH]
-    k_lo,
-    largest,  # [G]
+    norms,  # of q [G, N] and of k [G, M], unless DIFFERENCES
+    q_halves,  # [G, q_rows, DEPTH], unless DIFFERENCES
+    k_halves,  # [G, M, DEPTH]
     row_slots,  # [S, G, col_parts, 2, N]
     col_slots,  # [S, G, row_parts, 2, M]
     unit,  # [] or None
@@ -152,7 +148,7 @@ def statistics_kernel(
     col_end = tl.minimum((col_part + 1) * col_tiles, tl.cdiv(split, BLOCK_K) + tl.cdiv(M - split, BLOCK_K))
     n = tl.arange(0, BLOCK_K)
     m = tl.arange(0, BLOCK_Q)
-    undo = scale_of_products(largest + g, DIFFERENCES)
+    undo = scale_of_products(q_halves[2] + g, DIFFERENCES)
     per_unit = inverse_of(unit)
     levels = first_levels(temperature, GAUSSIAN, len(widths))
     row_tile = row_part * row_tiles
@@ -160,8 +156,7 @@ def statistics_kernel(
     while row_tile < row_end:
         i = row_tile * BLOCK_Q
         q_count = N - i
-        q_row = (g * q_rows + i) * DEPTH
-        q_parts = load_whole(q_hi + q_row, q_lo + q_row, q_count, SPLIT, DIFFERENCES, DEPTH, BLOCK_Q, BLOCK_D)
+        q_parts = load_whole(q_halves, g * q_rows + i, q_count, SPLIT, DIFFERENCES, DEPTH, BLOCK_Q, BLOCK_D)
         sums = no_sums(len(widths), BLOCK_Q, BLOCK_K)  # relative to the levels; of tiles that do not fit, in the slots
         for s in tl.static_range(len(widths)):  # noqa: B007 (a name of its own would be a variable of the loop below)
             slots = row_slots + ((s * G + g) * col_parts + col_part) * 2 * N + i
@@ -170,31 +165,12 @@ def statistics_kernel(
         tl.debug_barrier()
         for col_tile in range(col_part * col_tiles, col_end):
             j, k_count, side = find_tile(col_tile, M, split, BLOCK_K)
-            k_row = (g * M + j) * DEPTH
-            k_parts = load_whole(k_hi + k_row, k_lo + k_row, k_count, SPLIT, DIFFERENCES, DEPTH, BLOCK_K, BLOCK_D)
+            k_parts = load_whole(k_halves, g * M + j, k_count, SPLIT, DIFFERENCES, DEPTH, BLOCK_K, BLOCK_D)
             d = tile_distances(
-                k_parts,
-                q_parts,
-                k + (g * M + j) * D,
-                q + (g * N + i) * D,
-                k_norms + (g * M + j),
-                q_norms + (g * N + i),
-                undo,
-                k_count,
-                q_count,
-                j - i,
-                D,
-                least,
-                per_unit,
-                self_distance,
-                SELF,
-                SPLIT,
-                DIFFERENCES,
-                DEPTH,
-                BLOCK_K,
-                BLOCK_Q,
-                BLOCK_D,
-            )
+                k_parts, q_parts, k + (g * M + j) * D, q + (g * N + i) * D, norms[1] + (g * M + j),
+                norms[0] + (g * N + i), undo, k_count, q_count, j - i, D, least, per_unit, self_distance,
+                SELF, SPLIT, DIFFERENCES, DEPTH, BLOCK_K, BLOCK_Q, BLOCK_D,
+            )  # fmt: skip
             new_levels = ()
             new_sums = ()
             for s in tl.static_range(len(widths)):
@@ -283,16 +259,10 @@ def weighted_sums_kernel(
     q,  # [G, N, D]
     k,  # [G, M, D]
     w,  # [G, M] or None
-    q_norms,  # [G, N], unless DIFFERENCES
-    k_norms,
-    q_hi,  # [G, q_rows, DEPTH], unless DIFFERENCES
-    q_lo,
-    k_hi,  # [G, M, DEPTH]
-    k_lo,
-    v_hi,  # parts of w v [G, M, DEPTH]
-    v_lo,
-    largest,  # [G]: what the exponents of q and k, and of v, are chosen by
-    largest_value,  # [G]
+    norms,  # of q [G, N] and of k [G, M], unless DIFFERENCES
+    q_halves,  # [G, q_rows, DEPTH], unless DIFFERENCES
+    k_halves,  # [G, M, DEPTH]
+    v_halves,  # of w v [G, M, DEPTH]
     row_stats,  # [S, G, 2, N]
     col_stats,  # [S, G, 2, M]
     num,  # [S, G, sides, N, D]
@@ -319,7 +289,7 @@ def weighted_sums_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
-    SAME: tl.constexpr,  # v is k, and the blocks hold all its dimensions
+    SAME: tl.constexpr,  # v is k
 ):
     """``Σ_j w_j A_ij v_j`` and ``Σ_j w_j A_ij`` over one side: a tile of queries, a width, a chunk of dimensions."""
     row_tiles = tl.cdiv(N, BLOCK_Q)
@@ -332,11 +302,10 @@ def weighted_sums_kernel(
     g = problem % G
     width = width_of(widths, problem // G)
     q_count = N - i
-    q_row = (g * q_rows + i) * DEPTH
-    q_parts = load_whole(q_hi + q_row, q_lo + q_row, q_count, SPLIT, DIFFERENCES, DEPTH, BLOCK_Q, BLOCK_D)
+    q_parts = load_whole(q_halves, g * q_rows + i, q_count, SPLIT, DIFFERENCES, DEPTH, BLOCK_Q, BLOCK_D)
     rows = row_stats + problem * 2 * N + i
     row_shift = load_shift(rows, N, q_count, BLOCK_Q) - AFFINITY_BITS
-    undo = scale_of_products(largest + g, DIFFERENCES)
+    undo = scale_of_products(q_halves[2] + g, DIFFERENCES)
     per_unit = inverse_of(unit)
     tiles_of_first = tl.cdiv(split, BLOCK_K)
     tiles = tiles_of_first + tl.cdiv(M - split, BLOCK_K)
@@ -346,31 +315,12 @@ def weighted_sums_kernel(
         j, k_count, _ = find_tile(tile, M, split, BLOCK_K)
         cols = col_stats + problem * 2 * M + j
         col_shift = load_shift(cols, M, k_count, BLOCK_K)
-        k_row = (g * M + j) * DEPTH
-        k_parts = load_whole(k_hi + k_row, k_lo + k_row, k_count, SPLIT, DIFFERENCES, DEPTH, BLOCK_K, BLOCK_D)
+        k_parts = load_whole(k_halves, g * M + j, k_count, SPLIT, DIFFERENCES, DEPTH, BLOCK_K, BLOCK_D)
         d = tile_distances(
-            q_parts,
-            k_parts,
-            q + (g * N + i) * D,
-            k + (g * M + j) * D,
-            q_norms + (g * N + i),
-            k_norms + (g * M + j),
-            undo,
-            q_count,
-            k_count,
-            i - j,
-            D,
-            least,
-            per_unit,
-            self_distance,
-            SELF,
-            SPLIT,
-            DIFFERENCES,
-            DEPTH,
-            BLOCK_Q,
-            BLOCK_K,
-            BLOCK_D,
-        )
+            q_parts, k_parts, q + (g * N + i) * D, k + (g * M + j) * D, norms[0] + (g * N + i),
+            norms[1] + (g * M + j), undo, q_count, k_count, i - j, D, least, per_unit, self_distance,
+            SELF, SPLIT, DIFFERENCES, DEPTH, BLOCK_Q, BLOCK_K, BLOCK_D,
+        )  # fmt: skip
         logits = tile_logits(d, width, temperature, GAUSSIAN)
         A = tl.exp2(logits - row_shift[:, None] - col_shift[None, :])  # 0 where there is no pair
         if least_affinity is not None:
@@ -384,16 +334,16 @@ def weighted_sums_kernel(
         else:
             total += tl.sum(A * load_vector(w + g * M + j, k_count, 0, BLOCK_K)[None, :], 1)
         A_hi, A_lo = in_halves(A)
-        if SAME:
+        if SAME and BLOCK_V == BLOCK_D and BLOCK_D >= DEPTH:
             v_parts = k_parts
         else:
-            v_row = (g * M + j) * DEPTH
-            v_parts = load_parts(v_hi + v_row, v_lo + v_row, k_count, chunk * BLOCK_V, SPLIT, DEPTH, BLOCK_K, BLOCK_V)
+            v_rows = rows_of(v_halves, g * M + j, DEPTH)
+            v_parts = load_parts(v_rows, k_count, chunk * BLOCK_V, SPLIT, DEPTH, BLOCK_K, BLOCK_V)
         if SPLIT:  # the tensor cores cut what they add: a long sum must not run through them
             weighted += product(A_hi, A_lo, v_parts[0], v_parts[1], True)
         else:
             weighted = tl.dot(A_hi, v_parts[0], weighted)
-    weighted *= power_of_two(-exponent(tl.load(largest_value + g))) / AFFINITY_SCALE
+    weighted *= scale_of(v_halves, g) / AFFINITY_SCALE
     row = i + tl.arange(0, BLOCK_Q)
     dim = chunk * BLOCK_V + tl.arange(0, BLOCK_V)
     out = (problem * sides + side) * N + row
@@ -429,29 +379,27 @@ def affinity_sums(
         arguments["GAUSSIAN"] = kernel == "gaussian"
         row_stats, col_stats = _statistics(arguments)
         if v is k and w is None and not arguments["DIFFERENCES"]:
-            values = streaming_parts.Parts(*(arguments[name] for name in ("k_hi", "k_lo", "largest")))
+            v_halves = arguments["k_halves"]
         else:
             largest = streaming_parts.largest_entries(v)
             if w is not None:
                 largest = largest * streaming_parts.largest_entries(w)
-            values = streaming_parts.split_points(v, w, largest)
+            v_halves = streaming_parts.split_points(v, w, largest)
         num, den = q.new_empty(S, G, sides, N, D), q.new_empty(S, G, sides, N)
-        blocks = streaming_parts.choose_blocks("sums", q, k)
-        programs = triton.cdiv(N, blocks.queries) * triton.cdiv(D, blocks.values) * sides * S * G
-        weighted_sums_kernel[programs,](
+        autotune.start(
+            weighted_sums_kernel,
+            lambda by: (triton.cdiv(N, by["BLOCK_Q"]) * triton.cdiv(D, by["BLOCK_V"]) * sides * S * G,),
             w=w,
-            v_hi=values.hi,
-            v_lo=values.lo,
-            largest_value=values.largest,
+            v_halves=v_halves,
             row_stats=row_stats,
             col_stats=col_stats,
             num=num,
             den=den,
             sides=sides,
-            SAME=values.hi is arguments["k_hi"] and blocks.values == blocks.depth >= values.hi.shape[2],
+            SAME=v_halves is arguments["k_halves"],
             least_affinity=math.sqrt(floor) or None,
             **arguments,
-            **blocks.options(),
+            configuration=streaming_parts.choose_blocks("sums", q, k).options(),
         )
     return num, den, row_stats, col_stats
 
@@ -462,8 +410,14 @@ def _statistics(arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
     blocks = streaming_parts.choose_blocks("statistics", q, k)
     parts = cut(triton.cdiv(N, blocks.queries), count_tiles(M, arguments["split"], blocks.keys), G)
     row_slots, col_slots = q.new_empty(S, G, parts.col_parts, 2, N), q.new_empty(S, G, parts.row_parts, 2, M)
-    statistics_kernel[parts.row_parts * parts.col_parts * G,](
-        row_slots=row_slots, col_slots=col_slots, **parts._asdict(), **arguments, **blocks.options()
+    autotune.start(
+        statistics_kernel,
+        (parts.row_parts * parts.col_parts * G,),
+        row_slots=row_slots,
+        col_slots=col_slots,
+        **parts._asdict(),
+        **arguments,
+        configuration=blocks.options(),
     )
     return _merge(row_slots), _merge(col_slots)
 

@@ -21,19 +21,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch, streaming_tiles
-from .streaming_tiles import (
-    add_product,
+from . import autotune, launch, streaming_tiles
+from .halves import exponent, product
+from .halves import split as in_halves
+from .streaming_parts import (
+    AFFINITY_SCALE,
+    Halves,
     common_arguments,
-    count_tiles,
-    cut,
-    distances,
-    find_tile,
-    products,
-    tile_affinities,
-    width_of,
+    largest_entries,
+    load_parts,
+    load_whole,
+    power_of_two,
+    products_of_parts,
+    rows_of,
+    scale_of,
+    scale_of_products,
+    split_points,
+    tile_distances,
 )
-from .tiles import CLOSE, DIFFERENCES_UP_TO, kernel_logits, load_rows, load_vector
+from .streaming_tiles import count_tiles, cut, find_tile, tile_affinities, width_of
+from .tiles import CLOSE, kernel_logits, load_rows, load_vector, pairs_within, self_pairs
 
 
 @triton.jit
@@ -45,34 +52,81 @@ def add_to_sums(slots, count, sums, fresh, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def incoming(
-    v,  # first row of the tile
-    grad_num,
-    grad_den,
-    q_count,
+def distances(
+    q,
+    k,
+    norms,
+    q_halves,
+    k_halves,
+    q_rows,
+    g,
+    i,  # first query of the tile
+    j,  # first key
     k_count,
+    N,
+    M,
     D,
-    PRECISION: tl.constexpr,
+    SELF: tl.constexpr,
+    SPLIT: tl.constexpr,
+    DIFFERENCES: tl.constexpr,
+    DEPTH: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Distances of a tile, and which of its pairs exist and are not masked."""
+    d = tile_distances(
+        load_whole(q_halves, g * q_rows + i, N - i, SPLIT, DIFFERENCES, DEPTH, BLOCK_Q, BLOCK_D),
+        load_whole(k_halves, g * M + j, k_count, SPLIT, DIFFERENCES, DEPTH, BLOCK_K, BLOCK_D), q + (g * N + i) * D,
+        k + (g * M + j) * D, norms[0] + (g * N + i), norms[1] + (g * M + j),
+        scale_of_products(q_halves[2] + g, DIFFERENCES), N - i, k_count, i - j, D, None, 1.0, 0.0,
+        SELF, SPLIT, DIFFERENCES, DEPTH, BLOCK_Q, BLOCK_K, BLOCK_D,
+    )  # fmt: skip
+    exists = pairs_within(N - i, k_count, BLOCK_Q, BLOCK_K)
+    if SELF == "masked":
+        exists = exists & (self_pairs(i - j, BLOCK_Q, BLOCK_K) == 0)
+    return d, exists
+
+
+@triton.jit
+def incoming(
+    v_halves,
+    grad_halves,
+    grad_den,
+    g,
+    problem_side,  # among those of grads and grad_den
+    i,  # first query of the tile
+    j,  # first key
+    k_count,
+    N,
+    M,
+    SPLIT: tl.constexpr,
+    DEPTH: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """``g_ij = grad_num_i·v_j + grad_den_i`` of a tile."""
-    g = products(grad_num, v, q_count, k_count, D, PRECISION, BLOCK_Q, BLOCK_K, BLOCK_D)
-    return g + load_vector(grad_den, q_count, 0, BLOCK_Q)[:, None]
+    row = problem_side * N + i
+    a = load_whole(grad_halves, row, N - i, SPLIT, False, DEPTH, BLOCK_Q, BLOCK_D)
+    b = load_whole(v_halves, g * M + j, k_count, SPLIT, False, DEPTH, BLOCK_K, BLOCK_D)
+    products = products_of_parts(a, b, N - i, k_count, SPLIT, DEPTH, BLOCK_Q, BLOCK_K, BLOCK_D)
+    products = products * scale_of(v_halves, g) * scale_of(grad_halves, problem_side)
+    return products + load_vector(grad_den + row, N - i, 0, BLOCK_Q)[:, None]
 
 
 @triton.jit
 def flows_kernel(
     q,  # [G, N, D]
     k,  # [G, M, D]
-    v,  # [G, M, D]
     w,  # [G, M] or None
-    q_norms,  # [G, N] or None, see distances
-    k_norms,
+    norms,  # of q [G, N] and of k [G, M], unless DIFFERENCES
+    q_halves,  # [G, q_rows, DEPTH], unless DIFFERENCES
+    k_halves,  # [G, M, DEPTH]
     row_stats,  # [S, G, 2, N]
     col_stats,  # [S, G, 2, M]
-    grad_num,  # [S, G, sides, N, D]
+    v_halves,  # [G, M, DEPTH]
+    grad_halves,  # of grad_num [S, G, sides, N, DEPTH]
     grad_den,  # [S, G, sides, N]
     row_slots,  # [S, G, col_parts, N]
     col_slots,  # [S, G, row_parts, M]
@@ -80,6 +134,7 @@ def flows_kernel(
     widths,  # S floats
     temperature,
     least_affinity,
+    q_rows,
     G,
     N,
     M,
@@ -92,7 +147,9 @@ def flows_kernel(
     col_tiles,
     GAUSSIAN: tl.constexpr,
     SELF: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
+    DIFFERENCES: tl.constexpr,
+    DEPTH: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -109,25 +166,9 @@ def flows_kernel(
         for col_tile in range(col_part * col_tiles, col_end):
             j, k_count, side = find_tile(col_tile, M, split, BLOCK_K)
             d, exists = distances(
-                q,
-                k,
-                q_norms,
-                k_norms,
-                g * N + i,
-                g * M + j,
-                N - i,
-                k_count,
-                i - j,
-                D,
-                0.0,
-                None,
-                0.0,
-                SELF,
-                PRECISION,
-                BLOCK_Q,
-                BLOCK_K,
-                BLOCK_D,
-            )
+                q, k, norms, q_halves, k_halves, q_rows, g, i, j, k_count, N, M, D,
+                SELF, SPLIT, DIFFERENCES, DEPTH, BLOCK_Q, BLOCK_K, BLOCK_D,
+            )  # fmt: skip
             fresh_rows = col_tile == col_part * col_tiles
             fresh_cols = row_tile == row_part * row_tiles
             grad_w = tl.zeros([BLOCK_K], tl.float32)
@@ -137,19 +178,10 @@ def flows_kernel(
                 rows = row_stats + problem * 2 * N + i
                 cols = col_stats + problem * 2 * M + j
                 A = tile_affinities(logits, exists, rows, cols, N, M, N - i, k_count, least_affinity, BLOCK_Q, BLOCK_K)
-                row = (problem * sides + side) * N + i
                 B = A * incoming(
-                    v + (g * M + j) * D,
-                    grad_num + row * D,
-                    grad_den + row,
-                    N - i,
-                    k_count,
-                    D,
-                    PRECISION,
-                    BLOCK_Q,
-                    BLOCK_K,
-                    BLOCK_D,
-                )
+                    v_halves, grad_halves, grad_den, g, problem * sides + side, i, j, k_count, N, M,
+                    SPLIT, DEPTH, BLOCK_Q, BLOCK_K, BLOCK_D,
+                )  # fmt: skip
                 grad_w += tl.sum(B, 0)
                 B = tl.where(A > least_affinity, B, 0.0)
                 if w is not None:
@@ -172,13 +204,13 @@ def pulls_of_tile(
     j,  # first key
     side,
     k_count,
-    v,
     w,
     row_stats,
     col_stats,
     row_flows,
     col_flows,
-    grad_num,
+    v_halves,
+    grad_halves,
     grad_den,
     widths,
     temperature,
@@ -186,10 +218,10 @@ def pulls_of_tile(
     G,
     N,
     M,
-    D,
     sides,
     GAUSSIAN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
+    DEPTH: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -204,19 +236,10 @@ def pulls_of_tile(
         rows = row_stats + problem * 2 * N + i
         cols = col_stats + problem * 2 * M + j
         A = tile_affinities(logits, exists, rows, cols, N, M, q_count, k_count, least_affinity, BLOCK_Q, BLOCK_K)
-        row = (problem * sides + side) * N + i
         grad = A * incoming(
-            v + (g * M + j) * D,
-            grad_num + row * D,
-            grad_den + row,
-            q_count,
-            k_count,
-            D,
-            PRECISION,
-            BLOCK_Q,
-            BLOCK_K,
-            BLOCK_D,
-        )
+            v_halves, grad_halves, grad_den, g, problem * sides + side, i, j, k_count, N, M,
+            SPLIT, DEPTH, BLOCK_Q, BLOCK_K, BLOCK_D,
+        )  # fmt: skip
         grad = tl.where(A > least_affinity, grad, 0.0)
         if w is not None:
             grad *= load_vector(w + g * M + j, k_count, 0, BLOCK_K)[None, :]
@@ -247,20 +270,22 @@ def close_pairs(d, q_norms, k_norms, q_count, k_count, BLOCK_Q: tl.constexpr, BL
 def differences_kernel(
     q,  # [G, N, D]
     k,  # [G, M, D]
-    v,  # [G, M, D]
     w,  # [G, M] or None
-    q_norms,  # [G, N] or None, see distances
-    k_norms,
+    norms,  # of q [G, N] and of k [G, M], unless DIFFERENCES
+    q_halves,  # [G, q_rows, DEPTH], unless DIFFERENCES
+    k_halves,  # [G, M, DEPTH]
     row_stats,  # [S, G, 2, N]
     col_stats,  # [S, G, 2, M]
     row_flows,  # [S, G, N]
     col_flows,  # [S, G, M]
-    grad_num,  # [S, G, sides, N, D]
+    v_halves,  # [G, M, DEPTH]
+    grad_halves,  # of grad_num [S, G, sides, N, DEPTH]
     grad_den,  # [S, G, sides, N]
     grad,  # of q or of k, zeroed
     widths,  # S floats
     temperature,
     least_affinity,
+    q_rows,
     G,
     N,
     M,
@@ -270,7 +295,9 @@ def differences_kernel(
     OF_KEYS: tl.constexpr,
     GAUSSIAN: tl.constexpr,
     SELF: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
+    DIFFERENCES: tl.constexpr,
+    DEPTH: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -285,58 +312,18 @@ def differences_kernel(
         i = (other if OF_KEYS else own) * BLOCK_Q
         j, k_count, side = find_tile(own if OF_KEYS else other, M, split, BLOCK_K)
         d, exists = distances(
-            q,
-            k,
-            q_norms,
-            k_norms,
-            g * N + i,
-            g * M + j,
-            N - i,
-            k_count,
-            i - j,
-            D,
-            0.0,
-            None,
-            0.0,
-            SELF,
-            PRECISION,
-            BLOCK_Q,
-            BLOCK_K,
-            BLOCK_D,
-        )
-        if q_norms is not None:
-            exists = exists & close_pairs(d, q_norms + g * N + i, k_norms + g * M + j, N - i, k_count, BLOCK_Q, BLOCK_K)
+            q, k, norms, q_halves, k_halves, q_rows, g, i, j, k_count, N, M, D,
+            SELF, SPLIT, DIFFERENCES, DEPTH, BLOCK_Q, BLOCK_K, BLOCK_D,
+        )  # fmt: skip
+        if not DIFFERENCES:
+            close = close_pairs(d, norms[0] + g * N + i, norms[1] + g * M + j, N - i, k_count, BLOCK_Q, BLOCK_K)
+            exists = exists & close
         if tl.max(exists.to(tl.int32)) > 0:
             h = pulls_of_tile(
-                d,
-                exists,
-                g,
-                i,
-                j,
-                side,
-                k_count,
-                v,
-                w,
-                row_stats,
-                col_stats,
-                row_flows,
-                col_flows,
-                grad_num,
-                grad_den,
-                widths,
-                temperature,
-                least_affinity,
-                G,
-                N,
-                M,
-                D,
-                sides,
-                GAUSSIAN,
-                PRECISION,
-                BLOCK_Q,
-                BLOCK_K,
-                BLOCK_D,
-            )
+                d, exists, g, i, j, side, k_count, w, row_stats, col_stats, row_flows, col_flows, v_halves,
+                grad_halves, grad_den, widths, temperature, least_affinity, G, N, M, sides,
+                GAUSSIAN, SPLIT, DEPTH, BLOCK_Q, BLOCK_K, BLOCK_D,
+            )  # fmt: skip
             in_q = (g * N + i + tl.arange(0, BLOCK_Q)) * D
             in_k = (g * M + j + tl.arange(0, BLOCK_K)) * D
             q_exists = tl.arange(0, BLOCK_Q) < N - i
@@ -358,20 +345,22 @@ def differences_kernel(
 def products_kernel(
     q,  # [G, N, D]
     k,  # [G, M, D]
-    v,  # [G, M, D]
     w,  # [G, M] or None
-    q_norms,  # [G, N]
-    k_norms,  # [G, M]
+    norms,  # of q [G, N] and of k [G, M], unless DIFFERENCES
+    q_halves,  # [G, q_rows, DEPTH], unless DIFFERENCES
+    k_halves,  # [G, M, DEPTH]
     row_stats,  # [S, G, 2, N]
     col_stats,  # [S, G, 2, M]
     row_flows,  # [S, G, N]
     col_flows,  # [S, G, M]
-    grad_num,  # [S, G, sides, N, D]
+    v_halves,  # [G, M, DEPTH]
+    grad_halves,  # of grad_num [S, G, sides, N, DEPTH]
     grad_den,  # [S, G, sides, N]
     grad,  # of q or of k: what close pairs give
     widths,  # S floats
     temperature,
     least_affinity,
+    q_rows,
     G,
     N,
     M,
@@ -381,7 +370,9 @@ def products_kernel(
     OF_KEYS: tl.constexpr,
     GAUSSIAN: tl.constexpr,
     SELF: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
+    DIFFERENCES: tl.constexpr,
+    DEPTH: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -403,63 +394,26 @@ def products_kernel(
         i = (other if OF_KEYS else own) * BLOCK_Q
         j, k_count, side = find_tile(own if OF_KEYS else other, M, split, BLOCK_K)
         d, exists = distances(
-            q,
-            k,
-            q_norms,
-            k_norms,
-            g * N + i,
-            g * M + j,
-            N - i,
-            k_count,
-            i - j,
-            D,
-            0.0,
-            None,
-            0.0,
-            SELF,
-            PRECISION,
-            BLOCK_Q,
-            BLOCK_K,
-            BLOCK_D,
-        )
-        close = close_pairs(d, q_norms + g * N + i, k_norms + g * M + j, N - i, k_count, BLOCK_Q, BLOCK_K)
+            q, k, norms, q_halves, k_halves, q_rows, g, i, j, k_count, N, M, D,
+            SELF, SPLIT, DIFFERENCES, DEPTH, BLOCK_Q, BLOCK_K, BLOCK_D,
+        )  # fmt: skip
+        close = close_pairs(d, norms[0] + g * N + i, norms[1] + g * M + j, N - i, k_count, BLOCK_Q, BLOCK_K)
         h = pulls_of_tile(
-            d,
-            exists & (close == 0),
-            g,
-            i,
-            j,
-            side,
-            k_count,
-            v,
-            w,
-            row_stats,
-            col_stats,
-            row_flows,
-            col_flows,
-            grad_num,
-            grad_den,
-            widths,
-            temperature,
-            least_affinity,
-            G,
-            N,
-            M,
-            D,
-            sides,
-            GAUSSIAN,
-            PRECISION,
-            BLOCK_Q,
-            BLOCK_K,
-            BLOCK_D,
-        )
+            d, exists & (close == 0), g, i, j, side, k_count, w, row_stats, col_stats, row_flows, col_flows, v_halves,
+            grad_halves, grad_den, widths, temperature, least_affinity, G, N, M, sides,
+            GAUSSIAN, SPLIT, DEPTH, BLOCK_Q, BLOCK_K, BLOCK_D,
+        )  # fmt: skip
         if OF_KEYS:
             h = tl.trans(h)
-            points = load_rows(q + (g * N + i) * D, N - i, start, D, BLOCK_Q, BLOCK_V)
+            rows = rows_of(q_halves, g * q_rows + i, DEPTH)
+            parts = load_parts(rows, N - i, start, SPLIT, DEPTH, BLOCK_Q, BLOCK_V)
         else:
-            points = load_rows(k + (g * M + j) * D, k_count, start, D, BLOCK_K, BLOCK_V)
+            rows = rows_of(k_halves, g * M + j, DEPTH)
+            parts = load_parts(rows, k_count, start, SPLIT, DEPTH, BLOCK_K, BLOCK_V)
         factors += tl.sum(h, 1)
-        total = add_product(total, h, points, PRECISION)
+        e = exponent(tl.max(tl.abs(h), 1))
+        h_hi, h_lo = in_halves(h * power_of_two(e)[:, None])
+        total += product(h_hi, h_lo, parts[0], parts[1], SPLIT) * power_of_two(-e)[:, None]
     if OF_KEYS:
         first, count, _ = find_tile(own, M, split, BLOCK_K)
         points = k
@@ -468,6 +422,7 @@ def products_kernel(
         points = q
         count = N - own * BLOCK_Q
         row = g * N + own * BLOCK_Q
+    total *= scale_of(q_halves, g)
     total = factors[:, None] * load_rows(points + row * D, count, start, D, BLOCK, BLOCK_V) - total
     total += load_rows(grad + row * D, count, start, D, BLOCK, BLOCK_V)
     n = tl.arange(0, BLOCK)[:, None]
@@ -480,15 +435,17 @@ def values_kernel(
     q,  # [G, N, D]
     k,  # [G, M, D]
     w,  # [G, M] or None
-    q_norms,  # [G, N] or None, see distances
-    k_norms,
+    norms,  # of q [G, N] and of k [G, M], unless DIFFERENCES
+    q_halves,  # [G, q_rows, DEPTH], unless DIFFERENCES
+    k_halves,  # [G, M, DEPTH]
     row_stats,  # [S, G, 2, N]
     col_stats,  # [S, G, 2, M]
-    grad_num,  # [S, G, sides, N, D]
+    grad_halves,  # of grad_num [S, G, sides, N, DEPTH]
     grad_v,  # [G, M, D]
     widths,  # S floats
     temperature,
     least_affinity,
+    q_rows,
     G,
     N,
     M,
@@ -497,7 +454,9 @@ def values_kernel(
     sides,
     GAUSSIAN: tl.constexpr,
     SELF: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
+    DIFFERENCES: tl.constexpr,
+    DEPTH: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -514,39 +473,29 @@ def values_kernel(
     for row_tile in range(tl.cdiv(N, BLOCK_Q)):
         i = row_tile * BLOCK_Q
         d, exists = distances(
-            q,
-            k,
-            q_norms,
-            k_norms,
-            g * N + i,
-            g * M + j,
-            N - i,
-            k_count,
-            i - j,
-            D,
-            0.0,
-            None,
-            0.0,
-            SELF,
-            PRECISION,
-            BLOCK_Q,
-            BLOCK_K,
-            BLOCK_D,
-        )
+            q, k, norms, q_halves, k_halves, q_rows, g, i, j, k_count, N, M, D,
+            SELF, SPLIT, DIFFERENCES, DEPTH, BLOCK_Q, BLOCK_K, BLOCK_D,
+        )  # fmt: skip
         for s in range(len(widths)):
             problem = s * G + g
             logits = kernel_logits(d, exists, width_of(widths, s), temperature, GAUSSIAN)
             rows = row_stats + problem * 2 * N + i
             cols = col_stats + problem * 2 * M + j
             A = tile_affinities(logits, exists, rows, cols, N, M, N - i, k_count, least_affinity, BLOCK_Q, BLOCK_K)
-            row = (problem * sides + side) * N + i
-            grads = load_rows(grad_num + row * D, N - i, start, D, BLOCK_Q, BLOCK_V)
-            total = add_product(total, tl.trans(A), grads, PRECISION)
+            grad_rows = rows_of(grad_halves, (problem * sides + side) * N + i, DEPTH)
+            parts = load_parts(grad_rows, N - i, start, SPLIT, DEPTH, BLOCK_Q, BLOCK_V)
+            A_hi, A_lo = in_halves(tl.trans(A) * AFFINITY_SCALE)
+            undo = scale_of(grad_halves, problem * sides + side) / AFFINITY_SCALE
+            total += product(A_hi, A_lo, parts[0], parts[1], SPLIT) * undo
     if w is not None:
         total *= load_vector(w + g * M + j, k_count, 0, BLOCK_K)[:, None]
     n = tl.arange(0, BLOCK_K)[:, None]
     dim = start + tl.arange(0, BLOCK_V)[None, :]
     tl.store(grad_v + (g * M + j) * D + n * D + dim, total, mask=(n < k_count) & (dim < D))
+
+
+def _halves(x: Tensor) -> Halves:
+    return split_points(x, None, largest_entries(x))
 
 
 def affinity_sums_backward(
@@ -567,42 +516,50 @@ def affinity_sums_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`drift_ops.ops.affinity_sums_backward`."""
     (G, N, D), M, S, sides = q.shape, k.shape[1], len(widths), 2 if split else 1
-    arguments = common_arguments(q, k, kernel, widths, temperature, split, has_self) | {
-        "w": w,
-        "row_stats": row_stats,
-        "col_stats": col_stats,
-        "grad_num": grad_num,
-        "sides": sides,
-        "least_affinity": math.sqrt(floor),
-    }
-    incoming = arguments | {"v": v, "grad_den": grad_den}
-    if D <= DIFFERENCES_UP_TO and launch.splits_products():
-        incoming["PRECISION"] = "ieee"  # products of so few dimensions need no tensor cores
-    grad_q, grad_k, grad_v = torch.zeros_like(q), torch.zeros_like(k), torch.empty_like(v)
     with launch.on_device_of(q):
+        arguments = common_arguments(q, k, split, has_self) | {
+            "w": w,
+            "row_stats": row_stats,
+            "col_stats": col_stats,
+            "grad_halves": _halves(grad_num.reshape(S * G * sides, N, D)),
+            "widths": tuple(map(float, widths)),
+            "temperature": float(temperature),
+            "least_affinity": math.sqrt(floor),
+            "G": G,
+            "sides": sides,
+            "GAUSSIAN": kernel == "gaussian",
+        }
+        incoming = arguments | {"v_halves": _halves(v), "grad_den": grad_den}
+        grad_q, grad_k, grad_v = torch.zeros_like(q), torch.zeros_like(k), torch.empty_like(v)
         blocks = streaming_tiles.choose_blocks("flows", q, k)
         parts = cut(triton.cdiv(N, blocks.queries), count_tiles(M, split or M, blocks.keys), G)
         row_slots, col_slots = q.new_empty(S, G, parts.col_parts, N), q.new_empty(S, G, parts.row_parts, M)
         weight_slots = None if w is None else w.new_empty(G, parts.row_parts, M)
-        flows_kernel[parts.row_parts * parts.col_parts * G,](
+        autotune.start(
+            flows_kernel,
+            (parts.row_parts * parts.col_parts * G,),
             row_slots=row_slots,
             col_slots=col_slots,
             weight_slots=weight_slots,
             **incoming,
             **parts._asdict(),
-            **blocks.options(),
+            configuration=blocks.options(),
         )
         flows = {"row_flows": row_slots.sum(2), "col_flows": col_slots.sum(2)}
-        for grad, of_keys in ((grad_q, False), (grad_k, True)):
+        for grad, of_keys in ((grad_q, False), (grad_k, True)):  # no autotuning: both must find the same pairs close
             blocks = streaming_tiles.choose_blocks("differences", q, k)
             tiles = count_tiles(M, split or M, blocks.keys) if of_keys else triton.cdiv(N, blocks.queries)
             points = incoming | flows | {"grad": grad, "OF_KEYS": of_keys}
             differences_kernel[tiles * G,](**points, **blocks.options())
-            if arguments["q_norms"] is not None:
+            if not arguments["DIFFERENCES"]:
                 blocks = streaming_tiles.choose_blocks("products", q, k)
                 tiles = count_tiles(M, split or M, blocks.keys) if of_keys else triton.cdiv(N, blocks.queries)
                 products_kernel[tiles * triton.cdiv(D, blocks.values) * G,](**points, **blocks.options())
-        blocks = streaming_tiles.choose_blocks("values", q, k)
-        tiles = count_tiles(M, split or M, blocks.keys)
-        values_kernel[tiles * triton.cdiv(D, blocks.values) * G,](grad_v=grad_v, **arguments, **blocks.options())
+        autotune.start(
+            values_kernel,
+            lambda by: (count_tiles(M, split or M, by["BLOCK_K"]) * triton.cdiv(D, by["BLOCK_V"]) * G,),
+            grad_v=grad_v,
+            **arguments,
+            configuration=streaming_tiles.choose_blocks("values", q, k).options(),
+        )
     return grad_q, grad_k, grad_v, q.new_empty(0) if weight_slots is None else weight_slots.sum(1)

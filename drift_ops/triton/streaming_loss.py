@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import streamed_loss
-from . import launch, streaming_parts
+from . import autotune, launch, streaming_parts
 from .streaming_parts import (
     forward_arguments,
     hide_missing,
@@ -29,13 +29,9 @@ def scale_kernel(
     q,  # [G, N, D]
     k,  # [G, M, D]
     w,  # [G, M]
-    q_norms,  # [G, N], unless DIFFERENCES
-    k_norms,
-    q_hi,  # [G, q_rows, DEPTH], unless DIFFERENCES
-    q_lo,
-    k_hi,  # [G, M, DEPTH]
-    k_lo,
-    largest,  # [G]
+    norms,  # of q [G, N] and of k [G, M], unless DIFFERENCES
+    q_halves,  # [G, q_rows, DEPTH], unless DIFFERENCES
+    k_halves,  # [G, M, DEPTH]
     sums,  # [G · col_parts · row_parts] float64
     unit,
     self_distance,
@@ -64,40 +60,20 @@ def scale_kernel(
     g = (program // row_parts // col_parts).to(tl.int64)
     row_end = tl.minimum((row_part + 1) * row_tiles, tl.cdiv(N, BLOCK_Q))
     col_end = tl.minimum((col_part + 1) * col_tiles, tl.cdiv(split, BLOCK_K) + tl.cdiv(M - split, BLOCK_K))
-    undo = scale_of_products(largest + g, DIFFERENCES)
+    undo = scale_of_products(q_halves[2] + g, DIFFERENCES)
     per_unit = inverse_of(unit)
     total = tl.zeros([1], tl.float64)
     for row_tile in range(row_part * row_tiles, row_end):
         i = row_tile * BLOCK_Q
-        q_row = (g * q_rows + i) * DEPTH
-        q_parts = load_whole(q_hi + q_row, q_lo + q_row, N - i, SPLIT, DIFFERENCES, DEPTH, BLOCK_Q, BLOCK_D)
+        q_parts = load_whole(q_halves, g * q_rows + i, N - i, SPLIT, DIFFERENCES, DEPTH, BLOCK_Q, BLOCK_D)
         for col_tile in range(col_part * col_tiles, col_end):
             j, k_count, side = find_tile(col_tile, M, split, BLOCK_K)
-            k_row = (g * M + j) * DEPTH
-            k_parts = load_whole(k_hi + k_row, k_lo + k_row, k_count, SPLIT, DIFFERENCES, DEPTH, BLOCK_K, BLOCK_D)
+            k_parts = load_whole(k_halves, g * M + j, k_count, SPLIT, DIFFERENCES, DEPTH, BLOCK_K, BLOCK_D)
             d = tile_distances(
-                q_parts,
-                k_parts,
-                q + (g * N + i) * D,
-                k + (g * M + j) * D,
-                q_norms + (g * N + i),
-                k_norms + (g * M + j),
-                undo,
-                N - i,
-                k_count,
-                i - j,
-                D,
-                least,
-                per_unit,
-                self_distance,
-                SELF,
-                SPLIT,
-                DIFFERENCES,
-                DEPTH,
-                BLOCK_Q,
-                BLOCK_K,
-                BLOCK_D,
-            )
+                q_parts, k_parts, q + (g * N + i) * D, k + (g * M + j) * D, norms[0] + (g * N + i),
+                norms[1] + (g * M + j), undo, N - i, k_count, i - j, D, least, per_unit, self_distance,
+                SELF, SPLIT, DIFFERENCES, DEPTH, BLOCK_Q, BLOCK_K, BLOCK_D,
+            )  # fmt: skip
             d = hide_missing(d, 0.0, N - i, k_count, i - j, SELF, BLOCK_Q, BLOCK_K)
             of_keys = tl.sum(d, 0) * load_vector(w + g * M + j, k_count, 0, BLOCK_K)
             total += tl.sum(of_keys, 0).to(tl.float64)
@@ -113,11 +89,13 @@ def loss_scale(points: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Ten
         blocks = streaming_parts.choose_blocks("statistics", gen, targets)
         parts = cut(triton.cdiv(N, blocks.queries), count_tiles(M, M, blocks.keys), G)
         sums = gen.new_empty(G * parts.row_parts * parts.col_parts, dtype=torch.float64)
-        scale_kernel[sums.numel(),](
+        autotune.start(
+            scale_kernel,
+            (sums.numel(),),
             w=w,
             sums=sums,
             **arguments,
             **parts._asdict(),
-            **blocks.options(),
+            configuration=blocks.options(),
         )
     return torch.stack([sums.sum() / (G * N * M), w.mean(dtype=torch.float64)]), gen.new_empty(0)

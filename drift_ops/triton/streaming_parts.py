@@ -1,11 +1,11 @@
-"""The streaming forward's points in float16 parts (:mod:`.halves`), made once a call, and the distances of a tile.
+"""The streaming kernels' points in float16 parts (:mod:`.halves`), made once a call, and the distances of a tile.
 
 The parts lie in memory as the kernels want them: dimensions padded with zeros to ``depth``, so that loads are aligned
 and go straight to where the tensor cores read.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -14,11 +14,16 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from . import launch
-from .halves import exponent, product, split
-from .streaming_tiles import Blocks, correct_close_keys, squared_norms
+from .halves import add_product, exponent, product, split
+from .streaming_tiles import Blocks, correct_close_keys
 from .tiles import CLOSE, DIFFERENCES_UP_TO, load_vector, pairs_within, self_pairs, squared_differences
 
 LOG2E = tl.constexpr(math.log2(math.e))
+
+# An affinity is at most 1; float16 has most bits for numbers between 2^-14 and 2^15.
+AFFINITY_BITS = tl.constexpr(15)
+AFFINITY_SCALE = tl.constexpr(2.0**15)
+
 WHOLE_UP_TO = 256  # dimensions of a tile of points that is loaded as one
 
 
@@ -55,6 +60,21 @@ def choose_blocks(kernel: str, q: Tensor, k: Tensor) -> Blocks:
     return blocks.within(N, M, padded_depth(D))
 
 
+def common_arguments(q: Tensor, k: Tensor, split: int, has_self: bool) -> dict[str, Any]:
+    """Arguments of the same name and meaning in all kernels."""
+    (N, D), M = q.shape[1:], k.shape[1]
+    return parts_of_pairs(q, k, has_self) | {
+        "q": q,
+        "k": k,
+        "norms": (q, k) if D <= DIFFERENCES_UP_TO else tuple(vector_norm(t, dim=2).square_() for t in (q, k)),
+        "N": N,
+        "M": M,
+        "D": D,
+        "split": split or M,
+        "SELF": "masked" if has_self else "none",
+    }
+
+
 def forward_arguments(
     q: Tensor,
     k: Tensor,
@@ -64,22 +84,13 @@ def forward_arguments(
     self_distance: float,
     unit: Tensor | None,
 ) -> dict[str, Any]:
-    """Arguments of the same name and meaning in the kernels of the forward."""
-    (N, D), M = q.shape[1:], k.shape[1]
-    return parts_of_pairs(q, k, has_self) | {
-        "q": q,
-        "k": k,
-        "q_norms": q if D <= DIFFERENCES_UP_TO else squared_norms(q),
-        "k_norms": k if D <= DIFFERENCES_UP_TO else squared_norms(k),
+    """Those that are the same in the kernels of the forward."""
+    arguments = common_arguments(q, k, split, has_self) | {
         "unit": None if unit is None else unit.float(),
         "least": least_distance or None,
         "self_distance": self_distance,
-        "N": N,
-        "M": M,
-        "D": D,
-        "split": split or M,
-        "SELF": "none" if not has_self else "masked" if self_distance == math.inf else "apart",
     }
+    return arguments | ({"SELF": "apart"} if has_self and self_distance < math.inf else {})
 
 
 def padded_depth(D: int) -> int:
@@ -87,21 +98,18 @@ def padded_depth(D: int) -> int:
     return launch.padded_block(D) if D <= WHOLE_UP_TO else triton.cdiv(D, 64) * 64
 
 
-class Parts(NamedTuple):
-    """``x·2^e = hi + lo`` of points ``[G, count, D]``, float16 ``[G, count, depth]``; at "high" lo is hi and unused."""
-
-    hi: Tensor
-    lo: Tensor
-    largest: Tensor  # [G] float32: what e is chosen by, problem by problem
-
-
 def largest_entries(x: Tensor) -> Tensor:
     """The largest absolute value of every problem of ``x [G, …]``, ``[G]``; NaN where there is one. Makes no copy."""
     return vector_norm(x.flatten(1), ord=math.inf, dim=1)
 
 
-def split_points(x: Tensor, w: Tensor | None, largest: Tensor) -> Parts:
-    """Parts of ``x [G, count, D]``, times ``w [G, count]``; no entry of a problem is above its ``largest``."""
+Halves = tuple[Tensor, Tensor, Tensor]
+
+
+def split_points(x: Tensor, w: Tensor | None, largest: Tensor) -> Halves:
+    """``(hi, lo, largest)`` of ``x [G, count, D]``, times ``w [G, count]``: ``x·2^e = hi + lo`` in float16
+    ``[G, count, depth]`` with the e of ``largest [G]``, which no entry of a problem exceeds. At "high" lo is hi, and
+    unused."""
     G, count, D = x.shape
     shape, exact = (G, count, padded_depth(D)), launch.splits_products()
     hi = x.new_empty(shape, dtype=torch.float16)
@@ -123,7 +131,7 @@ def split_points(x: Tensor, w: Tensor | None, largest: Tensor) -> Parts:
         BLOCK_D=block_d,
         num_warps=4,
     )
-    return Parts(hi, lo, largest)
+    return hi, lo, largest
 
 
 def parts_of_pairs(q: Tensor, k: Tensor, has_self: bool) -> dict[str, Any]:
@@ -131,20 +139,17 @@ def parts_of_pairs(q: Tensor, k: Tensor, has_self: bool) -> dict[str, Any]:
     G, N, D = q.shape
     exact = launch.splits_products()
     if D <= DIFFERENCES_UP_TO:  # the kernels do not look at the parts
-        unused = dict.fromkeys(("q_hi", "q_lo", "k_hi", "k_lo", "largest"), q)
+        unused = dict.fromkeys(("q_halves", "k_halves"), (q, q, q))
         return unused | {"q_rows": N, "DEPTH": padded_depth(D), "SPLIT": exact, "DIFFERENCES": True}
     shared = has_self or q is k  # the first keys are the queries
     largest = largest_entries(k) if shared else torch.maximum(largest_entries(q), largest_entries(k))
     of_k = split_points(k, None, largest)
     of_q = of_k if shared else split_points(q, None, largest)
     return {
-        "q_hi": of_q.hi,
-        "q_lo": of_q.lo,
-        "k_hi": of_k.hi,
-        "k_lo": of_k.lo,
-        "largest": largest,
-        "q_rows": of_q.hi.shape[1],  # from one problem's first query to the next's, in the parts
-        "DEPTH": of_k.hi.shape[2],
+        "q_halves": of_q,
+        "k_halves": of_k,
+        "q_rows": of_q[0].shape[1],  # from one problem's first query to the next's, in the parts
+        "DEPTH": of_k[0].shape[2],
         "SPLIT": exact,
         "DIFFERENCES": False,
     }
@@ -200,21 +205,27 @@ def load_part(part, count, start, DEPTH: tl.constexpr, BLOCK: tl.constexpr, BLOC
 
 
 @triton.jit
+def rows_of(halves, row, DEPTH: tl.constexpr):
+    """Where the parts of rows from ``row`` on are."""
+    return halves[0] + row * DEPTH, halves[1] + row * DEPTH
+
+
+@triton.jit
 def load_parts(
-    hi, lo, count, start, SPLIT: tl.constexpr, DEPTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
+    parts, count, start, SPLIT: tl.constexpr, DEPTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
 ):
     """The same of both parts; hi twice unless SPLIT."""
-    of_hi = load_part(hi, count, start, DEPTH, BLOCK, BLOCK_D)
+    hi = load_part(parts[0], count, start, DEPTH, BLOCK, BLOCK_D)
     if SPLIT:
-        return of_hi, load_part(lo, count, start, DEPTH, BLOCK, BLOCK_D)
+        return hi, load_part(parts[1], count, start, DEPTH, BLOCK, BLOCK_D)
     else:
-        return of_hi, of_hi
+        return hi, hi
 
 
 @triton.jit
 def load_whole(
-    hi,
-    lo,
+    halves,
+    row,
     count,
     SPLIT: tl.constexpr,
     DIFFERENCES: tl.constexpr,
@@ -223,13 +234,35 @@ def load_whole(
     BLOCK_D: tl.constexpr,
 ):
     """All dimensions of both parts, if a block holds them; else where they are."""
-    if DIFFERENCES:
-        return hi, lo
+    parts = rows_of(halves, row, DEPTH)
+    if DIFFERENCES or BLOCK_D < DEPTH:
+        return parts
     else:
-        if BLOCK_D < DEPTH:
-            return hi, lo
-        else:
-            return load_parts(hi, lo, count, 0, SPLIT, DEPTH, BLOCK, BLOCK_D)
+        return load_parts(parts, count, 0, SPLIT, DEPTH, BLOCK, BLOCK_D)
+
+
+@triton.jit
+def products_of_parts(
+    a,  # see load_whole
+    b,
+    a_count,
+    b_count,
+    SPLIT: tl.constexpr,
+    DEPTH: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """``a_i·b_j`` [BLOCK_A, BLOCK_B] of the rows of two tiles, with the scales of both."""
+    if BLOCK_D >= DEPTH:
+        return product(a[0], a[1], tl.trans(b[0]), tl.trans(b[1]), SPLIT)
+    else:
+        total = tl.zeros([BLOCK_A, BLOCK_B], tl.float32)
+        for start in range(0, DEPTH, BLOCK_D):
+            a_hi, a_lo = load_parts(a, a_count, start, SPLIT, DEPTH, BLOCK_A, BLOCK_D)
+            b_hi, b_lo = load_parts(b, b_count, start, SPLIT, DEPTH, BLOCK_B, BLOCK_D)
+            total = add_product(total, a_hi, a_lo, tl.trans(b_hi), tl.trans(b_lo), SPLIT, False)
+        return total
 
 
 @triton.jit
@@ -290,17 +323,7 @@ def tile_distances(
     else:
         q_part = load_vector(q_norms, q_count, 0, BLOCK_Q)
         k_part = load_vector(k_norms, k_count, 0, BLOCK_K)
-        if BLOCK_D >= DEPTH:
-            products = product(q_parts[0], q_parts[1], tl.trans(k_parts[0]), tl.trans(k_parts[1]), SPLIT)
-        else:
-            products = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
-            for start in range(0, DEPTH, BLOCK_D):
-                a_hi, a_lo = load_parts(q_parts[0], q_parts[1], q_count, start, SPLIT, DEPTH, BLOCK_Q, BLOCK_D)
-                b_hi, b_lo = load_parts(k_parts[0], k_parts[1], k_count, start, SPLIT, DEPTH, BLOCK_K, BLOCK_D)
-                if SPLIT:
-                    products = tl.dot(a_lo, tl.trans(b_hi), products)
-                    products = tl.dot(a_hi, tl.trans(b_lo), products)
-                products = tl.dot(a_hi, tl.trans(b_hi), products)
+        products = products_of_parts(q_parts, k_parts, q_count, k_count, SPLIT, DEPTH, BLOCK_Q, BLOCK_K, BLOCK_D)
         norms = q_part[:, None] + k_part[None, :]
         squared = norms - products * (2 * undo)
         margin = squared - norms * CLOSE
@@ -339,6 +362,12 @@ def scale_of_products(largest, DIFFERENCES: tl.constexpr):
         return 1.0
     else:
         return power_of_two(-2 * exponent(tl.load(largest)))
+
+
+@triton.jit
+def scale_of(halves, problem):
+    """What undoes the scale of the halves of a problem."""
+    return power_of_two(-exponent(tl.load(halves[2] + problem)))
 
 
 @triton.jit

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import group, launch
+from .. import autotune, group, launch
 from ..tiles import DIFFERENCES_UP_TO
 from .gradient import gradient_kernel
 from .gram import gram_moments_kernel
@@ -54,7 +54,8 @@ def _problem(points: Sequence[Tensor], kernel: str, **numbers: Any) -> tuple[tup
     options = {"counts": counts, "D": D, "BLOCKS": blocks, "SPLIT": launch.splits_products()}
     if kernel != "gram":
         options |= {"DIFFERENCES": D <= DIFFERENCES_UP_TO, "LONG": D > CHAIN_UP_TO}
-    return sides, options | numbers | group.loss_configuration(kernel, launch.limits(sides[0].device)).options()
+    configuration = group.loss_configuration(kernel, launch.limits(sides[0].device)).options
+    return sides, options | numbers | {"configuration": configuration}
 
 
 def kept_shape(points: Sequence[Tensor]) -> tuple[int, ...]:
@@ -91,7 +92,8 @@ def loss_scale(points: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Ten
     means = sides[0].new_empty(G, 2, dtype=torch.float32)
     kept = means.new_empty(kept_shape(points))
     with launch.on_device_of(means):
-        scale_kernel[(G,)](sides, _without_empty(weights), means, kept if kept.numel() else None, **options)
+        given = (_without_empty(weights), means, kept if kept.numel() else None)
+        autotune.start(scale_kernel, (G,), sides, *given, **options)
     return means.mean(0, dtype=torch.float64), kept
 
 
@@ -113,14 +115,14 @@ def loss_moments(
     of_sides = _without_empty(weights)
     with launch.on_device_of(moments):
         sides, options = _problem(points, "statistics", **numbers)
-        statistics_kernel[(G,)](sides, of_sides, *given, **options)
+        autotune.start(statistics_kernel, (G,), sides, of_sides, *given, **options)
         # With products kept most groups have nothing to do here, and some share a program.
         groups = 1 if pairs is None or G <= PROGRAMS else 16
         sides, options = _problem(points, "moments", GROUPS=groups, **numbers)
-        moments_kernel[(triton.cdiv(G, groups),)](sides, of_sides, *given, moments, G, **options)
+        autotune.start(moments_kernel, (triton.cdiv(G, groups),), sides, of_sides, *given, moments, G, **options)
         if pairs is not None:
             _, options = _problem(points, "gram", **numbers)
-            gram_moments_kernel[(G,)](*given, moments, **options)
+            autotune.start(gram_moments_kernel, (G,), *given, moments, **options)
     return state, moments
 
 
@@ -144,5 +146,6 @@ def loss_gradient(
     share = triton.cdiv(D, shares * LEAST_SHARE) * LEAST_SHARE
     given = (_without_empty(weights), state, scale, tuple(map(float, R_list)))
     with launch.on_device_of(grad):
-        gradient_kernel[(G, triton.cdiv(D, share))](sides, *given, factors, incoming, grad, share, **options)
+        grid = (G, triton.cdiv(D, share))
+        autotune.start(gradient_kernel, grid, sides, *given, factors, incoming, grad, share, **options)
     return grad
