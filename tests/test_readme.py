@@ -26,6 +26,7 @@ GIVEN = {
     "dataloader": lambda: [(torch.randn(64, 4, 8, 8), torch.arange(64) % 10)],
     "num_epochs": lambda: 1,
     "class_labels": lambda: torch.arange(16) % 10,
+    "images": lambda: torch.randn(8, 4, 8, 8),
 }
 
 
