@@ -1,7 +1,8 @@
 # make train   set up .venv and train the digits model
 # make test    set up .venv and run the linters, the type checker and all tests
 # make bench   time the operator against dense PyTorch
-# make soak    the fuzz tests with 10,000 cases each, which make test runs with 60
+# make soak    what make test does a little of, at length: 10,000 cases of each fuzz test, a run killed 20 times, and one
+#              of 30 minutes, whose memory must stay flat
 # make sanitize   the CPU kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
 # make gpu-check   on a machine with a GPU, with its own torch and Triton: build, test, time, sanitize and profile the
 #                  GPU backends; STAGE=build|test|bench|sanitize|profile for one of these, each within ten minutes
@@ -35,7 +36,9 @@ bench: $(VENV)/installed-dev
 	$(RUN) -m benchmarks.compare
 
 soak: $(VENV)/installed-dev
-	DRIFT_FUZZ_CASES=10000 $(RUN) -m pytest -s tests/test_fuzz_arguments.py tests/test_fuzz_files.py
+	DRIFT_FUZZ_CASES=10000 DRIFT_KILLS=20 $(RUN) -m pytest -s \
+		tests/test_fuzz_arguments.py tests/test_fuzz_files.py tests/test_faults.py tests/test_killed.py
+	$(RUN) -m benchmarks.soak
 
 sanitize: $(VENV)/installed-dev
 	$(RUN) tests/sanitize.py

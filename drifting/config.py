@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from .cli import UserError
 from .config_schema import Config, PretrainConfig
 from .data import DATASETS
-from .files import atomic_write
+from .files import atomic_write, reason
 
 MOST_BYTES = 2**20  # of a configuration file
 # What reading YAML of anything else ends in: its dates and numbers raise ValueError, for one.
@@ -73,6 +73,8 @@ def read_config(name_or_file: str, overrides: Sequence[str], schema: type[AnyCon
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(path.read_text(), yaml.SafeLoader)):
             raise ValueError("aliases (*name), a few lines of which can stand for any number of values")
         values = OmegaConf.load(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {reason(error)}") from error
     except NOT_YAML as error:
         raise UserError(f"{path} is not valid YAML: {_one_line(error)}") from error
     if not isinstance(values, DictConfig):

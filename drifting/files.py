@@ -17,11 +17,14 @@ BLOCK = 2**20  # bytes read at once
 def atomic_write(path: Path) -> Iterator[Path]:
     """Gives a temporary path beside ``path``; what the block wrote there is synced to disk, then moved to ``path``.
 
+    The folder is made if it is not there.
+
     Raises:
         UserError: the file cannot be written; ``path`` is then as it was before.
     """
     part = path.with_name(f".{path.name}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield part
         sync(part)
         os.replace(part, path)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -69,30 +69,38 @@ class Ranks:
         dist.broadcast_object_list(values, src=0, group=self.host)
         return values[0]
 
+    def on_all(self, action: Callable[[], T]) -> list[T]:
+        """What ``action`` returns on each rank, between hosts; an error of one is raised on all."""
+        if self.size == 1:
+            return [action()]
+        outcome: T | Exception
+        try:
+            outcome = action()
+        except Exception as error:
+            outcome = error
+        outcomes: list[Any] = [None] * self.size
+        dist.all_gather_object(outcomes, outcome, group=self.host)
+        for error in (outcome, *outcomes):
+            if isinstance(error, Exception):
+                raise error
+        return outcomes
+
     def on_main(self, action: Callable[[], T]) -> T | None:
-        """What ``action`` returns on rank 0, which alone does it; None on the others, which wait.
+        """What ``action`` returns on rank 0, which alone does it; None on the others, which wait, and end with it."""
+        result: list[T] = []
+        with self.agreed():
+            self.on_all(lambda: result.append(action()) if self.main else None)
+        return result[0] if self.main else None
 
-        What it raises there ends the others too, without a word.
-        """
-        error: Exception | None = None
-        result = None
-        if self.main:
-            try:
-                result = action()
-            except Exception as raised:
-                error = raised
-        status = self.from_main(None if error is None else getattr(error, "status", 1))
-        if error is not None:
-            raise error
-        if status is not None:
-            raise SystemExit(status)
-        return result
-
-    def stop(self, error: Exception) -> NoReturn:
-        """Raise ``error``, which all ranks have come to; the others than rank 0 end without a word."""
-        if self.main:
-            raise error
-        raise SystemExit(getattr(error, "status", 1))
+    @contextmanager
+    def agreed(self) -> Iterator[None]:
+        """Inside, all ranks raise the same errors, of which rank 0 alone tells: the others end without a word."""
+        try:
+            yield
+        except Exception as error:
+            if self.main:
+                raise
+            raise SystemExit(getattr(error, "status", 1)) from None
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """What is measured of a generator while it trains, and kept in its run directory."""
 
-import json
 import math
 import sys
 from itertools import cycle, islice
@@ -13,7 +12,9 @@ from .config import load_config, save_config
 from .config_schema import Config
 from .data import Dataset
 from .evaluation import Evaluator, Quality, best_quality, check_evaluation, evaluate_guidance, open_evaluator
+from .files import reason
 from .images import save_panels, to_uint8
+from .json_file import read_object
 from .models import DriftingDiT
 from .run_directory import RunDirectory, save_generator
 from .sample import draw_samples, spread_labels
@@ -98,7 +99,6 @@ class RunEvaluation:
         kept, best, distance = _best_so_far(self.run), self.run.best, self.evaluator.distance
         alike = kept and load_config(str(best.config)).evaluation == self.config.evaluation
         if not alike or quality[distance] < kept.get(distance, math.inf):
-            best.path.mkdir(exist_ok=True)
             save_generator(best, model, self.dataset, self.trainer.step, quality)
             save_config(self.config, best.config)
 
@@ -122,8 +122,12 @@ def _best_so_far(run: RunDirectory) -> Quality:
     """The measures of what ``run.best`` holds, and its step."""
     if not run.best.config.is_file():  # the last that is written
         return {}
-    description = json.loads(run.best.description.read_text())
-    return description["quality"] | {"step": description["step"]}
+    try:
+        description = read_object(run.best.description)
+        return description["quality"] | {"step": description["step"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        path = run.best.path
+        raise UserError(f"{run.best.description} cannot be read ({reason(error)}): delete {path} to go on") from error
 
 
 def _print_measures(quality: Quality, distance: str) -> None:

@@ -22,7 +22,7 @@ from .data import Split, training_batches
 from .data.dataset import telling_of_dead_workers
 from .ranks import Ranks
 from .run_directory import RunDirectory
-from .training.checkpoint import _checkpoints, load_checkpoint, save_checkpoint
+from .training.checkpoint import checkpoints_in, load_checkpoint, save_checkpoint
 from .training.finite import FiniteGuard, NotFiniteError
 from .training.meter import Meter
 from .training.metrics_log import MetricsLog, to_record
@@ -117,8 +117,10 @@ def opened_run(run: RunDirectory, config: AnyConfig, ranks: Ranks) -> Iterator[N
         UserError: it is in use, cannot be written, or holds a run with a configuration that would train something else;
             or the ranks cannot share a batch.
     """
-    if config.train.batch_size % ranks.size:
-        raise UserError(f"train.batch_size is {config.train.batch_size}, expected a multiple of the {ranks.size} ranks")
+    batch = config.train.batch_size
+    with ranks.agreed():
+        if batch % ranks.size:
+            raise UserError(f"train.batch_size is {batch}, expected a multiple of the {ranks.size} ranks")
     with ExitStack() as stack:
 
         def open_and_lock() -> None:
@@ -141,8 +143,9 @@ def run_training(config: Config | PretrainConfig, run: RunDirectory, task: Task)
     """
     trainer, ranks = task.trainer, task.trainer.ranks
     _resume(run, trainer)
-    if trainer.step > config.train.steps:
-        raise UserError(f"{run.path} is at step {trainer.step} already, expected train.steps of at least that")
+    with ranks.agreed():
+        if trainer.step > config.train.steps:
+            raise UserError(f"{run.path} is at step {trainer.step} already, expected train.steps of at least that")
     ranks.on_main(lambda: save_config(config, run.config))
     if trainer.step == config.train.steps:
         measured = task.evaluate()
@@ -160,10 +163,11 @@ def run_training(config: Config | PretrainConfig, run: RunDirectory, task: Task)
 
 def _resume(run: RunDirectory, trainer: Trainer) -> None:
     """Bring the trainer to where the newest checkpoint is."""
-    try:
-        state = load_checkpoint(run.checkpoints, trainer.state_dict(), trainer.ranks)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    with trainer.ranks.agreed():
+        try:
+            state = load_checkpoint(run.checkpoints, trainer.state_dict(), trainer.ranks)
+        except ValueError as error:
+            raise UserError(str(error)) from error
     if state is not None:
         trainer.load_state_dict(state)
 
@@ -186,7 +190,7 @@ def _train_steps(
             evaluating = last or (every.eval_every and step % every.eval_every == 0)
             received = ranks.greatest(max(signals, default=0))
             saving = last or received or step % every.save_every == 0
-            with _stopping_at_not_finite(run, ranks):
+            with ranks.agreed(), _stopping_at_not_finite(run):
                 guard.check(step, metrics)
                 if evaluating or saving:
                     guard.finish()
@@ -201,12 +205,14 @@ def _train_steps(
                 log.write(record | (quality if evaluating else {}))
             bar.update()
             if saving:
-                save_checkpoint(run.checkpoints, trainer.state_dict(), ranks)
+                with ranks.agreed():
+                    save_checkpoint(run.checkpoints, trainer.state_dict(), ranks)
                 task.save_model()
             trainer.stopwatch.enter("data")
             if received and not last:
                 message = f"interrupted at step {step}, saved in {run.checkpoints}: the same command again goes on"
-                ranks.stop(Interrupted(message, received))
+                with ranks.agreed():
+                    raise Interrupted(message, received)
     return quality
 
 
@@ -218,18 +224,16 @@ def _progress(steps: int, trainer: Trainer) -> Any:
 
 
 @contextmanager
-def _stopping_at_not_finite(run: RunDirectory, ranks: Ranks) -> Iterator[None]:
-    """What a loss or gradient that is not finite ends the run with, on all ranks alike."""
+def _stopping_at_not_finite(run: RunDirectory) -> Iterator[None]:
+    """What a loss or gradient that is not finite ends the run with."""
     try:
         yield
     except NotFiniteError as error:
-        newest = [str(path) for path in _checkpoints(run.checkpoints)]
-        ranks.stop(
-            UserError(
-                f"{error}. They left the weights as they were; the last checkpoint is {[None, *newest][-1]}: "
-                "look at the data, lower optimizer.learning_rate, or let train.max_skipped_steps such steps pass"
-            )
-        )
+        newest = [str(path) for path in checkpoints_in(run.checkpoints)][-1:] or ["not there yet"]
+        raise UserError(
+            f"{error}. They left the weights as they were; the last checkpoint is {newest[0]}: "
+            "look at the data, lower optimizer.learning_rate, or let train.max_skipped_steps such steps pass"
+        ) from error
 
 
 @contextmanager

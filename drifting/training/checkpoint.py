@@ -12,8 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch.distributed as dist
-
 from ..cli import UserError
 from ..files import reason, sync
 from ..ranks import Ranks
@@ -57,7 +55,7 @@ def save_checkpoint(folder: Path, state: dict[str, Any], ranks: Ranks = ALONE, k
     try:
         _on_main(ranks, lambda: _make_room(part))
         tensors = describe_tensors(write_tensors(part, tensors_of(leaves), ranks))
-        of_ranks = _on_all(ranks, lambda: describe_files(_files_of(part, ranks.rank)))
+        of_ranks = ranks.on_all(lambda: describe_files(_files_of(part, ranks.rank)))
         files = {name: entry for described in of_ranks for name, entry in described.items()}
         _on_main(ranks, lambda: write_index(part, files, tensors, values))
         _on_main(ranks, lambda: _put_in_place(part, path, keep))
@@ -81,7 +79,7 @@ def load_checkpoint(folder: Path, state: dict[str, Any], ranks: Ranks = ALONE) -
     Raises:
         ValueError: there are checkpoints but none is undamaged, or the newest of these is of another trainer.
     """
-    paths = _on_main(ranks, lambda: _checkpoints(folder))
+    paths = _on_main(ranks, lambda: checkpoints_in(folder))
     problems = []
     for path in reversed(paths):
         try:
@@ -98,7 +96,7 @@ def load_checkpoint(folder: Path, state: dict[str, Any], ranks: Ranks = ALONE) -
 def _load(path: Path, state: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     content = _on_main(ranks, lambda: read_index(path, _step(path)))
     shared = list(content["files"].items())[ranks.share(len(content["files"]))]
-    _on_all(ranks, lambda: check_files(path, dict(shared)))
+    ranks.on_all(lambda: check_files(path, dict(shared)))
     leaves = flat(state)
     tensors = tensors_of(leaves)
 
@@ -107,42 +105,22 @@ def _load(path: Path, state: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
         return read_values(content, values_of(leaves))
 
     try:
-        values = _on_all(ranks, check)[ranks.rank]
+        values = ranks.on_all(check)[ranks.rank]
     except ValueError as error:
         raise ValueError(f"checkpoint {path} is of another trainer than this: {error}") from error
     read_tensors(path, content["tensors"], tensors, ranks)
     return filled(state, values | tensors)
 
 
-# --------------------------------------------------------------------------------------------- agreement of the ranks
-
-
-def _on_all(ranks: Ranks, action: Callable[[], T]) -> list[T]:
-    """What ``action`` gives on each rank; where it fails on one, all raise that error, so that none waits for it."""
-    if ranks.size == 1:
-        return [action()]
-    outcome: T | Exception
-    try:
-        outcome = action()
-    except Exception as error:
-        outcome = error
-    outcomes: list[Any] = [None] * ranks.size
-    dist.all_gather_object(outcomes, outcome, group=ranks.host)
-    for result in outcomes:
-        if isinstance(result, Exception):
-            raise result
-    return outcomes
-
-
 def _on_main(ranks: Ranks, action: Callable[[], T]) -> T:
-    """What ``action`` gives on rank 0, the only one to call it; as :func:`_on_all` otherwise."""
-    return _on_all(ranks, lambda: action() if ranks.main else None)[0]  # type: ignore[return-value]
+    """What ``action`` gives on rank 0, the only one to call it, on all; so its errors."""
+    return ranks.on_all(lambda: action() if ranks.main else None)[0]  # type: ignore[return-value]
 
 
 # --------------------------------------------------------------------------------------------------------- folders
 
 
-def _checkpoints(folder: Path) -> list[Path]:
+def checkpoints_in(folder: Path) -> list[Path]:
     """Those in ``folder``, oldest step first; ``.old`` is one that was being replaced, and comes before its step's."""
     found = [path for path in folder.glob("step_*") if NAME.fullmatch(path.name) and path.is_dir()]
     return sorted(found, key=lambda path: (_step(path), path.suffix != ".old"))
@@ -178,7 +156,7 @@ def _put_in_place(part: Path, path: Path, keep: int) -> None:
         path.rename(old)
     part.rename(path)
     sync(path.parent)
-    earlier = [other for other in _checkpoints(path.parent) if _step(other) < _step(path)]  # later ones are damaged
+    earlier = [other for other in checkpoints_in(path.parent) if _step(other) < _step(path)]  # later ones are damaged
     for other in [old] * old.exists() + earlier[: max(0, len(earlier) + 1 - keep)]:
         _delete(other)
 
@@ -199,5 +177,5 @@ def _not_written(path: Path, error: Exception) -> str:
 
 
 def _what_is_left(folder: Path) -> str:
-    paths = _checkpoints(folder)
+    paths = checkpoints_in(folder)
     return f"the checkpoint {paths[-1]} is intact" if paths else "there is no earlier checkpoint"
