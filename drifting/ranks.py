@@ -80,9 +80,9 @@ class Ranks:
             outcome = error
         outcomes: list[Any] = [None] * self.size
         dist.all_gather_object(outcomes, outcome, group=self.host)
-        for error in (outcome, *outcomes):
-            if isinstance(error, Exception):
-                raise error
+        for of_rank in (outcome, *outcomes):
+            if isinstance(of_rank, Exception):
+                raise of_rank
         return outcomes
 
     def on_main(self, action: Callable[[], T]) -> T | None:
