@@ -24,9 +24,10 @@ CONFIG_DIR = Path(__file__).parent / "configs"
 AnyConfig = TypeVar("AnyConfig", Config, PretrainConfig)
 
 MAY_CHANGE = (  # when a run is resumed
-    "data.path", "data.workers", "step.labels_at_once", "step.compile", "step.activation_checkpointing", "step.fsdp",
-    "train.steps", "train.log_every", "train.save_every", "train.eval_every", "train.max_skipped_steps",
-    "train.wandb", "evaluation.features", "evaluation.reference", "evaluation.num_samples", "evaluation.cfg_scales",
+    "data.path", "data.workers", "step.queue_device", "step.labels_at_once", "step.compile",
+    "step.activation_checkpointing", "step.fsdp", "train.steps", "train.log_every", "train.save_every",
+    "train.eval_every", "train.max_skipped_steps", "train.wandb",
+    "evaluation.features", "evaluation.reference", "evaluation.num_samples", "evaluation.cfg_scales",
 )  # fmt: skip
 SHORTHANDS = {"data": "data.name"}  # keys of sections that may be set like one of their values: `data: digits`
 EXTRACTORS = ("latent", "pixels", "resnet18", "convnext_v2", "mae")
@@ -127,6 +128,7 @@ def check_values(config: Config | PretrainConfig) -> None:
         lambda v: v and set(v) <= set(EXTRACTORS) and len(set(v)) == len(v),
         f"one of: {', '.join(EXTRACTORS)}; or a list of them",
     )
+    require(["step.queue_device"], lambda v: v in (None, "cpu", "cuda"), "cpu, cuda, or null for where the model is")
     require(["data.image_size", "step.labels_at_once"], lambda v: v is None or v >= 1, "1 or more")
     require(["evaluation.num_samples"], lambda v: v is None or v >= 2, "2 or more")
     require(["evaluation.cfg_scales"], lambda v: v and all(1 <= s < math.inf for s in v), "one or more of at least 1")

@@ -43,6 +43,7 @@ class StepConfig:
     uncond_per_label: int = 16
     queue_size: int = 128
     unconditional_queue_size: int = 1000
+    queue_device: str | None = None
     labels_at_once: int | None = None
     bf16: bool = False
     compile: bool = False

@@ -160,7 +160,8 @@ def test_ill_typed_value_says_what_was_expected(override, expected):
      ("loss.temperatures=[0.1,0]", "positive numbers"), ("guidance.cfg_scale_range=[0.5,2]", "least"),
      ("optimizer.ema_decay=[0.9,2]", "from 0 to 1"), ("optimizer.ema_decay=[0.9,0.9]", "several different ones"),
      ("optimizer.ema_decay=[]", "from 0 to 1"), ("guidance.cfg_scale_range=1", "least"),
-     ("guidance.cfg_scale_range=[1]", "least"), ("model.embed_dim=30", "a multiple of")],
+     ("guidance.cfg_scale_range=[1]", "least"), ("model.embed_dim=30", "a multiple of"),
+     ("step.queue_device=disk", "cpu, cuda, or null"), ("train.max_skipped_steps=-1", "0 or more")],
 )  # fmt: skip
 def test_value_out_of_range_is_named(override, expected):
     with pytest.raises(UserError, match=f"{override.partition('=')[0]} is .*{expected}|{expected}"):

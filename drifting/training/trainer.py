@@ -156,14 +156,14 @@ class DriftingTrainer:
         L, U = self.labels_per_step, self.uncond_per_label
         mine = self.ranks.share(L)  # [l]
         label = self._draw_labels(host)  # [L]
-        pos = self.sample_queue.sample(label, self.pos_per_label, host, mine)  # [l, P, C, H, W]
+        pos = self.sample_queue.sample(label, self.pos_per_label, host, mine).to(self.device)  # [l, P, C, H, W]
         cfg_scale = torch.ones(L)  # on the host
         if use_cfg_training:
             cfg_scale = sample_cfg_scale(L, self.cfg_scale_range, self.cfg_exponent, self.uncond_prob, host)
         uncond = weight = None
         if cfg_scale.max() > 1:
             uncond = self.sample_queue.sample_unconditional(L * U, host, slice(mine.start * U, mine.stop * U))
-            uncond = uncond.unflatten(0, (-1, U))  # [l, U, C, H, W]
+            uncond = uncond.to(self.device).unflatten(0, (-1, U))  # [l, U, C, H, W]
             weight = uncond_weight(cfg_scale[mine], self.gen_per_label, U).to(self.device)
         inputs = self._draw_inputs(label[mine], cfg_scale[mine], seeds[mine])
         return self._backward_of_labels(inputs, pos, uncond, weight)
@@ -322,6 +322,7 @@ def create_trainer(
     pos_per_label: int = 32,
     uncond_per_label: int = 16,
     unconditional_queue_size: int = 1000,
+    queue_device: torch.device | str | None = None,
     weight_decay: float = 0.01,
     warmup_steps: int = 1000,
     decay_steps: int | None = None,
@@ -355,6 +356,8 @@ def create_trainer(
         labels_per_step, gen_per_label, pos_per_label, uncond_per_label: sizes of a step; the paper's ablation uses
             64 labels, 64 generated and 64 positive images and 16 unconditional ones.
         unconditional_queue_size: real images kept over all classes.
+        queue_device: where they are kept; None is ``device``. 128 images of 256 × 256 for each of 1000 classes are 101
+            GB, for which the host may have room, on every rank.
         weight_decay, max_grad_norm: the release's values by default.
         ema_decay: of the averaged weights; several make as many averages, of which an evaluation may choose the best.
         pixel_range: least and greatest value of an image. Real pixels pile up at both ends; clamping generated ones
@@ -402,7 +405,7 @@ def create_trainer(
         loss_fn.feature_extractor.compile()
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, BETAS, weight_decay=weight_decay, fused=True)
     queue = SampleQueue(
-        queue_size, model.num_classes, (model.out_chans, model.img_size, model.img_size), where,
+        queue_size, model.num_classes, (model.out_chans, model.img_size, model.img_size), queue_device or where,
         unconditional_queue_size,
     )  # fmt: skip
     return DriftingTrainer(
