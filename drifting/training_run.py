@@ -231,7 +231,7 @@ def _stopping_at_not_finite(run: RunDirectory) -> Iterator[None]:
     except NotFiniteError as error:
         newest = [str(path) for path in checkpoints_in(run.checkpoints)][-1:] or ["not there yet"]
         raise UserError(
-            f"{error}. They left the weights as they were; the last checkpoint is {newest[0]}: "
+            f"{error}. These steps left the weights as they were; the last checkpoint is {newest[0]}: "
             "look at the data, lower optimizer.learning_rate, or let train.max_skipped_steps such steps pass"
         ) from error
 

@@ -45,7 +45,7 @@ class FiniteGuard:
         if event is not None:
             event.synchronize()
         if skipped > self.allowed:
-            raise NotFiniteError(f"step {step}: {_describe(to_record(metrics))}; {int(skipped)} steps were skipped")
+            raise NotFiniteError(f"step {step}: {_describe(to_record(metrics))}; skipped so far: {int(skipped)}")
 
 
 def _describe(record: dict[str, Any]) -> str:
