@@ -1,5 +1,6 @@
 """One generator on several ranks: a replica on each (DDP), or a shard of every parameter (FSDP2)."""
 
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
@@ -32,6 +33,8 @@ def distribute(model: nn.Module, averages: Iterable[nn.Module], ranks: Ranks, sh
         return model
     if not sharded:
         return DistributedDataParallel(model, process_group=ranks.group)
+    # of a view, which our images are where a patch is the whole image; nothing changes them in place
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = DeviceMesh.from_group(ranks.group, next(model.parameters()).device.type)
     for module in (model, *averages):
         for block in module.get_submodule("blocks").children():
