@@ -90,7 +90,8 @@ def test_sample_png(trained, tmp_path):
     assert Image.open(tmp_path / "x.png").size[0] > 100
 
 
-def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, number):
     out = tmp_path / "run"
     command = [sys.executable, "-m", "drifting.train", "--out", str(out), *SMALL, "train.log_every=1"]
     process = subprocess.Popen(
@@ -100,9 +101,9 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
     metrics = out / "metrics.jsonl"
     while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text()):
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in stderr
+    assert process.returncode == 128 + number and "Traceback" not in stderr
     reached = int(stderr.split("interrupted at step ")[1].split(",")[0])
     assert (out / "checkpoints" / f"step_{reached:08d}").is_dir() and (out / "model.safetensors").is_file()
     assert training.main(["--out", str(out), *SMALL, "train.log_every=1", f"train.steps={reached + 2}"]) == 0
