@@ -93,7 +93,7 @@ def leave_a_core_free() -> None:
         torch.set_num_threads(max(1, torch.get_num_threads() - 1))
 
 
-def open_run(run: RunDirectory, config: AnyConfig) -> None:
+def _make_directory(run: RunDirectory, config: AnyConfig) -> None:
     """Make the folder; if it holds a run, refuse a configuration that would train something else."""
     try:
         run.path.mkdir(parents=True, exist_ok=True)
@@ -124,7 +124,7 @@ def opened_run(run: RunDirectory, config: AnyConfig, ranks: Ranks) -> Iterator[N
     with ExitStack() as stack:
 
         def open_and_lock() -> None:
-            open_run(run, config)
+            _make_directory(run, config)
             stack.enter_context(run.lock())
 
         ranks.on_main(open_and_lock)

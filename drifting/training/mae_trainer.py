@@ -5,14 +5,21 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import Tensor
 
 from ..models import MAE
 from ..ranks import Ranks
 from ..utils.stopwatch import Stopwatch
-from .parallel import distribute, load_optimizer_state, optimizer_state
-from .trainer import BETAS, load_schedule, step_unless, warmup_then_cosine
+from .optimization import (
+    adamw,
+    average_of,
+    clip_and_step,
+    load_optimizer_state,
+    load_schedule,
+    optimizer_state,
+    warmup_then_cosine,
+)
+from .parallel import distribute
 
 
 class MAETrainer:
@@ -71,11 +78,9 @@ class MAETrainer:
         self.finetune_start, self.finetune_warmup_steps = steps - finetune_steps, finetune_warmup_steps
         self.finetune_lambda_cls, self.max_grad_norm = finetune_lambda_cls, max_grad_norm
         self.bf16, self.seed, self.ranks = bf16, seed, ranks or Ranks()
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(), learning_rate, BETAS, weight_decay=weight_decay, fused=True
-        )
+        self.optimizer = adamw(model, learning_rate, weight_decay)
         self.scheduler = warmup_then_cosine(self.optimizer, warmup_steps, steps if cosine_decay else None)
-        self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay)).requires_grad_(False)
+        self.ema = average_of(model, ema_decay)
         self.distributed_model = distribute(model, [], self.ranks, sharded=False)
         self.step = 0
         self.skipped_steps = torch.zeros((), dtype=torch.long, device=self.device)
@@ -115,11 +120,10 @@ class MAETrainer:
         means = self.ranks.sum(torch.stack([loss.detach().mean() for loss in losses.values()])) / self.ranks.size
         metrics = dict(zip(losses, means.unbind(), strict=True))
         self.stopwatch.enter("optimizer")
-        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
-        skip = ~(metrics["loss"] + grad_norm).isfinite()
-        step_unless(skip, self.optimizer)
-        self.skipped_steps += skip
-        self.scheduler.step()
+        grad_norm, skipped = clip_and_step(
+            self.model, self.optimizer, self.scheduler, metrics["loss"], self.max_grad_norm
+        )
+        self.skipped_steps += skipped
         self.ema.update_parameters(self.model)
         self.step += 1
         self.stopwatch.enter("data")

@@ -3,19 +3,13 @@
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, cast
+from typing import cast
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ..models import DriftingDiT
@@ -65,24 +59,3 @@ def unsharded(model: DriftingDiT) -> DriftingDiT:
         copy: DriftingDiT = build_on_meta(DriftingDiT, model.config)
         copy.load_state_dict(weights, assign=True)
     return copy.requires_grad_(False).eval()
-
-
-def whole_tensor(value: Tensor) -> Tensor:
-    """``value`` itself, or what its shards make up; all ranks call this."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
-
-
-def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimizer's state by names of parameters, in shards where these are; zeros before the first step."""
-    fresh = not optimizer.state
-    state = cast(dict[str, Any], get_optimizer_state_dict(model, optimizer)["state"])
-    if fresh:  # it was made by a step that changed nothing but was counted
-        for of_parameter in optimizer.state.values():
-            of_parameter["step"].zero_()
-    return state
-
-
-def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Continue from :func:`optimizer_state` of an optimizer with the same settings."""
-    groups = get_optimizer_state_dict(model, optimizer)["param_groups"]
-    set_optimizer_state_dict(model, optimizer, {"state": state, "param_groups": groups})

@@ -8,7 +8,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from ..data.sample_queue import SampleQueue
@@ -17,16 +17,16 @@ from ..ranks import Ranks
 from ..utils.stopwatch import Stopwatch
 from .accumulation import backward_in_parts
 from .guidance import sample_cfg_scale, uncond_weight
-from .parallel import (
-    averaging_gradients,
-    distribute,
+from .optimization import (
+    adamw,
+    average_of,
+    clip_and_step,
     load_optimizer_state,
+    load_schedule,
     optimizer_state,
-    unsharded,
-    whole_tensor,
+    warmup_then_cosine,
 )
-
-BETAS = (0.9, 0.95)
+from .parallel import averaging_gradients, distribute, unsharded
 
 
 class DriftingTrainer:
@@ -191,11 +191,8 @@ class DriftingTrainer:
     def _update(self, loss: Tensor) -> Tensor:
         """One step of the optimiser, if loss and gradient are finite, and of the averages; the norm of the gradient
         before clipping."""
-        grad_norm = whole_tensor(nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm))
-        skip = ~(loss + grad_norm).isfinite()
-        self.skipped_steps += skip
-        step_unless(skip, self.optimizer)
-        self.scheduler.step()
+        grad_norm, skipped = clip_and_step(self.model, self.optimizer, self.scheduler, loss, self.max_grad_norm)
+        self.skipped_steps += skipped
         for average in self.averages.values():
             average.update_parameters(self.model)
         self.step += 1
@@ -394,16 +391,13 @@ def create_trainer(
         feature_extractor, tuple(temperatures), affinity_floor=affinity_floor, in_chans=model.out_chans, bf16=bf16,
         process_group=ranks.group,
     ).to(where)  # fmt: skip
-    averages = {
-        decay: AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)).requires_grad_(False)
-        for decay in ema_decays
-    }
+    averages = {decay: average_of(model, decay) for decay in ema_decays}
     model.activation_checkpointing = activation_checkpointing
     distributed = distribute(model, [average.module for average in averages.values()], ranks, fsdp)
     if compile:
         distributed.compile()
         loss_fn.feature_extractor.compile()
-    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, BETAS, weight_decay=weight_decay, fused=True)
+    optimizer = adamw(model, learning_rate, weight_decay)
     queue = SampleQueue(
         queue_size, model.num_classes, (model.out_chans, model.img_size, model.img_size), queue_device or where,
         unconditional_queue_size,
@@ -415,33 +409,6 @@ def create_trainer(
         cfg_exponent=cfg_exponent, uncond_prob=uncond_prob, max_grad_norm=max_grad_norm, pixel_range=pixel_range,
         seed=seed, device=where, labels_at_once=labels_at_once, bf16=bf16, ranks=ranks, distributed_model=distributed,
     )  # fmt: skip
-
-
-def warmup_then_cosine(
-    optimizer: torch.optim.Optimizer, warmup_steps: int, decay_steps: int | None
-) -> torch.optim.lr_scheduler.LambdaLR:
-    """Factor of the learning rate at step n = 0, 1, …: min(1, (n + 1)/warmup_steps), times a half cosine to 0."""
-
-    def factor(step: int) -> float:
-        warmup = min(1.0, (step + 1) / max(warmup_steps, 1))
-        if decay_steps is None:
-            return warmup
-        return warmup * 0.5 * (1 + math.cos(math.pi * min(1.0, step / decay_steps)))
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-
-
-def step_unless(skip: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """A step of a fused optimizer, if not ``skip`` (0-d); nothing is read on the host."""
-    optimizer.found_inf = skip.float()  # type: ignore[attr-defined]  # as torch.amp.GradScaler tells it
-    optimizer.step()
-
-
-def load_schedule(scheduler: torch.optim.lr_scheduler.LRScheduler, state: dict[str, Any]) -> None:
-    """Continue from the scheduler's ``state_dict``, its optimizer at the rates that it had."""
-    scheduler.load_state_dict(state)
-    for group, rate in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
-        group["lr"] = rate
 
 
 def _check_shares(labels_per_step: int, labels_at_once: int | None, ranks: Ranks) -> None:
