@@ -76,7 +76,7 @@ def build_trainer(config: Config, device: str) -> DriftingTrainer:
         else:
             extractors[name] = build_extractor(name, channels)
     settings: dict[str, Any] = vars(config.loss) | vars(config.step) | vars(config.guidance) | vars(config.optimizer)
-    del settings["mae"], settings["cosine_decay"]
+    del settings["mae"], settings["cosine_decay"], settings["clamp"]
     settings["feature_extractor"] = FeatureStack(extractors) if len(extractors) > 1 else next(iter(extractors.values()))
     return create_trainer(model, device=device, seed=config.seed, **settings)
 
@@ -135,12 +135,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=20, help="how long to go on after the first step (default 20)")
     parser.add_argument("--labels", type=int, help="labels a step, for less memory (default: the configuration's)")
     parser.add_argument("--labels-at-once", type=int, help="as step.labels_at_once (default: the configuration's)")
+    parser.add_argument("--activation-checkpointing", action="store_true", help="as the step's key, for less memory")
     parser.add_argument("--compile", action="store_true", help="compile as the configuration says; takes minutes")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="default benchmarks/results")
     arguments = parser.parse_args(argv)
 
     config: Config = read_config(arguments.config, Config)
     step = dataclasses.replace(config.step, compile=arguments.compile and config.step.compile)
+    step.activation_checkpointing |= arguments.activation_checkpointing
     if arguments.labels is not None:
         step.labels_per_step = arguments.labels
     if arguments.labels_at_once is not None:

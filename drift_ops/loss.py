@@ -1,6 +1,7 @@
 """Form C: the release's training loss, over all groups of one feature map or of several."""
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -91,54 +92,62 @@ def _loss_of_maps(
 
     The third, the gradient, is for the backward.
     """
-    gens = [points[0].contiguous() for points, _ in maps]
-    all_points = [
-        t.detach().contiguous() for gen, (points, _) in zip(gens, maps, strict=True) for t in (gen, *points[1:])
-    ]
-    all_weights = [w.detach().contiguous() for _, weights in maps for w in weights]
+    points = [t.contiguous() for (gen, *fixed), _ in maps for t in (gen, *(t.detach() for t in fixed))]
+    constants = [t.detach() for t in points]
+    weights = [w.detach().contiguous() for _, of_map in maps for w in of_map]
 
-    means, kept = ops.loss_scale(all_points, all_weights, backend)
-    mean_distance, mean_weight = _mean_over_ranks(means, gens, process_group).unbind(1)
+    means, kept = ops.loss_scale(constants, weights, backend)
+    mean_distance, mean_weight = _mean_over_ranks(means, maps, process_group).unbind(1)
     scale = mean_distance / mean_weight  # [maps]
-    states, moments = ops.loss_moments(all_points, all_weights, kept, scale, R_list, affinity_floor, backend)
-    # λ_r² is the mean of F_r², and the loss of a group the mean of (Σ_r F_r/λ_r)²
+    states, moments = ops.loss_moments(constants, weights, kept, scale, R_list, affinity_floor, backend)
+    # λ_r² is the mean of F_r²
     squares = torch.stack([of_map.diagonal(dim1=1, dim2=2).mean(0, dtype=torch.float64) for of_map in moments])
-    squared_lambda = _mean_over_ranks(squares, gens, process_group)  # [maps, R]
+    squared_lambda = _mean_over_ranks(squares, maps, process_group)  # [maps, R]
     factors = squared_lambda.clamp(min=1e-8).rsqrt()
-    losses = []
-    for m, gen in enumerate(gens):
-        loss = (moments[m] * torch.outer(factors[m], factors[m])).sum((1, 2)).to(moments[m].dtype)  # [G]
-        fixed = (*all_points[3 * m + 1 : 3 * m + 3], *all_weights[3 * m : 3 * m + 3])
-        constants = (*fixed, states[m], scale[m], factors[m])
-        loss = _AttachGradient.apply(loss, gen, *constants, (R_list, affinity_floor, backend))
-        losses.append((loss, scale[m].to(loss.dtype), squared_lambda[m].to(loss.dtype)))
-    return losses
+    options = (R_list, affinity_floor, backend)
+    losses = _LossOfMaps.apply(options, scale, factors, *points, *weights, *states, *moments)
+    dtype = moments[0].dtype
+    return list(zip(losses, scale.to(dtype).unbind(), squared_lambda.to(dtype).unbind(), strict=True))
 
 
-class _AttachGradient(torch.autograd.Function):
-    """``loss [G]``, whose gradient w.r.t. ``gen`` is :func:`drift_ops.ops.loss_gradient` of all that follows.
+class _LossOfMaps(torch.autograd.Function):
+    """``mean (Σ_r F_r/λ_r)²`` of each group, ``[G]`` for every map; its gradient w.r.t. gen is
+    :func:`drift_ops.ops.loss_gradient`.
 
-    ``constants`` are neg, pos, the three weights, and the state, scale and factors of the phases before.
+    ``tensors`` are gen, neg, pos of every map, then their weights, then the states and then the moments of phase 2.
     """
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, gen: Tensor, *constants: Any) -> Tensor:
-        *tensors, ctx.options = constants
-        ctx.save_for_backward(gen, *tensors)
-        return loss.clone()
+    def forward(
+        ctx: Any, options: tuple[Any, ...], scale: Tensor, factors: Tensor, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        points, weights, states, moments = _by_kind(tensors, (3, 3, 1, 1))
+        ctx.options = options
+        ctx.save_for_backward(scale, factors, *points, *weights, *states)
+        products = (factors.unsqueeze(2) * factors.unsqueeze(1)).to(moments[0].dtype)  # [maps, R, R]
+        return tuple((of_map * by).sum((1, 2)) for of_map, by in zip(moments, products.unbind(), strict=True))
 
     @staticmethod
-    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
-        points, weights, statistics = ctx.saved_tensors[:3], ctx.saved_tensors[3:6], ctx.saved_tensors[6:]
-        grad = ops.loss_gradient(points, weights, *statistics, incoming, *ctx.options)
-        return None, grad, *[None] * 9
+    def backward(ctx: Any, *incoming: Tensor) -> tuple[Tensor | None, ...]:
+        scale, factors, *tensors = ctx.saved_tensors
+        points, weights, states = _by_kind(tensors, (3, 3, 1))
+        grads = ops.loss_gradient(points, weights, states, scale, factors, incoming, *ctx.options)
+        of_points = [t for grad in grads for t in (grad, None, None)]
+        return None, None, None, *of_points, *[None] * (5 * len(grads))
 
 
-def _mean_over_ranks(means: Tensor, gens: list[Tensor], process_group: dist.ProcessGroup | None) -> Tensor:
+def _by_kind(tensors: Sequence[Tensor], numbers: tuple[int, ...]) -> list[Sequence[Tensor]]:
+    """``tensors`` parted into lists, which have so many tensors a map."""
+    maps = len(tensors) // sum(numbers)
+    ends = [maps * end for end in accumulate(numbers, initial=0)]
+    return [tensors[start:end] for start, end in pairwise(ends)]
+
+
+def _mean_over_ranks(means: Tensor, maps: list[Map], process_group: dist.ProcessGroup | None) -> Tensor:
     """``means [maps, …]`` over this rank's groups to means over the groups of all ranks, in one all-reduce."""
     if process_group is None:
         return means
-    counts = torch.tensor([[gen.shape[0]] for gen in gens], dtype=means.dtype, pin_memory=means.is_cuda)
+    counts = torch.tensor([[gen.shape[0]] for (gen, *_), _ in maps], dtype=means.dtype, pin_memory=means.is_cuda)
     groups = counts.to(means.device, non_blocking=True)  # the host waits for nothing
     totals = torch.cat([means * groups, groups], 1)
     dist.all_reduce(totals, group=process_group)

@@ -4,7 +4,7 @@ Points are contiguous ``[G, count, D]`` float32 or float64 tensors; the public f
 Each op has a fake implementation (shapes only) and dispatches to the backend named in its last argument.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -127,8 +127,7 @@ def loss_scale(points: Sequence[Tensor], weights: Sequence[Tensor], backend: str
 
     ``points`` and ``weights`` hold gen, neg, pos of map 0, then of map 1, and so on.
     """
-    of_map = implementation(backend).loss_scale
-    results = [of_map(*each) for each in zip(_by_map(points), _by_map(weights), strict=True)]
+    results = _phase("loss_scale", backend, _by_map(points), _by_map(weights))
     return torch.stack([means for means, _ in results]), [kept for _, kept in results]
 
 
@@ -153,9 +152,7 @@ def loss_moments(
     ``scale [maps]`` is the global scale of each map. λ_r² is the mean over groups of the moments' diagonal, and the
     loss a quadratic form in them, so that the forces themselves are wanted in the backward only.
     """
-    of_map = implementation(backend).loss_moments
-    each_map = zip(_by_map(points), _by_map(weights), kept, scale, strict=True)
-    results = [of_map(*each, R_list, floor) for each in each_map]
+    results = _phase("loss_moments", backend, _by_map(points), _by_map(weights), kept, scale, shared=(R_list, floor))
     return [state for state, _ in results], [moments for _, moments in results]
 
 
@@ -170,27 +167,34 @@ def _(points, weights, kept, scale, R_list, floor, backend):  # type: ignore[no-
 def loss_gradient(
     points: Sequence[Tensor],
     weights: Sequence[Tensor],
-    state: Tensor,
+    states: Sequence[Tensor],
     scale: Tensor,
     factors: Tensor,
-    incoming: Tensor,
+    incoming: Sequence[Tensor],
     R_list: Sequence[float],
     floor: float,
     backend: str,
-) -> Tensor:
-    """Form C, phase 3, for one map: the gradient w.r.t. gen, ``−2 incoming_g Σ_r factors_r F_r / (N·D·s)``.
+) -> list[Tensor]:
+    """Form C, phase 3, for all maps: the gradient w.r.t. gen, ``−2 incoming_g Σ_r factors_r F_r / (N·D·s)``.
 
-    ``scale`` (0-d) and ``factors [R]`` (= 1/λ_r), in float64, are the global statistics; ``incoming [G]`` is the
-    gradient of the loss.
+    ``scale [maps]`` and ``factors [maps, R]`` (= 1/λ_r), in float64, are the global statistics; ``incoming [G]`` is the
+    gradient of a map's loss.
     """
-    return implementation(backend).loss_gradient(
-        points, weights, state, scale, factors, incoming.contiguous(), R_list, floor
-    )
+    statistics = (states, scale, factors, [of_map.contiguous() for of_map in incoming])
+    return _phase("loss_gradient", backend, _by_map(points), _by_map(weights), *statistics, shared=(R_list, floor))
 
 
 @loss_gradient.register_fake
 def _(points, *rest):  # type: ignore[no-untyped-def]
-    return torch.empty_like(points[0], memory_format=torch.contiguous_format)
+    return [torch.empty_like(gen, memory_format=torch.contiguous_format) for gen, _, _ in _by_map(points)]
+
+
+def _phase(name: str, backend: str, *of_maps: Iterable[Any], shared: tuple[Any, ...] = ()) -> list[Any]:
+    """The results of a phase for every map. Triton takes them all at once, for fewer launches; others one by one."""
+    phase = getattr(implementation(backend), name)
+    if backend == "triton":
+        return phase(*of_maps, *shared)
+    return [phase(*of_map, *shared) for of_map in zip(*of_maps, strict=True)]
 
 
 def _by_map(of_all_maps: Sequence[Tensor]) -> list[Sequence[Tensor]]:

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from drift_ops import ops
+
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 # Relative RMS error that is always good enough: some roundings of the dtype. Beyond it, the dense form in the same
@@ -40,6 +42,27 @@ def weights(*shape: int, seed: int = 0) -> Tensor:
     """Uniform weights in [0, 2), about one in four exactly zero."""
     w = torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * 2
     return torch.where(w < 0.5, 0.0, w)
+
+
+def loss_phases(
+    backend: str,
+    points: list[list[Tensor]],
+    weights: list[list[Tensor]],
+    incoming: list[Tensor],
+    R_list: tuple[float, ...],
+    floor: float,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """The three phases of form C: scales ``[maps]``, and of each map the moments ``[G, R, R]`` and the gradient.
+
+    ``points`` and ``weights`` are those of gen, neg, pos of each map, ``incoming`` the gradient of its loss ``[G]``.
+    """
+    maps = [t for of_map in points for t in of_map], [w for of_map in weights for w in of_map]
+    means, kept = ops.loss_scale(*maps, backend)
+    scale = means[:, 0] / means[:, 1]
+    states, moments = ops.loss_moments(*maps, kept, scale, R_list, floor, backend)
+    factors = torch.stack([m.double().mean(0).diagonal() for m in moments]).clamp(min=1e-8).rsqrt()
+    incoming = [of_map.to(m) for of_map, m in zip(incoming, moments, strict=True)]
+    return scale, moments, ops.loss_gradient(*maps, states, scale, factors, incoming, R_list, floor, backend)
 
 
 def field_inputs(N: int, P: int, M: int, D: int, groups: tuple[int, ...] = (), weighted: bool = False) -> Tensors:

@@ -39,14 +39,14 @@ def op_samples(backend):
     scale = torch.ones(2, dtype=torch.float64, device=q.device)
     _, kept = ops.loss_scale(*maps, backend)
     states, moments = ops.loss_moments(*maps, kept, scale, R_LIST, 1e-6, backend)
-    factors, incoming = scale.new_tensor([0.7, 1.3]), moments[0].new_ones(G)
-    statistics = (states[0], scale[0], factors)
+    factors = scale.new_tensor([[0.7, 1.3], [0.9, 1.1]])
+    incoming = [of_map.new_ones(G) for of_map in moments]
     return {
         ops.affinity_sums: [gaussian, laplace],
         ops.affinity_sums_backward: backward,
         ops.loss_scale: [(one, weights, backend), (*maps, backend)],
         ops.loss_moments: [(*maps, kept, scale, R_LIST, 1e-6, backend)],
-        ops.loss_gradient: [(one, weights, *statistics, incoming, R_LIST, 1e-6, backend)],
+        ops.loss_gradient: [(*maps, states, scale, factors, incoming, R_LIST, 1e-6, backend)],
     }
 
 

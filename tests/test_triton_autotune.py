@@ -26,7 +26,8 @@ def observe() -> dict[str, list[tuple[str, dict[str, int]]]]:
     from test_triton_compile import TARGETS, Driver
     from triton.runtime.jit import JITFunction
 
-    from drift_ops.triton import group_loss, launch
+    from drift_ops import triton as triton_backend
+    from drift_ops.triton import launch
 
     events: list[tuple[str, dict[str, int]]] = []
     timed: list[dict[str, int]] = []
@@ -59,7 +60,7 @@ def observe() -> dict[str, list[tuple[str, dict[str, int]]]]:
         torch.cuda.is_current_stream_capturing = lambda: capturing
         events.clear()
         weights = [torch.empty(4, count, device="meta") for count in (64, 16, 64)]
-        group_loss.loss_scale([w.new_empty(*w.shape, D, dtype=dtype) for w in weights], weights)
+        triton_backend.loss_scale([[w.new_empty(*w.shape, D, dtype=dtype) for w in weights]], [weights])
         return list(events)
 
     return {

@@ -56,15 +56,16 @@ def streaming_gaussian(N: int, M: int, D: int) -> None:
     streaming_backward.affinity_sums_backward(q, k, k, None, *stats, num, den, *options)
 
 
-def loss(counts: tuple[int, int, int], D: int, dtype: torch.dtype = torch.float32) -> None:
+def loss(counts: tuple[int, int, int], D: int, dtype: torch.dtype = torch.float32, maps: int = 1) -> None:
     from drift_ops import triton
 
     G, R_list = 4, (0.02, 0.05, 0.2)
     clouds, weights = [empty(G, n, D, dtype=dtype) for n in counts], [empty(G, n) for n in counts]
-    scale, factors = empty(dtype=torch.float64), empty(len(R_list), dtype=torch.float64)
-    _, kept = triton.loss_scale(clouds, weights)
-    state, _ = triton.loss_moments(clouds, weights, kept, scale, R_list, 0.0)
-    triton.loss_gradient(clouds, weights, state, scale, factors, empty(G), R_list, 0.0)
+    given = [clouds] * maps, [weights] * maps
+    scale, factors = empty(maps, dtype=torch.float64), empty(maps, len(R_list), dtype=torch.float64)
+    kept = [kept for _, kept in triton.loss_scale(*given)]
+    states = [state for state, _ in triton.loss_moments(*given, kept, scale, R_list, 0.0)]
+    triton.loss_gradient(*given, states, scale, factors, [empty(G)] * maps, R_list, 0.0)
 
 
 def group_field(N: int, M: int, D: int) -> None:
@@ -90,6 +91,7 @@ EXACT_CASES: dict[str, Callable[[], None]] = {  # with products rounded as "high
     "group loss D=2": lambda: loss((64, 16, 64), 2),
     "group loss bfloat16": lambda: loss((64, 16, 64), 256, torch.bfloat16),
     "group loss D=64": lambda: loss((64, 16, 64), 64),
+    "group loss of 10 maps D=256": lambda: loss((64, 16, 64), 256, maps=10),
     "group loss largest": lambda: loss((64, 32, 64), 256),
     "group loss tiny": lambda: loss((16, 0, 16), 32),
     "group field D=2": lambda: group_field(64, 64, 2),

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from cases import FLOOR, INTERPRETED, points, rms, unaligned, weights
+from cases import FLOOR, INTERPRETED, loss_phases, points, rms, unaligned, weights
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 pytest.importorskip("triton")
 
-from drift_ops import cpu, reference  # noqa: E402
+from drift_ops import cpu  # noqa: E402
 from drift_ops.triton import autotune, group, group_field, group_loss, launch  # noqa: E402
 
 if not INTERPRETED and not torch.cuda.is_available():
@@ -40,29 +40,24 @@ def close(ours: Tensor, truth: Tensor, dense: Tensor, least: float = FLOOR[torch
 # Form C
 
 
-def phases(given: tuple[list[Tensor], list[Tensor]], incoming: Tensor, floor: float, module, to) -> tuple[Tensor, ...]:
-    """Scale, moments and gradient by the three phases of a module."""
-    p, w = ([to(t) for t in tensors] for tensors in given)
-    means, kept = module.loss_scale(p, w)
-    scale = means[0] / means[1]
-    state, moments = module.loss_moments(p, w, kept, scale, R_LIST, floor)
-    squared_lambda = moments.double().mean(0).diagonal()
-    factors = squared_lambda.clamp(min=1e-8).rsqrt().to(moments.dtype)
-    grad = module.loss_gradient(p, w, state, scale, factors, incoming.to(p[0].device, moments.dtype), R_LIST, floor)
-    return scale.reshape(1), moments, grad
+def phases(given: tuple[list[Tensor], list[Tensor]], incoming: Tensor, floor: float, backend: str, to) -> list[Tensor]:
+    """Scale, moments and gradient of one map."""
+    p, w = ([[to(t) for t in tensors]] for tensors in given)
+    scale, (moments,), (grad,) = loss_phases(backend, p, w, [incoming], R_LIST, floor)
+    return [scale, moments, grad]
 
 
 def check_loss(p: list[Tensor], w: list[Tensor], floor: float, dtype: torch.dtype = torch.float32, rtol=0.0) -> None:
     assert group.fits_loss(LIMITS, p[0].shape[1], *(t.shape[1] for t in p))
     p = [t.to(dtype).double() for t in p]
     incoming = points(p[0].shape[0], seed=8).bfloat16()
-    truth = phases((p, w), incoming, floor, reference, torch.Tensor.double)
-    dense = phases((p, w), incoming, floor, reference, torch.Tensor.float)
+    truth = phases((p, w), incoming, floor, "reference", torch.Tensor.double)
+    dense = phases((p, w), incoming, floor, "reference", torch.Tensor.float)
 
     def to(t: Tensor) -> Tensor:
         return on_device(t, dtype if t.dim() == 3 else torch.float32)
 
-    scale, moments, grad = phases((p, w), incoming, floor, group_loss, to)
+    scale, moments, grad = phases((p, w), incoming, floor, "triton", to)
     assert grad.dtype == dtype
     least = max(rtol, FLOOR[torch.float32])
     close(scale, truth[0], dense[0], least)
@@ -132,8 +127,22 @@ def test_loss_without_weight():
 
 def test_loss_is_the_same_every_time():
     given = loss_case(2, 20, 5, 17, 40)
-    first, second = (phases(given, points(2, seed=8), 0.0, group_loss, on_device) for _ in range(2))
+    first, second = (phases(given, points(2, seed=8), 0.0, "triton", on_device) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize(("maps", "D"), [(3, 20), (4, 200), (6, 520), (17, 2)])
+def test_loss_of_maps_that_share_launches(maps, D):
+    """Bit by bit what each gives alone, whatever its number of groups and its neighbours in the list."""
+    cases = [loss_case(1 + n % 3, 9, 3, 7, D, shift=n) for n in range(maps)]
+    cases.insert(1, loss_case(2, 12, 0, 5, D))  # of another shape
+    incoming = [points(p[0].shape[0], seed=n).float() for n, (p, _) in enumerate(cases)]
+    p, w = ([[on_device(t) for t in of_map] for of_map in tensors] for tensors in zip(*cases, strict=True))
+    together = loss_phases("triton", p, w, incoming, R_LIST, 1e-6)
+    for n in range(len(cases)):
+        alone = loss_phases("triton", [p[n]], [w[n]], [incoming[n]], R_LIST, 1e-6)
+        assert torch.equal(alone[0][0], together[0][n])
+        assert torch.equal(alone[1][0], together[1][n]) and torch.equal(alone[2][0], together[2][n])
 
 
 # With many dimensions, phase 1 keeps the products of all targets, and the moments come from those.

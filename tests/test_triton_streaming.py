@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import DENSE_FACTOR, FLOOR, INTERPRETED, points, rms, unaligned, weights
+from cases import DENSE_FACTOR, FLOOR, INTERPRETED, loss_phases, points, rms, unaligned, weights
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -10,7 +10,6 @@ from torch import Tensor
 from drift_ops import reference
 
 pytest.importorskip("triton")
-from drift_ops import triton as backend  # noqa: E402
 from drift_ops.triton import autotune, group, launch, streaming, streaming_backward, streaming_tiles  # noqa: E402
 
 if not INTERPRETED and not torch.cuda.is_available():
@@ -211,15 +210,13 @@ def test_loss(monkeypatch, counts, D, floor, dtype):
     clouds = [unaligned((points(G, n, D, seed=n) + 3).to(dtype)).to(DEVICE) for n in counts]
     w = [unaligned(weights(G, n, seed=n).float() + 0.1).to(DEVICE) for n in counts]
     results = []
-    for phases, clouds_, w_, dtype_ in (
-        (backend, clouds, w, F32),
-        (reference, [t.double().cpu() for t in clouds], [t.double().cpu() for t in w], torch.float64),
+    for backend, clouds_, w_ in (
+        ("triton", clouds, w),
+        ("reference", [t.double().cpu() for t in clouds], [t.double().cpu() for t in w]),
     ):
-        means, kept = phases.loss_scale(clouds_, w_)
-        scale = means[0] / means[1]
-        state, moments = phases.loss_moments(clouds_, w_, kept, scale, R_list, floor)
-        of_map = [torch.tensor(t, dtype=dtype_, device=means.device) for t in ((2.0, 0.5), (1.0, -0.5))]
-        results.append((means, moments, phases.loss_gradient(clouds_, w_, state, scale, *of_map, R_list, floor)))
+        incoming = torch.tensor([1.0, -0.5])
+        scale, (moments,), (grad,) = loss_phases(backend, [clouds_], [w_], [incoming], R_list, floor)
+        results.append((scale, moments, grad))
     assert results[0][0].dtype == torch.float64 and results[0][1].dtype == F32 and results[0][2].dtype == dtype
     for value, truth, within in zip(*results, (1e-6, 1e-4, max(2e-5, FLOOR[dtype])), strict=True):
         assert rms(value.cpu().double() - truth) <= within * rms(truth)

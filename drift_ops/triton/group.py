@@ -31,6 +31,11 @@ def fits_field(N: int, *counts: int) -> bool:
 
 def padded(*counts: int) -> tuple[int, ...]:
     """Blocks of the queries and of the sides, those that are not empty."""
+    return _padded(tuple(map(int, counts)))
+
+
+@functools.cache
+def _padded(counts: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(launch.padded_block(count) for count in counts if count > 0)
 
 

@@ -6,18 +6,19 @@ import triton.language as tl
 from ..group import one_of, zeros
 from ..halves import add_product, split
 from .kept import HEAD, load_head, load_tiles
-from .points import distances_of_points, load_centred, rows_of_group
+from .points import distances_of_points, find_map, load_centred, rows_of_group
 from .statistics import coefficients, ready_for_softmax, slope_of, split_rows, statistics_of
 
 
 @triton.jit
 def gradient_kernel(
+    maps,  # see .points.find_map
     points,
     weights,
     state,
-    scale,
+    scale,  # [maps of the call]
     R_list,
-    factors,  # [R]
+    factors,  # [maps of the call, R]
     incoming,  # [G]
     grad,
     share,  # dimensions of a program
@@ -33,11 +34,13 @@ def gradient_kernel(
     KEEP: tl.constexpr,  # distances in the state
 ):
     BLOCK_N: tl.constexpr = BLOCKS[0]
-    g = tl.program_id(0).to(tl.int64)
+    n, place, g = find_map(maps, tl.program_id(0))
     N = counts[0]
-    scale = tl.load(scale).to(tl.float32)
-    points = rows_of_group(points, counts, D, g)
-    weights = rows_of_group(weights, counts, 1, g)
+    scale = tl.load(scale + place).to(tl.float32)
+    factors += place * len(R_list)
+    points = rows_of_group(points, n, counts, D, g)
+    weights = rows_of_group(weights, n, counts, 1, g)
+    state = one_of(state, n)
     e, origin_row = load_head(statistics_of(state, g, 0, len(R_list), BLOCKS, KEEP) - HEAD)
     if KEEP:
         d = load_tiles(statistics_of(state, g, len(R_list), len(R_list), BLOCKS, KEEP), BLOCKS)
@@ -61,11 +64,11 @@ def gradient_kernel(
     hi, lo, down = split_rows(total, bound, BLOCKS)
 
     unit = tl.maximum(scale / tl.sqrt(D * 1.0), 1e-3)
-    by = (down * (-2 * tl.load(incoming + g) * tl.exp2(-e) / (unit * unit * (N * 1.0) * (D * 1.0))))[:, None]
+    by = (down * (-2 * tl.load(one_of(incoming, n) + g) * tl.exp2(-e) / (unit * unit * (N * 1.0) * (D * 1.0))))[:, None]
     centre = points[0] + origin_row * D
     up = tl.exp2(e)
     row = tl.arange(0, BLOCKS[0])[:, None]
-    grad += g * N * D
+    grad = one_of(grad, n) + g * N * D
     first = tl.program_id(1) * share
     for start in range(first, tl.minimum(first + share, D), BLOCK_SUM):
         F = zeros(BLOCKS[0], BLOCK_SUM)

@@ -10,7 +10,7 @@ from ..group import one_of, zeros
 from ..halves import exponent, split
 from ..tiles import at_least, self_pairs
 from .kept import HEAD, has_close, load_norms, load_tiles, pairs_in, slot_of, tile_offsets, vector_in
-from .points import LEAST_DISTANCE
+from .points import LEAST_DISTANCE, find_map
 from .statistics import SELF_DISTANCE, slope_of, statistics_of
 
 
@@ -122,9 +122,10 @@ def _add_others(
 
 @triton.jit
 def gram_moments_kernel(
+    maps,  # see .points.find_map
     kept,
     state,
-    scale,
+    scale,  # [maps of the call]
     R_list,
     moments,  # [G, R, R]
     counts,
@@ -137,11 +138,12 @@ def gram_moments_kernel(
     """``Σ_i F_i·F'_i = Σ_ijk c_ij c'_ik t_j·t_k``."""
     BLOCK_N: tl.constexpr = BLOCKS[0]
     SIDES: tl.constexpr = len(BLOCKS)
-    g = tl.program_id(0).to(tl.int64)
-    scale = tl.load(scale).to(tl.float32)
-    slot = slot_of(kept, g, BLOCKS)
+    n, place, g = find_map(maps, tl.program_id(0))
+    slot = slot_of(one_of(kept, n), g, BLOCKS)
     if has_close(slot):
         return
+    scale = tl.load(scale + place).to(tl.float32)
+    state = one_of(state, n)
     norms = load_norms(slot, BLOCKS)
     pairs = load_tiles(pairs_in(slot + HEAD, BLOCKS), BLOCKS)
     products = ()
@@ -161,7 +163,7 @@ def gram_moments_kernel(
         longest = tl.maximum(longest, tl.max(tl.load(vector_in(slot, 2, BLOCKS, side))))
     unit = tl.maximum(scale / tl.sqrt(D * 1.0), 1e-3)
     by = 1 / (unit * unit * (counts[0] * 1.0) * (D * 1.0))
-    moments += g * len(R_list) * len(R_list)
+    moments = one_of(moments, n) + g * len(R_list) * len(R_list)
     for r in range(len(R_list)):  # not unrolled: the R would compete for registers
         statistics = statistics_of(state, g, r, len(R_list), BLOCKS, KEEP)
         row_half, negative, positive = _statistics_by_row(statistics, BLOCK_N)

@@ -57,8 +57,8 @@ def load_head(slot):
 
 
 @triton.jit
-def has_close(slot):
-    return tl.load(slot + 2) > 0
+def has_close(slot, exists=True):
+    return tl.load(slot + 2, mask=exists, other=0.0) > 0
 
 
 @triton.jit

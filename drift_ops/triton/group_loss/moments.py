@@ -3,16 +3,17 @@
 import triton
 import triton.language as tl
 
-from ..group import zeros
+from ..group import one_of, zeros
 from ..halves import add_product, split
 from .kept import HEAD, has_close, load_head, load_kept_distances, slot_of
-from .points import distances_of_points, load_centred, rows_of_group
+from .points import distances_of_points, find_map, load_centred, rows_of_group
 from .statistics import coefficients, ready_for_softmax, slope_of, split_rows, statistics_of
 
 
 @triton.jit
 def _moments_of_points(
-    g,
+    maps,
+    program,
     points,
     weights,
     kept,
@@ -33,14 +34,16 @@ def _moments_of_points(
 ):
     """Of one group, from weighted sums of its targets."""
     BLOCK_N: tl.constexpr = BLOCKS[0]
-    scale = tl.load(scale).to(tl.float32)
-    points = rows_of_group(points, counts, D, g)
-    weights = rows_of_group(weights, counts, 1, g)
+    n, place, g = find_map(maps, program)
+    scale = tl.load(scale + place).to(tl.float32)
+    points = rows_of_group(points, n, counts, D, g)
+    weights = rows_of_group(weights, n, counts, 1, g)
+    state = one_of(state, n)
     e, origin_row = load_head(statistics_of(state, g, 0, len(R_list), BLOCKS, KEEP) - HEAD)
     if kept is None:
         d, _, _ = distances_of_points(points, counts, e, origin_row, D, BLOCKS, BLOCK_D, DIFFERENCES, SPLIT, LONG)
     else:
-        d = load_kept_distances(slot_of(kept, g, BLOCKS), BLOCKS)
+        d = load_kept_distances(slot_of(one_of(kept, n), g, BLOCKS), BLOCKS)
     d = ready_for_softmax(d, scale, counts, BLOCKS)
     tables = ()  # of the coefficients of each R
     sums = ()  # of F_r·F_r' over the dimensions, for r' <= r: [N] each
@@ -71,7 +74,7 @@ def _moments_of_points(
 
     unit = tl.maximum(scale / tl.sqrt(D * 1.0), 1e-3)
     by = tl.exp2(-2 * e) / (unit * unit * (counts[0] * 1.0) * (D * 1.0))
-    moments += g * len(R_list) * len(R_list)
+    moments = one_of(moments, n) + g * len(R_list) * len(R_list)
     for r in tl.static_range(len(R_list)):
         for other in tl.static_range(r + 1):
             moment = tl.sum(sums[r * (r + 1) // 2 + other] * tables[r][2] * tables[other][2]) * by
@@ -81,14 +84,15 @@ def _moments_of_points(
 
 @triton.jit
 def moments_kernel(
+    maps,  # see .points.find_map
     points,
     weights,
     kept,  # or None
     state,
-    scale,
+    scale,  # [maps of the call]
     R_list,
     moments,  # [G, R, R]
-    G,
+    total,  # groups of all maps
     counts,
     D,
     least,
@@ -102,9 +106,10 @@ def moments_kernel(
     KEEP: tl.constexpr,  # distances in the state
 ):
     """Of all groups, or if products are kept, of those with close pairs."""
-    first = tl.program_id(0).to(tl.int64) * GROUPS
+    first = tl.program_id(0) * GROUPS
     if kept is None:
         _moments_of_points(
+            maps,
             first,
             points,
             weights,
@@ -125,25 +130,31 @@ def moments_kernel(
             KEEP,
         )
     else:
-        for g in range(first, tl.minimum(first + GROUPS, G)):
-            if has_close(slot_of(kept, g, BLOCKS)):
-                _moments_of_points(
-                    g,
-                    points,
-                    weights,
-                    kept,
-                    state,
-                    scale,
-                    R_list,
-                    moments,
-                    counts,
-                    D,
-                    least,
-                    BLOCKS,
-                    BLOCK_D,
-                    BLOCK_SUM,
-                    DIFFERENCES,
-                    SPLIT,
-                    LONG,
-                    KEEP,
-                )
+        programs = first + tl.arange(0, GROUPS)
+        n, _, g = find_map(maps, programs)
+        close = has_close(slot_of(one_of(kept, n), g, BLOCKS), programs < total).to(tl.int32)
+        if tl.max(close) > 0:
+            for other in range(GROUPS):
+                program = first + other
+                if tl.sum(tl.where(programs == program, close, 0)) > 0:
+                    _moments_of_points(
+                        maps,
+                        program,
+                        points,
+                        weights,
+                        kept,
+                        state,
+                        scale,
+                        R_list,
+                        moments,
+                        counts,
+                        D,
+                        least,
+                        BLOCKS,
+                        BLOCK_D,
+                        BLOCK_SUM,
+                        DIFFERENCES,
+                        SPLIT,
+                        LONG,
+                        KEEP,
+                    )

@@ -3,12 +3,14 @@
 A group's *sides* are gen, neg (unless it is empty) and pos, each padded to a power of two; points, weights and counts
 come as tuples over the sides. The origin is a generated sample amid the others: every pair holds a generated sample,
 and these tend to be close to each other.
+
+A launch serves several feature maps of the same shape: what each has of its own comes as a tuple over them.
 """
 
 import triton
 import triton.language as tl
 
-from ..group import zeros
+from ..group import one_of, zeros
 from ..halves import add_product, exponent, split
 from ..tiles import CLOSE, load_rows, load_vector, pairs_within, roots, self_pairs, squared_differences
 
@@ -19,11 +21,27 @@ MOST_SQUARED = tl.constexpr(65504.0**2)  # of float16
 
 
 @triton.jit
-def rows_of_group(arrays, counts, width, g):
-    """Pointers to the rows of group g of ``[G, count, width]`` arrays."""
+def find_map(maps, program):
+    """What ``program`` of a launch works on: the map's place in the launch and in the call, and the group of the map.
+
+    ``maps`` has the first program of each map and its place in the call, n as 2·n + 3: Triton compiles no variants for
+    odd numbers above 1.
+    """
+    n, place, first = 0, (maps[0][1] - 3) // 2, 0
+    for other in tl.static_range(1, len(maps)):
+        start = (maps[other][0] - 3) // 2
+        n = tl.where(program >= start, other, n)
+        place = tl.where(program >= start, (maps[other][1] - 3) // 2, place)
+        first = tl.where(program >= start, start, first)
+    return n, place, (program - first).to(tl.int64)
+
+
+@triton.jit
+def rows_of_group(arrays, n, counts, width, g):
+    """Pointers to the rows of group g of the n-th map's ``[G, count, width]`` arrays."""
     rows = ()
     for side in tl.static_range(len(arrays)):
-        rows = rows + (arrays[side] + g * counts[side] * width,)
+        rows = rows + (one_of(arrays[side], n) + g * counts[side] * width,)
     return rows
 
 

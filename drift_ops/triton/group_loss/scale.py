@@ -3,13 +3,23 @@
 import triton
 import triton.language as tl
 
+from ..group import one_of
 from ..tiles import load_vector
 from .kept import keep_products, slot_of, store_head
-from .points import distances_of_points, find_origin, find_products, roots_of_squares, rows_of_group, squared_distances
+from .points import (
+    distances_of_points,
+    find_map,
+    find_origin,
+    find_products,
+    roots_of_squares,
+    rows_of_group,
+    squared_distances,
+)
 
 
 @triton.jit
 def scale_kernel(
+    maps,  # see .points.find_map
     points,
     weights,
     means,  # [G, 2]: mean d·w, mean w
@@ -23,9 +33,9 @@ def scale_kernel(
     LONG: tl.constexpr,
 ):
     BLOCK_N: tl.constexpr = BLOCKS[0]
-    g = tl.program_id(0).to(tl.int64)
-    points = rows_of_group(points, counts, D, g)
-    weights = rows_of_group(weights, counts, 1, g)
+    n, _, g = find_map(maps, tl.program_id(0))
+    points = rows_of_group(points, n, counts, D, g)
+    weights = rows_of_group(weights, n, counts, 1, g)
     if kept is None:
         d, e, origin_row = distances_of_points(points, counts, None, None, D, BLOCKS, BLOCK_D, DIFFERENCES, SPLIT, LONG)
     else:
@@ -33,7 +43,7 @@ def scale_kernel(
         origin = points[0] + origin_row * D
         products, norms, e = find_products(points, counts, origin, D, BLOCKS, BLOCK_D, SPLIT, LONG, True)
         squares, any_close = squared_distances(products, norms, points, counts, D, BLOCKS)
-        slot = slot_of(kept, g, BLOCKS)
+        slot = slot_of(one_of(kept, n), g, BLOCKS)
         store_head(slot, e, origin_row, any_close)
         keep_products(slot, norms, squares, products, any_close, weights, counts, BLOCKS)
         d = roots_of_squares(squares, BLOCKS)
@@ -46,5 +56,6 @@ def scale_kernel(
         of_rows += tl.sum(tl.where(exists, d[side] * w[None, :], 0.0), 1)
         total_weight += tl.sum(w)
         targets += counts[side]
-    tl.store(means + 2 * g, tl.sum(of_rows) / (counts[0] * targets))
-    tl.store(means + 2 * g + 1, total_weight / targets)
+    means = one_of(means, n) + 2 * g
+    tl.store(means, tl.sum(of_rows) / (counts[0] * targets))
+    tl.store(means + 1, total_weight / targets)

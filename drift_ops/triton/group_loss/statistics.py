@@ -12,7 +12,7 @@ from ..group import one_of
 from ..halves import exponent, split
 from ..tiles import at_least, finite_shift, load_vector, pairs_within, self_pairs
 from .kept import HEAD, load_head, load_kept_distances, slot_of, store_head, store_tiles
-from .points import distances_of_points, rows_of_group
+from .points import distances_of_points, find_map, rows_of_group
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 SELF_DISTANCE = tl.constexpr(100.0)  # added to the self pairs, in units of the scale
@@ -124,11 +124,12 @@ def _store_sums_of_far_apart(out, d, slope, weights, least, counts, BLOCKS: tl.c
 
 @triton.jit
 def statistics_kernel(
+    maps,  # see .points.find_map
     points,
     weights,
     kept,  # or None
     state,  # see above
-    scale,
+    scale,  # [maps of the call]
     R_list,
     counts,
     D,
@@ -141,14 +142,15 @@ def statistics_kernel(
     KEEP: tl.constexpr,  # distances in the state
 ):
     BLOCK_N: tl.constexpr = BLOCKS[0]
-    g = tl.program_id(0).to(tl.int64)
-    scale = tl.load(scale).to(tl.float32)
-    points = rows_of_group(points, counts, D, g)
-    weights = rows_of_group(weights, counts, 1, g)
+    n, place, g = find_map(maps, tl.program_id(0))
+    scale = tl.load(scale + place).to(tl.float32)
+    points = rows_of_group(points, n, counts, D, g)
+    weights = rows_of_group(weights, n, counts, 1, g)
+    state = one_of(state, n)
     if kept is None:
         d, e, origin_row = distances_of_points(points, counts, None, None, D, BLOCKS, BLOCK_D, DIFFERENCES, SPLIT, LONG)
     else:
-        slot = slot_of(kept, g, BLOCKS)
+        slot = slot_of(one_of(kept, n), g, BLOCKS)
         e, origin_row = load_head(slot)
         d = load_kept_distances(slot, BLOCKS)
     store_head(statistics_of(state, g, 0, len(R_list), BLOCKS, KEEP) - HEAD, e, origin_row, origin_row * 0)
