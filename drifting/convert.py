@@ -34,12 +34,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         if to_ours:
             write_model(run, model, _describe(model, description))
         else:
-            write_artifact(destination, model, description.get("release", {"step": description["step"]}))
+            write_artifact(destination, model, _metadata(description))
     except OSError as error:
         raise UserError(f"cannot write to {destination}: {error.strerror}") from error
     count = sum(parameter.numel() for parameter in model.parameters())
     print(f"wrote {' and '.join(file.name for file in written)} to {destination}: {count:,} parameters")
     return 0
+
+
+def _metadata(description: dict[str, Any]) -> dict[str, Any]:
+    """What ``metadata.json`` says of a model of ours: what it said where the model came from the release."""
+    metadata = description.get("release", {"step": description["step"]})
+    if not isinstance(metadata, dict):
+        raise UserError(f"in model.json, release is {metadata!r}, expected an object")
+    return metadata
 
 
 def _describe(model: DriftingDiT | MAE, metadata: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ A source is ``hf://NAME`` (``hf://latent_L_sota``), a directory with the release
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,6 +18,7 @@ from .run_directory import Generator, read_model
 
 REPOSITORY = "Goodeat/drifting"
 HUB = "hf://"
+HUB_SECONDS = 10  # to wait for its answer
 RELEASE_DATA, RELEASE_PIXEL_RANGE = "imagenet", (-1.0, 1.0)
 MOST_PIXEL = 2**16  # of the values that stand for black and white
 
@@ -83,24 +85,32 @@ def _download(name: str, kinds: Sequence[str]) -> Path:
     except ImportError as error:
         raise UserError(f"{HUB}{name} needs huggingface_hub: `pip install huggingface_hub`") from error
     folders = [f"models/{kind}/jax/{name}" for kind in kinds]
-    try:
-        snapshot = Path(huggingface_hub.snapshot_download(REPOSITORY, allow_patterns=[f"{f}/*" for f in folders]))
+    try:  # snapshot_download asks the same, but would wait for an answer for ever
+        files = [file.rfilename for file in huggingface_hub.model_info(REPOSITORY, timeout=HUB_SECONDS).siblings or ()]
+        found = next((folder for folder in folders if f"{folder}/{WEIGHTS}" in files), None)
+        if found is not None:
+            return _fetch(huggingface_hub, found)
     except Exception as error:  # offline, no access, a broken cache: they have no base class in common
-        raise UserError(f"cannot download {HUB}{name} from huggingface.co/{REPOSITORY}: {_reason(error)}") from error
-    for folder in folders:
-        if is_artifact(snapshot / folder):
-            return snapshot / folder
-    raise UserError(f"{REPOSITORY} has no model {name!r}; {_available(huggingface_hub, kinds)}")
+        for folder in folders:  # which may have been downloaded before
+            with suppress(Exception):
+                if is_artifact(cached := _fetch(huggingface_hub, folder, local_files_only=True)):
+                    return cached
+        raise UserError(
+            f"cannot download {HUB}{name} from huggingface.co/{REPOSITORY} ({_reason(error)}): where that is out of "
+            f"reach, copy its folder {' or '.join(folders)} here, and name that"
+        ) from error
+    raise UserError(f"{REPOSITORY} has no model {name!r}; it has: {_names(files, kinds)}")
 
 
-def _available(huggingface_hub: ModuleType, kinds: Sequence[str]) -> str:
-    """Which models the hub has, for an error message."""
-    try:
-        files = huggingface_hub.list_repo_files(REPOSITORY)
-    except Exception as error:
-        return f"what it has cannot be listed: {_reason(error)}"
+def _fetch(huggingface_hub: ModuleType, folder: str, **options: Any) -> Path:
+    """The copy of a folder of the repository in the cache of the hub, where it is brought if need be."""
+    return Path(huggingface_hub.snapshot_download(REPOSITORY, allow_patterns=[f"{folder}/*"], **options)) / folder
+
+
+def _names(files: Sequence[str], kinds: Sequence[str]) -> str:
+    """The models among the files of the repository, for an error message."""
     found = (re.fullmatch(rf"models/(?:{'|'.join(kinds)})/jax/([^/]+)/{WEIGHTS}", file) for file in files)
-    return "it has: " + (", ".join(sorted(match[1] for match in found if match)) or "none")
+    return ", ".join(sorted({match[1] for match in found if match})) or "none"
 
 
 def _reason(error: Exception) -> str:

@@ -63,7 +63,7 @@ def read_artifact(folder: Path) -> tuple[DriftingDiT | MAE, dict[str, Any]]:
 
     Raises:
         UserError: a file is missing or malformed, or the arrays are not those of ``model_config``; the message lists
-            all that are missing, left over or of another shape.
+            all that are missing, left over, of another shape or not finite.
     """
     metadata = _read_metadata(folder / METADATA)
     try:
@@ -78,8 +78,6 @@ def read_artifact(folder: Path) -> tuple[DriftingDiT | MAE, dict[str, Any]]:
     with torch.no_grad():
         for name, view in release_arrays(model).items():
             view.copy_(arrays.pop(name).view(view.shape))
-            if not view.isfinite().all():
-                raise UserError(f"the weights in {folder} have NaN or infinity in {name}")
     return model.eval(), metadata
 
 
@@ -100,7 +98,7 @@ def write_artifact(folder: Path, model: DriftingDiT | MAE, metadata: dict[str, A
     folder.mkdir(parents=True, exist_ok=True)
     write_arrays(folder / WEIGHTS, arrays)
     with atomic_write(folder / METADATA) as part:
-        part.write_text(json.dumps(fixed | default | metadata, indent=2) + "\n")
+        part.write_text(json.dumps(fixed | default | metadata | fixed, indent=2) + "\n")
 
 
 def our_config(kind: str, model_config: dict[str, Any]) -> dict[str, Any]:
@@ -231,6 +229,8 @@ def _check_arrays(folder: Path, arrays: dict[str, Tensor], shapes: dict[str, tup
             problems.append(f"shape: {name} is {list(array.shape)}, expected {list(shapes[name])}")
         elif not array.is_floating_point():
             problems.append(f"dtype: {name} is {array.dtype}, expected floating point")
+        elif not array.float().isfinite().all():
+            problems.append(f"value: {name} has NaN or infinity")
     if problems:
         raise UserError("\n  ".join([f"the weights in {folder} do not fit its model_config:", *problems]))
 
@@ -242,8 +242,10 @@ def _read_metadata(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read, and only it tells which model the weights are of: {error}") from error
     if not isinstance(metadata.get("model_config"), dict):
         raise UserError(f"{path} has no model_config, and only that tells which model the weights are of")
-    if metadata.get("kind") not in list(MODELS):
-        raise UserError(f"{path}: kind is {metadata.get('kind')!r}, expected one of: {', '.join(MODELS)}")
-    if not is_count(metadata.get("step", 0)):
+    kind = "gen" if "cond_dim" in metadata["model_config"] else "mae"  # a generator's one argument without a default
+    metadata = {"kind": kind, "step": 0} | metadata  # the release reads model_config only
+    if metadata["kind"] not in list(MODELS):
+        raise UserError(f"{path}: kind is {metadata['kind']!r}, expected one of: {', '.join(MODELS)}")
+    if not is_count(metadata["step"]):
         raise UserError(f"{path}: step is {metadata['step']!r}, expected a number of steps")
-    return {"step": 0} | metadata
+    return metadata

@@ -4,7 +4,7 @@ A generator of four channels makes latents of the Stable Diffusion VAE, which de
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from .cli import ArgumentParser, UserError, run_command
 from .images import Pixels, grid, to_uint8
 from .models import DriftingDiT
 from .pretrained import open_generator
-from .vae import LATENT_CHANNELS, decode_latents
+from .vae import DECODE_BATCH, LATENT_CHANNELS, decode_latents, require_vae
 
 BATCH = 500  # images generated at once …
 BATCH_TOKENS = 2**15  # … unless that makes more tokens
@@ -36,28 +36,29 @@ def draw_samples(
 
     Latents are generated and decoded in bfloat16 on GPUs.
     """
-    generator = torch.Generator().manual_seed(seed)
-    size = max(1, min(BATCH, BATCH_TOKENS // (model.grid**2 + model.n_cls_tokens)))
-    bar = tqdm(labels.split(size), desc="generate", unit="batch", delay=1, leave=False, disable=None)  # on a terminal
     images, count = np.empty(0, np.uint8), 0
-    for y in bar:
-        batch = _draw_batch(model, y, pixel_range, cfg_scale, generator)
-        if not count:
-            images = np.empty((len(labels), *batch.shape[1:]), np.uint8)  # 50,000 of ImageNet are 10 GB: not held twice
-        images[count : count + len(y)] = batch
-        count += len(y)
+    with tqdm(total=len(labels), desc="generate", unit="image", delay=1, leave=False, disable=None) as bar:
+        for part in _draw_parts(model, labels, pixel_range, cfg_scale, seed):
+            if not count:  # 50,000 images of ImageNet are 10 GB: not held twice
+                images = np.empty((len(labels), *part.shape[1:]), np.uint8)
+            images[count : count + len(part)] = part
+            count += len(part)
+            bar.update(len(part))
     return images
 
 
-def _draw_batch(
-    model: DriftingDiT, labels: Tensor, pixel_range: tuple[float, float], cfg_scale: float, generator: torch.Generator
-) -> Pixels:
-    if model.out_chans != LATENT_CHANNELS:
-        return to_uint8(model.generate(len(labels), labels, cfg_scale, generator=generator), pixel_range)
-    device = model.pos_embed.device.type
-    with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-        latents = model.generate(len(labels), labels, cfg_scale, generator=generator)
-    return to_uint8(decode_latents(latents.float()), pixel_range)
+def _draw_parts(
+    model: DriftingDiT, labels: Tensor, pixel_range: tuple[float, float], cfg_scale: float, seed: int
+) -> Iterator[Pixels]:
+    """The images in order, as many at a time as were generated together or, of latents, decoded together."""
+    generator = torch.Generator().manual_seed(seed)
+    size = max(1, min(BATCH, BATCH_TOKENS // (model.grid**2 + model.n_cls_tokens)))
+    latent, device = model.out_chans == LATENT_CHANNELS, model.pos_embed.device.type
+    for y in labels.split(size):
+        with torch.autocast(device, torch.bfloat16, enabled=latent and device == "cuda"):
+            images = model.generate(len(y), y, cfg_scale, generator=generator)
+        for part in images.float().split(DECODE_BATCH if latent else size):
+            yield to_uint8(decode_latents(part) if latent else part, pixel_range)
 
 
 def check_sampling(cfg_scale: float, seed: int) -> None:
@@ -85,7 +86,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_sampling(arguments.cfg_scale, arguments.seed)
     trained = open_generator(arguments.source)
     labels = spread_labels(arguments.num, _parse_labels(arguments.labels, trained.model.num_classes))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if trained.model.out_chans == LATENT_CHANNELS:
+        require_vae(device)
     images = draw_samples(trained.model.to(device), labels, trained.pixel_range, arguments.cfg_scale, arguments.seed)
     if arguments.out.suffix == ".npz":
         write_images(arguments.out, images, labels.numpy())

@@ -107,6 +107,9 @@ def test_feature_options():
     every = {name for name in mae.features(x, every_k_block=1) if name.count("_") == 1 and "blk" in name}
     assert every == {f"layer{s}_blk{b}" for s, count in enumerate((2, 1, 1, 3), 1) for b in range(1, count + 1)}
     assert "conv1_mean" not in mae.features(x, use_mean=False)
+    assert mae.features(x, every_k_block=2.9).keys() == maps.keys()  # rounded down, as the release does
+    for none in (None, 0, 0.5, -1):
+        assert not any("blk" in name for name in mae.features(x, every_k_block=none))
 
 
 def test_feature_extractor_shares_the_weights_and_is_frozen():
@@ -136,6 +139,13 @@ def test_every_parameter_learns_and_the_loss_falls():
         losses.append(loss.item())
     assert all(p.grad.any() for p in mae.parameters())
     assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
+def test_labels_of_any_integer_dtype(dtype):
+    mae = tiny().eval()
+    x, labels, mask = inputs(mae)
+    assert torch.equal(mae(x, labels.to(dtype), mask.bool())["cls_loss"], mae(x, labels, mask)["cls_loss"])
 
 
 def test_dropout_in_training_only():

@@ -61,7 +61,7 @@ def test_every_option_of_the_release(case, tmp_path):
 
 
 def test_cases_are_there():
-    assert len(option_cases("gen")) == 9 and len(option_cases("mae")) == 3
+    assert len(option_cases("gen")) == 10 and len(option_cases("mae")) == 3
 
 
 # Conversion
@@ -113,6 +113,12 @@ def test_an_mae_that_the_release_cannot_build(tmp_path):
         convert.main([str(tmp_path), str(tmp_path / "release")])
 
 
+def test_a_description_that_is_no_object(tmp_path):
+    write_model(RunDirectory(tmp_path), DriftingDiT(**SIZES), {"step": 0, "release": 5})
+    with pytest.raises(UserError, match="release is 5, expected an object"):
+        convert.main([str(tmp_path), str(tmp_path / "release")])
+
+
 def test_convert_overwrites_nothing(tmp_path):
     convert.main([str(ARTIFACT), str(tmp_path)])
     with pytest.raises(UserError, match="has model.safetensors or model.json already"):
@@ -137,6 +143,7 @@ def test_all_that_does_not_fit_is_told_at_once(artifact):
     arrays["LightningDiT_0/blocks_2/RMSNorm_0/weight"] = torch.zeros(64)
     arrays["Embed_0/embedding"] = torch.zeros(10, 64)
     arrays["LightningDiT_0/cls_embed"] = torch.zeros(1, 4, 64, dtype=torch.int32)
+    arrays["TimestepEmbedder_0/TorchLinear_0/Dense_0/bias"] = torch.full((64,), float("nan"))
     write_arrays(artifact / "ema_params.msgpack", arrays)
     with pytest.raises(UserError) as caught:
         load_generator(artifact)
@@ -146,6 +153,7 @@ def test_all_that_does_not_fit_is_told_at_once(artifact):
         "  left over: LightningDiT_0/blocks_2/RMSNorm_0/weight [64]",
         "  shape: Embed_0/embedding is [10, 64], expected [11, 64]",
         "  dtype: LightningDiT_0/cls_embed is torch.int32, expected floating point",
+        "  value: TimestepEmbedder_0/TorchLinear_0/Dense_0/bias has NaN or infinity",
     ]
 
 
@@ -184,6 +192,14 @@ def test_metadata_that_says_too_little(change, expected, artifact):
     (artifact / "metadata.json").write_text(json.dumps(metadata))
     with pytest.raises(UserError, match=expected):
         load_generator(artifact)
+
+
+@pytest.mark.parametrize("case, load", [("gen_plain", load_generator), ("mae_odd", load_mae)])
+def test_metadata_with_nothing_but_the_model_config(case, load, tmp_path):
+    write_case(case, tmp_path)
+    expected, metadata = load(tmp_path), json.loads((tmp_path / "metadata.json").read_text())
+    (tmp_path / "metadata.json").write_text(json.dumps({"model_config": metadata["model_config"]}))
+    assert_same_weights(load(tmp_path), expected)
 
 
 def test_missing_files(artifact, tmp_path):
@@ -266,17 +282,31 @@ def test_large_arrays_come_in_chunks(tmp_path, monkeypatch):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A hub that has one generator; ``hub.asked`` lists what was downloaded from it."""
-    stored = SimpleNamespace(asked=[])
+    """A hub that has one generator; ``hub.asked`` lists what was downloaded from it. ``hub.cut()`` cuts it off."""
+    stored = SimpleNamespace(asked=[], cut=lambda: setattr(stored, "in_reach", False), in_reach=True)
     shutil.copytree(ARTIFACT, tmp_path / "snapshot" / "models" / "gen" / "jax" / "latent_tiny")
 
-    def download(repo_id, *, allow_patterns):
+    def connect():
+        if not stored.in_reach:
+            raise ConnectionError("no route\nand more")
+
+    def download(repo_id, *, allow_patterns, local_files_only=False):
+        if local_files_only:
+            if (repo_id, allow_patterns) not in stored.asked:
+                raise huggingface_hub.errors.LocalEntryNotFoundError("not in the cache")
+            return str(tmp_path / "snapshot")
+        connect()
         stored.asked.append((repo_id, allow_patterns))
         return str(tmp_path / "snapshot")
 
-    files = ["README.md", "models/gen/jax/latent_tiny/ema_params.msgpack", "models/mae/jax/m/ema_params.msgpack"]
+    def model_info(repo_id, *, timeout):
+        assert repo_id == "Goodeat/drifting" and timeout == 10
+        connect()
+        files = ["README.md", "models/gen/jax/latent_tiny/ema_params.msgpack", "models/mae/jax/m/ema_params.msgpack"]
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=file) for file in files])
+
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda repo_id: files)
+    monkeypatch.setattr(huggingface_hub, "model_info", model_info)
     return stored
 
 
@@ -284,7 +314,7 @@ def test_hub(hub, tmp_path):
     assert_same_weights(load_generator("hf://latent_tiny"), load_generator(ARTIFACT))
     assert hub.asked == [("Goodeat/drifting", ["models/gen/jax/latent_tiny/*"])]
     assert convert.main(["hf://latent_tiny", str(tmp_path / "ours")]) == 0
-    assert hub.asked[1][1] == ["models/gen/jax/latent_tiny/*", "models/mae/jax/latent_tiny/*"]
+    assert_same_weights(load_generator(tmp_path / "ours"), load_generator(ARTIFACT))
 
 
 def test_hub_has_no_such_model(hub):
@@ -295,22 +325,19 @@ def test_hub_has_no_such_model(hub):
     for name in ("", "../x", "a/b", "*"):
         with pytest.raises(UserError, match="expected hf://NAME"):
             load_generator(f"hf://{name}")
-    assert len(hub.asked) == 2
+    assert not hub.asked
 
 
-def test_hub_out_of_reach(hub, monkeypatch):
-    def offline(*args, **kwargs):
-        raise huggingface_hub.errors.LocalEntryNotFoundError("no connection\nand more")
-
-    monkeypatch.setattr(huggingface_hub, "list_repo_files", offline)
-    with pytest.raises(UserError, match="what it has cannot be listed: LocalEntryNotFoundError: no connection$"):
-        load_generator("hf://nope")
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(UserError, match="cannot download hf://nope from .*/Goodeat/drifting: .*connection$"):
-        load_generator("hf://nope")
+def test_hub_out_of_reach(hub, tmp_path, monkeypatch):
+    load_generator("hf://latent_tiny")
+    hub.cut()
+    assert_same_weights(load_generator("hf://latent_tiny"), load_generator(ARTIFACT))  # downloaded before
+    assert convert.main(["hf://latent_tiny", str(tmp_path / "ours")]) == 0
+    with pytest.raises(UserError, match=r"cannot download hf://nope .*\(ConnectionError: no route\).*/mae/jax/nope"):
+        load_mae("hf://nope")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UserError, match="pip install huggingface_hub"):
-        load_generator("hf://nope")
+        load_generator("hf://latent_tiny")
 
 
 # Sampling
@@ -369,6 +396,13 @@ def test_no_vae(monkeypatch, no_vae_kept):
     monkeypatch.setitem(sys.modules, "diffusers", SimpleNamespace(AutoencoderKL=FakeVAE))
     with pytest.raises(UserError, match="cannot load the VAE .*: OSError: cannot reach the hub$"):
         vae.decode_latents(torch.zeros(1, 4, 2, 2))
+
+
+def test_no_vae_is_told_before_latents_are_generated(tmp_path, monkeypatch, no_vae_kept):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    monkeypatch.setattr(DriftingDiT, "generate", lambda *args, **kwargs: pytest.fail("generated"))
+    with pytest.raises(UserError, match=r"pip install 'drifting\[imagenet\]'"):
+        sample.main([str(ARTIFACT), "--num", "1", "--out", str(tmp_path / "a.png")])
 
 
 def test_sampling_pixels_of_the_release(tmp_path):

@@ -5,6 +5,7 @@ of its own. Map names and contents follow appendix A.5 of the paper (arXiv 2602.
 release's ``models/mae_model.py``. An extractor's parameters never train, but gradients pass through to the images.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -225,18 +226,20 @@ class ResNetEncoder(nn.Module):
         patch_std_size: Sequence[int] | None = PATCH_SIZES,
         use_std: bool = True,
         use_mean: bool = True,
-        every_k_block: float = 2,
+        every_k_block: float | None = 2,
     ) -> FeatureMaps:
         """Feature maps of images ``[B, in_chans, H, W]`` by the release's names, its ``get_activations``.
 
         ``norm_x``, then for ``conv1``, ``layer1`` … ``layer4`` and every ``every_k_block``-th block of a stage
-        (``layer3_blk2`` …; none for 0 or infinity) the maps of :func:`multiscale_maps`, which has the other arguments.
+        (``layer3_blk2`` …; a fraction is rounded down; none for None, infinity and what is below 1) the maps of
+        :func:`multiscale_maps`, which has the other arguments.
         """
+        every = int(every_k_block) if every_k_block is not None and 1 <= every_k_block < math.inf else 0
         x = self.patchify(x)
         maps = {"norm_x": _channel_rms(x)}
         for name, activation in self(x).items():
             _, is_block, number = name.partition("_blk")
-            if is_block and not (every_k_block >= 1 and int(number) % every_k_block == 0):
+            if is_block and not (every and int(number) % every == 0):
                 continue
             maps |= multiscale_maps(name, activation, patch_mean_size or (), patch_std_size or (), use_std, use_mean)
         return maps

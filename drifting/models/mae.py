@@ -90,7 +90,7 @@ class MAE(nn.Module):
         mask = mask.to(target.dtype)
         activations = self.encoder(target * (1 - mask))
         logits = self.fc(activations["layer4"].mean((2, 3)))
-        cls_loss = F.cross_entropy(logits.float(), labels, reduction="none")
+        cls_loss = F.cross_entropy(logits.float(), labels.long(), reduction="none")
         squares = (self.decoder(activations).float() - target).square() * mask
         recon_loss = squares.sum((1, 2, 3)) / (mask.sum((1, 2, 3)) + 1e-8)
         loss = lambda_cls * cls_loss + (1 - lambda_cls) * recon_loss
@@ -128,7 +128,7 @@ class MAE(nn.Module):
         patch_std_size: Sequence[int] | None = PATCH_SIZES,
         use_std: bool = True,
         use_mean: bool = True,
-        every_k_block: float = 2,
+        every_k_block: float | None = 2,
     ) -> FeatureMaps:
         """Feature maps ``{name: [B, T, C]}`` of images ``[B, in_chans, H, W]``: :meth:`ResNetEncoder.features`."""
         return self.encoder.features(x, patch_mean_size, patch_std_size, use_std, use_mean, every_k_block)
