@@ -24,7 +24,7 @@ CONFIG_DIR = Path(__file__).parent / "configs"
 AnyConfig = TypeVar("AnyConfig", Config, PretrainConfig)
 
 MAY_CHANGE = (  # when a run is resumed
-    "data.path", "data.workers", "step.queue_device", "step.labels_at_once", "step.compile",
+    "data.path", "data.workers", "step.queue_device", "step.labels_at_once", "step.images_at_once", "step.compile",
     "step.activation_checkpointing", "step.fsdp", "train.steps", "train.log_every", "train.save_every",
     "train.eval_every", "train.max_skipped_steps", "train.wandb",
     "evaluation.features", "evaluation.reference", "evaluation.num_samples", "evaluation.cfg_scales",
@@ -129,7 +129,8 @@ def check_values(config: Config | PretrainConfig) -> None:
         f"one of: {', '.join(EXTRACTORS)}; or a list of them",
     )
     require(["step.queue_device"], lambda v: v in (None, "cpu", "cuda"), "cpu, cuda, or null for where the model is")
-    require(["data.image_size", "step.labels_at_once"], lambda v: v is None or v >= 1, "1 or more")
+    optional_counts = ["data.image_size", "step.labels_at_once", "step.images_at_once"]
+    require(optional_counts, lambda v: v is None or v >= 1, "1 or more")
     require(["evaluation.num_samples"], lambda v: v is None or v >= 2, "2 or more")
     require(["evaluation.cfg_scales"], lambda v: v and all(1 <= s < math.inf for s in v), "one or more of at least 1")
     require(["loss.temperatures"], lambda v: v and all(0 < R < math.inf for R in v), "one or more positive numbers")

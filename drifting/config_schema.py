@@ -35,7 +35,10 @@ class LossConfig:
 
 @dataclass
 class StepConfig:
-    """What one training step draws and how it is computed, see :func:`drifting.training.create_trainer`."""
+    """What one training step draws and how it is computed, see :func:`drifting.training.create_trainer`.
+
+    With ``clamp``, generated pixels are clamped to the range of real ones.
+    """
 
     labels_per_step: int = 64
     gen_per_label: int = 64
@@ -44,6 +47,7 @@ class StepConfig:
     queue_size: int = 128
     unconditional_queue_size: int = 1000
     queue_device: str | None = None
+    clamp: bool = True
     labels_at_once: int | None = None
     bf16: bool = False
     compile: bool = False
@@ -156,8 +160,10 @@ class MAELossConfig:
 
 @dataclass
 class MAEStepConfig:
-    """How a training step of :class:`drifting.training.MAETrainer` is computed."""
+    """What one training step of :class:`drifting.training.MAETrainer` sees of the images and how it is computed."""
 
+    latents: bool = False
+    images_at_once: int | None = None
     bf16: bool = False
 
 

@@ -21,7 +21,7 @@ from .ranks import Ranks, join_ranks
 from .run_directory import RunDirectory, write_model
 from .training import MAETrainer
 from .training_run import Quality, Task, leave_a_core_free, opened_run, parse_command, run_training
-from .vae import decode_latents
+from .vae import LATENT_CHANNELS, decode_latents, encode_images
 
 TEST_IMAGES, TEST_BATCH = 2000, 250
 ROWS, COLUMNS = 8, 8  # of a picture
@@ -87,16 +87,23 @@ def test_losses(model: MAE, images: Tensor, labels: Tensor, masks: Tensor) -> Qu
 
 
 def build_trainer(config: PretrainConfig, dataset: Dataset, ranks: Ranks) -> MAETrainer:
+    if config.step.latents and dataset.latent:
+        raise UserError("step.latents is true, but the data are latents already: set it to false")
     torch.manual_seed(config.seed)
-    model = MAE(in_chans=dataset.sample_shape[0], num_classes=dataset.num_classes, **vars(config.model))
+    channels = LATENT_CHANNELS if config.step.latents else dataset.sample_shape[0]
+    model = MAE(in_chans=channels, num_classes=dataset.num_classes, **vars(config.model))
     settings: dict[str, Any] = vars(config.loss) | vars(config.step) | vars(config.optimizer)
     return MAETrainer(model, config.train.steps, seed=config.seed, ranks=ranks, **settings)
 
 
 def _test_batch(config: PretrainConfig, split: Split, trainer: MAETrainer) -> tuple[Tensor, Tensor, Tensor]:
-    """Evenly spaced test images, their labels and a mask of each, the same at every evaluation."""
+    """Evenly spaced test images as the model sees them, their labels and a mask of each: the same at every evaluation.
+
+    Latents are the means of their posteriors.
+    """
     indices = list(range(0, len(split), -(-len(split) // TEST_IMAGES)))
-    images = split.samples(indices)
+    parts = (split.samples(indices[at : at + TEST_BATCH]) for at in range(0, len(indices), TEST_BATCH))
+    images = torch.cat([encode_images(part.to(trainer.device))[0].cpu() if trainer.latents else part for part in parts])
     generator = torch.Generator().manual_seed(0)
     least, greatest = config.loss.mask_ratio_range
     try:
@@ -119,15 +126,13 @@ def _save_picture(run: RunDirectory, trainer: MAETrainer, dataset: Dataset, imag
         "reconstruction": torch.where(hidden, model.reconstruct(images, masks), images),
     }
     try:
-        pixels = {name: to_uint8(_decode(panel, dataset), dataset.pixel_range) for name, panel in panels.items()}
+        if dataset.latent or trainer.latents:
+            panels = {name: decode_latents(panel) for name, panel in panels.items()}
     except UserError as error:
         tqdm.write(f"no picture at step {trainer.step}: {error}", file=sys.stderr)
         return
+    pixels = {name: to_uint8(panel, dataset.pixel_range) for name, panel in panels.items()}
     save_panels(pixels, COLUMNS, run.samples / f"step_{trainer.step:08d}.png")
-
-
-def _decode(samples: Tensor, dataset: Dataset) -> Tensor:
-    return decode_latents(samples) if dataset.latent else samples
 
 
 def _describe(record: dict[str, Any], quality: Quality) -> str:

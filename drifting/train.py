@@ -67,7 +67,7 @@ def build_trainer(config: Config, dataset: Dataset, ranks: Ranks) -> DriftingTra
     del settings["mae"]
     settings["feature_extractor"] = _feature_extractor(config.loss, channels)
     decay_steps = config.train.steps if settings.pop("cosine_decay") else None
-    value_range = None if dataset.latent else dataset.pixel_range
+    value_range = dataset.pixel_range if settings.pop("clamp") and not dataset.latent else None
     try:
         return create_trainer(
             model, decay_steps=decay_steps, pixel_range=value_range, seed=config.seed, ranks=ranks, **settings

@@ -235,6 +235,7 @@ def fake_vae(monkeypatch):
     monkeypatch.setattr(caching, "encode_images", fake_encode)
     for module in (run_evaluation, sample):
         monkeypatch.setattr(module, "decode_latents", decode)
+    monkeypatch.setattr(sample, "require_vae", lambda device: None)
 
 
 TINY = [
@@ -281,6 +282,20 @@ def test_mistakes(source, tmp_path, monkeypatch, arguments, expected):
     places = {"source": source, "out": tmp_path / "out"}
     with pytest.raises(UserError, match=expected):
         caching.main([argument.format(**places) for argument in arguments])
+
+
+def test_a_broken_diffusers_is_told_in_one_line(monkeypatch):
+    """Its import raises RuntimeError where, say, torchvision was built for another torch."""
+
+    class Diffusers:
+        @property
+        def AutoencoderKL(self):
+            raise RuntimeError("Failed to import diffusers.models:\noperator torchvision::nms does not exist")
+
+    vae._load_vae.cache_clear()
+    monkeypatch.setitem(sys.modules, "diffusers", Diffusers())
+    with pytest.raises(UserError, match=r"cannot be imported: .*drifting\[imagenet\].*torchvision::nms does not exist"):
+        vae.encode_images(torch.zeros(1, 3, 8, 8))
 
 
 def test_the_vae_is_applied_as_published(monkeypatch):

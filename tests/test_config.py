@@ -17,8 +17,10 @@ from drifting.config import (
     save_config,
 )
 from drifting.config_schema import Config, PretrainConfig
-from drifting.data import DataConfig
+from drifting.data import DataConfig, open_dataset
 from drifting.models import MAE, DriftingDiT
+from drifting.ranks import Ranks
+from drifting.train import build_trainer
 from drifting.training import MAETrainer, create_trainer
 
 GENERATORS = {  # configuration: channels, size and classes of its data, parameters
@@ -102,9 +104,18 @@ def test_the_large_ones_are_computed_as_the_release_does():
     for name, (_, parameters) in GENERATORS.items():
         step, large = load_config(name).step, parameters is not None
         assert (step.bf16, step.compile) == (large, large)
-        assert step.activation_checkpointing == name.startswith("pixel")
+        assert step.activation_checkpointing == (not step.clamp) == name.startswith("pixel")
     for name in ENCODERS:
-        assert load_pretrain_config(name).step.bf16 == (name in ("mae_256", "mae_640", "mae_pixel"))
+        config, large = load_pretrain_config(name), name in ("mae_256", "mae_640", "mae_pixel")
+        assert config.step.bf16 == config.data.crop == large
+        assert config.step.latents == (name in ("mae_256", "mae_640"))
+
+
+def test_pixels_are_clamped_unless_the_configuration_says_otherwise():
+    overrides = ["model.embed_dim=16", "model.depth=1", "model.num_heads=2"]
+    for clamp, expected in (("true", (-1, 1)), ("false", None)):
+        config = load_config("digits", [*overrides, f"step.clamp={clamp}"])
+        assert build_trainer(config, open_dataset(config.data), Ranks()).pixel_range == expected
 
 
 def test_a_list_may_be_given_as_its_only_entry():
@@ -211,7 +222,7 @@ def test_sections_hold_arguments_that_exist():
     """The sections are passed on as keyword arguments, so each of their keys must be one."""
     config = Config()
     assert set(vars(config.model)) <= set(inspect.signature(DriftingDiT).parameters)
-    passed = set(flatten(dataclasses.asdict(config))) - {"seed", "optimizer.cosine_decay", "loss.mae"}
+    passed = set(flatten(dataclasses.asdict(config))) - {"seed", "optimizer.cosine_decay", "loss.mae", "step.clamp"}
     others = ("data", "model", "train", "evaluation")
     names = {key.partition(".")[2] for key in passed if key.split(".")[0] not in others}
     assert names <= set(inspect.signature(create_trainer).parameters)

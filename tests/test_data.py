@@ -127,6 +127,19 @@ def test_decoding_names_what_is_broken(tmp_path):
             decode_image(broken, "grey.png")
 
 
+def test_grey_values_of_more_bits_keep_their_range(tmp_path):
+    """Pillow alone makes white of all that is above 255."""
+    ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64)
+    for name in ("ramp.png", "ramp.tif"):
+        Image.fromarray(ramp.astype(np.uint16)).save(tmp_path / name)
+        image = np.asarray(decode_image((tmp_path / name).read_bytes(), name))
+        assert image.dtype == np.uint8 and (image == (ramp // 256)[..., None]).all()
+    for values in (np.float32, np.int32):
+        Image.fromarray(ramp.astype(values)).save(tmp_path / "ramp.tif")
+        with pytest.raises(ImageError, match="ramp.tif cannot be decoded .*32 bits"):
+            decode_image((tmp_path / "ramp.tif").read_bytes(), "ramp.tif")
+
+
 # ----------------------------------------------------------------------------------------------------- batches
 
 

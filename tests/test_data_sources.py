@@ -14,6 +14,7 @@ from drifting.cli import UserError
 from drifting.data import DataConfig, open_dataset
 from drifting.data.cifar10 import read_batch
 from drifting.data.idx import FASHION_MNIST, MOST_BYTES, read_idx
+from drifting.data.image_split import ImageError
 
 RNG = np.random.default_rng(0)
 
@@ -307,6 +308,22 @@ def test_huggingface_without_a_test_split_and_with_names_as_labels(tmp_path):
     assert dataset.class_names == ("cat", "emu") and len(dataset.train) + len(dataset.test) == 60
     for split in (dataset.train, dataset.test):
         assert split.labels.tolist() == [int(green % 3 > 0) for _, green, _ in colours(split)]
+
+
+def test_huggingface_without_images_or_labels_in_some_rows(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    kinds = {"text": datasets.Value("string"), "number": datasets.Value("float64"), "kind": datasets.ClassLabel(2)}
+    values = {"text": ["a", None] * 15, "number": [0.5] * 30, "kind": [0, None] * 15}
+    table = hub_table(30, **{name: (kind, values[name]) for name, kind in kinds.items()})
+    table.save_to_disk(tmp_path / "a")
+    for column, expected in (("text", "holds None"), ("number", "holds 0.5"), ("kind", "rows without a known class")):
+        with pytest.raises(UserError, match=f"column '{column}' .*{expected}"):
+            open_dataset(hub(tmp_path / "a", label_column=column))
+    features = datasets.Features({"picture": datasets.Image(), "label": datasets.Value("int64")})
+    missing = datasets.Dataset.from_dict({"picture": [None] * 30, "label": [1] * 30}, features=features)
+    missing.save_to_disk(tmp_path / "b")
+    with pytest.raises(ImageError, match=r"image 3 of .* is missing"):
+        open_dataset(hub(tmp_path / "b")).train[3]
 
 
 def test_huggingface_asks_for_the_label(tmp_path):

@@ -76,15 +76,17 @@ def train(trainer):
 
 
 def pretrain(trainer):
-    metrics = [trainer.train_step(*batch(step, trainer.ranks)) for step in range(MAE_STEPS)]
+    batches = [batch(step, trainer.ranks) for step in range(MAE_STEPS)]
+    metrics = [trainer.train_step(images.double(), labels) for images, labels in batches]
     return metrics, [dict(trainer.model.state_dict()), dict(trainer.ema_model.state_dict())], {}
 
 
 def make_mae_trainer(ranks):
     torch.manual_seed(0)
-    model = MAE(2, base_channels=32, layers=(1, 1, 1, 1), num_classes=CLASSES)
+    model = MAE(2, base_channels=32, layers=(1, 1, 1, 1), num_classes=CLASSES).double()
     settings = dict(mask_ratio_range=(0.3, 0.7), lambda_cls=0.1, learning_rate=1e-3, warmup_steps=5, device="cpu")
-    return MAETrainer(model, STEPS, ranks=ranks, **settings)
+    at_once = 3 if ranks.size == 2 else None
+    return MAETrainer(model, STEPS, ranks=ranks, images_at_once=at_once, **settings)
 
 
 def worker(rank: int, directory: str) -> None:

@@ -1,8 +1,11 @@
 """Training of the masked autoencoder, and of a generator in its feature space."""
 
+import dataclasses
 import json
 import shutil
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -10,6 +13,7 @@ from run_records import read_records
 from safetensors.torch import load_file
 
 from drifting import pretrain as command
+from drifting import vae
 from drifting.cli import UserError
 from drifting.config import load_config, load_pretrain_config
 from drifting.data import open_dataset
@@ -114,6 +118,82 @@ def test_bf16_is_of_the_model_alone():
     for name, value in expected.items():
         torch.testing.assert_close(metrics[name], value, rtol=0.05, atol=0)
     assert metrics["loss"].dtype == torch.float32 and metrics["loss"] != expected["loss"]
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 8])
+def test_a_step_in_parts_is_the_same_step(at_once):
+    """Parts of unequal size among them; in float64, as norms of few values magnify what is rounded."""
+    images, labels = torch.randn(8, 1, 8, 8, dtype=torch.float64), torch.arange(8) % 2
+    whole, parts = (make_trainer(lambda_cls=0.3, images_at_once=n, max_grad_norm=1e6) for n in (None, at_once))
+    sizes = []
+    for trainer in (whole, parts):
+        trainer.model.double()
+    parts.model.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    expected, metrics = whole.train_step(images, labels), parts.train_step(images, labels)
+    assert sum(sizes) == 8 and max(sizes) == at_once
+    torch.testing.assert_close(metrics, expected, rtol=1e-6, atol=0)
+    gradients = [torch.cat([p.grad.flatten() for p in trainer.model.parameters()]) for trainer in (whole, parts)]
+    assert (gradients[0] - gradients[1]).norm() <= 1e-9 * gradients[0].norm()
+
+
+@pytest.fixture
+def fake_vae(monkeypatch):
+    """Latents of half the size, of standard deviation 0.1: RGB and its mean."""
+
+    class FakeVae:
+        dtype = torch.float32
+
+        def encode(self, images):
+            assert images.shape[1] == 3
+            colours = torch.nn.functional.avg_pool2d(images, 2) / vae.LATENT_SCALE
+            mean = torch.cat([colours, colours.mean(1, keepdim=True)], 1)
+            return SimpleNamespace(latent_dist=SimpleNamespace(mean=mean, std=0.1 / vae.LATENT_SCALE + 0 * mean))
+
+        def decode(self, latents):
+            return SimpleNamespace(sample=latents[:, :3].repeat_interleave(2, 2).repeat_interleave(2, 3))
+
+    monkeypatch.setattr(vae, "_load_vae", lambda device: FakeVae())
+
+
+def test_latents_are_drawn_in_each_step(fake_vae):
+    torch.manual_seed(0)
+    model = MAE(4, 8, (1, 1, 1, 1), 2)
+    trainer = MAETrainer(model, 40, "cpu", learning_rate=0.0, latents=True, images_at_once=6)
+    seen = []
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    images = torch.rand(12, 1, 16, 16) * 2 - 1
+    for _ in range(2):
+        trainer.train_step(images, torch.arange(12) % 2)
+    mean = torch.nn.functional.avg_pool2d(images, 2).expand(-1, 4, -1, -1)
+    noise = torch.stack([torch.cat(seen[:2]), torch.cat(seen[2:])]) - mean  # of two steps
+    assert noise.shape == (2, 12, 4, 8, 8) and noise.std(1).mean() == pytest.approx(0.1, rel=0.05)
+    assert noise.mean().abs() < 0.01 and (noise[0] * noise[1]).mean().abs() < 1e-3
+
+
+def test_learns_latents_of_cropped_images(tmp_path, fake_vae):
+    """As the configurations of the latent encoders do, at a small size."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        (tmp_path / split / "class").mkdir(parents=True)
+        for number in range(6):
+            pixels = rng.integers(0, 256, (20, 24, 3)).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / split / "class" / f"{number}.png")
+    small = [
+        f"data.path={tmp_path}", "data.image_size=16", "data.workers=0", "model.base_channels=32",
+        "model.layers=[1,1,1,1]", "train.batch_size=4", "train.steps=2", "step.images_at_once=3",
+    ]  # fmt: skip
+    config = load_pretrain_config("mae_256", small)
+    assert config.data.crop and config.data.flip and config.step.latents
+    pretrain(config, tmp_path / "mae")
+    mae = load_mae(tmp_path / "mae")
+    assert mae.config["in_chans"] == 4 and mae.config["num_classes"] == 1
+    assert (tmp_path / "mae" / "samples" / "step_00000002.png").is_file()
+
+
+def test_latents_cannot_be_encoded_again():
+    digits = dataclasses.replace(open_dataset(load_pretrain_config("mae_fashion_mnist", TINY).data), latent=True)
+    with pytest.raises(UserError, match="step.latents is true, but the data are latents already"):
+        build_trainer(load_pretrain_config("mae_256"), digits, Ranks())
 
 
 def test_mistakes_are_told(finished, tmp_path):

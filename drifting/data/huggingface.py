@@ -9,7 +9,7 @@ from PIL import Image
 
 from ..cli import UserError
 from .dataset import DataConfig, Dataset
-from .image_split import ImageSplit, ImageTransform, decode_image, held_out, read_image
+from .image_split import ImageError, ImageSplit, ImageTransform, decode_image, held_out, read_image
 
 TEST_SPLITS = ("validation", "valid", "val", "test")  # ImageNet and others keep the labels of "test" to themselves
 
@@ -22,10 +22,13 @@ class HuggingFaceImages(ImageSplit):
         self.table, self.image_column = table, image_column
 
     def image(self, index: int) -> Image.Image:
-        cell = self.table[int(index)][self.image_column]
-        if cell["bytes"] is None:
-            return read_image(Path(cell["path"]))
-        return decode_image(cell["bytes"], f"image {index} of {self.table.split} ({cell['path']})")
+        cell = self.table[int(index)][self.image_column] or {"bytes": None, "path": None}
+        origin = f"image {index} of {self.table.split or 'the data set'} ({cell['path']})"
+        if cell["bytes"] is not None:
+            return decode_image(cell["bytes"], origin)
+        if cell["path"] is None:
+            raise ImageError(f"{origin} is missing")
+        return read_image(Path(cell["path"]))
 
 
 def load_huggingface(config: DataConfig, seed: int = 0) -> Dataset:
@@ -122,8 +125,13 @@ def _label_column(table: Any, path: str) -> str:
 
 def _class_names(table: Any, column: str) -> tuple[str, ...]:
     """The names that the column's type gives, or its values in order."""
-    names = getattr(table.features[column], "names", None)
-    return tuple(names or map(str, sorted(set(table[column]))))
+    if names := getattr(table.features[column], "names", None):
+        return tuple(names)
+    values = list(table[column])
+    wrong = [value for value in values if not isinstance(value, (int, str))]
+    if wrong:
+        raise UserError(f"column {column!r} holds {wrong[0]!r}, expected a class in each row: an integer or text")
+    return tuple(map(str, sorted(set(values))))
 
 
 def _labels(table: Any, column: str, class_names: tuple[str, ...]) -> list[int]:
@@ -131,7 +139,7 @@ def _labels(table: Any, column: str, class_names: tuple[str, ...]) -> list[int]:
     if getattr(table.features[column], "names", None) is None:
         number = {name: label for label, name in enumerate(class_names)}
         values = [number.get(str(value), -1) for value in values]
-    if min(values) < 0:
+    if any(value is None or value < 0 for value in values):
         raise UserError(f"column {column!r} of the split {table.split} has rows without a known class")
     return values
 

@@ -117,7 +117,7 @@ def read_image(path: Path) -> Image.Image:
 
 
 def decode_image(data: bytes, origin: str) -> Image.Image:
-    """The image file ``data`` in RGB.
+    """The image file ``data`` in RGB, as it is stored: Exif's orientation is left alone, as is usual for ImageNet.
 
     Raises:
         ImageError: it cannot be decoded; the message names ``origin``.
@@ -126,12 +126,21 @@ def decode_image(data: bytes, origin: str) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.width * image.height > MOST_PIXELS:
             raise ValueError(f"{image.width} × {image.height} pixels, expected at most {MOST_PIXELS}")
-        return image.convert("RGB")
+        return _with_bytes(image).convert("RGB")
     except UnidentifiedImageError as error:
         raise ImageError(f"{origin} cannot be decoded (of no known format): repair or delete it") from error
     except Exception as error:  # on broken files, decoders raise errors of any class
         reason = f"{type(error).__name__}: {error}"
         raise ImageError(f"{origin} cannot be decoded ({reason}): repair or delete it") from error
+
+
+def _with_bytes(image: Image.Image) -> Image.Image:
+    """``image`` with 8 bits a channel; of 16-bit grey, which Pillow would cut off at 255, the upper ones."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError("grey values of 32 bits, whose black and white are unknown: expected 8 or 16 bits")
+    return image
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..models import MAE
 from ..ranks import Ranks
 from ..utils.stopwatch import Stopwatch
+from ..vae import encode_images
 from .optimization import (
     adamw,
     average_of,
@@ -19,7 +20,7 @@ from .optimization import (
     optimizer_state,
     warmup_then_cosine,
 )
-from .parallel import distribute
+from .parallel import averaging_gradients, distribute
 
 
 class MAETrainer:
@@ -38,6 +39,10 @@ class MAETrainer:
             ``cosine_decay`` falls along a cosine to 0 at the end.
         ema_decay: of the averaged weights.
         max_grad_norm: gradients are clipped to this norm.
+        latents: what is learnt are the latents of the images, one draw from the posterior that the Stable Diffusion VAE
+            has of each: so crops are of images, as in the release.
+        images_at_once: images of a rank whose activations are held at once: a step in parts needs less memory and is
+            the same step otherwise, but for dropout. None holds all.
         bf16: run the model under bfloat16 autocast; weights, optimiser and losses stay float32.
         seed: all randomness of step n derives from (seed, n). Every step seeds torch's global generators, which
             dropout draws from, so that a resumed run repeats an uninterrupted one.
@@ -68,6 +73,8 @@ class MAETrainer:
         cosine_decay: bool = False,
         ema_decay: float = 0.9995,
         max_grad_norm: float = 2.0,
+        latents: bool = False,
+        images_at_once: int | None = None,
         bf16: bool = False,
         seed: int = 0,
         ranks: Ranks | None = None,
@@ -77,6 +84,7 @@ class MAETrainer:
         self.mask_ratio_range, self.lambda_cls = mask_ratio_range, lambda_cls
         self.finetune_start, self.finetune_warmup_steps = steps - finetune_steps, finetune_warmup_steps
         self.finetune_lambda_cls, self.max_grad_norm = finetune_lambda_cls, max_grad_norm
+        self.latents, self.images_at_once = latents, images_at_once
         self.bf16, self.seed, self.ranks = bf16, seed, ranks or Ranks()
         self.optimizer = adamw(model, learning_rate, weight_decay)
         self.scheduler = warmup_then_cosine(self.optimizer, warmup_steps, steps if cosine_decay else None)
@@ -111,13 +119,10 @@ class MAETrainer:
         images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
         share = torch.full((), self.lambda_at(self.step), device=self.device)
         self.model.train()
-        mask = self._draw_mask(images)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            losses = self.distributed_model(images, labels, mask, share)
-        self.optimizer.zero_grad()
-        losses["loss"].mean().backward()
+        images, masks = self._draw_inputs(images)
+        losses = self._backward(images, labels, masks, share)
         self.stopwatch.enter("communication")
-        means = self.ranks.sum(torch.stack([loss.detach().mean() for loss in losses.values()])) / self.ranks.size
+        means = self.ranks.sum(torch.stack([loss.mean() for loss in losses.values()])) / self.ranks.size
         metrics = dict(zip(losses, means.unbind(), strict=True))
         self.stopwatch.enter("optimizer")
         grad_norm, skipped = clip_and_step(
@@ -129,19 +134,39 @@ class MAETrainer:
         self.stopwatch.enter("data")
         return metrics | {"lambda_cls": share, "grad_norm": grad_norm, "skipped_steps": self.skipped_steps.clone()}
 
-    def _draw_mask(self, images: Tensor) -> Tensor:
-        """Of this rank's images; leaves torch's generators, which dropout draws from, at a seed of this step and rank.
+    def _draw_inputs(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """What the model is given of this rank's images, and their masks; leaves torch's generators, which dropout
+        draws from, at a seed of this step and rank.
 
-        Masks are drawn for the images of all ranks, on each.
+        Masks and noise are drawn for the images of all ranks, on each.
         """
-        whole = images[:1].expand(len(images) * self.ranks.size, -1, -1, -1)
+        moments = encode_images(images) if self.latents else None
+        inputs = images if moments is None else moments[0]
+        whole = inputs[:1].expand(len(images) * self.ranks.size, -1, -1, -1)
+        mine = self.ranks.share(len(whole))
         least, greatest = self.mask_ratio_range
         seeds = np.random.SeedSequence([self.seed, self.step]).generate_state(1 + self.ranks.size).tolist()
         torch.manual_seed(seeds[0])
         masks = self.model.random_mask(whole, least, greatest)
-        if self.ranks.rank:  # the first goes on where the masks ended, as one rank alone would
+        if moments is not None:
+            inputs = inputs + moments[1] * torch.randn(whole.shape, device=whole.device)[mine]
+        if self.ranks.rank:  # the first goes on where the draws ended, as one rank alone would
             torch.manual_seed(seeds[self.ranks.rank])
-        return masks[self.ranks.share(len(masks))]
+        return inputs, masks[mine]
+
+    def _backward(self, images: Tensor, labels: Tensor, masks: Tensor, share: Tensor) -> dict[str, Tensor]:
+        """The gradient of the mean loss, of a part of the images at a time; returns the losses ``[B]``, detached."""
+        self.optimizer.zero_grad()
+        size = self.images_at_once or len(images)
+        parts = [slice(at, at + size) for at in range(0, len(images), size)]
+        losses: list[dict[str, Tensor]] = []
+        for part in parts:
+            with averaging_gradients(self.distributed_model, part is parts[-1]):
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                    of_part = self.distributed_model(images[part], labels[part], masks[part], share)
+                (of_part["loss"].sum() / len(images)).backward()
+            losses.append({name: loss.detach() for name, loss in of_part.items()})
+        return {name: torch.cat([of_part[name] for of_part in losses]) for name in losses[0]}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that shapes the rest of the run: tensors, and values of JSON."""
