@@ -1,7 +1,7 @@
 """The ``cuda`` backend: the CUDA C++ kernels of ``csrc/cuda`` on contiguous float32 or float64 CUDA tensors.
 
-Everything here takes and returns plain tensors and is called by :mod:`drift_ops.ops` only. float32 products are 3xTF32
-where ``torch.get_float32_matmul_precision()`` is ``"highest"``, and TF32 otherwise.
+Everything here takes and returns plain tensors and is called by :mod:`drift_ops.ops` only. float32 products are made of
+float16 ones: 22 bits where ``torch.get_float32_matmul_precision()`` is ``"highest"``, otherwise 11, as many as of TF32.
 """
 
 from collections.abc import Sequence
@@ -176,8 +176,9 @@ def loss_scale(points: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Ten
     gen = points[0]
     means, kept = gen.new_empty(2, dtype=torch.float64), gen.new_empty(kept_shape(points))
     if _in_shared_memory(points, R=1):
-        scratch = gen.new_empty(2 * gen.shape[0], dtype=torch.float64)
-        _groups(points, weights, kept, None, (), 0.0).scale(address(means), address(scratch))
+        groups = _groups(points, weights, kept, None, (), 0.0)
+        scratch = gen.new_empty(groups.scratch(), dtype=torch.float64)
+        groups.scale(address(means), address(scratch))
         return means, kept
     q, targets, w = streamed_loss.centred(points, weights)
     least = streamed_loss.LEAST_DISTANCE
@@ -209,7 +210,9 @@ def loss_moments(
         return streamed_loss.loss_moments(affinity_sums, points, weights, scale, R_list, floor)
     state = kept.clone() if state_shape(points, R) == kept.shape else gen.new_empty(0)  # an op returns no input
     moments = gen.new_empty(gen.shape[0], R, R)
-    _groups(points, weights, kept, scale, R_list, floor).moments(address(moments))
+    groups = _groups(points, weights, kept, scale, R_list, floor)
+    scratch = gen.new_empty(groups.scratch(), dtype=torch.float64)
+    groups.moments(address(moments), address(scratch))
     return state, moments
 
 

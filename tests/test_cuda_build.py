@@ -32,7 +32,7 @@ def kernel_name(mangled: str) -> str:
     while length := re.match(r"\d+", rest):
         end = length.end() + int(length[0])
         name, rest = rest[length.end() : end], rest[end:]
-    arguments = re.match(r"I([fd])(?:Lb([01]))?E", rest)
+    arguments = re.match(r"I(?:([fd])(?:Lb([01])E)?|Li(\d+)E)E", rest)
     return f"{name}<{', '.join(filter(None, arguments.groups()))}>" if arguments else name
 
 

@@ -105,6 +105,7 @@ def test_drift_field(shape, dtype, weighted):
         (64, 90, 30, 140, 1, (0.05, 0.2)),  # more targets than a tile of distances has columns
         (9, 6, 5, 50, 2, (0.05, 0.2)),  # distances are kept from the first phase to the second; below, to the third
         (17, 20, 9, 1500, 1, (0.02, 0.05, 0.2)),  # sums so long that what tensor cores cut off of each step would show
+        (6, 5, 7, 20, 2, (0.02, 0.05, 0.1, 0.2)),
         (6, 5, 7, 20, 2, (0.02, 0.05, 0.1, 0.2, 0.4)),  # too many R for the group kernels
         (70, 35, 16, 36, 1, (0.05, 0.2)),  # too many samples for them
     ],
@@ -113,6 +114,15 @@ def test_drift_loss(N, P, M, D, G, R_list, dtype):
     for weighted, floor in ((True, 1e-6), (False, 0.0)):
         options = {"R_list": R_list, "affinity_floor": floor}
         check(drift_ops.drift_loss, loss_inputs(N, P, M, D, G, weighted), options, dtype, "cuda", unaligned)
+
+
+@pytest.mark.parametrize(("D", "R_list"), [(700, (0.02, 0.05, 0.2)), (1501, (0.02, 0.05, 0.1, 0.2))])
+def test_groups_shared_by_blocks(monkeypatch, D, R_list):
+    """Few groups of many dimensions: where distances are kept, several blocks have a part of the dimensions each."""
+    monkeypatch.setenv("DRIFT_EMULATED_MULTIPROCESSORS", "11")
+    inputs = loss_inputs(17, 20, 9, D, 2, True)
+    inputs["fixed_pos"][1, 3] = inputs["gen"][1, 5] + 1e-3  # too close for products, in all parts
+    check(drift_ops.drift_loss, inputs, {"R_list": R_list}, torch.float32, "cuda")
 
 
 def test_large_loss_in_parts(monkeypatch):

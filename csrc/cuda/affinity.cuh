@@ -31,14 +31,6 @@ struct Spans {
     }
 };
 
-// Part `part` of `parts` of [begin, end), none of them empty as long as parts <= end - begin.
-struct Range {
-    int64_t begin, end;
-    __host__ __device__ Range part(int64_t n, int64_t parts) const {
-        return {begin + (end - begin) * n / parts, begin + (end - begin) * (n + 1) / parts};
-    }
-};
-
 // Sides of the keys as ranges of spans.
 __host__ __device__ inline Range side_range(const Spans& spans, int side, int sides) {
     return {side == 0 ? 0 : spans.first_side(), side == 0 && sides == 2 ? spans.first_side() : spans.count()};
@@ -167,13 +159,15 @@ __device__ __forceinline__ void add_tile(T* out, const Tile<T, NT>& tile, int ro
         }
 }
 
-// out [rows, D] += strip · values, all of D.
+// out [rows, D] += strip · values, all of D. The strip is lost.
 template <class T, int NT>
-__device__ void add_product(T* out, int rows, const T* strip, const Matrix<T>& values, bool first, bool split, T* stage) {
+__device__ void add_product(T* out, int rows, T* strip, const Matrix<T>& values, bool first, bool split, T* stage) {
+    __syncthreads();  // the strip is complete
+    split_strip(strip, STRIP_LD<T, NT>);
     for (int64_t at = 0; at < values.depth; at += COLS<NT>) {
         Tile<T, NT> sums[1];
         sums[0].clear();
-        product_with_strips<T, NT, 1>(sums, 1, strip, 0, STRIP_LD<T, NT>, values, values.count, at, values.depth, nullptr, split, stage);
+        product_with_strips<T, NT, 1>(sums, strip, 0, STRIP_LD<T, NT>, values, values.count, at, values.depth, nullptr, split, stage);
         add_tile(out, sums[0], rows, at, values.depth, first);
     }
 }

@@ -22,7 +22,7 @@ template <class T> struct Affinity {
     int sides, widths;
     Kernel kernel;
     bool has_self;                                // key i is query i for i < N
-    bool split_products;                          // float: products in 3xTF32, otherwise in TF32
+    bool split_products;                          // float: products of both halves, otherwise of the high ones
     double width[MAX_WIDTHS];                     // temperatures T (Laplace) or σ (Gaussian), in units of *unit
     double temperature;                           // of the softmax over a Gaussian kernel; 1 for Laplace
     double floor, least_distance, self_distance;  // self_distance, in units of *unit, is added to self pairs; +∞ masks them
@@ -65,9 +65,10 @@ struct Loss {
     float* kept;              // the distances [G, N, targets] that loss_scale leaves for the others; null: found again
 };
 
-bool group_fits(const int* counts, int widths, Device);  // what the next three take
-void loss_scale(const Loss&, double* means, double* scratch, Device);  // scratch [2, G]
-void loss_moments(const Loss&, float* moments, Device);  // [G, R, R]: mean_{i, dim} F_r F_r'
+bool group_fits(const int* counts, int widths, Device);  // what the others take
+int64_t loss_scratch(const Loss&, Device);               // doubles of scratch memory for each of the next two
+void loss_scale(const Loss&, double* means, double* scratch, Device);
+void loss_moments(const Loss&, float* moments, double* scratch, Device);  // [G, R, R]: mean_{i, dim} F_r F_r'
 void loss_gradient(const Loss&, const double* factors, const float* incoming, float* grad, Device);
 
 const char* device_error();  // why the CUDA runtime finds no device; null where it finds one

@@ -78,7 +78,8 @@ struct LossProblem {
         return p;
     }
     void find_scale(uintptr_t means, uintptr_t scratch) const { loss_scale(problem(), at<double>(means), at<double>(scratch), where()); }
-    void moments(uintptr_t moments) const { loss_moments(problem(), at<float>(moments), where()); }
+    int64_t scratch() const { return loss_scratch(problem(), where()); }
+    void moments(uintptr_t moments, uintptr_t scratch) const { loss_moments(problem(), at<float>(moments), at<double>(scratch), where()); }
     void gradient(uintptr_t factors, uintptr_t incoming, uintptr_t grad) const {
         loss_gradient(problem(), at<double>(factors), at<float>(incoming), at<float>(grad), where());
     }
@@ -114,6 +115,7 @@ PYBIND11_MODULE(_cuda, m) {
                       uintptr_t, bool, int, uintptr_t>(),
              py::kw_only(), py::arg("groups"), py::arg("D"), py::arg("counts"), py::arg("points"), py::arg("weights"), py::arg("R_list"),
              py::arg("floor"), py::arg("scale"), py::arg("kept"), py::arg("split_products"), py::arg("device"), py::arg("stream"))
+        .def("scratch", &LossProblem::scratch)
         .def("scale", &LossProblem::find_scale, release)
         .def("moments", &LossProblem::moments, release)
         .def("gradient", &LossProblem::gradient, release);

@@ -1,10 +1,10 @@
 // Matrix products of one block of threads: operands go through shared memory in chunks of the depth, the result stays
-// in registers. float uses the tensor cores (TF32, or 3xTF32: each factor as the sum of two TF32 numbers, which keeps
-// float32's precision), double the ordinary units; both leave the same elements with the same threads.
+// in registers. float uses the tensor cores, in halves (see halves.cuh), double the ordinary units; both leave the same
+// elements with the same threads.
 //
 // A tile of the result has 64 rows × 32·NT columns. Its 8 warps lie 2 × 4 on it, each on 32 rows × 8·NT columns.
 #pragma once
-#include "launch.cuh"
+#include "halves.cuh"
 
 namespace drift::cuda {
 
@@ -13,13 +13,15 @@ template <class T> constexpr int COLUMN_TILES = sizeof(T) == 4 ? 4 : 2;  // NT o
 template <int NT> constexpr int COLS = 32 * NT;
 template <class T> constexpr int VECTOR = 16 / sizeof(T);     // elements a 16-byte access moves
 template <class T> constexpr int CHUNK = 8 * VECTOR<T>;       // depth staged at once
+static_assert(CHUNK<float> == BLOCK_OF_HALVES);
 template <class T> constexpr int CHUNK_LD = CHUNK<T> + VECTOR<T>;  // leading dimension that spreads rows over the banks
 template <class T, int NT> constexpr int STRIP_LD = COLS<NT> + VECTOR<T>;  // of a tile in shared memory, likewise
-template <class T, int NT> constexpr int VALUES_LD = COLS<NT> + 8;
+template <class T, int NT> constexpr int VALUES_LD = COLS<NT> + (sizeof(T) == 4 ? 4 : 8);
 
-// Elements of shared memory that products want.
-template <class T, int NT>
-constexpr int STAGE = std::max((ROWS + COLS<NT>)*CHUNK_LD<T>, CHUNK<T>* VALUES_LD<T, NT>);
+// Elements of shared memory that products want: the largest of each warp's operands, a chunk of both operands.
+constexpr int MAXIMA = 2 * WARPS;
+template <class T, int NT> constexpr int VALUES_STAGE = MAXIMA + CHUNK<T>* VALUES_LD<T, NT>;  // one operand lies elsewhere
+template <class T, int NT> constexpr int STAGE = std::max(MAXIMA + (ROWS + COLS<NT>)*CHUNK_LD<T>, VALUES_STAGE<T, NT>);
 
 // The elements of a tile that a thread holds: rows row(0…3) × columns col(0…2·NT−1).
 template <class T, int NT> struct Tile {
@@ -31,11 +33,13 @@ template <class T, int NT> struct Tile {
 #pragma unroll
             for (int c = 0; c < 2 * NT; ++c) value[r][c] = 0;
     }
-    __device__ __forceinline__ void operator+=(const Tile& other) {
+    template <class ScaleOf> __device__ __forceinline__ void add(const Tile& other, ScaleOf scale_of) {  // scale_of(row)
 #pragma unroll
-        for (int r = 0; r < 4; ++r)
+        for (int r = 0; r < 4; ++r) {
+            const T scale = scale_of(row(r));
 #pragma unroll
-            for (int c = 0; c < 2 * NT; ++c) value[r][c] += other.value[r][c];
+            for (int c = 0; c < 2 * NT; ++c) value[r][c] = std::fma(other.value[r][c], scale, value[r][c]);
+        }
     }
     static __device__ __forceinline__ int warp_row() { return threadIdx.x / 32 % 2; }
     static __device__ __forceinline__ int warp_col() { return threadIdx.x / 64; }
@@ -43,49 +47,60 @@ template <class T, int NT> struct Tile {
     static __device__ __forceinline__ int col(int c) { return 8 * NT * warp_col() + c / 2 * 8 + threadIdx.x % 4 * 2 + c % 2; }
 };
 
-// Row n of a matrix with `depth` contiguous columns; null past the last.
+// Part `part` of `parts` of [begin, end), none of them empty as long as parts <= end - begin.
+struct Range {
+    int64_t begin, end;
+    __host__ __device__ Range part(int64_t n, int64_t parts) const {
+        return {begin + (end - begin) * n / parts, begin + (end - begin) * (n + 1) / parts};
+    }
+};
+
+__device__ __forceinline__ bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+// Row n of a matrix with `depth` contiguous columns; the last row for any past it, which spares `fetch` branches.
 template <class T> struct Matrix {
     const T* first;
     int count;
     int64_t depth;
-    __device__ __forceinline__ const T* operator()(int n) const { return n < count ? first + n * depth : nullptr; }
+    __device__ __forceinline__ const T* operator()(int n) const { return first + std::min(n, count - 1) * depth; }
+    __device__ __forceinline__ bool in_vectors() const { return depth % VECTOR<T> == 0 && aligned(first); }
 };
-
-__device__ __forceinline__ bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 template <class T> struct alignas(16) Vector {
     T value[VECTOR<T>];
 };
 
-// Columns [at, at + VECTOR) of a row (null: zeros), minus those of `centre` unless it is null; zeros from `depth` on.
-template <class T> __device__ __forceinline__ Vector<T> load(const T* row, const T* centre, int64_t at, int64_t depth) {
-    Vector<T> x{};
-    if (!row || at >= depth) return x;
-    if (depth % VECTOR<T> == 0 && aligned(row)) {
-        x = *reinterpret_cast<const Vector<T>*>(row + at);
-        if (centre)
-#pragma unroll
-            for (int e = 0; e < VECTOR<T>; ++e) x.value[e] -= centre[at + e];
-        return x;
-    }
-#pragma unroll
-    for (int e = 0; e < VECTOR<T>; ++e)
-        if (at + e < depth) x.value[e] = row[at + e] - (centre ? centre[at + e] : T(0));
-    return x;
-}
-
 // COUNT rows × `WIDTH` columns on their way to shared memory, held by the block's registers meanwhile.
 template <class T, int COUNT, int WIDTH> struct Fetched {
     static constexpr int EACH = WIDTH / VECTOR<T>, N = COUNT * EACH / THREADS;
-    static_assert(COUNT * EACH % THREADS == 0);
-    Vector<T> held[N];
+    static_assert(COUNT * EACH % THREADS == 0 && THREADS % EACH == 0);
+    Vector<T> held[N], origin;
 
-    template <class Rows> __device__ __forceinline__ void fetch(const Rows& rows, int first, const T* centre, int64_t at, int64_t depth) {
+    // Columns at… of rows first…, and of `centre` unless it is null; zeros from `end` on.
+    template <class Rows> __device__ __forceinline__ void fetch(const Rows& rows, int first, const T* centre, int64_t at, int64_t end) {
+        const int64_t column = at + threadIdx.x % EACH * VECTOR<T>;
+        first += threadIdx.x / EACH;
+        origin = {};
+        if (column < end && rows.in_vectors()) {
+            if (centre) origin = *reinterpret_cast<const Vector<T>*>(centre + column);
 #pragma unroll
-        for (int n = 0; n < N; ++n) {
-            const int index = threadIdx.x + n * THREADS;
-            held[n] = load<T>(rows(first + index / EACH), centre, at + index % EACH * VECTOR<T>, depth);
+            for (int n = 0; n < N; ++n) held[n] = *reinterpret_cast<const Vector<T>*>(rows(first + n * (THREADS / EACH)) + column);
+            return;
         }
+#pragma unroll
+        for (int e = 0; e < VECTOR<T>; ++e) {
+            const bool exists = column + e < end;
+            if (centre && exists) origin.value[e] = centre[column + e];
+#pragma unroll
+            for (int n = 0; n < N; ++n) held[n].value[e] = exists ? rows(first + n * (THREADS / EACH))[column + e] : T(0);
+        }
+    }
+    // Minus `centre`: not before the rows are wanted, so that nobody waits for them until then.
+    __device__ __forceinline__ void subtract_origin() {
+#pragma unroll
+        for (int n = 0; n < N; ++n)
+#pragma unroll
+            for (int e = 0; e < VECTOR<T>; ++e) held[n].value[e] -= origin.value[e];
     }
     __device__ __forceinline__ void put(T* shared, int ld) const {
 #pragma unroll
@@ -94,56 +109,59 @@ template <class T, int COUNT, int WIDTH> struct Fetched {
             *reinterpret_cast<Vector<T>*>(shared + index / EACH * ld + index % EACH * VECTOR<T>) = held[n];
         }
     }
-};
 
-#ifdef __CUDACC__
-// c[16×8] += a[16×8] · b[8×8] of a warp; of the operands, the bits that TF32 lacks are ignored.
-__device__ __forceinline__ void mma_tf32(float& c0, float& c1, float& c2, float& c3, const float (&a)[4], const float (&b)[2]) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c0), "+f"(c1), "+f"(c2), "+f"(c3)
-        : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])), "r"(__float_as_uint(a[3])),
-          "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])));
-}
-#endif
-
-// The nearest TF32 number (Veltkamp's splitting): three operations of the float units, where the conversion takes more.
-__device__ __forceinline__ float to_tf32(float x) {
-    const float scaled = __fmul_rn(x, 8193);  // 2^13 + 1
-    return __fsub_rn(scaled, __fsub_rn(scaled, x));
-}
-
-template <int COUNT> struct Tf32 {
-    float big[COUNT], small[COUNT];  // x = big + small; a TF32 number holds all of `small` but half its last bit
-    __device__ __forceinline__ void set(int n, float x) {
-        big[n] = to_tf32(x);
-        small[n] = x - big[n];
+    // As an operand of `multiply`: put_maxima, __syncthreads, put_operand. Returns what undoes the scaling.
+    __device__ __forceinline__ void put_maxima(T* of_warps) const {
+        if constexpr (sizeof(T) == 4) {
+            float largest = 0;
+#pragma unroll
+            for (int n = 0; n < N; ++n)
+#pragma unroll
+                for (int e = 0; e < VECTOR<T>; ++e) largest = std::fmax(largest, std::fabs(held[n].value[e]));
+            put_largest(largest, reinterpret_cast<unsigned*>(of_warps));
+        }
+    }
+    __device__ __forceinline__ T put_operand(T* shared, int ld, const T* of_warps) const {
+        if constexpr (sizeof(T) == 4) {
+            const Scale scale = scale_for(largest_of_block(reinterpret_cast<const unsigned*>(of_warps)));
+#pragma unroll
+            for (int n = 0; n < N; ++n) {
+                const int index = threadIdx.x + n * THREADS;
+                put_halves(shared + index / EACH * ld, index % EACH * VECTOR<T>, held[n].value, scale.by);
+            }
+            return scale.back;
+        } else {
+            put(shared, ld);
+            return 1;
+        }
     }
 };
 
-// tile += X·Yᵀ over one staged chunk. X [64][x_ld] holds rows; Y holds rows of the right-hand side ([columns][y_ld]), or,
-// with BY_DEPTH, its transpose ([depth][y_ld]).
-template <bool BY_DEPTH, bool SPLIT, int NT>
-__device__ __forceinline__ void multiply_tf32(Tile<float, NT>& tile, const float* X, int x_ld, const float* Y, int y_ld) {
-    const int lane = threadIdx.x % 32, quad = lane / 4, in_quad = lane % 4;
-    const float* x = X + (32 * tile.warp_row() + quad) * x_ld + in_quad;
-    const int col = 8 * NT * tile.warp_col() + quad;
-    const float* y = BY_DEPTH ? Y + in_quad * y_ld + col : Y + col * y_ld + in_quad;
-    const int y_deeper = BY_DEPTH ? y_ld : 1, y_right = BY_DEPTH ? 8 : 8 * y_ld;
+// tile += scale·X·Yᵀ over one staged chunk, the scale that of a row. X [64][x_ld] holds rows; Y holds rows of the right-hand side
+// ([columns][y_ld]), or, with BY_DEPTH, its transpose ([depth][y_ld]).
+template <bool BY_DEPTH, bool SPLIT, int NT, class ScaleOf>
+__device__ __forceinline__ void multiply_halves(Tile<float, NT>& tile, const float* X, int x_ld, const float* Y, int y_ld,
+                                                ScaleOf scale_of) {
+    constexpr int LOW = BLOCK_OF_HALVES;
+    const int lane = threadIdx.x % 32, col = 8 * NT * tile.warp_col();
+    const float* x = X + (32 * tile.warp_row() + lane % 16) * x_ld;
+    const float* y = BY_DEPTH ? Y + lane % 16 * y_ld : Y + (col + lane % 8) * y_ld;
+    Tile<float, NT> of_chunk;  // tensor cores truncate every sum: long ones are added up outside them
+    of_chunk.clear();
 #pragma unroll 1
-    for (int k = 0; k < CHUNK<float>; k += 8) {
-        Tile<float, NT> of_step;  // tensor cores truncate every sum: long ones are added up outside them
-        Tile<float, NT>& sums = SPLIT ? of_step : tile;
-        if (SPLIT) of_step.clear();
-        Tf32<4> a[2];
-        Tf32<2> b[NT];
+    for (int k = 0; k < CHUNK<float>; k += 16) {
+        unsigned a_big[2][4], a_small[2][4], b[NT][4];  // b: two of the high parts, two of the low ones
 #pragma unroll
-        for (int m = 0; m < 2; ++m)
+        for (int m = 0; m < 2; ++m) {
+            const __half* at = half_of(x + 16 * m * x_ld, k) + lane / 16 * 8;
+            load_matrices<false>(a_big[m], at);
+            if (SPLIT) load_matrices<false>(a_small[m], at + LOW);
+        }
 #pragma unroll
-            for (int e = 0; e < 4; ++e) a[m].set(e, x[(16 * m + e % 2 * 8) * x_ld + k + e / 2 * 4]);
-#pragma unroll
-        for (int n = 0; n < NT; ++n)
-#pragma unroll
-            for (int e = 0; e < 2; ++e) b[n].set(e, y[(k + 4 * e) * y_deeper + n * y_right]);
+        for (int n = 0; n < NT; ++n) {
+            const __half* at = BY_DEPTH ? half_of(y + k * y_ld, col + 8 * n) : half_of(y + 8 * n * y_ld, k) + lane / 8 % 2 * 8;
+            load_matrices<BY_DEPTH>(b[n], at + lane / 16 * LOW);
+        }
         // neighbours in this order do not wait for each other's sums
 #pragma unroll
         for (int pass = SPLIT ? 0 : 2; pass < 3; ++pass)
@@ -151,18 +169,19 @@ __device__ __forceinline__ void multiply_tf32(Tile<float, NT>& tile, const float
             for (int n = 0; n < NT; ++n)
 #pragma unroll
                 for (int m = 0; m < 2; ++m)
-                    mma_tf32(sums.value[2 * m][2 * n], sums.value[2 * m][2 * n + 1], sums.value[2 * m + 1][2 * n],
-                             sums.value[2 * m + 1][2 * n + 1], pass == 0 ? a[m].small : a[m].big, pass == 1 ? b[n].small : b[n].big);
-        if (SPLIT) tile += of_step;
+                    mma_halves(of_chunk.value[2 * m][2 * n], of_chunk.value[2 * m][2 * n + 1], of_chunk.value[2 * m + 1][2 * n],
+                               of_chunk.value[2 * m + 1][2 * n + 1], pass == 0 ? a_small[m] : a_big[m], pass == 1 ? b[n] + 2 : b[n]);
     }
+    tile.add(of_chunk, scale_of);
 }
 
-template <bool BY_DEPTH, int NT>
-__device__ __forceinline__ void multiply(Tile<float, NT>& tile, const float* X, int x_ld, const float* Y, int y_ld, bool split) {
+template <bool BY_DEPTH, int NT, class ScaleOf>
+__device__ __forceinline__ void multiply(Tile<float, NT>& tile, const float* X, int x_ld, const float* Y, int y_ld, ScaleOf scale_of,
+                                         bool split) {
     if (split)
-        multiply_tf32<BY_DEPTH, true>(tile, X, x_ld, Y, y_ld);
+        multiply_halves<BY_DEPTH, true>(tile, X, x_ld, Y, y_ld, scale_of);
     else
-        multiply_tf32<BY_DEPTH, false>(tile, X, x_ld, Y, y_ld);
+        multiply_halves<BY_DEPTH, false>(tile, X, x_ld, Y, y_ld, scale_of);
 }
 
 // tile += combine(x, y) summed over one staged chunk, on the ordinary units.
@@ -182,8 +201,8 @@ __device__ __forceinline__ void accumulate(Tile<T, NT>& tile, const T* X, int x_
     }
 }
 
-template <bool BY_DEPTH, int NT>
-__device__ __forceinline__ void multiply(Tile<double, NT>& tile, const double* X, int x_ld, const double* Y, int y_ld, bool) {
+template <bool BY_DEPTH, int NT, class ScaleOf>
+__device__ __forceinline__ void multiply(Tile<double, NT>& tile, const double* X, int x_ld, const double* Y, int y_ld, ScaleOf, bool) {
     accumulate<BY_DEPTH>(tile, X, x_ld, Y, y_ld, [](double x, double y) { return x * y; });
 }
 
@@ -208,55 +227,74 @@ template <int N> struct RowNorms {
     }
 };
 
-// tile = X·Yᵀ, or with `differences` Σ (x − y)², of rows 0… of X and y_first… of Y minus `centre` (null: 0); on_chunk sees
-// what is fetched of both.
+// tile = X·Yᵀ, or with `differences` Σ (x − y)², of rows 0… of X and y_first… of Y minus `centre` (null: 0), in the dimensions
+// of a range; on_chunk sees what is fetched of both.
 template <class T, int NT, class X, class Y, class OnChunk>
-__device__ __forceinline__ void product_of_rows(Tile<T, NT>& tile, const X& x, const Y& y, int y_first, int64_t depth, const T* centre,
+__device__ __forceinline__ void product_of_rows(Tile<T, NT>& tile, const X& x, const Y& y, int y_first, Range dims, const T* centre,
                                                 bool differences, bool split, T* stage, OnChunk on_chunk) {
-    T *x_stage = stage, *y_stage = stage + ROWS * CHUNK_LD<T>;
+    T *x_maxima = stage, *y_maxima = stage + WARPS, *x_stage = stage + MAXIMA, *y_stage = x_stage + ROWS * CHUNK_LD<T>;
     Fetched<T, ROWS, CHUNK<T>> x_next;
     Fetched<T, COLS<NT>, CHUNK<T>> y_next;
     tile.clear();
-    x_next.fetch(x, 0, centre, 0, depth);
-    y_next.fetch(y, y_first, centre, 0, depth);
-    for (int64_t at = 0; at < depth; at += CHUNK<T>) {
-        __syncthreads();  // everyone is done with the previous chunk
-        x_next.put(x_stage, CHUNK_LD<T>);
-        y_next.put(y_stage, CHUNK_LD<T>);
+    x_next.fetch(x, 0, centre, dims.begin, dims.end);
+    y_next.fetch(y, y_first, centre, dims.begin, dims.end);
+    for (int64_t at = dims.begin; at < dims.end; at += CHUNK<T>) {
+        T scale = 1;
+        x_next.subtract_origin(), y_next.subtract_origin();
+        x_next.put_maxima(x_maxima), y_next.put_maxima(y_maxima);
+        __syncthreads();  // the maxima are there, and everyone is done with the previous chunk
+        if (differences)
+            x_next.put(x_stage, CHUNK_LD<T>), y_next.put(y_stage, CHUNK_LD<T>);
+        else
+            scale = x_next.put_operand(x_stage, CHUNK_LD<T>, x_maxima) * y_next.put_operand(y_stage, CHUNK_LD<T>, y_maxima);
         on_chunk(x_next, y_next);
         __syncthreads();
-        if (at + CHUNK<T> < depth) {
-            x_next.fetch(x, 0, centre, at + CHUNK<T>, depth);
-            y_next.fetch(y, y_first, centre, at + CHUNK<T>, depth);
+        if (at + CHUNK<T> < dims.end) {
+            x_next.fetch(x, 0, centre, at + CHUNK<T>, dims.end);
+            y_next.fetch(y, y_first, centre, at + CHUNK<T>, dims.end);
         }
         if (differences)
             accumulate<false>(tile, x_stage, CHUNK_LD<T>, y_stage, CHUNK_LD<T>, [](T a, T b) { return (a - b) * (a - b); });
         else
-            multiply<false>(tile, x_stage, CHUNK_LD<T>, y_stage, CHUNK_LD<T>, split);
+            multiply<false>(tile, x_stage, CHUNK_LD<T>, y_stage, CHUNK_LD<T>, [=](int) { return scale; }, split);
     }
 }
 
 template <class T, int NT>
 __device__ __forceinline__ void product_of_rows(Tile<T, NT>& tile, const Matrix<T>& x, const Matrix<T>& y, bool differences, bool split, T* stage) {
-    product_of_rows(tile, x, y, 0, x.depth, static_cast<const T*>(nullptr), differences, split, stage, [](const auto&, const auto&) {});
+    product_of_rows(tile, x, y, 0, Range{0, x.depth}, static_cast<const T*>(nullptr), differences, split, stage, [](const auto&, const auto&) {});
 }
 
-// tile[r] += strip[r] · V for each of `strips` strips: V has `count` rows of which columns [at, at + COLS) are wanted, minus
-// those of `centre`. Strip r is at strip + r·strip_size, [64][strip_ld]; its columns from `count` to a multiple of CHUNK are 0.
+// A strip [64][ld] of shared memory as an operand of `multiply`, to be followed by a __syncthreads; what undoes the scaling of
+// a row lies behind its columns.
+__device__ __forceinline__ void split_strip(float* strip, int ld) { split_rows(strip, ROWS, ld, ld - VECTOR<float>); }
+__device__ __forceinline__ void split_strip(double*, int) {}
+__device__ __forceinline__ float row_scale(const float* strip, int ld, int row) { return strip[row * ld + ld - VECTOR<float>]; }
+__device__ __forceinline__ double row_scale(const double*, int, int) { return 1; }
+
+// tile[r] += strip[r] · V for each strip: V has `count` rows of which columns [at, at + COLS) are wanted, minus
+// those of `centre`. Strip r is at strip + r·strip_size, [64][strip_ld], float ones after split_strip; its columns from
+// `count` to a multiple of CHUNK are 0.
 template <class T, int NT, int STRIPS, class V>
-__device__ __forceinline__ void product_with_strips(Tile<T, NT> (&tile)[STRIPS], int strips, const T* strip, int strip_size, int strip_ld,
+__device__ __forceinline__ void product_with_strips(Tile<T, NT> (&tile)[STRIPS], const T* strip, int strip_size, int strip_ld,
                                                     const V& values, int count, int64_t at, int64_t depth, const T* centre, bool split,
                                                     T* stage) {
+    T *maxima = stage, *value_stage = stage + MAXIMA;
     Fetched<T, CHUNK<T>, COLS<NT>> next;
     next.fetch(values, 0, centre, at, depth);
     for (int j = 0; j < count; j += CHUNK<T>) {
-        __syncthreads();
-        next.put(stage, VALUES_LD<T, NT>);
+        next.subtract_origin();
+        next.put_maxima(maxima);
+        __syncthreads();  // the maxima are there, and everyone is done with the previous chunk
+        const T scale = next.put_operand(value_stage, VALUES_LD<T, NT>, maxima);
         __syncthreads();
         if (j + CHUNK<T> < count) next.fetch(values, j + CHUNK<T>, centre, at, depth);
 #pragma unroll
-        for (int r = 0; r < STRIPS; ++r)
-            if (r < strips) multiply<true>(tile[r], strip + r * strip_size + j, strip_ld, stage, VALUES_LD<T, NT>, split);
+        for (int r = 0; r < STRIPS; ++r) {
+            const T* of_strip = strip + r * strip_size;
+            const auto scale_of = [=](int row) { return scale * row_scale(of_strip, strip_ld, row); };
+            multiply<true>(tile[r], of_strip + j, strip_ld, value_stage, VALUES_LD<T, NT>, scale_of, split);
+        }
     }
 }
 

@@ -13,6 +13,8 @@
 #include <initializer_list>
 #include <tuple>
 
+#include "cuda_fp16.h"
+
 #define __global__
 #define __device__
 #define __host__
@@ -74,7 +76,8 @@ inline jmp_buf scheduler;
 inline Barrier block_barrier, warp_barriers[MOST_THREADS / WARP];
 inline int any_true[2];
 inline double exchanged[2][MOST_THREADS];  // by parity of the warp's barrier: the next exchange leaves this one's alone
-inline float operands[2][MOST_THREADS][6];
+inline const void* rows[2][MOST_THREADS];
+inline float operands[2][MOST_THREADS][12];
 inline void (*body)(void*);
 inline void* body_arguments;
 inline int current;
@@ -142,15 +145,6 @@ inline void run_block(int threads, int stride) {
     }
 }
 
-// An operand of `mma_tf32`: without the bits that TF32 lacks.
-inline float tf32_part(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    if (!std::isnan(x)) bits &= ~0x1fffu;
-    memcpy(&x, &bits, 4);
-    return x;
-}
-
 // Tensor cores line terms up with the largest, to two bits more than a float has, and cut off what lies below.
 inline float sum_of_tensor_core(const double (&terms)[9]) {
     double largest = 0, sum = 0;
@@ -186,25 +180,60 @@ template <class T> T __shfl_xor_sync(unsigned, T x, int lanes) {
     return T(exchanged[threadIdx.x ^ lanes]);
 }
 
+inline unsigned __float_as_uint(float x) {
+    unsigned bits;
+    memcpy(&bits, &x, 4);
+    return bits;
+}
+inline float __uint_as_float(unsigned bits) {
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+inline unsigned __reduce_max_sync(unsigned mask, unsigned x) {
+    for (int lanes = 1; lanes < emulation::WARP; lanes *= 2) {
+        const unsigned other = __shfl_xor_sync(mask, x, lanes);
+        x = x > other ? x : other;
+    }
+    return x;
+}
+
+// What these functions of halves.cuh do on a device.
 namespace drift::cuda {
-inline float __fmul_rn(float a, float b) { return a * b; }
-inline float __fsub_rn(float a, float b) { return a - b; }
-// What `mma_tf32` of product.cuh does on a device.
-inline void mma_tf32(float& c0, float& c1, float& c2, float& c3, const float (&a)[4], const float (&b)[2]) {
+template <bool TRANSPOSED> void load_matrices(unsigned (&to)[4], const __half* row) {
+    auto& rows = emulation::rows[emulation::own_warp().passed & 1];
+    rows[threadIdx.x] = row;
+    __syncwarp();
+    const int lane = threadIdx.x % 32, warp = threadIdx.x - lane;
+    for (int m = 0; m < 4; ++m) {
+        __half found[2];
+        for (int e = 0; e < 2; ++e) {
+            const int r = TRANSPOSED ? lane % 4 * 2 + e : lane / 4, c = TRANSPOSED ? lane / 4 : lane % 4 * 2 + e;
+            const __half* of_row = static_cast<const __half*>(rows[warp + 8 * m + r]);
+            if (reinterpret_cast<uintptr_t>(of_row) % 16) emulation::fail("a row of load_matrices is not aligned");
+            found[e] = of_row[c];
+        }
+        memcpy(&to[m], found, 4);
+    }
+}
+inline void mma_halves(float& c0, float& c1, float& c2, float& c3, const unsigned (&a)[4], const unsigned* b) {
     auto& operands = emulation::operands[emulation::own_warp().passed & 1];
-    for (int n = 0; n < 4; ++n) operands[threadIdx.x][n] = emulation::tf32_part(a[n]);
-    for (int n = 0; n < 2; ++n) operands[threadIdx.x][4 + n] = emulation::tf32_part(b[n]);
+    __half halves[12];
+    memcpy(halves, a, 16), memcpy(halves + 8, b, 8);
+    for (int n = 0; n < 12; ++n) operands[threadIdx.x][n] = __half2float(halves[n]);
     __syncwarp();
     const int lane = threadIdx.x % 32, warp = threadIdx.x - lane;
     float* c[4] = {&c0, &c1, &c2, &c3};
     for (int e = 0; e < 4; ++e) {
         const int row = lane / 4, col = lane % 4 * 2 + e % 2;
-        double terms[9] = {*c[e]};
-        for (int k = 0; k < 8; ++k) {
-            const float *of_row = operands[warp + row * 4 + k % 4], *of_col = operands[warp + col * 4 + k % 4];
-            terms[1 + k] = double(of_row[k / 4 * 2 + e / 2]) * of_col[4 + k / 4];
+        for (int first = 0; first < 2; ++first) {  // eight terms at a time: compute capability 8.0
+            double terms[9] = {*c[e]};
+            for (int k = 0; k < 8; ++k) {
+                const float *of_row = operands[warp + row * 4 + k / 2], *of_col = operands[warp + col * 4 + k / 2];
+                terms[1 + k] = double(of_row[first * 4 + e / 2 * 2 + k % 2]) * of_col[8 + first * 2 + k % 2];
+            }
+            *c[e] = emulation::sum_of_tensor_core(terms);
         }
-        *c[e] = emulation::sum_of_tensor_core(terms);
     }
 }
 }  // namespace drift::cuda
