@@ -171,6 +171,8 @@ def statistics_kernel(
                 norms[0] + (g * N + i), undo, k_count, q_count, j - i, D, least, per_unit, self_distance,
                 SELF, SPLIT, DIFFERENCES, DEPTH, BLOCK_K, BLOCK_Q, BLOCK_D,
             )  # fmt: skip
+            if not GAUSSIAN:  # once for all widths: their logits are then minus infinity
+                d = hide_missing(d, float("inf"), k_count, q_count, j - i, SELF, BLOCK_K, BLOCK_Q)
             new_levels = ()
             new_sums = ()
             for s in tl.static_range(len(widths)):
@@ -179,7 +181,8 @@ def statistics_kernel(
                 old_top = tl.load(slots + n, mask=known, other=float("-inf"))
                 old_total = tl.load(slots + M + n, mask=known, other=0.0)
                 logits = tile_logits(d, widths[s], temperature, GAUSSIAN)
-                logits = hide_missing(logits, NOTHING, k_count, q_count, j - i, SELF, BLOCK_K, BLOCK_Q)
+                if GAUSSIAN:
+                    logits = hide_missing(logits, NOTHING, k_count, q_count, j - i, SELF, BLOCK_K, BLOCK_Q)
                 E = tl.exp2(logits - levels[s])
                 total = tl.sum(E, 1)
                 level = levels[s]

@@ -78,41 +78,35 @@ def _affinities(d, slot, statistics, row_half, slope, least, BLOCKS: tl.constexp
 
 
 @triton.jit
-def _of_targets(hi, lo, gram_hi, gram_lo, SPLIT: tl.constexpr, BLOCKS: tl.constexpr, b: tl.constexpr):
-    """``Σ_j c_ij t_j·t_k`` for targets k of side b, the small parts first."""
-    total = zeros(BLOCKS[0], BLOCKS[b])
-    for a in tl.static_range(len(BLOCKS) if SPLIT else 0):
-        total = tl.dot(lo[a], _of_sides(gram_hi, a, b, len(BLOCKS)), total)
-        total = tl.dot(hi[a], _of_sides(gram_lo, a, b, len(BLOCKS)), total)
-    for a in tl.static_range(len(BLOCKS)):
-        total = tl.dot(hi[a], _of_sides(gram_hi, a, b, len(BLOCKS)), total)
-    return total
+def _add_products(total, hi, lo, gram_hi, gram_lo, SPLIT: tl.constexpr, a: tl.constexpr, SIDES: tl.constexpr):
+    """To ``Σ_j c_ij t_j·t_k`` of every side, that of the targets j of side a; the small parts first."""
+    more = ()
+    for b in tl.static_range(SIDES):
+        of_b = total[b]
+        if SPLIT:
+            of_b = tl.dot(lo, _of_sides(gram_hi, a, b, SIDES), of_b)
+            of_b = tl.dot(hi, _of_sides(gram_lo, a, b, SIDES), of_b)
+        more = more + (tl.dot(hi, _of_sides(gram_hi, a, b, SIDES), of_b),)
+    return more
 
 
 @triton.jit
-def _add_others(
-    sums,
-    of_side,
-    r,
-    d,
-    slot,
-    state,
-    g,
-    scale,
-    R_list,
-    least,
-    BLOCKS: tl.constexpr,
-    KEEP: tl.constexpr,
-    side: tl.constexpr,
+def _products_with_others(
+    of_targets, r, d, slot, state, g, scale, R_list, least, BLOCKS: tl.constexpr, KEEP: tl.constexpr
 ):
-    """To the sums of every R before the r-th: products of ``of_side`` and its coefficients."""
+    """Products of ``of_targets`` and the coefficients of every R before the r-th, summed over the targets: [N] each."""
     BLOCK_N: tl.constexpr = BLOCKS[0]
+    sums = ()
+    for _ in tl.static_range(len(R_list)):
+        sums = sums + (tl.zeros([BLOCK_N], dtype=tl.float32),)
     for other in range(r):
         statistics = statistics_of(state, g, other, len(R_list), BLOCKS, KEEP)
         row_half, negative, positive = _statistics_by_row(statistics, BLOCK_N)
         slope = slope_of(scale, one_of(R_list, other))
-        A = _affinities(d, slot, statistics, row_half, slope, least, BLOCKS, side)
-        added = tl.sum(of_side * A, 1) * (-positive if side < len(BLOCKS) - 1 else negative)
+        added = tl.zeros([BLOCK_N], dtype=tl.float32)
+        for side in tl.static_range(len(BLOCKS)):
+            A = _affinities(d, slot, statistics, row_half, slope, least, BLOCKS, side)
+            added += tl.sum(of_targets[side] * A, 1) * (-positive if side < len(BLOCKS) - 1 else negative)
         more = ()
         for n in tl.static_range(len(R_list)):
             more = more + (sums[n] + tl.where(n == other, added, 0.0),)
@@ -169,22 +163,19 @@ def gram_moments_kernel(
         row_half, negative, positive = _statistics_by_row(statistics, BLOCK_N)
         slope = slope_of(scale, one_of(R_list, r))
         e = exponent(negative * positive * longest)
-        hi = ()
-        lo = ()
+        of_targets = ()  # Σ_j c_ij t_j·t_k
+        for side in tl.static_range(SIDES):
+            of_targets = of_targets + (zeros(BLOCKS[0], BLOCKS[side]),)
+        itself = tl.zeros([BLOCK_N], dtype=tl.float32)
         for side in tl.static_range(SIDES):
             A = _affinities(d, slot, statistics, row_half, slope, least, BLOCKS, side)
             by_row = (-positive if side < SIDES - 1 else negative) * tl.exp2(e)
-            parts = split(A * by_row[:, None])
-            hi = hi + (parts[0],)
-            lo = lo + (parts[1],)
-        sums = ()  # of F_r·F_r' over the dimensions, for r' <= r: [N] each
-        for _ in tl.static_range(len(R_list)):
-            sums = sums + (tl.zeros([BLOCK_N], dtype=tl.float32),)
-        itself = tl.zeros([BLOCK_N], dtype=tl.float32)
-        for b in tl.static_range(SIDES):
-            of_b = _of_targets(hi, lo, gram_hi, gram_lo, SPLIT, BLOCKS, b)
-            itself += tl.sum(of_b * (hi[b].to(tl.float32) + lo[b].to(tl.float32)), 1)
-            sums = _add_others(sums, of_b, r, d, slot, state, g, scale, R_list, least, BLOCKS, KEEP, b)
+            hi, lo = split(A * by_row[:, None])
+            itself += tl.sum(of_targets[side] * (hi.to(tl.float32) + lo.to(tl.float32)), 1)
+            of_targets = _add_products(of_targets, hi, lo, gram_hi, gram_lo, SPLIT, side, SIDES)
+            itself += tl.sum(of_targets[side] * (hi.to(tl.float32) + lo.to(tl.float32)), 1)
+        # of F_r·F_r' for r' < r; after the products, with whose coefficients these would compete for registers
+        sums = _products_with_others(of_targets, r, d, slot, state, g, scale, R_list, least, BLOCKS, KEEP)
         down = tl.exp2(-e)
         for other in tl.static_range(len(R_list)):
             moment = tl.sum(tl.where(other == r, itself * down, sums[other]) * down) * by

@@ -68,7 +68,8 @@ def tile_offsets(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def keep_products(slot, norms, squares, products, any_close, weights, counts, BLOCKS: tl.constexpr):
+def keep_others(slot, norms, products, weights, counts, BLOCKS: tl.constexpr):
+    """What is kept by target, and the products of the sides but gen."""
     scales = ()
     for side in tl.static_range(len(BLOCKS)):
         e = exponent(tl.sqrt(norms[side])) - 7
@@ -81,10 +82,6 @@ def keep_products(slot, norms, squares, products, any_close, weights, counts, BL
         tl.store(vector_in(slot, 2, BLOCKS, side), inverse)
         tl.store(vector_in(slot, 3, BLOCKS, side), weight * inverse)
     slot = pairs_in(slot + HEAD, BLOCKS)
-    pairs = ()
-    for side in tl.static_range(len(BLOCKS)):
-        pairs = pairs + (tl.where(any_close > 0, squares[side], products[side]),)
-    store_tiles(slot, pairs, BLOCKS)
     for side in tl.static_range(len(BLOCKS)):
         slot += BLOCKS[0] * BLOCKS[side]
     for later in tl.static_range(1, len(BLOCKS)):
@@ -95,6 +92,15 @@ def keep_products(slot, norms, squares, products, any_close, weights, counts, BL
             tl.store(halves, hi)
             tl.store(halves + BLOCKS[later] * BLOCKS[side], lo)
             slot += BLOCKS[later] * BLOCKS[side]
+
+
+@triton.jit
+def keep_pairs(slot, squares, products, any_close, BLOCKS: tl.constexpr):
+    """Products of gen and every side, or squared distances."""
+    pairs = ()
+    for side in tl.static_range(len(BLOCKS)):
+        pairs = pairs + (tl.where(any_close > 0, squares[side], products[side]),)
+    store_tiles(pairs_in(slot + HEAD, BLOCKS), pairs, BLOCKS)
 
 
 @triton.jit

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from ..group import one_of
 from ..tiles import load_vector
-from .kept import keep_products, slot_of, store_head
+from .kept import keep_others, keep_pairs, slot_of, store_head
 from .points import (
     distances_of_points,
     find_map,
@@ -42,10 +42,11 @@ def scale_kernel(
         origin_row = find_origin(points[0], counts[0], D, BLOCKS[0], BLOCK_D)
         origin = points[0] + origin_row * D
         products, norms, e = find_products(points, counts, origin, D, BLOCKS, BLOCK_D, SPLIT, LONG, True)
-        squares, any_close = squared_distances(products, norms, points, counts, D, BLOCKS)
         slot = slot_of(one_of(kept, n), g, BLOCKS)
+        keep_others(slot, norms, products, weights, counts, BLOCKS)  # first: they would compete for registers
+        squares, any_close = squared_distances(products, norms, points, counts, D, BLOCKS)
         store_head(slot, e, origin_row, any_close)
-        keep_products(slot, norms, squares, products, any_close, weights, counts, BLOCKS)
+        keep_pairs(slot, squares, products, any_close, BLOCKS)
         d = roots_of_squares(squares, BLOCKS)
     exists = tl.arange(0, BLOCKS[0])[:, None] < counts[0]
     of_rows = tl.zeros([BLOCK_N], dtype=tl.float32)
