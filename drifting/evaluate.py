@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from .archives import Labels, read_images, write_images
@@ -18,9 +19,17 @@ from .cli import ArgumentParser, UserError, run_command
 from .config import load_config
 from .config_schema import Config, EvaluationConfig
 from .data import open_dataset
-from .evaluation import Evaluator, Quality, best_quality, check_evaluation, evaluate_guidance, open_evaluator
+from .evaluation import (
+    Evaluator,
+    Quality,
+    best_quality,
+    check_evaluation,
+    evaluate_model,
+    open_evaluator,
+    warn_of_few,
+)
 from .images import Pixels
-from .pretrained import open_generator
+from .pretrained import HUB, open_generator
 from .run_directory import RunDirectory
 from .sample import check_sampling, spread_labels
 
@@ -30,13 +39,14 @@ ARCHIVE = ".npz"
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(argv)
     if arguments.source.endswith(ARCHIVE):
-        images, labels = read_images(Path(arguments.source))
-        evaluator = _open_evaluator(arguments)
-        _warn_of_few(evaluator, len(images))
-        report = {"samples": arguments.source, "num_samples": len(images)} | _measure(evaluator, images, labels)
+        report = _evaluate_archive(arguments)
     else:
-        report = _evaluate_generator(arguments)
-    print(json.dumps(report, indent=2))
+        report, images, labels = _evaluate_generator(arguments)
+    try:
+        if arguments.save_npz is not None:
+            write_images(arguments.save_npz, images, labels)
+    finally:  # what was measured is told in any case
+        print(json.dumps(report, indent=2))
     return 0
 
 
@@ -50,8 +60,8 @@ def _parse(argv: Sequence[str] | None) -> Any:
     )  # fmt: skip
     parser.add_argument(
         "--features", metavar="NAME|PATH",
-        help="inception, dinov2, weights of Inception (.pth) or a directory of drifting.train_classifier "
-        "(default: as in training; inception with reference files)",
+        help="inception, dinov2, weights of Inception (.pth), or a directory of drifting.train_classifier, "
+        "drifting.pretrain or transformers (default: as in training; inception with reference files)",
     )  # fmt: skip
     parser.add_argument("--num", type=int, help="how many images to generate (default: as in training; else 50000)")
     parser.add_argument(
@@ -71,41 +81,50 @@ def _parse(argv: Sequence[str] | None) -> Any:
         raise UserError(f"--save-npz is {arguments.save_npz}, expected a file that ends in {ARCHIVE}")
     if arguments.source.endswith(ARCHIVE) and (arguments.num or arguments.cfg_scale or arguments.save_npz):
         raise UserError(f"{arguments.source} is judged as it is: --num, --cfg-scale and --save-npz are for generators")
+    for path in arguments.reference:
+        if not Path(path).exists():
+            raise UserError(f"there is no file or folder {path}, which --reference names")
+    if arguments.source.startswith(HUB) and not arguments.reference:
+        raise UserError(f"{arguments.source} comes without its data: --reference must name what to compare it with")
     return arguments
 
 
-def _evaluate_generator(arguments: Any) -> dict[str, Any]:
+def _evaluate_archive(arguments: Any) -> dict[str, Any]:
+    images, labels = read_images(Path(arguments.source))
+    evaluator = _open_evaluator(arguments)
+    warn_of_few(evaluator, len(images))
+    try:
+        quality = evaluator(images, labels)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return {"samples": arguments.source, "num_samples": len(images)} | quality
+
+
+def _evaluate_generator(arguments: Any) -> tuple[dict[str, Any], Pixels, Labels]:
+    """The report, and if they are to be saved the images of the best scale, with their labels."""
     trained = open_generator(arguments.source)
     evaluator = _open_evaluator(arguments)
     config = _config(arguments.source)
     evaluation = EvaluationConfig() if config is None else config.evaluation
     num = arguments.num or evaluation.num_samples or evaluator.num_samples
-    _warn_of_few(evaluator, num)
+    warn_of_few(evaluator, num)
     labels = spread_labels(num, range(trained.model.num_classes))
     model = trained.model.to("cuda" if torch.cuda.is_available() else "cpu")
     check_evaluation(evaluator, model, trained.pixel_range)
     scales = arguments.cfg_scale or evaluation.cfg_scales
-    results = evaluate_guidance(evaluator, model, labels, trained.pixel_range, scales, arguments.seed)
     qualities: list[Quality] = []
-    for quality, images in results:
+    best_images = np.empty(0, np.uint8)
+    for scale in scales:
+        quality, images = evaluate_model(evaluator, model, labels, trained.pixel_range, scale, arguments.seed)
         qualities.append(quality)
         best = best_quality(qualities, evaluator.distance)
-        if best is quality:
+        if best is quality and arguments.save_npz is not None:
             best_images = images
+        del images
         if len(scales) > 1:
-            measured = f"{evaluator.distance} {quality[evaluator.distance]:.4g}"
-            print(f"cfg_scale {quality['cfg_scale']:g}: {measured}", file=sys.stderr)
-    if arguments.save_npz is not None:
-        write_images(arguments.save_npz, best_images, labels.numpy())
+            print(f"cfg_scale {scale:g}: {evaluator.distance} {quality[evaluator.distance]:.4g}", file=sys.stderr)
     report = {"source": arguments.source, "step": trained.step, "seed": arguments.seed, "num_samples": num} | best
-    return report | ({"sweep": qualities} if len(scales) > 1 else {})
-
-
-def _measure(evaluator: Evaluator, images: Pixels, labels: Labels | None) -> Quality:
-    try:
-        return evaluator(images, labels)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    return report | ({"sweep": qualities} if len(scales) > 1 else {}), best_images, labels.numpy()
 
 
 def _open_evaluator(arguments: Any) -> Evaluator:
@@ -135,15 +154,6 @@ def _config(source: str) -> Config | None:
     """That of the run directory ``source``, if it is one."""
     path = RunDirectory(Path(source)).config
     return load_config(str(path)) if path.is_file() else None
-
-
-def _warn_of_few(evaluator: Evaluator, num: int) -> None:
-    if num < evaluator.fewest:
-        print(
-            f"warning: {num} images are few, {evaluator.distance} is too high with fewer than {evaluator.fewest}: "
-            "compare equal numbers only",
-            file=sys.stderr,
-        )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """How close generated images are to real ones: in the features of a network, or small ones in pixels."""
 
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 from typing import Protocol
@@ -83,18 +84,20 @@ def open_evaluator(config: EvaluationConfig, dataset: Dataset | None) -> Evaluat
     return _dataset_evaluator(dataset, features)
 
 
-def evaluate_guidance(
+def evaluate_model(
     evaluator: Evaluator,
     model: DriftingDiT,
     labels: Tensor,
     pixel_range: tuple[float, float],
-    cfg_scales: Sequence[float],
+    cfg_scale: float,
     seed: int = 0,
-) -> Iterator[tuple[Quality, Pixels]]:
-    """Measures with ``cfg_scale`` among them, and the images, of each guidance scale in turn."""
-    for cfg_scale in cfg_scales:
-        images = draw_samples(model, labels, pixel_range, cfg_scale, seed)
-        yield {"cfg_scale": cfg_scale} | evaluator(images, labels.numpy()), images
+) -> tuple[Quality, Pixels]:
+    """Measures of images generated for ``labels``, with ``cfg_scale`` among them, and the images.
+
+    50,000 of ImageNet are 10 GB: let go of them before the next call.
+    """
+    images = draw_samples(model, labels, pixel_range, cfg_scale, seed)
+    return {"cfg_scale": cfg_scale} | evaluator(images, labels.numpy()), images
 
 
 def check_evaluation(evaluator: Evaluator, model: DriftingDiT, pixel_range: tuple[float, float]) -> None:
@@ -104,6 +107,16 @@ def check_evaluation(evaluator: Evaluator, model: DriftingDiT, pixel_range: tupl
         evaluator(draw_samples(model, labels, pixel_range), labels.numpy())
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def warn_of_few(evaluator: Evaluator, num: int) -> None:
+    """Say on stderr if ``num`` images are too few for their number not to matter."""
+    if num < evaluator.fewest:
+        print(
+            f"warning: {num} images are few, {evaluator.distance} is too high with fewer than {evaluator.fewest}: "
+            "compare equal numbers only",
+            file=sys.stderr,
+        )
 
 
 def best_quality(qualities: Sequence[Quality], distance: str) -> Quality:
@@ -151,10 +164,10 @@ class FeatureEvaluator:
             expected = "" if self.image_shape is None else f" {list(self.image_shape)}, as the real ones"
             raise ValueError(f"received {len(images)} images {list(images.shape[1:])}, expected at least 2{expected}")
         points, logits, spatial = self.features(images)
-        distance = frechet_distance(_fit(points), self.statistics)
+        distance = frechet_distance(fit_gaussian(points), self.statistics)
         quality = {self.distance: distance}
         if self.spatial is not None and spatial is not None:
-            quality["sfid"] = frechet_distance(_fit(spatial), self.spatial)
+            quality["sfid"] = frechet_distance(fit_gaussian(spatial), self.spatial)
         if f"{self.distance}_train" in self.of_data:
             quality["frechet_ratio"] = distance / self.of_data[f"{self.distance}_train"]
         if self.features.classifier is not None:
@@ -172,7 +185,7 @@ def _dataset_evaluator(dataset: Dataset, features: ImageFeatures) -> FeatureEval
     train = _split_features(features, dataset, dataset.train, FEATURE_SAMPLES)
     test = _split_features(features, dataset, dataset.test, len(dataset.test))
     statistics, spatial = _fit_both(test)
-    of_data = {f"{features.distance}_train": frechet_distance(_fit(train.points), statistics)}
+    of_data = {f"{features.distance}_train": frechet_distance(fit_gaussian(train.points), statistics)}
     if features.classifier is not None:
         share = _recognised(test.logits, dataset.test.labels.numpy())
         of_data["recognised_share_test"] = share["recognised_share"]
@@ -227,11 +240,7 @@ def _recognised(logits: Tensor | None, labels: Labels | None) -> Quality:
 
 def _fit_both(features: Features) -> tuple[Gaussian, Gaussian | None]:
     """The Gaussians of the features and of the spatial ones, where there are any."""
-    return _fit(features.points), None if features.spatial is None else _fit(features.spatial)
-
-
-def _fit(features: Tensor) -> Gaussian:
-    return fit_gaussian(features.double().cpu().numpy())
+    return fit_gaussian(features.points), None if features.spatial is None else fit_gaussian(features.spatial)
 
 
 class PixelEvaluator:

@@ -1,5 +1,7 @@
 """Networks in whose features images are compared: FID's Inception, DINOv2, or a classifier or encoder of our own."""
 
+import importlib.util
+import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,7 @@ SPATIAL_CHANNELS, SPATIAL_DIM = 7, 2023  # 17 × 17 locations of 7 channels: nea
 DINOV2_MODEL = "facebook/dinov2-large"  # ViT-L/14, as Stein et al. (arXiv 2306.04675) recommend
 DINOV2_SIZE = 224
 BATCH, OWN_BATCH = 50, 500  # images that large and small networks are given at once
+DOWNLOAD_SECONDS = 30  # to wait for the next bytes
 
 
 class Features(NamedTuple):
@@ -146,20 +149,23 @@ def _load_inception(weights: Path | None, device: torch.device) -> Network:
     try:
         from torch_fidelity import FeatureExtractorInceptionV3
     except Exception as error:  # a torchvision that does not fit torch raises RuntimeError
-        raise UserError(
-            f"Inception features need torch-fidelity: `pip install 'drifting[fid]'` ({type(error).__name__}: {error})"
-        ) from error
+        raise UserError(f"Inception features need {_missing('torch_fidelity', 'fid', error)}") from error
     if weights is not None:
         _check_weights(weights)
+    patience = socket.getdefaulttimeout()
     try:
+        socket.setdefaulttimeout(DOWNLOAD_SECONDS)  # torch.hub would wait for ever
         extractor = FeatureExtractorInceptionV3(
             "inception-v3-compat", ["2048", "logits_unbiased"], None if weights is None else str(weights), verbose=False
         ).to(device)
     except Exception as error:  # offline, no access, weights of something else: they have no base class in common
         raise UserError(
             f"cannot load Inception's weights ({_reason(error)}): where they cannot be downloaded, name the file "
-            "weights-inception-2015-12-05-6726825d.pth of torch-fidelity's release 0.2.0 as features"
+            "weights-inception-2015-12-05-6726825d.pth of torch-fidelity's release 0.2.0 as features; if one in "
+            f"{torch.hub.get_dir()}/checkpoints was cut short, delete it"
         ) from error
+    finally:
+        socket.setdefaulttimeout(patience)
 
     branches: list[Tensor] = []
     extractor.Mixed_6d.branch1x1.register_forward_hook(lambda module, inputs, output: branches.append(output))
@@ -183,12 +189,19 @@ def _check_weights(path: Path) -> None:
 def _load_dinov2(model: str, device: torch.device) -> Any:
     try:
         from transformers import Dinov2Model
-    except ImportError as error:
-        raise UserError(f"DINOv2 features need transformers: `pip install 'drifting[dinov2]'` ({error})") from error
+    except Exception as error:  # of what it imports in turn
+        raise UserError(f"DINOv2 features need {_missing('transformers', 'dinov2', error)}") from error
     try:
-        return Dinov2Model.from_pretrained(model).to(device).eval()
+        dinov2, info = Dinov2Model.from_pretrained(model, output_loading_info=True)
     except Exception as error:  # offline, no access, a broken cache: they have no base class in common
-        raise UserError(f"cannot load DINOv2 {model}: {_reason(error)}") from error
+        raise UserError(
+            f"cannot load DINOv2 {model} ({_reason(error)}): where the hub is out of reach, name a directory that "
+            f"`hf download {DINOV2_MODEL} --local-dir DIR` filled elsewhere"
+        ) from error
+    odd = {*info["missing_keys"], *info["unexpected_keys"]} - {"classifier.weight", "classifier.bias"}
+    if odd:  # transformers would leave them random, or out
+        raise UserError(f"{model} holds no DINOv2 in the format of transformers: {min(odd)} is missing or left over")
+    return dinov2.float().to(device).eval()
 
 
 def _class_token(dinov2: Any) -> Network:
@@ -207,5 +220,18 @@ def _in_colour(images: Tensor) -> Tensor:
     return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
 
 
-def _reason(error: Exception) -> str:
+def _missing(library: str, extra: str, error: Exception) -> str:
+    """The library, and why it could not be imported."""
+    if importlib.util.find_spec(library) is None:
+        return f"{library}: `pip install 'drifting[{extra}]'`"
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    return (
+        f"{library}, which is there but cannot be imported ({_reason(cause)}): see that torch and torchvision are of "
+        "one release and one build, for the CPU or for the same CUDA"
+    )
+
+
+def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

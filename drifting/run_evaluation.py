@@ -11,7 +11,15 @@ from .cli import UserError
 from .config import load_config, save_config
 from .config_schema import Config
 from .data import Dataset
-from .evaluation import Evaluator, Quality, best_quality, check_evaluation, evaluate_guidance, open_evaluator
+from .evaluation import (
+    Evaluator,
+    Quality,
+    best_quality,
+    check_evaluation,
+    evaluate_model,
+    open_evaluator,
+    warn_of_few,
+)
 from .files import reason
 from .images import save_panels, to_uint8
 from .json_file import read_object
@@ -39,6 +47,7 @@ class RunEvaluation:
     def _open(self, model: DriftingDiT) -> Evaluator | None:
         evaluator = open_evaluator(self.config.evaluation, self.dataset)
         if evaluator is not None:
+            warn_of_few(evaluator, self._num_samples(evaluator))
             check_evaluation(evaluator, model, self.dataset.pixel_range)
         return evaluator
 
@@ -84,12 +93,16 @@ class RunEvaluation:
         if self.evaluator is None:
             return {}
         config, pixel_range = self.config.evaluation, self.dataset.pixel_range
-        labels = spread_labels(config.num_samples or self.evaluator.num_samples, range(self.dataset.num_classes))
+        labels = spread_labels(self._num_samples(self.evaluator), range(self.dataset.num_classes))
         qualities: list[Quality] = []
         for decay, model in models.items():
-            results = evaluate_guidance(self.evaluator, model, labels, pixel_range, config.cfg_scales)
-            qualities += [{"ema_decay": decay} | quality for quality, _ in results]
+            for cfg_scale in config.cfg_scales:
+                quality = evaluate_model(self.evaluator, model, labels, pixel_range, cfg_scale)[0]
+                qualities.append({"ema_decay": decay} | quality)
         return best_quality(qualities, self.evaluator.distance)
+
+    def _num_samples(self, evaluator: Evaluator) -> int:
+        return self.config.evaluation.num_samples or evaluator.num_samples
 
     def _keep(self, model: DriftingDiT, quality: Quality) -> None:
         """A picture; and the weights in ``run.best``, unless those there are of no greater distance, measured alike."""

@@ -80,7 +80,10 @@ def _feature_extractor(config: LossConfig, in_chans: int) -> nn.Module:
     """The extractors of those names: one as it is, several as a stack."""
     extractors = {name: build_extractor(name, in_chans) for name in config.feature_extractor if name != "mae"}
     if config.mae is not None:
-        mae = load_mae(config.mae)
+        try:
+            mae = load_mae(config.mae)
+        except UserError as error:
+            raise UserError(f"loss.mae: {error}; `python -m drifting.pretrain` trains one") from error
         if mae.config["in_chans"] != in_chans:
             raise UserError(f"loss.mae is {config.mae}, of {mae.config['in_chans']} channels: the data have {in_chans}")
         extractors["mae"] = mae.feature_extractor()

@@ -84,6 +84,17 @@ def test_frechet_distance_is_that_of_the_matrix_root_and_of_torch_fidelity(torch
     assert frechet_distance(a, b) == pytest.approx(theirs[fidelity.KEY_METRIC_FID], rel=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gaussian_of_blocks(dtype, monkeypatch):
+    """Far from the origin, where squares lose digits; the last block is smaller."""
+    monkeypatch.setattr("drifting.evaluation_measures.BLOCK", 7)
+    points = (torch.randn(25, 3) @ torch.randn(3, 3) + 1000).to(dtype)
+    gaussian = fit_gaussian(points)
+    assert gaussian.mean.dtype == gaussian.covariance.dtype == np.float64
+    np.testing.assert_allclose(gaussian.mean, points.double().numpy().mean(0), rtol=1e-12)
+    np.testing.assert_allclose(gaussian.covariance, np.cov(points.double().numpy(), rowvar=False), rtol=1e-9)
+
+
 def test_inception_score():
     """As many as there are classes, if each is drawn equally often and recognised beyond doubt, in whatever order."""
     certain = 100 * torch.eye(8).repeat_interleave(1000, 0)  # class by class

@@ -1,7 +1,10 @@
 """FID and its kin: Inception and DINOv2 with random weights, references in files, guidance sweeps, the best kept."""
 
 import json
+import socket
 import sys
+import threading
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -140,13 +143,13 @@ def test_spatial_features_are_adms(inception, monkeypatch):
     assert expected.std(1).min() > 0.1 * expected.abs().mean() > 0
 
 
+TINY_VIT = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 56, "image_size": 224}
+
+
 def test_dinov2_class_token(tmp_path, torchvision):
     """Of a tiny one with random weights: the normalised first token of ImageNet-normalised images."""
     transformers = pytest.importorskip("transformers")
-    config = transformers.Dinov2Config(
-        hidden_size=24, num_hidden_layers=2, num_attention_heads=2, patch_size=56, image_size=224
-    )
-    model = transformers.Dinov2Model(config).eval()
+    model = transformers.Dinov2Model(transformers.Dinov2Config(**TINY_VIT)).eval()
     model.save_pretrained(tmp_path)
     features = open_features(str(tmp_path))
     assert features.distance == "fd_dinov2" and features.dim == 24
@@ -159,6 +162,17 @@ def test_dinov2_class_token(tmp_path, torchvision):
     torch.testing.assert_close(points, hidden[:, 0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind, lacking", [("ViT", ""), ("Dinov2WithRegisters", ""), ("Dinov2", "layernorm.weight")])
+def test_other_transformers_are_told(kind, lacking, tmp_path, torchvision):
+    """Rather than measured in with what weights are left random, or out."""
+    transformers = pytest.importorskip("transformers")
+    model = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**TINY_VIT))
+    weights = {name: weight for name, weight in model.state_dict().items() if name != lacking}
+    model.save_pretrained(tmp_path, state_dict=weights)
+    with pytest.raises(UserError, match="holds no DINOv2 in the format of transformers: .* is missing or left over"):
+        open_features(str(tmp_path))
+
+
 class BrightestPixels(nn.Module):
     """Stands for transformers' Dinov2Model."""
 
@@ -166,9 +180,9 @@ class BrightestPixels(nn.Module):
     device = torch.device("cpu")
 
     @classmethod
-    def from_pretrained(cls, model):
-        assert model == "facebook/dinov2-large"
-        return cls()
+    def from_pretrained(cls, model, output_loading_info):
+        assert model == "facebook/dinov2-large" and output_loading_info
+        return cls(), {"missing_keys": [], "unexpected_keys": []}
 
     def forward(self, x):
         assert x.shape[1:] == (3, 224, 224)
@@ -204,6 +218,35 @@ def test_missing_libraries_are_told(module, source, extra, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UserError, match=rf"pip install 'drifting\[{extra}\]'"):
         open_features(source)
+
+
+@pytest.mark.parametrize("module, source", [("torch_fidelity", "inception"), ("transformers", "dinov2")])
+def test_libraries_that_cannot_be_imported_are_told(module, source, tmp_path, monkeypatch):
+    """With what lies at the bottom of it, and no advice to install what is there."""
+    cause = "operator torchvision::nms does not exist"
+    (tmp_path / f"{module}.py").write_text(
+        f"try:\n    raise RuntimeError('{cause}')\nexcept RuntimeError as error:\n    raise ImportError('x') from error"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    with pytest.raises(UserError, match=f"need {module}, which is there but .*RuntimeError: {cause}") as told:
+        open_features(source)
+    assert "pip install" not in str(told.value)
+
+
+def test_download_that_stalls_is_given_up(torchvision, tmp_path, monkeypatch):
+    fidelity = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        end = threading.Timer(20, silent.close)  # so that waiting for ever fails the test
+        end.start()
+        monkeypatch.setattr(fidelity, "URL_INCEPTION_V3", f"http://127.0.0.1:{silent.getsockname()[1]}/weights.pth")
+        monkeypatch.setattr(evaluation_features, "DOWNLOAD_SECONDS", 0.1)
+        monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        with pytest.raises(UserError, match=r"cannot load Inception's weights \(.*timed out\).*name the file"):
+            open_features("inception")
+        end.cancel()
+    assert socket.getdefaulttimeout() is None
 
 
 def test_weights_of_something_else_are_told(inception, tmp_path):
@@ -331,18 +374,50 @@ def test_sweep_reports_the_best_scale_and_saves_its_images(trained, tmp_path, ca
     assert (images == expected).all()
 
 
+def test_images_of_one_scale_are_let_go_of_before_the_next(trained, capsys, monkeypatch):
+    """50,000 of ImageNet are 10 GB."""
+    drawn = []
+
+    def draw(*arguments):
+        assert not [images for images in drawn if images() is not None]
+        images = draw_samples(*arguments)
+        drawn.append(weakref.ref(images))
+        return images
+
+    monkeypatch.setattr(evaluation, "draw_samples", draw)
+    report(capsys, trained, "--num", 20, "--cfg", 1.0, 2.0, 3.0)
+    scales = ["evaluation.cfg_scales=[1.0,2.0]", "optimizer.ema_decay=[0.9,0.99]", "evaluation.num_samples=20"]
+    train(load_config("digits", ["train.steps=1", *SMALL, *scales]), trained.parent / "swept")
+    assert len(drawn) == (1 + 3) + (1 + 2 * 2)  # each with a trial
+
+
+def test_report_is_there_if_images_cannot_be_written(trained, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write"):
+        evaluate.main([str(trained), "--num", "20", "--save-npz", str(tmp_path / "file" / "images.npz")])
+    assert json.loads(capsys.readouterr().out)["num_samples"] == 20
+
+
 def test_few_images_are_warned_of(trained, capsys):
     assert evaluate.main([str(trained), "--num", "50"]) == 0
     captured = capsys.readouterr()
     assert "warning: 50 images are few" in captured.err and "warning" not in captured.out
     assert evaluate.main([str(trained), "--num", "300"]) == 0
     assert "warning" not in capsys.readouterr().err
+    for num in (50, 300):
+        settings = ["train.steps=1", f"evaluation.num_samples={num}"]
+        train(load_config("digits", [*SMALL, *settings]), trained.parent / f"of_{num}")
+        assert ("images are few" in capsys.readouterr().err) == (num == 50)
 
 
 def test_nothing_to_compare_with_is_told(trained, tmp_path):
     np.savez(tmp_path / "samples.npz", pictures(3, 0))
     with pytest.raises(UserError, match="nothing to compare .*samples.npz with: --reference must name"):
         evaluate.main([str(tmp_path / "samples.npz")])
+    with pytest.raises(UserError, match="hf://latent_L comes without its data: --reference must name"):
+        evaluate.main(["hf://latent_L"])  # before it is downloaded
+    with pytest.raises(UserError, match="there is no file or folder absent.npz, which --reference"):
+        evaluate.main(["hf://latent_L", "--reference", "absent.npz"])
     with pytest.raises(UserError, match="received 3 images of 768 values"):
         evaluate.main([str(tmp_path / "samples.npz"), "--reference", str(trained)])
 

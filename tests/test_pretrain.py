@@ -209,6 +209,6 @@ def test_mistakes_are_told(finished, tmp_path):
         overrides = ["data=folder", f"data.path={folder.parent}", "data.image_size=8"]
         overrides += ["loss.feature_extractor=mae", f"loss.mae={finished}"]
         train(load_config("digits", overrides), tmp_path / "c")
-    with pytest.raises(UserError, match="there is no run directory"):
+    with pytest.raises(UserError, match="loss.mae: there is no run directory .*drifting.pretrain"):
         overrides = ["loss.feature_extractor=mae", f"loss.mae={tmp_path / 'absent'}"]
         train(load_config("digits", overrides), tmp_path / "b")
