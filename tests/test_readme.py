@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from drifting import pretrained
+from drifting.models import MAE, DriftingDiT
+
 README = Path(__file__).parent.parent / "README.md"
 
 SMALLER = [
@@ -35,14 +38,18 @@ def python_blocks() -> list[str]:
 
 
 def test_snippets_run(tmp_path, monkeypatch, capsys):
-    """All blocks in order, in one namespace, as a reader would paste them."""
+    """All blocks in order, in one namespace, as a reader would paste them; models of the hub are small ones."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pretrained, "load_generator", lambda source: DriftingDiT(8, 2, 4, 100, 32, 1, 2).eval())
+    monkeypatch.setattr(pretrained, "load_mae", lambda source: MAE(4, 32, (1, 1, 1, 1), 10).eval())
     namespace = {name: make() for name, make in GIVEN.items()}
     for number, block in enumerate(python_blocks(), 1):
         for pattern, replacement in SMALLER:
             block = re.sub(pattern, replacement, block)
         exec(compile(block, f"README.md, Python block {number}:\n{block}", "exec"), namespace)
     assert namespace["loss"].requires_grad and namespace["loss"].isfinite()
+    assert namespace["latents"].shape == (4, 4, 8, 8)
+    assert all(len(activation) == 4 for activation in namespace["activations"].values())
     assert namespace["samples"].shape == (16, 4, 8, 8)
     assert re.search(r"Epoch 0: Loss = \d+\.\d+", capsys.readouterr().out)
 
