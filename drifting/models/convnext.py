@@ -67,7 +67,7 @@ def load_convnext(in_chans: int = 3, source: str = CONVNEXT) -> ConvNeXtFeatureE
         raise UserError(f"convnext_v2 takes images of 3 channels, the data have {in_chans}")
     try:
         from transformers import ConvNextV2ForImageClassification
-    except ImportError as error:
+    except Exception as error:  # of what it imports in turn, a torchvision that does not fit torch too
         raise UserError(
             f"the features convnext_v2 need transformers: `pip install 'drifting[convnext]'` ({error})"
         ) from error
