@@ -131,9 +131,10 @@ def test_loss_is_the_same_every_time():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize(("maps", "D"), [(3, 20), (5, 200), (2, 520), (17, 2)])
-def test_loss_of_maps_that_share_launches(maps, D):
+@pytest.mark.parametrize(("maps", "D", "of_launch"), [(3, 20, (1, 2)), (5, 200, (1, 4, 16)), (2, 520, (1, 4))])
+def test_loss_of_maps_that_share_launches(monkeypatch, maps, D, of_launch):
     """Bit by bit what each gives alone, whatever its number of groups and its neighbours in the list."""
+    monkeypatch.setattr(group_loss, "MAPS_OF_LAUNCH", of_launch)
     cases = [loss_case(1 + n % 3, 9, 3, 7, D, shift=n) for n in range(maps)]
     cases.insert(1, loss_case(2, 12, 0, 5, D))  # of another shape
     incoming = [points(p[0].shape[0], seed=n).float() for n, (p, _) in enumerate(cases)]
