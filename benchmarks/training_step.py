@@ -16,7 +16,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from drifting.config_schema import Config, PretrainConfig
+from drifting.config.schema import Config, PretrainConfig
 from drifting.models import MAE, DriftingDiT, FeatureStack
 from drifting.models.convnext import ConvNeXtFeatureExtractor
 from drifting.models.drifting_loss import build_extractor

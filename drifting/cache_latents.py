@@ -21,13 +21,15 @@ from torch.utils import data
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from .cli import ArgumentParser, UserError, run_command
-from .data import DATASETS, DataConfig, Dataset, Split, open_dataset
+from .cli import ArgumentParser, run_command
+from .config.schema import DataConfig
+from .data import DATASETS, Dataset, Split, open_dataset
 from .data.dataset import load_batches, worker_settings
 from .data.image_split import ImageError
 from .data.latents import INDEX, SPLITS, read_index
-from .files import atomic_write
-from .vae import LATENT_SCALE, VAE, encode_images
+from .errors import UserError
+from .hub.vae import LATENT_SCALE, VAE, encode_images
+from .utils.files import atomic_write
 
 Encoder = Callable[[Tensor], tuple[Tensor, Tensor]]  # images [B, 3, H, W] to mean and standard deviation of latents
 DTYPE = np.float16

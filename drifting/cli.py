@@ -5,21 +5,9 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-INTERRUPTED = 130  # exit status after Ctrl-C
+from .errors import Interrupted, UserError
 
-
-class UserError(ValueError):
-    """Something about the command, its files or its configuration is wrong; the message says what to do."""
-
-    status = 2  # that the command exits with
-
-
-class Interrupted(Exception):
-    """A signal ended the command, which saved its work; the message says how to go on."""
-
-    def __init__(self, message: str, signal: int) -> None:
-        super().__init__(message)
-        self.status = 128 + signal  # as shells report it
+INTERRUPTED = 130  # The exit status after Ctrl-C.
 
 
 class ArgumentParser(argparse.ArgumentParser):

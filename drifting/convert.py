@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .cli import ArgumentParser, UserError, run_command
+from .cli import ArgumentParser, run_command
+from .errors import UserError
+from .hub.release import METADATA, WEIGHTS, write_artifact
+from .hub.run_directory import RunDirectory, describe_generator, write_model
+from .hub.sources import is_artifact, load_generator, locate, open_model
 from .models import MAE, DriftingDiT
-from .pretrained import RELEASE_DATA, RELEASE_PIXEL_RANGE, is_artifact, locate, open_model
-from .release import METADATA, WEIGHTS, write_artifact
-from .run_directory import Generator, RunDirectory, describe_generator, write_model
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         destination.mkdir(parents=True, exist_ok=True)
         if to_ours:
-            write_model(run, model, _describe(model, description))
+            write_model(run, model, _describe(arguments.source, model, description))
         else:
             write_artifact(destination, model, _metadata(description))
     except OSError as error:
@@ -50,11 +51,11 @@ def _metadata(description: dict[str, Any]) -> dict[str, Any]:
     return metadata
 
 
-def _describe(model: DriftingDiT | MAE, metadata: dict[str, Any]) -> dict[str, Any]:
+def _describe(source: str, model: DriftingDiT | MAE, metadata: dict[str, Any]) -> dict[str, Any]:
     """What ``model.json`` says of a model of the release; its metadata is kept for the way back."""
     description: dict[str, Any] = {"step": metadata["step"]}
     if isinstance(model, DriftingDiT):
-        description = describe_generator(Generator(model, RELEASE_DATA, RELEASE_PIXEL_RANGE, metadata["step"]))
+        description = describe_generator(load_generator(source))
     return description | {"release": metadata}
 
 

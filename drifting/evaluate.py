@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from .archives import Labels, read_images, write_images
-from .cli import ArgumentParser, UserError, run_command
-from .config import load_config
-from .config_schema import Config, EvaluationConfig
+from .cli import ArgumentParser, run_command
+from .config.reading import load_config
+from .config.schema import Config, EvaluationConfig
 from .data import open_dataset
-from .evaluation import (
+from .errors import UserError
+from .evaluation.archives import Labels, read_images, write_images
+from .evaluation.drawing import spread_labels
+from .evaluation.evaluator import (
     Evaluator,
     Quality,
     best_quality,
@@ -28,10 +30,10 @@ from .evaluation import (
     open_evaluator,
     warn_of_few,
 )
-from .images import Pixels
-from .pretrained import HUB, open_generator
-from .run_directory import RunDirectory
-from .sample import check_sampling, spread_labels
+from .hub.run_directory import RunDirectory
+from .hub.sources import HUB, open_generator
+from .sample import check_sampling
+from .utils.images import Pixels
 
 ARCHIVE = ".npz"
 
@@ -108,14 +110,14 @@ def _evaluate_generator(arguments: Any) -> tuple[dict[str, Any], Pixels, Labels]
     evaluation = EvaluationConfig() if config is None else config.evaluation
     num = arguments.num or evaluation.num_samples or evaluator.num_samples
     warn_of_few(evaluator, num)
-    labels = spread_labels(num, range(trained.model.num_classes))
-    model = trained.model.to("cuda" if torch.cuda.is_available() else "cpu")
-    check_evaluation(evaluator, model, trained.pixel_range)
+    labels = spread_labels(num, range(len(trained.class_names)))
+    trained.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    check_evaluation(evaluator, trained)
     scales = arguments.cfg_scale or evaluation.cfg_scales
     qualities: list[Quality] = []
     best_images = np.empty(0, np.uint8)
     for scale in scales:
-        quality, images = evaluate_model(evaluator, model, labels, trained.pixel_range, scale, arguments.seed)
+        quality, images = evaluate_model(evaluator, trained, labels, scale, arguments.seed)
         qualities.append(quality)
         best = best_quality(qualities, evaluator.distance)
         if best is quality and arguments.save_npz is not None:

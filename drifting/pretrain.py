@@ -12,16 +12,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .cli import UserError, run_command
-from .config_schema import PretrainConfig
+from .cli import run_command
+from .config.schema import PretrainConfig
 from .data import Dataset, Split, open_dataset
-from .images import save_panels, to_uint8
+from .errors import UserError
+from .hub.run_directory import RunDirectory, write_model
+from .hub.vae import LATENT_CHANNELS, decode_latents, encode_images
 from .models import MAE
-from .ranks import Ranks, join_ranks
-from .run_directory import RunDirectory, write_model
 from .training import MAETrainer
-from .training_run import Quality, Task, leave_a_core_free, opened_run, parse_command, run_training
-from .vae import LATENT_CHANNELS, decode_latents, encode_images
+from .training.distributed import Ranks, join_ranks
+from .training.loop import Quality, Task, leave_a_core_free, opened_run, parse_command, run_training
+from .utils.images import save_panels, to_uint8
 
 TEST_IMAGES, TEST_BATCH = 2000, 250
 ROWS, COLUMNS = 8, 8  # of a picture

@@ -4,61 +4,18 @@ A generator of four channels makes latents of the Stable Diffusion VAE, which de
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
-from .archives import write_images
-from .cli import ArgumentParser, UserError, run_command
-from .images import Pixels, grid, to_uint8
-from .models import DriftingDiT
-from .pretrained import open_generator
-from .vae import DECODE_BATCH, LATENT_CHANNELS, decode_latents, require_vae
-
-BATCH = 500  # images generated at once …
-BATCH_TOKENS = 2**15  # … unless that makes more tokens
-
-
-def spread_labels(num: int, choices: Sequence[int]) -> Tensor:
-    """``num`` labels, each of ``choices`` equally often up to one, sorted by their place in ``choices``."""
-    place = (torch.arange(num) % len(choices)).sort().values
-    return torch.tensor(choices)[place]
-
-
-def draw_samples(
-    model: DriftingDiT, labels: Tensor, pixel_range: tuple[float, float], cfg_scale: float = 1.0, seed: int = 0
-) -> Pixels:
-    """uint8 images ``[N, H, W, C]`` for ``labels [N]``, in batches; ``seed`` fixes them on any device.
-
-    Latents are generated and decoded in bfloat16 on GPUs.
-    """
-    images, count = np.empty(0, np.uint8), 0
-    with tqdm(total=len(labels), desc="generate", unit="image", delay=1, leave=False, disable=None) as bar:
-        for part in _draw_parts(model, labels, pixel_range, cfg_scale, seed):
-            if not count:  # 50,000 images of ImageNet are 10 GB: not held twice
-                images = np.empty((len(labels), *part.shape[1:]), np.uint8)
-            images[count : count + len(part)] = part
-            count += len(part)
-            bar.update(len(part))
-    return images
-
-
-def _draw_parts(
-    model: DriftingDiT, labels: Tensor, pixel_range: tuple[float, float], cfg_scale: float, seed: int
-) -> Iterator[Pixels]:
-    """The images in order, as many at a time as were generated together or, of latents, decoded together."""
-    generator = torch.Generator().manual_seed(seed)
-    size = max(1, min(BATCH, BATCH_TOKENS // (model.grid**2 + model.n_cls_tokens)))
-    latent, device = model.out_chans == LATENT_CHANNELS, model.pos_embed.device.type
-    for y in labels.split(size):
-        with torch.autocast(device, torch.bfloat16, enabled=latent and device == "cuda"):
-            images = model.generate(len(y), y, cfg_scale, generator=generator)
-        for part in images.float().split(DECODE_BATCH if latent else size):
-            yield to_uint8(decode_latents(part) if latent else part, pixel_range)
+from .cli import ArgumentParser, run_command
+from .errors import UserError
+from .evaluation.archives import write_images
+from .evaluation.drawing import draw_samples, spread_labels
+from .hub.sources import open_generator
+from .hub.vae import require_vae
+from .utils.images import Pixels, grid
 
 
 def check_sampling(cfg_scale: float, seed: int) -> None:
@@ -85,11 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--out is {arguments.out}, expected a file that ends in .npz or .png")
     check_sampling(arguments.cfg_scale, arguments.seed)
     trained = open_generator(arguments.source)
-    labels = spread_labels(arguments.num, _parse_labels(arguments.labels, trained.model.num_classes))
+    labels = spread_labels(arguments.num, _parse_labels(arguments.labels, len(trained.class_names)))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if trained.model.out_chans == LATENT_CHANNELS:
+    if trained.latent:
         require_vae(device)
-    images = draw_samples(trained.model.to(device), labels, trained.pixel_range, arguments.cfg_scale, arguments.seed)
+    trained.model.to(device)
+    images = draw_samples(trained, labels, arguments.cfg_scale, arguments.seed)
     if arguments.out.suffix == ".npz":
         write_images(arguments.out, images, labels.numpy())
     else:

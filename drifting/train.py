@@ -10,17 +10,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from .cli import UserError, run_command
-from .config_schema import Config, LossConfig
+from .cli import run_command
+from .config.schema import Config, LossConfig
 from .data import Dataset, open_dataset
+from .errors import UserError
+from .hub.run_directory import RunDirectory
+from .hub.sources import load_mae
 from .models import DriftingDiT, FeatureStack
 from .models.drifting_loss import build_extractor
-from .pretrained import load_mae
-from .ranks import Ranks, join_ranks
-from .run_directory import RunDirectory
-from .run_evaluation import RunEvaluation
 from .training import DriftingTrainer, create_trainer
-from .training_run import Task, leave_a_core_free, opened_run, parse_command, run_training
+from .training.distributed import Ranks, join_ranks
+from .training.loop import Task, leave_a_core_free, opened_run, parse_command, run_training
+from .training.run_evaluation import RunEvaluation
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,8 +60,9 @@ def train(config: Config, out: Path, ranks: Ranks = Ranks()) -> None:  # noqa: B
 def build_trainer(config: Config, dataset: Dataset, ranks: Ranks) -> DriftingTrainer:
     channels, size, _ = dataset.sample_shape
     torch.manual_seed(config.seed)
+    model_arguments = {k: v for k, v in vars(config.model).items() if k not in ("name", "arguments")}
     try:
-        model = DriftingDiT(img_size=size, in_chans=channels, num_classes=dataset.num_classes, **vars(config.model))
+        model = DriftingDiT(img_size=size, in_chans=channels, num_classes=dataset.num_classes, **model_arguments)
     except ValueError as error:
         raise UserError(f"model: {error}") from error
     settings: dict[str, Any] = vars(config.loss) | vars(config.step) | vars(config.guidance) | vars(config.optimizer)
@@ -69,9 +71,12 @@ def build_trainer(config: Config, dataset: Dataset, ranks: Ranks) -> DriftingTra
     decay_steps = config.train.steps if settings.pop("cosine_decay") else None
     value_range = dataset.pixel_range if settings.pop("clamp") and not dataset.latent else None
     try:
-        return create_trainer(
+        trainer = create_trainer(
             model, decay_steps=decay_steps, pixel_range=value_range, seed=config.seed, ranks=ranks, **settings
         )
+        trainer.class_names, trainer.latent, trainer.data = dataset.class_names, dataset.latent, dataset.name
+        trainer.pixel_range = trainer.pixel_range or dataset.pixel_range
+        return trainer
     except ValueError as error:
         raise UserError(f"step.{error}") from error
 

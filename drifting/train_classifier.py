@@ -11,11 +11,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import trange
 
-from .cli import ArgumentParser, UserError, run_command
-from .data import DATASETS, DataConfig, Dataset, Split, open_dataset, training_batches
+from .cli import ArgumentParser, run_command
+from .config.schema import DataConfig
+from .data import DATASETS, Dataset, Split, open_dataset, training_batches
+from .errors import UserError
+from .hub.run_directory import RunDirectory, write_model
 from .models import Classifier
-from .run_directory import RunDirectory, write_model
-from .training_run import leave_a_core_free
+from .training.loop import leave_a_core_free
 
 BATCH, TEST_BATCH = 100, 500
 LEARNING_RATE, WEIGHT_DECAY = 1e-2, 1e-2  # the rate's highest, a third of the way; then it falls to 0

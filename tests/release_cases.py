@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from drifting.flax_msgpack import write_arrays
+from drifting.hub.flax_msgpack import write_arrays
+from drifting.hub.release import METADATA, WEIGHTS, our_config, release_arrays, stored_shape
 from drifting.models import MODELS
-from drifting.release import METADATA, WEIGHTS, our_config, release_arrays, stored_shape
 
 GOLDEN = Path(__file__).parent / "golden"
 

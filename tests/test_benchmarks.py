@@ -143,7 +143,7 @@ def test_phases_of_a_training_step(monkeypatch):
     """Each network's part of the backward counts as its own, and the operator's as the operator's."""
     from benchmarks import training_step
     from drift_ops import ops
-    from drifting.config_schema import Config
+    from drifting.config.schema import Config
     from drifting.utils.stopwatch import Stopwatch
 
     phases, seen = training_step.PHASES, {"gradient": [], "extractor": [], "generator": []}

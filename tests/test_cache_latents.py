@@ -13,11 +13,14 @@ from PIL import Image
 from torch.nn import functional as F
 
 from drifting import cache_latents as caching
-from drifting import run_evaluation, sample, vae
+from drifting import sample
 from drifting import train as training
-from drifting.cli import UserError
-from drifting.data import DataConfig, Draw, open_dataset, training_batches
+from drifting.config.schema import DataConfig
+from drifting.data import Draw, open_dataset, training_batches
 from drifting.data.latents import INDEX
+from drifting.errors import UserError
+from drifting.hub import vae
+from drifting.training import run_evaluation
 
 SIZE, COUNTS = 16, {"cat": 9, "dog": 8}
 ROUNDING = 2e-3  # of float16

@@ -25,10 +25,10 @@ from hypothesis import given, settings
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from drifting.cli import UserError
-from drifting.ranks import Ranks
+from drifting.errors import UserError
 from drifting.training import checkpoint_storage
 from drifting.training.checkpoint import load_checkpoint, save_checkpoint
+from drifting.training.distributed import Ranks
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

@@ -8,17 +8,17 @@ import pytest
 import torch
 
 from drifting import evaluate, train_classifier
-from drifting.cli import UserError
-from drifting.config import load_config
-from drifting.config_schema import EvaluationConfig
+from drifting.config.reading import load_config
+from drifting.config.schema import EvaluationConfig
 from drifting.data import load_digits
-from drifting.evaluation import FEATURE_SAMPLES, FeatureEvaluator, PixelEvaluator, open_evaluator
-from drifting.evaluation_measures import fit_gaussian, frechet_distance
-from drifting.images import to_uint8
+from drifting.errors import UserError
+from drifting.evaluation.evaluator import FEATURE_SAMPLES, FeatureEvaluator, PixelEvaluator, open_evaluator
+from drifting.evaluation.measures import fit_gaussian, frechet_distance
+from drifting.hub.run_directory import read_classifier
+from drifting.hub.sources import load_generator
 from drifting.models import Classifier
-from drifting.pretrained import load_generator
-from drifting.run_directory import read_classifier
 from drifting.train import train
+from drifting.utils.images import to_uint8
 
 ROUNDING = 5e-3  # of the digits' 17 grey levels to those of an image file
 

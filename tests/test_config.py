@@ -6,8 +6,7 @@ import inspect
 import pytest
 import torch
 
-from drifting.cli import UserError
-from drifting.config import (
+from drifting.config.reading import (
     CONFIG_DIR,
     changed_keys,
     flatten,
@@ -16,12 +15,13 @@ from drifting.config import (
     read_config,
     save_config,
 )
-from drifting.config_schema import Config, PretrainConfig
-from drifting.data import DataConfig, open_dataset
+from drifting.config.schema import Config, DataConfig, PretrainConfig
+from drifting.data import open_dataset
+from drifting.errors import UserError
 from drifting.models import MAE, DriftingDiT
-from drifting.ranks import Ranks
 from drifting.train import build_trainer
 from drifting.training import MAETrainer, create_trainer
+from drifting.training.distributed import Ranks
 
 GENERATORS = {  # configuration: channels, size and classes of its data, parameters
     "digits": ((1, 8, 10), None),

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from drifting.cli import UserError
-from drifting.config import load_config
+from drifting.config.reading import load_config
+from drifting.errors import UserError
 from drifting.models import ConvNeXtFeatureExtractor, DriftingLoss, drifting_loss
 from drifting.models.convnext import load_convnext
 

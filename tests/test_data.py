@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from drifting.cli import UserError
-from drifting.data import DataConfig, Draw, Split, load_digits, open_dataset, training_batches
+from drifting.config.schema import DataConfig
+from drifting.data import Draw, Split, load_digits, open_dataset, training_batches
 from drifting.data.image_split import ArrayImages, ImageError, ImageTransform, centre_crop, decode_image, random_crop
+from drifting.errors import UserError
 
 ROOMY = 28
 

@@ -10,11 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from drifting.cli import UserError
-from drifting.data import DataConfig, open_dataset
+from drifting.config.schema import DataConfig
+from drifting.data import open_dataset
 from drifting.data.cifar10 import read_batch
 from drifting.data.idx import FASHION_MNIST, MOST_BYTES, read_idx
 from drifting.data.image_split import ImageError
+from drifting.errors import UserError
 
 RNG = np.random.default_rng(0)
 

@@ -10,15 +10,15 @@ import torch.distributed as dist
 from run_records import read_records
 from safetensors.torch import load_file
 
-from drifting.cli import UserError
-from drifting.config import load_config
+from drifting.config.reading import load_config
+from drifting.errors import UserError
+from drifting.hub.run_directory import RunDirectory
 from drifting.models import MAE, DriftingDiT
-from drifting.ranks import Ranks
-from drifting.run_directory import RunDirectory
 from drifting.train import main as command_line
 from drifting.training import MAETrainer, create_trainer
+from drifting.training.distributed import Ranks
+from drifting.training.loop import opened_run
 from drifting.training.parallel import unsharded
-from drifting.training_run import opened_run
 
 STEPS, BATCH, CLASSES = 20, 16, 6
 MAE_STEPS = 2  # an encoder's ReLUs turn differences of rounding into others soon

@@ -7,17 +7,11 @@ from PIL import Image
 from scipy.linalg import sqrtm
 
 from drifting.data import load_digits
-from drifting.evaluation import PixelEvaluator
-from drifting.evaluation_measures import (
-    Manifold,
-    fit_gaussian,
-    frechet_distance,
-    inception_score,
-    nearest_distance,
-)
-from drifting.images import grid, save_panels, to_uint8
+from drifting.evaluation.evaluator import PixelEvaluator
+from drifting.evaluation.measures import Manifold, fit_gaussian, frechet_distance, inception_score, nearest_distance
+from drifting.generation import draw_samples, spread_labels
 from drifting.models import DriftingDiT
-from drifting.sample import draw_samples, spread_labels
+from drifting.utils.images import grid, save_panels, to_uint8
 
 ROUNDING = 2e-3  # relative, on a measure of the data: their 17 grey levels do not divide the 255 of an image file
 

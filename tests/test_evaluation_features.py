@@ -13,19 +13,22 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from drifting import evaluate, evaluation, evaluation_features, run_evaluation
-from drifting.archives import read_images, read_reference
-from drifting.cli import UserError
-from drifting.config import load_config
-from drifting.config_schema import EvaluationConfig
-from drifting.evaluation import open_evaluator
-from drifting.evaluation_features import INCEPTION_DIM, SPATIAL_DIM, Features, ImageFeatures, open_features
-from drifting.evaluation_measures import fit_gaussian, frechet_distance, inception_score
+from drifting import evaluate
+from drifting.config.reading import load_config
+from drifting.config.schema import EvaluationConfig
+from drifting.errors import UserError
+from drifting.evaluation import evaluator as evaluation
+from drifting.evaluation import features as evaluation_features
+from drifting.evaluation.archives import read_images, read_reference
+from drifting.evaluation.evaluator import open_evaluator
+from drifting.evaluation.features import INCEPTION_DIM, SPATIAL_DIM, Features, ImageFeatures, open_features
+from drifting.evaluation.measures import fit_gaussian, frechet_distance, inception_score
+from drifting.generation import draw_samples
+from drifting.hub.run_directory import RunDirectory, write_model
+from drifting.hub.sources import load_generator
 from drifting.models import MAE, Classifier, DriftingDiT
-from drifting.pretrained import load_generator
-from drifting.run_directory import RunDirectory, write_model
-from drifting.sample import draw_samples
 from drifting.train import train
+from drifting.training import run_evaluation
 
 SMALL = ["model.embed_dim=16", "model.depth=1", "model.num_heads=2", "step.gen_per_label=4", "train.eval_every=0"]
 

@@ -18,14 +18,14 @@ from fuzzing import CASES
 from run_records import read_records
 from test_resume import TINY
 
-from drifting.cli import UserError
-from drifting.config import load_config
-from drifting.files import atomic_write
-from drifting.run_directory import RunDirectory, write_model
+from drifting.config.reading import load_config
+from drifting.errors import UserError
+from drifting.hub.run_directory import RunDirectory, write_model
 from drifting.train import train
 from drifting.training.checkpoint import load_checkpoint, save_checkpoint
 from drifting.training.checkpoint_index import check_files
 from drifting.training.metrics_log import MetricsLog
+from drifting.utils.files import atomic_write
 
 ERRORS = (errno.ENOSPC, errno.EIO)  # at even calls and at odd ones
 FAULTS = ("fails", "killed")

@@ -7,13 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drifting.models import (
-    DriftingLoss,
-    FeatureExtractor,
-    FeatureStack,
-    LatentFeatureExtractor,
-    PixelFeatureExtractor,
-)
+from drifting.models import DriftingLoss, FeatureExtractor, FeatureStack, LatentFeatureExtractor, PixelFeatureExtractor
 from drifting.models.feature_extractor import group_norm, multiscale_maps
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from test_trainer import batch, make_trainer
 
-from drifting.cli import UserError
-from drifting.config import load_config
+from drifting.config.reading import load_config
+from drifting.errors import UserError
 from drifting.models import PixelFeatureExtractor
 from drifting.train import train
 from drifting.training.finite import FiniteGuard, NotFiniteError

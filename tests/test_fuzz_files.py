@@ -24,18 +24,19 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_data_sources import Call, idx_bytes, pixels, write_batch
 
-from drifting.archives import read_images, read_reference
-from drifting.cli import UserError
-from drifting.config import CONFIG_DIR, load_config, load_pretrain_config
-from drifting.data import DataConfig, open_dataset
+from drifting.config.reading import CONFIG_DIR, load_config, load_pretrain_config
+from drifting.config.schema import DataConfig
+from drifting.data import open_dataset
 from drifting.data.cifar10 import read_batch
 from drifting.data.idx import read_idx
 from drifting.data.latents import INDEX
-from drifting.flax_msgpack import read_arrays
+from drifting.errors import UserError
+from drifting.evaluation.archives import read_images, read_reference
+from drifting.hub.flax_msgpack import read_arrays
+from drifting.hub.release import METADATA, WEIGHTS, write_artifact
+from drifting.hub.run_directory import RunDirectory, read_any, write_model
+from drifting.hub.sources import load_mae, open_generator
 from drifting.models import MAE, Classifier, DriftingDiT
-from drifting.pretrained import load_mae, open_generator
-from drifting.release import METADATA, WEIGHTS, write_artifact
-from drifting.run_directory import RunDirectory, read_any, write_model
 from drifting.training.checkpoint import load_checkpoint, save_checkpoint
 from drifting.training.checkpoint_index import flat
 

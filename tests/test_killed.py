@@ -17,10 +17,10 @@ from checkpoint_cases import same_checkpoints
 from run_records import read_records
 from test_resume import TINY
 
-from drifting import run_directory
-from drifting.cli import UserError
-from drifting.config import load_config
-from drifting.run_directory import RunDirectory
+from drifting.config.reading import load_config
+from drifting.errors import UserError
+from drifting.hub import run_directory
+from drifting.hub.run_directory import RunDirectory
 from drifting.train import train
 
 KILLS = int(os.environ.get("DRIFT_KILLS", "3"))

@@ -4,8 +4,8 @@ import pytest
 import torch
 from release_cases import nchw, option_cases, relative_error, write_case
 
+from drifting.hub.sources import load_mae
 from drifting.models import MAE, DriftingLoss
-from drifting.pretrained import load_mae
 
 
 def tiny(**changes) -> MAE:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from test_trainer import batch, make_trainer
 
-from drifting.cli import UserError
-from drifting.config import load_config
+from drifting.config.reading import load_config
+from drifting.errors import UserError
 from drifting.train import train
 from drifting.training.meter import Meter
 from drifting.training.metrics_log import MetricsLog

@@ -13,17 +13,17 @@ from run_records import read_records
 from safetensors.torch import load_file
 
 from drifting import pretrain as command
-from drifting import vae
-from drifting.cli import UserError
-from drifting.config import load_config, load_pretrain_config
+from drifting.config.reading import load_config, load_pretrain_config
 from drifting.data import open_dataset
+from drifting.errors import UserError
+from drifting.hub import vae
+from drifting.hub.sources import load_mae
 from drifting.models import MAE
 from drifting.pretrain import build_trainer, pretrain
-from drifting.pretrained import load_mae
-from drifting.ranks import Ranks
 from drifting.train import train
 from drifting.training import MAETrainer
 from drifting.training.checkpoint import load_checkpoint
+from drifting.training.distributed import Ranks
 
 TINY = [
     "data=digits", "model.base_channels=4", "model.dropout_prob=0.2", "loss.finetune_steps=3",

@@ -14,13 +14,14 @@ import torch
 from PIL import Image
 from release_cases import GOLDEN, nchw, nhwc, option_cases, relative_error, write_case
 
-from drifting import convert, flax_msgpack, sample, vae
-from drifting.cli import UserError
-from drifting.flax_msgpack import read_arrays, write_arrays
+from drifting import convert, sample
+from drifting.errors import UserError
+from drifting.hub import flax_msgpack, vae
+from drifting.hub.flax_msgpack import read_arrays, write_arrays
+from drifting.hub.release import release_arrays
+from drifting.hub.run_directory import RunDirectory, write_model
+from drifting.hub.sources import load_generator, load_mae
 from drifting.models import MAE, DriftingDiT
-from drifting.pretrained import load_generator, load_mae
-from drifting.release import release_arrays
-from drifting.run_directory import RunDirectory, write_model
 
 ARTIFACT = GOLDEN / "official_gen_latent"  # made by the release's code, in its format
 SIZES = {"img_size": 4, "embed_dim": 8, "depth": 1, "num_heads": 2, "num_classes": 3, "style_vocab": 4}

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from drifting import pretrained
+from drifting.hub import sources as pretrained
 from drifting.models import MAE, DriftingDiT
 
 README = Path(__file__).parent.parent / "README.md"

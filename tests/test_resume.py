@@ -10,8 +10,8 @@ from checkpoint_cases import content_of, read_tensors, same_checkpoints
 from run_records import read_records
 from safetensors.torch import load_file
 
-from drifting.cli import UserError
-from drifting.config import load_config
+from drifting.config.reading import load_config
+from drifting.errors import UserError
 from drifting.train import train
 
 TINY = [

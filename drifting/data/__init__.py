@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from ..cli import UserError
+from ..config.schema import DataConfig
+from ..errors import UserError
 from .cifar10 import load_cifar10
-from .dataset import DataConfig, Dataset, Draw, EndlessShuffle, Split, training_batches
+from .dataset import Dataset, Draw, EndlessShuffle, Split, training_batches
 from .digits import load_digits
 from .folder import load_folder
 from .huggingface import load_huggingface

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ..cli import UserError
-from .dataset import DataConfig, Dataset
+from ..config.schema import DataConfig
+from ..errors import UserError
+from .dataset import Dataset
 from .image_split import ArrayImages, ImageTransform
 from .plain_pickle import Array, read_plain
 

@@ -14,32 +14,7 @@ from torch import Tensor
 from torch.utils import data
 from torch.utils.data import DataLoader, Sampler
 
-from ..cli import UserError
-
-
-@dataclass
-class DataConfig:
-    """The section ``data`` of a configuration.
-
-    Args:
-        name: kind of data set, one of ``DATASETS``.
-        path: folder, or for ``huggingface`` a folder or a name on the hub; None looks in the usual places.
-        image_size: height and width that images are brought to; None keeps theirs where they all have one size.
-        flip: mirror every other training image, at random.
-        crop: train on random resized crops instead of centre crops.
-        workers: processes that read and decode; 0 reads in the training process.
-        subset: configuration of a Hugging Face data set that has several.
-        label_column: column of a Hugging Face data set to take as label, where there are several.
-    """
-
-    name: str = "digits"
-    path: str | None = None
-    image_size: int | None = None
-    flip: bool = False
-    crop: bool = False
-    workers: int = 0
-    subset: str | None = None
-    label_column: str | None = None
+from ..errors import UserError
 
 
 class Draw(NamedTuple):

@@ -3,7 +3,8 @@
 import numpy as np
 from sklearn import datasets
 
-from .dataset import DataConfig, Dataset
+from ..config.schema import DataConfig
+from .dataset import Dataset
 from .image_split import ArrayImages, ImageTransform
 
 SIZE = 8

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..cli import UserError
-from .dataset import DataConfig, Dataset
+from ..config.schema import DataConfig
+from ..errors import UserError
+from .dataset import Dataset
 from .image_split import ImageSplit, ImageTransform, held_out, read_image
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")

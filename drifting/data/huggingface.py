@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..cli import UserError
-from .dataset import DataConfig, Dataset
+from ..config.schema import DataConfig
+from ..errors import UserError
+from .dataset import Dataset
 from .image_split import ImageError, ImageSplit, ImageTransform, decode_image, held_out, read_image
 
 TEST_SPLITS = ("validation", "valid", "val", "test")  # ImageNet and others keep the labels of "test" to themselves

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ..cli import UserError
-from ..npy import DEFLATE
-from .dataset import DataConfig, Dataset
+from ..config.schema import DataConfig
+from ..errors import UserError
+from ..utils.npy import DEFLATE
+from .dataset import Dataset
 from .image_split import ArrayImages, ImageTransform
 
 UINT8 = 8  # the format's code of the only type these data sets use

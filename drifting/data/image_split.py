@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from ..cli import UserError
+from ..errors import UserError
 from .dataset import Draw, Split
 
 # Random resized crops as the release trains with, and as is usual for ImageNet.

@@ -18,10 +18,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..cli import UserError
-from ..json_file import is_count, read_object
-from ..npy import read_header
-from .dataset import DataConfig, Dataset, Draw, Split
+from ..config.schema import DataConfig
+from ..errors import UserError
+from ..utils.json_file import is_count, read_object
+from ..utils.npy import read_header
+from .dataset import Dataset, Draw, Split
 
 INDEX = "index.json"
 SPLITS = ("train", "test")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..cli import UserError
+from ..errors import UserError
 from .feature_extractor import FeatureMaps, FrozenModule, ImageNetNormalization, input_maps, multiscale_maps
 
 CONVNEXT = "facebook/convnextv2-base-22k-224"  # on the hub: trained on ImageNet-22k, then on ImageNet-1k

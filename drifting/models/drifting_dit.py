@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ..generation import generate
+
 NORM_EPS = 1e-6
 CFG_WEIGHT = 0.02  # share of the CFG-scale embedding in the condition
 INIT_STD = 0.02  # of every embedding table
@@ -173,7 +175,17 @@ class DriftingDiT(nn.Module):
             raise ValueError(f"cfg_scale has shape {list(scale.shape)}, expected a number or [{batch_size}]")
         return cond + CFG_WEIGHT * self.cfg_embed(scale.expand(batch_size))
 
-    @torch.no_grad()
+    @property
+    def noise_shape(self) -> tuple[int, ...]:
+        """The shape of one sample's noise, ``(in_chans, img_size, img_size)``."""
+        return self.in_chans, self.img_size, self.img_size
+
+    def draw_extra(self, num: int, generator: torch.Generator | None, device: torch.device) -> dict[str, Tensor]:
+        """The style codes ``[num, num_style_tokens]`` of that many samples, if the model has codebooks."""
+        size = (num, self.num_style_tokens)
+        codes = torch.randint(self.style_vocab, size, generator=generator, device=device) if size[1] else None
+        return {} if codes is None else {"style": codes}
+
     def generate(
         self,
         batch_size: int,
@@ -182,38 +194,8 @@ class DriftingDiT(nn.Module):
         device: torch.device | str | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Draw noise and style codes and generate in one forward pass, in evaluation mode.
-
-        Args:
-            batch_size: number of images B.
-            y: integer labels ``[B]``; drawn uniformly if None.
-            cfg_scale: guidance scale, a number or a tensor ``[B]``.
-            device: where to generate; the model is moved there first. By default, where the model is.
-            generator: source of all randomness. Everything is drawn on its device, then moved, so that one CPU seed
-                gives the same images on every device.
-
-        Returns:
-            Images ``[B, out_chans, img_size, img_size]`` on ``device``.
-        """
-        if device is not None:
-            self.to(device)
-        weight = self.pos_embed
-        source = weight.device if generator is None else generator.device
-
-        def draw_codes(size: int, *shape: int) -> Tensor:
-            return torch.randint(size, shape, generator=generator, device=source).to(weight.device)
-
-        shape = batch_size, self.in_chans, self.img_size, self.img_size
-        z = torch.randn(shape, generator=generator, device=source).to(weight)
-        style = draw_codes(self.style_vocab, batch_size, self.num_style_tokens) if self.num_style_tokens else None
-        if y is None:
-            y = draw_codes(self.num_classes, batch_size)
-        was_training = self.training
-        self.eval()
-        try:
-            return self(z, y.to(weight.device), cfg_scale, style)
-        finally:
-            self.train(was_training)
+        """Images ``[B, out_chans, img_size, img_size]`` of drawn noise and style: :func:`drifting.generate`."""
+        return generate(self, batch_size, y, cfg_scale, device, generator)
 
 
 DriftingDiTSmall = partial(DriftingDiT, embed_dim=384, depth=6, num_heads=6)

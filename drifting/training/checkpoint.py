@@ -12,9 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..cli import UserError
-from ..files import reason, sync
-from ..ranks import Ranks
+from ..errors import UserError, reason
+from ..utils.files import sync
 from .checkpoint_index import (
     DamagedCheckpoint,
     check_files,
@@ -31,6 +30,7 @@ from .checkpoint_index import (
     write_index,
 )
 from .checkpoint_storage import read_tensors, write_tensors
+from .distributed import Ranks
 
 T = TypeVar("T")
 ALONE = Ranks()

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from ..files import atomic_write, reason, sha256
-from ..json_file import is_count, read_object
+from ..errors import reason
+from ..utils.files import atomic_write, sha256
+from ..utils.json_file import is_count, read_object
 
 INDEX = "checkpoint.json"
 FORMAT = 1

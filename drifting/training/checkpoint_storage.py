@@ -25,9 +25,9 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.futures import Future
 
-from ..files import sync
-from ..ranks import Ranks
+from ..utils.files import sync
 from .checkpoint_index import DamagedCheckpoint
+from .distributed import Ranks
 
 ZIP = b"PK\x03\x04"  # how an archive begins, or torch.load takes it for something else
 

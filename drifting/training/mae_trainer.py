@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..hub.vae import encode_images
 from ..models import MAE
-from ..ranks import Ranks
 from ..utils.stopwatch import Stopwatch
-from ..vae import encode_images
+from .distributed import Ranks
 from .optimization import (
     adamw,
     average_of,

@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor, stack
 from torch.utils.tensorboard import SummaryWriter
 
-from ..cli import UserError
-from ..files import atomic_write, reason
-from ..json_file import is_count
+from ..errors import UserError, reason
+from ..utils.files import atomic_write
+from ..utils.json_file import is_count
 
 
 class MetricsLog:

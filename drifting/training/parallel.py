@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..models import DriftingDiT
 from ..models.build import build_on_meta
-from ..ranks import Ranks
+from .distributed import Ranks
 
 
 def distribute(model: nn.Module, averages: Iterable[nn.Module], ranks: Ranks, sharded: bool) -> nn.Module:

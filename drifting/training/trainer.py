@@ -12,10 +12,11 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from ..data.sample_queue import SampleQueue
+from ..generation import Generator
 from ..models import DriftingDiT, DriftingLoss
-from ..ranks import Ranks
 from ..utils.stopwatch import Stopwatch
 from .accumulation import backward_in_parts
+from .distributed import Ranks
 from .guidance import sample_cfg_scale, uncond_weight
 from .optimization import (
     adamw,
@@ -101,6 +102,8 @@ class DriftingTrainer:
         self.step = 0
         self.skipped_steps = torch.zeros((), dtype=torch.long, device=device)
         self.stopwatch = loss_fn.stopwatch = Stopwatch(device)
+        self.class_names: tuple[int | str, ...] = ()
+        self.latent, self.data = False, ""
 
     @property
     def images_per_step(self) -> int:
@@ -230,7 +233,15 @@ class DriftingTrainer:
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Images ``[batch_size, C, H, W]`` of the averaged model in one step; see :meth:`DriftingDiT.generate`."""
-        return self._clamp(self.ema_model.generate(batch_size, labels, cfg_scale, generator=generator))
+        return self.generator_of(self.ema_model).generate(batch_size, labels, cfg_scale, generator=generator)
+
+    def generator_of(self, model: DriftingDiT) -> Generator:
+        """``model``, an average of this trainer, with what is known of its samples."""
+        sample_shape = (model.out_chans, model.img_size, model.img_size)
+        return Generator(
+            model, model.noise_shape, sample_shape, self.class_names or tuple(map(str, range(model.num_classes))),
+            self.pixel_range, self.latent, self.data, self.step, "drifting_dit", model.config,
+        )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that shapes the rest of the run: weights, averages, optimiser, schedule, queue, step.

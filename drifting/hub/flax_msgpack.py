@@ -13,7 +13,7 @@ import msgpack
 import torch
 from torch import Tensor
 
-from .files import atomic_write
+from ..utils.files import atomic_write
 
 ARRAY, SCALAR = 1, 3  # extension types; SCALAR is a numpy scalar, written like an array
 CHUNKED = "__msgpack_chunked_array__"

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cli import UserError
+from ..errors import UserError
 
 VAE = "stabilityai/sd-vae-ft-mse"
 LATENT_CHANNELS = 4

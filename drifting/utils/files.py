@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from .cli import UserError
+from ..errors import UserError, reason
 
 BLOCK = 2**20  # bytes read at once
 
@@ -53,8 +53,3 @@ def sha256(path: Path) -> str:
             digest.update(block)
     return digest.hexdigest()
 
-
-def reason(error: Exception) -> str:
-    """What the system said, in one line."""
-    text = error.strerror if isinstance(error, OSError) else None
-    return text or str(error).partition("\n")[0] or type(error).__name__

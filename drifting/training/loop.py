@@ -15,18 +15,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .cli import ArgumentParser, Interrupted, UserError
-from .config import AnyConfig, changed_keys, read_config, save_config
-from .config_schema import Config, PretrainConfig
-from .data import Split, training_batches
-from .data.dataset import telling_of_dead_workers
-from .ranks import Ranks
-from .run_directory import RunDirectory
-from .training.checkpoint import checkpoints_in, load_checkpoint, save_checkpoint
-from .training.finite import FiniteGuard, NotFiniteError
-from .training.meter import Meter
-from .training.metrics_log import MetricsLog, to_record
-from .utils.stopwatch import Stopwatch
+from ..cli import ArgumentParser
+from ..config.reading import AnyConfig, changed_keys, read_config, save_config
+from ..config.schema import Config, PretrainConfig
+from ..data import Split, training_batches
+from ..data.dataset import telling_of_dead_workers
+from ..errors import Interrupted, UserError
+from ..hub.run_directory import RunDirectory
+from ..utils.stopwatch import Stopwatch
+from .checkpoint import checkpoints_in, load_checkpoint, save_checkpoint
+from .distributed import Ranks
+from .finite import FiniteGuard, NotFiniteError
+from .meter import Meter
+from .metrics_log import MetricsLog, to_record
 
 Quality = dict[str, float]
 

@@ -13,23 +13,15 @@ from sklearn.svm import SVC
 from torch import Tensor
 from tqdm import tqdm
 
+from ..config.schema import EvaluationConfig
+from ..data import Dataset, Split
+from ..errors import UserError
+from ..generation import Generator
+from ..utils.images import Pixels, to_uint8
 from .archives import Labels, read_reference
-from .cli import UserError
-from .config_schema import EvaluationConfig
-from .data import Dataset, Split
-from .evaluation_features import INCEPTION, SPATIAL_DIM, Features, ImageFeatures, concatenate, open_features
-from .evaluation_measures import (
-    Gaussian,
-    Manifold,
-    Points,
-    fit_gaussian,
-    frechet_distance,
-    inception_score,
-    nearest_distance,
-)
-from .images import Pixels, to_uint8
-from .models import DriftingDiT
-from .sample import draw_samples
+from .drawing import draw_samples
+from .features import INCEPTION, SPATIAL_DIM, Features, ImageFeatures, concatenate, open_features
+from .measures import Gaussian, Manifold, Points, fit_gaussian, frechet_distance, inception_score, nearest_distance
 
 Quality = dict[str, float]
 
@@ -86,9 +78,8 @@ def open_evaluator(config: EvaluationConfig, dataset: Dataset | None) -> Evaluat
 
 def evaluate_model(
     evaluator: Evaluator,
-    model: DriftingDiT,
+    generator: Generator,
     labels: Tensor,
-    pixel_range: tuple[float, float],
     cfg_scale: float,
     seed: int = 0,
 ) -> tuple[Quality, Pixels]:
@@ -96,15 +87,15 @@ def evaluate_model(
 
     50,000 of ImageNet are 10 GB: let go of them before the next call.
     """
-    images = draw_samples(model, labels, pixel_range, cfg_scale, seed)
+    images = draw_samples(generator, labels, cfg_scale, seed)
     return {"cfg_scale": cfg_scale} | evaluator(images, labels.numpy()), images
 
 
-def check_evaluation(evaluator: Evaluator, model: DriftingDiT, pixel_range: tuple[float, float]) -> None:
-    """Raise :class:`UserError` if images of ``model`` cannot be evaluated, before much time is spent on them."""
-    labels = torch.arange(2) % model.num_classes
+def check_evaluation(evaluator: Evaluator, generator: Generator) -> None:
+    """Raise :class:`UserError` if images of ``generator`` cannot be evaluated, before much time is spent on them."""
+    labels = torch.arange(2) % len(generator.class_names)
     try:
-        evaluator(draw_samples(model, labels, pixel_range), labels.numpy())
+        evaluator(draw_samples(generator, labels), labels.numpy())
     except ValueError as error:
         raise UserError(str(error)) from error
 

@@ -1,14 +1,46 @@
 """What can be configured: a dataclass for each section, with the paper's values."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
-from .data import DataConfig
+DATA_NAMES = ("digits", "mnist", "fashion_mnist", "cifar10", "folder", "huggingface", "latents")
+
+
+@dataclass
+class DataConfig:
+    """The section ``data`` of a configuration.
+
+    Args:
+        name: kind of data set, one of ``DATASETS``.
+        path: folder, or for ``huggingface`` a folder or a name on the hub; None looks in the usual places.
+        image_size: height and width that images are brought to; None keeps theirs where they all have one size.
+        flip: mirror every other training image, at random.
+        crop: train on random resized crops instead of centre crops.
+        workers: processes that read and decode; 0 reads in the training process.
+        subset: configuration of a Hugging Face data set that has several.
+        label_column: column of a Hugging Face data set to take as label, where there are several.
+    """
+
+    name: str = "digits"
+    path: str | None = None
+    image_size: int | None = None
+    flip: bool = False
+    crop: bool = False
+    workers: int = 0
+    subset: str | None = None
+    label_column: str | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
+
 
 
 @dataclass
 class ModelConfig:
-    """Arguments of :class:`drifting.models.DriftingDiT`; image size, channels and classes come from the data."""
+    """Arguments of :class:`drifting.models.DriftingDiT`; image size, channels and classes come from the data.
 
+    ``arguments`` are those of a network of the user's own, ``module:Name``; they are keys of the section too.
+    """
+
+    name: str = "drifting_dit"
     patch_size: int = 2
     embed_dim: int = 768
     depth: int = 12
@@ -17,6 +49,7 @@ class ModelConfig:
     num_style_tokens: int = 32
     style_vocab: int = 64
     n_cls_tokens: int = 16
+    arguments: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass

@@ -11,15 +11,14 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from .cli import UserError
-from .config_schema import Config, PretrainConfig
-from .data import DATASETS
-from .files import atomic_write, reason
+from ..errors import UserError, reason
+from ..utils.files import atomic_write
+from .schema import DATA_NAMES, Config, PretrainConfig
 
 MOST_BYTES = 2**20  # of a configuration file
 # What reading YAML of anything else ends in: its dates and numbers raise ValueError, for one.
 NOT_YAML = (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, AttributeError, KeyError, RecursionError)
-CONFIG_DIR = Path(__file__).parent / "configs"
+CONFIG_DIR = Path(__file__).parents[1] / "configs"
 
 AnyConfig = TypeVar("AnyConfig", Config, PretrainConfig)
 
@@ -122,7 +121,7 @@ def check_values(config: Config | PretrainConfig) -> None:
     require(NON_NEGATIVE, lambda v: 0 <= v < math.inf, "0 or more")
     require(POSITIVE, lambda v: 0 < v < math.inf, "a positive number")
     require(SHARES, is_share, "a number from 0 to 1")
-    require(["data.name"], lambda v: v in DATASETS, f"one of: {', '.join(DATASETS)}")
+    require(["data.name"], lambda v: v in DATA_NAMES, f"one of: {', '.join(DATA_NAMES)}")
     require(
         ["loss.feature_extractor"],
         lambda v: v and set(v) <= set(EXTRACTORS) and len(set(v)) == len(v),

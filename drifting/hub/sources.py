@@ -11,10 +11,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from .cli import UserError
-from .models import MAE, MODELS, DriftingDiT
+from ..errors import UserError
+from ..generation import Generator
+from ..models import MAE, MODELS, DriftingDiT
 from .release import WEIGHTS, read_artifact
-from .run_directory import Generator, read_model
+from .run_directory import read_model
+from .vae import LATENT_CHANNELS
 
 REPOSITORY = "Goodeat/drifting"
 HUB = "hf://"
@@ -23,13 +25,13 @@ RELEASE_DATA, RELEASE_PIXEL_RANGE = "imagenet", (-1.0, 1.0)
 MOST_PIXEL = 2**16  # of the values that stand for black and white
 
 
-def load_generator(source: str | Path) -> DriftingDiT:
+def load_generator(source: str | Path) -> Generator:
     """The generator of ``source``, on the CPU in float32 and evaluation mode.
 
     Raises:
         UserError: nothing there, or not a generator; weights that do not fit, all of them in one message.
     """
-    return open_generator(source).model
+    return open_generator(source)
 
 
 def load_mae(source: str | Path) -> MAE:
@@ -50,7 +52,13 @@ def open_generator(source: str | Path) -> Generator:
         raise UserError(f"{source}: its data is {data!r} and its pixel_range {pixel_range!r}, expected a name and "
                         "two numbers, black and white")  # fmt: skip
     low, high = pixel_range
-    return Generator(model, data, (low, high), description["step"])
+    sample_shape = (model.out_chans, model.img_size, model.img_size)
+    names = description.get("class_names") or map(str, range(model.num_classes))
+    latent = description.get("latent", model.out_chans == LATENT_CHANNELS)
+    return Generator(
+        model, model.noise_shape, sample_shape, tuple(names), (low, high), latent, data, description["step"],
+        "drifting_dit", model.config,
+    )  # fmt: skip
 
 
 def _is_range(value: Any) -> bool:

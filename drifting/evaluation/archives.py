@@ -12,10 +12,10 @@ import numpy as np
 from numpy.lib.format import MAGIC_PREFIX
 from numpy.typing import NDArray
 
-from .cli import UserError
-from .evaluation_measures import Gaussian
-from .images import Pixels
-from .npy import ArrayArchive
+from ..errors import UserError
+from ..utils.images import Pixels
+from ..utils.npy import ArrayArchive
+from .measures import Gaussian
 
 IMAGES, LABELS = "arr_0", "arr_1"
 STATISTICS = (("mu", "sigma"), ("ref_mu", "ref_sigma"))

@@ -5,13 +5,15 @@ import sys
 from itertools import cycle, islice
 from typing import Any
 
+from torch import nn
 from tqdm import tqdm
 
-from .cli import UserError
-from .config import load_config, save_config
-from .config_schema import Config
-from .data import Dataset
-from .evaluation import (
+from ..config.reading import load_config, save_config
+from ..config.schema import Config
+from ..data import Dataset
+from ..errors import UserError, reason
+from ..evaluation.drawing import draw_samples, spread_labels
+from ..evaluation.evaluator import (
     Evaluator,
     Quality,
     best_quality,
@@ -20,14 +22,11 @@ from .evaluation import (
     open_evaluator,
     warn_of_few,
 )
-from .files import reason
-from .images import save_panels, to_uint8
-from .json_file import read_object
-from .models import DriftingDiT
-from .run_directory import RunDirectory, save_generator
-from .sample import draw_samples, spread_labels
-from .training import DriftingTrainer
-from .vae import decode_latents
+from ..hub.run_directory import RunDirectory, save_generator
+from ..hub.vae import decode_latents
+from ..utils.images import save_panels, to_uint8
+from ..utils.json_file import read_object
+from . import DriftingTrainer
 
 ROWS, COLUMNS = 10, 10  # of a picture: classes, and images of each
 
@@ -44,11 +43,11 @@ class RunEvaluation:
         self.ranks, model = trainer.ranks, trainer.ema_model
         self.evaluator = self.ranks.on_main(lambda: self._open(model))
 
-    def _open(self, model: DriftingDiT) -> Evaluator | None:
+    def _open(self, model: nn.Module) -> Evaluator | None:
         evaluator = open_evaluator(self.config.evaluation, self.dataset)
         if evaluator is not None:
             warn_of_few(evaluator, self._num_samples(evaluator))
-            check_evaluation(evaluator, model, self.dataset.pixel_range)
+            check_evaluation(evaluator, self.trainer.generator_of(model))
         return evaluator
 
     def evaluate(self) -> Quality:
@@ -63,7 +62,7 @@ class RunEvaluation:
     def save_model(self) -> None:
         """Write the averaged weights into the run directory."""
         model = self.trainer.ema_model
-        self.ranks.on_main(lambda: save_generator(self.run, model, self.dataset, self.trainer.step))
+        self.ranks.on_main(lambda: save_generator(self.run, self.trainer.generator_of(model)))
 
     def describe(self, record: dict[str, Any], quality: Quality) -> str:
         """The terms worth watching: mean λ of each R over the feature maps, spread, Fréchet distance."""
@@ -89,22 +88,22 @@ class RunEvaluation:
         path = self.run.path
         print(f"\nsamples: {self.run.samples}\nmore:    python -m drifting.sample {path} --num 100 --out samples.png")
 
-    def _measure(self, models: dict[float, DriftingDiT]) -> Quality:
+    def _measure(self, models: dict[float, nn.Module]) -> Quality:
         if self.evaluator is None:
             return {}
-        config, pixel_range = self.config.evaluation, self.dataset.pixel_range
+        config = self.config.evaluation
         labels = spread_labels(self._num_samples(self.evaluator), range(self.dataset.num_classes))
         qualities: list[Quality] = []
         for decay, model in models.items():
             for cfg_scale in config.cfg_scales:
-                quality = evaluate_model(self.evaluator, model, labels, pixel_range, cfg_scale)[0]
+                quality = evaluate_model(self.evaluator, self.trainer.generator_of(model), labels, cfg_scale)[0]
                 qualities.append({"ema_decay": decay} | quality)
         return best_quality(qualities, self.evaluator.distance)
 
     def _num_samples(self, evaluator: Evaluator) -> int:
         return self.config.evaluation.num_samples or evaluator.num_samples
 
-    def _keep(self, model: DriftingDiT, quality: Quality) -> None:
+    def _keep(self, model: nn.Module, quality: Quality) -> None:
         """A picture; and the weights in ``run.best``, unless those there are of no greater distance, measured alike."""
         self._save_picture(model)
         if self.evaluator is None:
@@ -112,17 +111,17 @@ class RunEvaluation:
         kept, best, distance = _best_so_far(self.run), self.run.best, self.evaluator.distance
         alike = kept and load_config(str(best.config)).evaluation == self.config.evaluation
         if not alike or quality[distance] < kept.get(distance, math.inf):
-            save_generator(best, model, self.dataset, self.trainer.step, quality)
+            save_generator(best, self.trainer.generator_of(model), quality)
             save_config(self.config, best.config)
 
-    def _save_picture(self, model: DriftingDiT) -> None:
+    def _save_picture(self, model: nn.Module) -> None:
         """Generated images, a class a row, beside training images of it; without the VAE that latents need, a note."""
         split, pixel_range = self.dataset.train, self.dataset.pixel_range
         present = split.labels.unique()[:ROWS].tolist()
         rows = [(split.labels == label).nonzero().flatten()[:COLUMNS].tolist() for label in present]
         real = split.samples(index for row in rows for index in islice(cycle(row), COLUMNS))
         try:
-            generated = draw_samples(model, spread_labels(len(real), present), pixel_range)
+            generated = draw_samples(self.trainer.generator_of(model), spread_labels(len(real), present))
             real = decode_latents(real.to(self.trainer.device)) if self.dataset.latent else real
         except UserError as error:
             tqdm.write(f"no picture at step {self.trainer.step}: {error}", file=sys.stderr)

@@ -16,12 +16,12 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from .cli import UserError
-from .data import Dataset
-from .files import atomic_write, reason
-from .json_file import is_count, read_object
-from .models import MAE, MODELS, Classifier, DriftingDiT
-from .models.build import build_on_meta, check_weights
+from ..errors import UserError, reason
+from ..generation import Generator
+from ..models import MAE, MODELS, Classifier, DriftingDiT
+from ..models.build import build_on_meta, check_weights
+from ..utils.files import atomic_write
+from ..utils.json_file import is_count, read_object
 
 LOCK_SECONDS = 6  # to wait: data-loader workers of a killed process take up to five to notice, and may hold its lock
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
@@ -105,31 +105,24 @@ def _holder(path: Path) -> str:
         return reason(error)
 
 
-@dataclass(frozen=True)
-class Generator:
-    """A trained generator and what its files say of it."""
-
-    model: DriftingDiT
-    data: str
-    pixel_range: tuple[float, float]
-    step: int
-
-
-def save_generator(
-    run: RunDirectory, model: DriftingDiT, dataset: Dataset, step: int, quality: dict[str, float] | None = None
-) -> None:
+def save_generator(run: RunDirectory, generator: Generator, quality: dict[str, float] | None = None) -> None:
     """Write ``model.safetensors`` and ``model.json``, all that sampling needs; and ``quality`` if it was measured."""
-    description = describe_generator(Generator(model, dataset.name, dataset.pixel_range, step))
-    write_model(run, model, description | ({} if quality is None else {"quality": quality}))
+    description = describe_generator(generator)
+    write_model(run, generator.model, description | ({} if quality is None else {"quality": quality}))
 
 
-def describe_generator(trained: Generator) -> dict[str, Any]:
+def describe_generator(generator: Generator) -> dict[str, Any]:
     """What ``model.json`` says of a generator."""
     return {
-        "num_classes": trained.model.num_classes,
-        "data": trained.data,
-        "pixel_range": list(trained.pixel_range),  # values of the model that are black and white
-        "step": trained.step,
+        "name": generator.name,
+        "noise_shape": list(generator.noise_shape),
+        "sample_shape": list(generator.sample_shape),
+        "num_classes": len(generator.class_names),
+        "class_names": list(generator.class_names),
+        "data": generator.data,
+        "pixel_range": None if generator.pixel_range is None else list(generator.pixel_range),
+        "latent": generator.latent,
+        "step": generator.step,
     }
 
 

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .cli import UserError
-from .files import atomic_write
+from ..errors import UserError
+from ..models import MAE, MODELS, DriftingDiT
+from ..models.build import build_on_meta
+from ..models.drifting_dit import RMSNorm
+from ..utils.files import atomic_write
+from ..utils.json_file import is_count, read_object
 from .flax_msgpack import read_arrays, write_arrays
-from .json_file import is_count, read_object
-from .models import MAE, MODELS, DriftingDiT
-from .models.build import build_on_meta
-from .models.drifting_dit import RMSNorm
 
 WEIGHTS, METADATA = "ema_params.msgpack", "metadata.json"
 

@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from .cli import UserError
-from .images import Pixels
-from .models import MAE, Classifier
-from .models.feature_extractor import IMAGENET_MEAN, IMAGENET_STD
-from .run_directory import RunDirectory, read_any
+from ..errors import UserError
+from ..hub.run_directory import RunDirectory, read_any
+from ..models import MAE, Classifier
+from ..models.feature_extractor import IMAGENET_MEAN, IMAGENET_STD
+from ..utils.images import Pixels
 
 INCEPTION, DINOV2 = "inception", "dinov2"
 INCEPTION_DIM = 2048

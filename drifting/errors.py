@@ -1,0 +1,55 @@
+"""What goes wrong for a reason that the user can do something about, and its words: one line, no traceback."""
+
+import importlib
+import importlib.util
+from types import ModuleType
+
+
+class UserError(ValueError):
+    """Something about the command, its files or its configuration is wrong; the message says what to do."""
+
+    status = 2  # A command exits with it.
+
+
+class Interrupted(Exception):
+    """A signal ended the command, which saved its work; the message says how to go on."""
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.status = 128 + signal  # Shells report signals so.
+
+
+def reason(error: BaseException) -> str:
+    """What the system or a library said, in one line; the kind of the error where it is not the system's."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = " ".join(str(error).split())
+    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}".removesuffix(": ")
+
+
+def require(library: str, purpose: str, extra: str) -> ModuleType:
+    """Import an optional library.
+
+    Args:
+        library: the name that is imported.
+        purpose: what needs it, the beginning of the message.
+        extra: the extra of this package that installs it.
+
+    Raises:
+        UserError: it is not installed, or it is there but broken.
+    """
+    try:
+        return importlib.import_module(library)
+    except Exception as error:  # A broken library, or one of those it imports, raises errors of any class.
+        root = library.partition(".")[0]
+        if importlib.util.find_spec(root) is None:
+            raise UserError(
+                f"{purpose} needs {root}, which is not installed: pip install 'drifting[{extra}]'"
+            ) from error
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise UserError(
+            f"{purpose} needs {root}, which is there but cannot be imported ({reason(cause)}): "
+            "see that torch and torchvision are of one release and one build, for the CPU or for the same CUDA"
+        ) from error
