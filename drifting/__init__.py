@@ -1,4 +1,4 @@
-"""One-step image generation by drifting (arXiv 2602.04770): models, loss, data, training and its command line."""
+"""One-step generation by drifting (arXiv 2602.04770): models, loss, data, training and the command line."""
 
 import os
 
@@ -7,7 +7,12 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from .data import SampleQueue  # noqa: E402
+from .generation import Generator, generate  # noqa: E402
+from .hub import load_generator, load_mae  # noqa: E402
 from .models import DriftingDiT, DriftingLoss, FeatureExtractor  # noqa: E402
 from .utils import compute_kernel, compute_V  # noqa: E402
 
-__all__ = ["DriftingDiT", "DriftingLoss", "FeatureExtractor", "SampleQueue", "compute_V", "compute_kernel"]
+__all__ = [
+    "DriftingDiT", "DriftingLoss", "FeatureExtractor", "Generator", "SampleQueue", "compute_V", "compute_kernel",
+    "generate", "load_generator", "load_mae",
+]  # fmt: skip

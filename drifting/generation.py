@@ -76,6 +76,36 @@ def _count_conditions(model: nn.Module) -> int:
     return conditions
 
 
+def sample_shape_of(model: nn.Module, signature: Signature) -> tuple[int, ...]:
+    """The shape of one sample: what the network makes of a noise of zeros.
+
+    Raises:
+        ValueError: the network cannot be called so, or does not return a tensor of one sample for each noise.
+    """
+    num, generator = 2, torch.Generator().manual_seed(0)
+    weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    z = torch.zeros(num, *signature.noise_shape, device=weight.device, dtype=weight.dtype)
+    y = torch.zeros(num, dtype=torch.int64, device=weight.device)
+    extra = draw_extra(model, num, generator, generator.device)
+    shown = ", ".join((f"z {list(z.shape)}", "y", "cfg_scale")[: 1 + signature.conditions])
+    try:
+        with torch.no_grad(), evaluating(model):
+            samples = signature.call(
+                model, z, y, weight.new_ones(num), {name: value.to(z.device) for name, value in extra.items()}
+            )
+    except Exception as error:  # A user's network may raise anything.
+        text = " ".join(str(error).split())
+        raise ValueError(
+            f"the network {type(model).__name__} fails when called with {shown}: {type(error).__name__}: {text}"
+        ) from error
+    if not isinstance(samples, Tensor) or samples.shape[:1] != (num,):
+        got = f"shape {list(samples.shape)}" if isinstance(samples, Tensor) else type(samples).__name__
+        raise ValueError(
+            f"the network {type(model).__name__}, called with {shown}, returns {got}, expected a tensor [{num}, …]"
+        )
+    return tuple(samples.shape[1:])
+
+
 def draw_extra(
     model: nn.Module, num: int, generator: torch.Generator | None, device: torch.device
 ) -> dict[str, Tensor]:

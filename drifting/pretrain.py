@@ -1,6 +1,7 @@
-"""``python -m drifting.pretrain [--config NAME|FILE] [--out DIR] [key=value ...]``: train a masked autoencoder.
+"""Train a masked autoencoder, or go on with a run.
 
-Its encoder gives the feature maps in which ``drifting.train`` compares images: ``loss.mae=DIR`` there.
+``python -m drifting.pretrain [--config NAME|FILE] [--out DIR] [key=value ...]``. Its encoder gives the feature maps in
+which ``drifting.train`` compares images: ``loss.mae=DIR`` there.
 """
 
 import sys
@@ -13,25 +14,24 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .cli import run_command
-from .config.schema import PretrainConfig
+from .config import PretrainConfig
 from .data import Dataset, Split, open_dataset
 from .errors import UserError
 from .hub.run_directory import RunDirectory, write_model
 from .hub.vae import LATENT_CHANNELS, decode_latents, encode_images
 from .models import MAE
-from .training import MAETrainer
-from .training.distributed import Ranks, join_ranks
-from .training.loop import Quality, Task, leave_a_core_free, opened_run, parse_command, run_training
+from .training import MAETrainer, Ranks, join_ranks, loop
+from .training.loop import Quality
 from .utils.images import save_panels, to_uint8
 
 TEST_IMAGES, TEST_BATCH = 2000, 250
-ROWS, COLUMNS = 8, 8  # of a picture
+ROWS, COLUMNS = 8, 8  # These are of a picture.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     purpose = "Train a masked autoencoder."
-    config, out = parse_command(argv, "pretrain", purpose, PretrainConfig, "mae_fashion_mnist")
-    leave_a_core_free()
+    config, out = loop.parse_command(argv, "pretrain", purpose, PretrainConfig, "mae_fashion_mnist")
+    loop.leave_a_core_free()
     with join_ranks() as ranks:
         pretrain(config, out, ranks)
     return 0
@@ -46,28 +46,25 @@ def pretrain(config: PretrainConfig, out: Path, ranks: Ranks = Ranks()) -> None:
         UserError: ``out`` is in use, belongs to another configuration or cannot be written.
         Interrupted: by Ctrl-C or SIGTERM; the run is saved.
     """
-    run = RunDirectory(out)
-    with opened_run(run, config, ranks):
+    directory = RunDirectory(out)
+    with loop.opened_run(directory, config, ranks):
         dataset = open_dataset(config.data, config.seed)
         trainer = build_trainer(config, dataset, ranks)
         images, labels, masks = _test_batch(config, dataset.test, trainer)
 
         def measure() -> Quality:
-            _save_picture(run, trainer, dataset, images[: ROWS * COLUMNS], masks[: ROWS * COLUMNS])
+            _save_picture(directory, trainer, dataset, images[: ROWS * COLUMNS], masks[: ROWS * COLUMNS])
             return test_losses(trainer.ema_model, images, labels, masks)
 
         def save_model() -> None:
-            write_model(run, trainer.ema_model, {"data": dataset.name, "step": trainer.step})
+            write_model(directory, trainer.ema_model, {"data": dataset.name, "step": trainer.step})
 
-        task = Task(
-            trainer=trainer,
-            split=dataset.train,
-            evaluate=lambda: ranks.on_main(measure) or {},
-            save_model=lambda: ranks.on_main(save_model),
-            describe=_describe,
-        )
-        quality = run_training(config, run, task)
-        ranks.on_main(lambda: _report(quality, run))
+        run = loop.Run(
+            directory, config, trainer, dataset.train, evaluate=lambda: ranks.on_main(measure) or {},
+            save_model=lambda: ranks.on_main(save_model), describe=_describe,
+        )  # fmt: skip
+        quality = loop.train(run)
+        ranks.on_main(lambda: _report(quality, directory))
 
 
 def _report(quality: Quality, run: RunDirectory) -> None:
@@ -88,13 +85,15 @@ def test_losses(model: MAE, images: Tensor, labels: Tensor, masks: Tensor) -> Qu
 
 
 def build_trainer(config: PretrainConfig, dataset: Dataset, ranks: Ranks) -> MAETrainer:
+    """The trainer of a configuration; raises UserError where the data do not fit it."""
     if config.step.latents and dataset.latent:
         raise UserError("step.latents is true, but the data are latents already: set it to false")
+    if dataset.pixel_range is None:
+        raise UserError(f"the data {dataset.name} are no images, which a masked autoencoder is for")
     torch.manual_seed(config.seed)
     channels = LATENT_CHANNELS if config.step.latents else dataset.sample_shape[0]
     model = MAE(in_chans=channels, num_classes=dataset.num_classes, **vars(config.model))
-    settings: dict[str, Any] = vars(config.loss) | vars(config.step) | vars(config.optimizer)
-    return MAETrainer(model, config.train.steps, seed=config.seed, ranks=ranks, **settings)
+    return MAETrainer(model, config, ranks=ranks)
 
 
 def _test_batch(config: PretrainConfig, split: Split, trainer: MAETrainer) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,7 +103,7 @@ def _test_batch(config: PretrainConfig, split: Split, trainer: MAETrainer) -> tu
     """
     indices = list(range(0, len(split), -(-len(split) // TEST_IMAGES)))
     parts = (split.samples(indices[at : at + TEST_BATCH]) for at in range(0, len(indices), TEST_BATCH))
-    images = torch.cat([encode_images(part.to(trainer.device))[0].cpu() if trainer.latents else part for part in parts])
+    images = torch.cat([encode_images(part.to(trainer.device))[0].cpu() if config.step.latents else part for part in parts])
     generator = torch.Generator().manual_seed(0)
     least, greatest = config.loss.mask_ratio_range
     try:
@@ -117,22 +116,23 @@ def _test_batch(config: PretrainConfig, split: Split, trainer: MAETrainer) -> tu
 @torch.no_grad()
 def _save_picture(run: RunDirectory, trainer: MAETrainer, dataset: Dataset, images: Tensor, masks: Tensor) -> None:
     """Test images, what the encoder sees of them, and the decoder's guess at the rest."""
-    images, masks = images.to(trainer.device), masks.to(trainer.device)
+    images, masks, pixel_range = images.to(trainer.device), masks.to(trainer.device), dataset.pixel_range
+    assert pixel_range is not None
     model = trainer.ema_model.eval()
     hidden = masks.repeat_interleave(images.shape[2] // masks.shape[2], 2)
     hidden = hidden.repeat_interleave(images.shape[3] // masks.shape[3], 3).bool()
     panels = {
         "image": images,
-        "visible": images.masked_fill(hidden, sum(dataset.pixel_range) / 2),
+        "visible": images.masked_fill(hidden, sum(pixel_range) / 2),
         "reconstruction": torch.where(hidden, model.reconstruct(images, masks), images),
     }
     try:
-        if dataset.latent or trainer.latents:
+        if dataset.latent or trainer.config.step.latents:
             panels = {name: decode_latents(panel) for name, panel in panels.items()}
     except UserError as error:
         tqdm.write(f"no picture at step {trainer.step}: {error}", file=sys.stderr)
         return
-    pixels = {name: to_uint8(panel, dataset.pixel_range) for name, panel in panels.items()}
+    pixels = {name: to_uint8(panel, pixel_range) for name, panel in panels.items()}
     save_panels(pixels, COLUMNS, run.samples / f"step_{trainer.step:08d}.png")
 
 

@@ -1,6 +1,6 @@
-"""``python -m drifting.sample SOURCE --num N --out FILE.npz|FILE.png``: images from a trained generator, one step each.
+"""Draw samples from a trained generator, in one step each.
 
-A generator of four channels makes latents of the Stable Diffusion VAE, which decodes them.
+``python -m drifting.sample SOURCE --num N --out FILE.npz|FILE.png``
 """
 
 import math
@@ -11,11 +11,51 @@ import torch
 
 from .cli import ArgumentParser, run_command
 from .errors import UserError
-from .evaluation.archives import write_images
+from .evaluation.archives import write_samples
 from .evaluation.drawing import draw_samples, spread_labels
-from .hub.sources import open_generator
+from .generation import ClassNames
+from .hub.sources import load_generator
 from .hub.vae import require_vae
-from .utils.images import Pixels, grid
+from .utils.images import save_grid
+from .utils.named import import_named
+
+SUFFIXES = (".npz", ".png")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = ArgumentParser(prog="python -m drifting.sample", description="Draw samples from a trained generator.")
+    parser.add_argument("source", metavar="SOURCE", help="run directory, hf://NAME, or artifact of the release")
+    parser.add_argument("--num", type=int, required=True, help="how many samples")
+    parser.add_argument("--out", type=Path, required=True, help=".npz (arr_0 samples, arr_1 labels) or .png (a grid)")
+    parser.add_argument("--labels", help="labels to spread the samples over, by name or number, such as 3,5")
+    parser.add_argument("--cfg-scale", type=float, default=1.0, help="guidance scale, 1 or more (default: 1)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--model", metavar="MODULE:NAME", help="the class of a network of your own")
+    arguments = parser.parse_args(argv)
+
+    if arguments.num < 1:
+        raise UserError(f"--num is {arguments.num}, expected 1 or more")
+    if arguments.out.suffix not in SUFFIXES:
+        raise UserError(f"--out is {arguments.out}, expected a file that ends in {' or '.join(SUFFIXES)}")
+    check_sampling(arguments.cfg_scale, arguments.seed)
+    generator = load_generator(arguments.source, arguments.model and import_named(arguments.model, "--model"))
+    if arguments.out.suffix == ".png" and not generator.makes_images:
+        shape = list(generator.sample_shape)
+        raise UserError(f"--out is {arguments.out}, but samples {shape} are no images: expected a file in .npz")
+    chosen = parse_labels(arguments.labels, generator.class_names)
+    numbers = spread_labels(arguments.num, list(chosen))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if generator.latent:
+        require_vae(device)
+    generator.model.to(device)
+    samples = draw_samples(generator, numbers, arguments.cfg_scale, arguments.seed)
+    if arguments.out.suffix == ".npz":
+        write_samples(arguments.out, samples, torch.tensor([chosen[number] for number in numbers.tolist()]).numpy())
+    else:
+        save_grid(samples, math.ceil(math.sqrt(len(samples))), arguments.out)
+    labels = [generator.class_names[number] for number in sorted(set(numbers.tolist()))]
+    print(f"wrote {len(samples)} samples of labels {', '.join(map(str, labels))} to {arguments.out}")
+    return 0
 
 
 def check_sampling(cfg_scale: float, seed: int) -> None:
@@ -26,55 +66,24 @@ def check_sampling(cfg_scale: float, seed: int) -> None:
         raise UserError(f"--seed is {seed}, expected 0 or more, below 2**63")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = ArgumentParser(prog="python -m drifting.sample", description="Draw images from a trained generator.")
-    parser.add_argument("source", metavar="SOURCE", help="run directory, hf://NAME, or artifact of the release")
-    parser.add_argument("--num", type=int, required=True, help="how many images")
-    parser.add_argument("--out", type=Path, required=True, help=".npz (arr_0 images, arr_1 labels) or .png (a grid)")
-    parser.add_argument("--labels", help="labels to spread the images over, such as 3,5 (default: all)")
-    parser.add_argument("--cfg-scale", type=float, default=1.0, help="guidance scale, 1 or more (default: 1)")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args(argv)
+def parse_labels(text: str | None, names: ClassNames) -> dict[int, int]:
+    """The class numbers that the option asks for, and what ``arr_1`` calls each: as it is named there, if by a number.
 
-    if arguments.num < 1:
-        raise UserError(f"--num is {arguments.num}, expected 1 or more")
-    if arguments.out.suffix not in (".npz", ".png"):
-        raise UserError(f"--out is {arguments.out}, expected a file that ends in .npz or .png")
-    check_sampling(arguments.cfg_scale, arguments.seed)
-    trained = open_generator(arguments.source)
-    labels = spread_labels(arguments.num, _parse_labels(arguments.labels, len(trained.class_names)))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if trained.latent:
-        require_vae(device)
-    trained.model.to(device)
-    images = draw_samples(trained, labels, arguments.cfg_scale, arguments.seed)
-    if arguments.out.suffix == ".npz":
-        write_images(arguments.out, images, labels.numpy())
-    else:
-        _write_picture(arguments.out, images)
-    print(f"wrote {len(images)} images of labels {sorted(set(labels.tolist()))} to {arguments.out}")
-    return 0
-
-
-def _write_picture(path: Path, images: Pixels) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        grid(images, columns=math.ceil(math.sqrt(len(images)))).save(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
-
-
-def _parse_labels(text: str | None, num_classes: int) -> list[int]:
+    Labels are given by name, or by class number where no class has that name.
+    """
     if text is None:
-        return list(range(num_classes))
-    try:
-        labels = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise UserError(f"--labels is {text!r}, expected numbers with commas between them, such as 3,5") from None
-    for label in labels:
-        if not 0 <= label < num_classes:
-            raise UserError(f"--labels names {label}, expected labels from 0 to {num_classes - 1}")
-    return labels
+        return {number: number for number in range(len(names))}
+    place = {str(name): number for number, name in enumerate(names)}
+    chosen = {}
+    for part in text.split(","):
+        number = place.get(part.strip())
+        if number is None and part.strip().isdecimal() and int(part) < len(names):
+            number = int(part)
+        if number is None:
+            known = ", ".join(list(place)[:10]) + (", …" if len(place) > 10 else "")
+            raise UserError(f"--labels names {part!r}, expected 0 to {len(names) - 1} or some of: {known}")
+        chosen[number] = int(part) if part.strip().isdecimal() else number
+    return chosen
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""``python -m drifting.train [--config NAME|FILE] [--out DIR] [key=value ...]``: train a generator or resume it.
+"""Train a generator, or go on with a run.
 
-``torchrun --nproc_per_node=K -m drifting.train ...`` does it with K processes, on a GPU each.
+``python -m drifting.train [--config NAME|FILE] [--out DIR] [key=value ...]``; with
+``torchrun --nproc_per_node=K -m drifting.train ...`` K processes do it, on a GPU each.
 """
 
 from collections.abc import Sequence
@@ -11,22 +12,20 @@ import torch
 from torch import nn
 
 from .cli import run_command
-from .config.schema import Config, LossConfig
+from .config import Config, LossConfig
 from .data import Dataset, open_dataset
-from .errors import UserError
+from .errors import UserError, reason
 from .hub.run_directory import RunDirectory
 from .hub.sources import load_mae
-from .models import DriftingDiT, FeatureStack
-from .models.drifting_loss import build_extractor
-from .training import DriftingTrainer, create_trainer
-from .training.distributed import Ranks, join_ranks
-from .training.loop import Task, leave_a_core_free, opened_run, parse_command, run_training
+from .models import NETWORKS
+from .training import DriftingTrainer, Ranks, join_ranks, loop
 from .training.run_evaluation import RunEvaluation
+from .utils.named import facts_taken, import_named, is_own
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    config, out = parse_command(argv, "train", "Train a generator.", Config, "digits")
-    leave_a_core_free()
+    config, out = loop.parse_command(argv, "train", "Train a generator.", Config, "digits")
+    loop.leave_a_core_free()
     with join_ranks() as ranks:
         train(config, out, ranks)
     return 0
@@ -41,58 +40,83 @@ def train(config: Config, out: Path, ranks: Ranks = Ranks()) -> None:  # noqa: B
         UserError: ``out`` is in use, belongs to another configuration or cannot be written.
         Interrupted: by Ctrl-C or SIGTERM; the run is saved.
     """
-    run = RunDirectory(out)
-    with opened_run(run, config, ranks):
+    directory = RunDirectory(out)
+    with loop.opened_run(directory, config, ranks):
         dataset = open_dataset(config.data, config.seed)
         trainer = build_trainer(config, dataset, ranks)
-        evaluation = RunEvaluation(config, run, trainer, dataset)
-        task = Task(
-            trainer=trainer,
-            split=dataset.train,
-            evaluate=evaluation.evaluate,
-            save_model=evaluation.save_model,
-            describe=evaluation.describe,
+        evaluation = RunEvaluation(config, directory, trainer, dataset)
+        run = loop.Run(
+            directory, config, trainer, dataset.train, evaluation.evaluate, evaluation.save_model, evaluation.describe
         )
-        quality = run_training(config, run, task)
+        quality = loop.train(run)
         ranks.on_main(lambda: evaluation.report(quality))
 
 
 def build_trainer(config: Config, dataset: Dataset, ranks: Ranks) -> DriftingTrainer:
-    channels, size, _ = dataset.sample_shape
+    """The trainer of a configuration, with the network and the feature extractors that it names.
+
+    Raises:
+        UserError: network, extractor and data do not fit each other.
+    """
     torch.manual_seed(config.seed)
-    model_arguments = {k: v for k, v in vars(config.model).items() if k not in ("name", "arguments")}
+    model, arguments = build_network(config, dataset)
+    extractors = [_extractor(name, config.loss, dataset) for name in config.loss.feature_extractor]
     try:
-        model = DriftingDiT(img_size=size, in_chans=channels, num_classes=dataset.num_classes, **model_arguments)
+        trainer = DriftingTrainer(
+            model, config, extractors, class_names=dataset.class_names, pixel_range=dataset.pixel_range,
+            latent=dataset.latent, data=dataset.name, origin=(config.model.name, arguments), ranks=ranks,
+        )  # fmt: skip
+    except UserError:
+        raise
     except ValueError as error:
-        raise UserError(f"model: {error}") from error
-    settings: dict[str, Any] = vars(config.loss) | vars(config.step) | vars(config.guidance) | vars(config.optimizer)
-    del settings["mae"]
-    settings["feature_extractor"] = _feature_extractor(config.loss, channels)
-    decay_steps = config.train.steps if settings.pop("cosine_decay") else None
-    value_range = dataset.pixel_range if settings.pop("clamp") and not dataset.latent else None
-    try:
-        trainer = create_trainer(
-            model, decay_steps=decay_steps, pixel_range=value_range, seed=config.seed, ranks=ranks, **settings
+        raise UserError(f"model.name={config.model.name}: {error}") from error
+    if trainer.sample_shape != dataset.sample_shape:
+        raise UserError(
+            f"the network {config.model.name} makes samples {list(trainer.sample_shape)}, the data {dataset.name} have "
+            f"{list(dataset.sample_shape)}: the two must be alike"
         )
-        trainer.class_names, trainer.latent, trainer.data = dataset.class_names, dataset.latent, dataset.name
-        trainer.pixel_range = trainer.pixel_range or dataset.pixel_range
-        return trainer
-    except ValueError as error:
-        raise UserError(f"step.{error}") from error
+    return trainer
 
 
-def _feature_extractor(config: LossConfig, in_chans: int) -> nn.Module:
-    """The extractors of those names: one as it is, several as a stack."""
-    extractors = {name: build_extractor(name, in_chans) for name in config.feature_extractor if name != "mae"}
-    if config.mae is not None:
-        try:
-            mae = load_mae(config.mae)
-        except UserError as error:
-            raise UserError(f"loss.mae: {error}; `python -m drifting.pretrain` trains one") from error
-        if mae.config["in_chans"] != in_chans:
-            raise UserError(f"loss.mae is {config.mae}, of {mae.config['in_chans']} channels: the data have {in_chans}")
-        extractors["mae"] = mae.feature_extractor()
-    return FeatureStack(extractors) if len(extractors) > 1 else next(iter(extractors.values()))
+def build_network(config: Config, dataset: Dataset) -> tuple[nn.Module, dict[str, Any]]:
+    """The network that the section ``model`` names, and the arguments that it was built with.
+
+    It gets the arguments of the section and, of what the data say, those that it takes: ``num_classes``,
+    ``sample_shape`` and, of square images, ``img_size`` and ``in_chans``.
+    """
+    name, section = config.model.name, config.model
+    target = import_named(name, "model.name") if is_own(name) else NETWORKS[name]
+    facts: dict[str, Any] = {"num_classes": dataset.num_classes, "sample_shape": dataset.sample_shape}
+    if len(dataset.sample_shape) == 3:
+        channels, height, width = dataset.sample_shape
+        facts |= {"in_chans": channels} | ({"img_size": height} if height == width else {})
+    arguments = facts_taken(target, facts) | section.keywords()
+    try:
+        model = target(**arguments)
+    except Exception as error:  # A user's network may raise anything.
+        raise UserError(f"model: {name} cannot be built: {reason(error)}") from error
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model.name is {name}, which gives a {type(model).__name__}, expected a torch.nn.Module")
+    return model, {key: list(value) if isinstance(value, tuple) else value for key, value in arguments.items()}
+
+
+def _extractor(name: str, config: LossConfig, dataset: Dataset) -> Any:
+    """The extractor of that name: one of ours by its name, the configured autoencoder, or a user's own."""
+    if is_own(name):
+        own = import_named(name, "loss.feature_extractor")
+        return own() if isinstance(own, type) else own
+    if name != "mae":
+        return name
+    assert config.mae is not None
+    try:
+        mae = load_mae(config.mae)
+    except UserError as error:
+        raise UserError(f"loss.mae: {error}; `python -m drifting.pretrain` trains one") from error
+    if mae.config["in_chans"] != dataset.sample_shape[0]:
+        raise UserError(
+            f"loss.mae is {config.mae}, of {mae.config['in_chans']} channels: the data have {dataset.sample_shape[0]}"
+        )
+    return mae.feature_extractor()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""``python -m drifting.train_classifier [--data NAME] [--out DIR]``: a classifier to judge generated images by.
+"""Train a classifier to judge generated images by.
 
-``evaluation.features=DIR`` in a configuration of ``drifting.train`` and ``drifting.evaluate --features DIR`` use it.
+``python -m drifting.train_classifier [--data NAME] [--out DIR]``; ``evaluation.features=DIR`` in a configuration of ``drifting.train`` and ``drifting.evaluate --features DIR`` use it.
 """
 
 from collections.abc import Sequence
@@ -14,13 +14,13 @@ from tqdm import trange
 from .cli import ArgumentParser, run_command
 from .config.schema import DataConfig
 from .data import DATASETS, Dataset, Split, open_dataset, training_batches
-from .errors import UserError
+from .errors import UserError, reason
 from .hub.run_directory import RunDirectory, write_model
 from .models import Classifier
 from .training.loop import leave_a_core_free
 
 BATCH, TEST_BATCH = 100, 500
-LEARNING_RATE, WEIGHT_DECAY = 1e-2, 1e-2  # the rate's highest, a third of the way; then it falls to 0
+LEARNING_RATE, WEIGHT_DECAY = 1e-2, 1e-2  # The rate is highest a third of the way; then it falls to 0.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,14 +35,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--epochs is {arguments.epochs}, expected 1 or more")
     run = RunDirectory(arguments.out or Path("runs") / f"classifier_{arguments.data}")
     dataset = open_dataset(DataConfig(arguments.data, arguments.path))
-    if dataset.latent:
-        raise UserError("a classifier of latents would judge no images: choose other --data")
+    if dataset.latent or dataset.pixel_range is None:
+        raise UserError("a classifier judges images, which these data are not: choose other --data")
     if run.config.exists():
         raise UserError(f"{run.path} holds a run of another kind: choose another --out")
     try:
         run.path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write {run.path}: {error.strerror}") from error
+        raise UserError(f"cannot write {run.path}: {reason(error)}") from error
     leave_a_core_free()
     classifier = train_classifier(dataset, arguments.epochs, arguments.seed)
     accuracy = measure_accuracy(classifier, dataset.test)

@@ -4,14 +4,16 @@ from .classifier import Classifier
 from .convnext import ConvNeXtFeatureExtractor
 from .drifting_dit import DriftingDiT, DriftingDiTBase, DriftingDiTLarge, DriftingDiTSmall, DriftingDiTXL
 from .drifting_loss import DriftingLoss, SimpleDriftingLoss
-from .feature_extractor import FeatureExtractor, FeatureStack, LatentFeatureExtractor, PixelFeatureExtractor
+from .feature_extractor import FeatureExtractor, FeatureStack, InputFeatureExtractor, LatentFeatureExtractor
 from .mae import MAE
 
-MODELS: dict[str, type[DriftingDiT] | type[MAE]] = {"gen": DriftingDiT, "mae": MAE}  # by their kind in files
+NETWORKS = {"drifting_dit": DriftingDiT}  # Generators by their name in configurations.
+MODELS: dict[str, type[DriftingDiT] | type[MAE]] = {"gen": DriftingDiT, "mae": MAE}  # Models by their kind in files.
 
 __all__ = [
     "MAE",
     "MODELS",
+    "NETWORKS",
     "Classifier",
     "ConvNeXtFeatureExtractor",
     "DriftingDiT",
@@ -23,6 +25,6 @@ __all__ = [
     "FeatureExtractor",
     "FeatureStack",
     "LatentFeatureExtractor",
-    "PixelFeatureExtractor",
+    "InputFeatureExtractor",
     "SimpleDriftingLoss",
 ]

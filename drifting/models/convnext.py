@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import UserError
+from ..errors import UserError, reason, require
 from .feature_extractor import FeatureMaps, FrozenModule, ImageNetNormalization, input_maps, multiscale_maps
 
 CONVNEXT = "facebook/convnextv2-base-22k-224"  # on the hub: trained on ImageNet-22k, then on ImageNet-1k
@@ -65,19 +65,14 @@ def load_convnext(in_chans: int = 3, source: str = CONVNEXT) -> ConvNeXtFeatureE
     """
     if in_chans != 3:
         raise UserError(f"convnext_v2 takes images of 3 channels, the data have {in_chans}")
+    transformers = require("transformers", "the features convnext_v2", "convnext")
     try:
-        from transformers import ConvNextV2ForImageClassification
-    except Exception as error:  # of what it imports in turn, a torchvision that does not fit torch too
+        network = transformers.ConvNextV2ForImageClassification
+        classifier, info = network.from_pretrained(source, output_loading_info=True)
+    except Exception as error:  # Being offline, without access or of a broken file have no base class in common.
         raise UserError(
-            f"the features convnext_v2 need transformers: `pip install 'drifting[convnext]'` ({error})"
-        ) from error
-    try:
-        classifier, info = ConvNextV2ForImageClassification.from_pretrained(source, output_loading_info=True)
-    except Exception as error:  # offline, no access, a broken file: they have no base class in common
-        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        raise UserError(
-            f"cannot load ConvNeXt V2 {source} ({reason}): where the hub is out of reach, bring the cache of a machine "
-            f"that ran `hf download {CONVNEXT}`, and set HF_HOME to it"
+            f"cannot load ConvNeXt V2 {source} ({reason(error)}): where the hub is out of reach, bring the cache of a "
+            f"machine that ran `hf download {CONVNEXT}`, and set HF_HOME to it"
         ) from error
     missing = [key for key in info["missing_keys"] if not key.startswith("classifier.")]
     if missing:

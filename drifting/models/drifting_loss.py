@@ -1,6 +1,7 @@
 """The drifting loss: a generator's training signal, computed on feature maps by :mod:`drift_ops`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,27 +16,34 @@ from .feature_extractor import (
     FeatureExtractor,
     FeatureMaps,
     FeatureStack,
+    FunctionExtractor,
+    InputFeatureExtractor,
     LatentFeatureExtractor,
-    PixelFeatureExtractor,
+    extractor_name,
+    named_maps,
 )
 
 FIELDS = ("paper", "gaussian")
+Extractor = str | nn.Module | Callable[[Tensor], Any]
 
 
 class DriftingLoss(nn.Module):
     """Loss whose gradient moves generated samples along the drifting field of their label group.
 
+    Samples may have any shape; only the extractors made for images want images.
+
     Args:
-        feature_extractor: 'latent', 'resnet18', 'pixels', 'convnext_v2', several of these names in a list, or a module
-            from images ``[B, C, H, W]`` to maps ``{name: [B, T, D]}``, which is frozen here.
+        feature_extractor: 'input' (the sample itself; 'pixels' is its old name), 'latent', 'resnet18', 'convnext_v2',
+            a module or function from samples ``[B, *shape]`` to a tensor ``[B, D]`` or ``[B, T, D]`` or a dict of such
+            maps, or several of these in a list. A module is frozen here.
         temperatures: bandwidths of the kernel, each > 0: R of the paper's field, sigma of the Gaussian one.
         normalize_features, normalize_drift: part of the method for ``field='paper'``, where both must be True; optional
             for ``field='gaussian'``.
-        field: 'paper' – the training loss of the official release, :func:`drift_ops.drift_loss`; 'gaussian' – the
+        field: 'paper', the training loss of the official release, :func:`drift_ops.drift_loss`; or 'gaussian', the
             separate-sides Gaussian field :func:`drift_ops.compute_V_multiscale`, which draws every sample to the mean
             of its group on feature maps of many dimensions.
         affinity_floor: lower bound of the paper field's squared affinities; the release has 1e-6, 0 is the definition.
-        in_chans: image channels of the extractors built here ('latent', 'resnet18').
+        in_chans: channels of the images, for the extractors built here; None where samples are no images.
         backend: of :mod:`drift_ops`; None picks the best available.
         bf16: run the extractor under bfloat16 autocast and keep its maps in bfloat16; the field stays float32.
         process_group: of ranks that have labels each; the statistics of the paper's field are over all of them, and
@@ -47,18 +55,18 @@ class DriftingLoss(nn.Module):
     With a ``stopwatch``, forward and backward enter the phases "encoder", the extractor's, and "operator".
     """
 
-    softmax_temperature = 1.0  # T of the Gaussian field
+    softmax_temperature = 1.0  # This is T of the Gaussian field.
     stopwatch: Stopwatch | None = None
 
     def __init__(
         self,
-        feature_extractor: str | Sequence[str] | nn.Module = "latent",
+        feature_extractor: Extractor | Sequence[Extractor] = "latent",
         temperatures: Sequence[float] = (0.02, 0.05, 0.2),
         normalize_features: bool = True,
         normalize_drift: bool = True,
         field: str = "paper",
         affinity_floor: float = 0.0,
-        in_chans: int = 4,
+        in_chans: int | None = 4,
         backend: str | None = None,
         bf16: bool = False,
         process_group: dist.ProcessGroup | None = None,
@@ -85,20 +93,29 @@ class DriftingLoss(nn.Module):
     def forward(
         self, x_gen: Tensor, x_real: Tensor, x_uncond: Tensor | None = None, weight_uncond: Tensor | None = None
     ) -> Tensor:
-        """The loss of :meth:`loss_and_info`, a 0-d tensor."""
+        """The loss of one label or of images of several labels, a 0-d tensor: :meth:`loss_and_info`.
+
+        Args:
+            x_gen: generated images ``[G, C, H, W]`` of one label, or samples ``[L, G, *shape]`` of L labels.
+            x_real: real ones of the same labels, ``[P, C, H, W]`` or ``[L, P, *shape]``.
+            x_uncond, weight_uncond: see :meth:`loss_and_info`.
+        """
+        if x_gen.ndim == 4 and x_real.ndim == 4:
+            x_gen, x_real = x_gen.unsqueeze(0), x_real.unsqueeze(0)
+            x_uncond = x_uncond if x_uncond is None else x_uncond.unsqueeze(0)
         return self.loss_and_info(x_gen, x_real, x_uncond, weight_uncond)[0]
 
     def loss_and_info(
         self, x_gen: Tensor, x_real: Tensor, x_uncond: Tensor | None = None, weight_uncond: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Sum over feature maps of the mean loss over the map's groups (one for each label and location).
+        """Sum over feature maps (eq. 14 of the paper) of the mean loss over the map's groups, one a label and location.
 
         Args:
-            x_gen: generated images, ``[G, C, H, W]`` of one label or ``[L, G, C, H, W]`` of L labels.
-            x_real: real images of the same labels, ``[P, C, H, W]`` or ``[L, P, C, H, W]``.
-            x_uncond: real images of any label, repelling like generated ones (classifier-free guidance, section 3.5 of
-                the paper), ``[U, C, H, W]`` or ``[L, U, C, H, W]``.
-            weight_uncond: weight ≥ 0 of each unconditional image relative to a generated one, ``[L]``; 1 if None.
+            x_gen: generated samples ``[L, G, *shape]`` of L labels.
+            x_real: real samples ``[L, P, *shape]`` of the same labels.
+            x_uncond: real samples ``[L, U, *shape]`` of any label, repelling like generated ones (classifier-free
+                guidance, section 3.5 of the paper).
+            weight_uncond: weight ≥ 0 of each unconditional sample relative to a generated one, ``[L]``; 1 if None.
 
         Returns:
             The loss, whose gradient reaches ``x_gen`` only, and 0-d tensors to log. For the paper's field
@@ -107,45 +124,43 @@ class DriftingLoss(nn.Module):
             Gaussian field ``{map}/drift``, the RMS of the raw drift.
 
         Raises:
-            ValueError: shapes that do not fit each other, or unconditional images with ``field='gaussian'``.
+            ValueError: shapes that do not fit each other, or unconditional samples with ``field='gaussian'``.
         """
         if self.field == "gaussian" and x_uncond is not None:
             raise ValueError("field='gaussian' has no unconditional negatives: leave x_uncond out or use field='paper'")
-        x_gen, x_real, x_uncond = _as_label_groups(x_gen, x_real, x_uncond)
+        _check_shapes(x_gen, x_real, x_uncond)
         weight = _check_weight(weight_uncond, x_gen, x_uncond)
         fixed = x_real if x_uncond is None else torch.cat([x_real, x_uncond], 1)
         with torch.no_grad():
             fixed_groups = self.groups(fixed)
-        return self.of_groups(self.groups(x_gen), *split_groups(fixed_groups, x_real.shape[1]), weight)
+        gen = self.groups(x_gen)
+        if x_gen.requires_grad and not any(groups.requires_grad for groups in gen.values()):
+            raise ValueError("no feature map has a gradient: the feature extractor must not work under torch.no_grad()")
+        return self.of_groups(gen, *split_groups(fixed_groups, x_real.shape[1]), weight)
 
     def of_groups(
         self, gen: FeatureMaps, pos: FeatureMaps, neg: FeatureMaps, weight: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of :meth:`loss_and_info` from its images' :meth:`groups`.
+        """The loss of :meth:`loss_and_info` from the :meth:`groups` of its samples.
 
         Args:
-            gen, pos, neg: of the generated, the real, and the unconditional images.
-            weight: ``[L, U]``, of the unconditional images.
+            gen, pos, neg: of the generated, the real, and the unconditional samples.
+            weight: ``[L, U]``, of the unconditional samples.
         """
         if self.stopwatch is not None:
             self.stopwatch.enter("operator")
         return self._gaussian(gen, pos) if self.field == "gaussian" else self._paper(gen, pos, neg, weight)
 
-    def groups(self, images: Tensor) -> FeatureMaps:
-        """Maps of ``[L, n, C, H, W]`` images as groups ``[L·T, n, D]``, one forward pass of the extractor."""
-        L, n = images.shape[:2]
+    def groups(self, samples: Tensor) -> FeatureMaps:
+        """Maps of samples ``[L, n, *shape]`` as groups ``[L·T, n, D]``, from one forward pass of the extractor."""
+        L, n = samples.shape[:2]
         if self.stopwatch is not None:
             self.stopwatch.enter("encoder")
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
-            maps = self.feature_extractor(images.flatten(0, 1))
+        with torch.autocast(samples.device.type, torch.bfloat16, enabled=self.bf16):
+            maps = named_maps(self.feature_extractor(samples.flatten(0, 1)), L * n, self.feature_extractor)
         groups = {}
         for name, feature in maps.items():
-            if feature.ndim != 3 or feature.shape[0] != L * n:
-                raise ValueError(
-                    f"the feature extractor's map {name!r} has shape {list(feature.shape)} for {L * n} images, "
-                    f"expected [{L * n}, locations, features]"
-                )
-            feature = feature.bfloat16() if self.bf16 else feature  # of some operations autocast leaves float32
+            feature = feature.bfloat16() if self.bf16 else feature  # Autocast leaves some operations in float32.
             groups[name] = feature.unflatten(0, (L, n)).transpose(1, 2).flatten(0, 1)
             if self.stopwatch is not None:
                 self.stopwatch.enter_at_gradient(groups[name], "encoder")
@@ -189,7 +204,7 @@ class SimpleDriftingLoss(DriftingLoss):
         temperature: of the two softmaxes, > 0.
         normalize_features, normalize_drift: as in :func:`drift_ops.compute_V`.
 
-    Called with generated ``[G, D]`` and real ``[P, D]`` points, or with images as :class:`DriftingLoss`.
+    Called with generated ``[G, *shape]`` and real ``[P, *shape]`` samples.
     """
 
     def __init__(
@@ -199,16 +214,14 @@ class SimpleDriftingLoss(DriftingLoss):
         normalize_features: bool = True,
         normalize_drift: bool = True,
     ) -> None:
-        super().__init__("pixels", (sigma,), normalize_features, normalize_drift, field="gaussian")
+        super().__init__("input", (sigma,), normalize_features, normalize_drift, field="gaussian")
         self.softmax_temperature = temperature
 
-    def loss_and_info(
+    def forward(
         self, x_gen: Tensor, x_real: Tensor, x_uncond: Tensor | None = None, weight_uncond: Tensor | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        def image(x: Tensor) -> Tensor:
-            return x[..., None, None] if x.ndim == 2 else x
-
-        return super().loss_and_info(image(x_gen), image(x_real), x_uncond, weight_uncond)
+    ) -> Tensor:
+        """The loss of points or images of one label, a 0-d tensor."""
+        return self.loss_and_info(x_gen.unsqueeze(0), x_real.unsqueeze(0), x_uncond, weight_uncond)[0]
 
 
 def split_groups(groups: FeatureMaps, num: int) -> tuple[FeatureMaps, FeatureMaps]:
@@ -216,41 +229,46 @@ def split_groups(groups: FeatureMaps, num: int) -> tuple[FeatureMaps, FeatureMap
     return {name: g[:, :num] for name, g in groups.items()}, {name: g[:, num:] for name, g in groups.items()}
 
 
-def build_extractor(extractor: str | Sequence[str] | nn.Module, in_chans: int) -> nn.Module:
-    """The extractor that :class:`DriftingLoss` takes for that argument."""
+def build_extractor(extractor: Extractor | Sequence[Extractor], in_chans: int | None) -> nn.Module:
+    """The module that :class:`DriftingLoss` uses for that argument.
+
+    Raises:
+        ValueError: an unknown name, or one of an extractor of images where samples are none.
+    """
     if isinstance(extractor, nn.Module):
         return extractor
-    if not isinstance(extractor, str):
-        return FeatureStack({name: build_extractor(name, in_chans) for name in extractor})
-    if extractor == "latent":
-        return LatentFeatureExtractor(in_chans)
-    if extractor == "pixels":
-        return PixelFeatureExtractor()
-    if extractor == "resnet18":
-        return FeatureExtractor(in_chans)
-    if extractor == "convnext_v2":
-        return load_convnext(in_chans)
-    raise ValueError(
-        f"feature_extractor is {extractor!r}, expected 'latent', 'pixels', 'resnet18', 'convnext_v2' or an nn.Module"
-    )
+    if isinstance(extractor, (list, tuple)):
+        modules = [build_extractor(part, in_chans) for part in extractor]
+        named = [
+            (part if isinstance(part, str) else extractor_name(module), module)
+            for part, module in zip(extractor, modules, strict=True)
+        ]
+        return FeatureStack(named) if len(named) > 1 else named[0][1]
+    if callable(extractor):
+        return FunctionExtractor(extractor)
+    if extractor in ("input", "pixels"):
+        return InputFeatureExtractor(str(extractor))
+    of_images = {"latent": LatentFeatureExtractor, "resnet18": FeatureExtractor, "convnext_v2": load_convnext}
+    if extractor not in of_images:
+        raise ValueError(
+            f"feature_extractor is {extractor!r}, expected 'input', {', '.join(map(repr, of_images))}, "
+            "a module or function of your own, or a list of these"
+        )
+    if in_chans is None:
+        raise ValueError(f"feature_extractor {extractor!r} is for images [C, H, W]: use 'input' or one of your own")
+    return of_images[str(extractor)](in_chans)
 
 
-def _as_label_groups(x_gen: Tensor, x_real: Tensor, x_uncond: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The three as ``[L, count, C, H, W]``, checked against each other."""
+def _check_shapes(x_gen: Tensor, x_real: Tensor, x_uncond: Tensor | None) -> None:
     named = {"x_gen": x_gen, "x_real": x_real} | ({} if x_uncond is None else {"x_uncond": x_uncond})
     for name, x in named.items():
-        if x.ndim not in (4, 5):
-            raise ValueError(f"{name} has shape {list(x.shape)}, expected [count, C, H, W] or [labels, count, C, H, W]")
-        if x.ndim == 4:
-            named[name] = x.unsqueeze(0)
-    first = named["x_gen"]
-    for name, x in named.items():
-        if x.shape[0] != first.shape[0] or x.shape[2:] != first.shape[2:]:
+        if x.ndim < 2:
+            raise ValueError(f"{name} has shape {list(x.shape)}, expected [labels, count, …]")
+        if x.shape[0] != x_gen.shape[0] or x.shape[2:] != x_gen.shape[2:]:
             raise ValueError(
-                f"{name} has shape {list(x.shape)} but x_gen {list(first.shape)} (as [labels, count, C, H, W]): "
-                "labels and image sizes must agree"
+                f"{name} has shape {list(x.shape)} but x_gen {list(x_gen.shape)} (as [labels, count, …]): "
+                "labels and sample shapes must agree"
             )
-    return first, named["x_real"], named.get("x_uncond")
 
 
 def _check_weight(weight: Tensor | None, x_gen: Tensor, x_uncond: Tensor | None) -> Tensor:

@@ -6,11 +6,14 @@ release's ``models/mae_model.py``. An extractor's parameters never train, but gr
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from ..errors import require
 
 FeatureMaps = dict[str, Tensor]
 
@@ -31,11 +34,27 @@ class FrozenModule(nn.Module):
         return super().train(False)
 
 
-class PixelFeatureExtractor(FrozenModule):
-    """The image itself as one map, ``pixels`` ``[B, 1, C·H·W]``."""
+class InputFeatureExtractor(FrozenModule):
+    """The sample itself, of any shape, as one map ``[B, 1, D]``; its old name is ``pixels``."""
+
+    def __init__(self, name: str = "input") -> None:
+        super().__init__()
+        self.name = name
 
     def forward(self, x: Tensor) -> FeatureMaps:
-        return {"pixels": _flattened(x)}
+        return {self.name: x.reshape(len(x), 1, -1)}
+
+
+class FunctionExtractor(FrozenModule):
+    """A user's function from samples to maps, as a module."""
+
+    def __init__(self, function: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.function = function
+        self.__name__ = getattr(function, "__name__", "function").strip("<>")
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(x)
 
 
 class LatentFeatureExtractor(FrozenModule):
@@ -74,19 +93,61 @@ class LatentFeatureExtractor(FrozenModule):
 
 
 class FeatureStack(FrozenModule):
-    """Several extractors' maps together, named ``{extractor}/{map}``; ``global``, the input itself, is taken once."""
+    """Several extractors' maps together, named ``{extractor}/{map}``, or ``{extractor}`` where it has one unnamed map.
 
-    def __init__(self, extractors: Mapping[str, nn.Module]) -> None:
+    ``global``, the input itself, is taken once.
+
+    Args:
+        extractors: their names, of which none occurs twice in the maps, and the modules.
+    """
+
+    def __init__(self, extractors: Sequence[tuple[str, nn.Module]]) -> None:
         super().__init__()
-        self.extractors = nn.ModuleDict(extractors)
+        names = [name for name, _ in extractors]
+        self.names = [
+            name if names.count(name) == 1 else f"{name}_{names[:place].count(name) + 1}"
+            for place, name in enumerate(names)
+        ]
+        self.extractors = nn.ModuleList(module for _, module in extractors)
         self.freeze()
 
     def forward(self, x: Tensor) -> FeatureMaps:
         maps: FeatureMaps = {}
-        for extractor, module in self.extractors.items():
-            for name, feature in module(x).items():
-                maps.setdefault(name if name == "global" else f"{extractor}/{name}", feature)
+        for extractor, module in zip(self.names, self.extractors, strict=True):
+            for name, feature in named_maps(module(x), len(x), module).items():
+                of_extractor = extractor if name == extractor_name(module) else f"{extractor}/{name}"
+                maps.setdefault("global" if name == "global" else of_extractor, feature)
         return maps
+
+
+def named_maps(output: Any, count: int, extractor: nn.Module) -> FeatureMaps:
+    """The maps ``{name: [B, T, D]}`` of what an extractor returned for ``count`` = B samples.
+
+    A single tensor gets the name of the extractor, and maps ``[B, D]`` have one location.
+
+    Raises:
+        ValueError: it is no tensor ``[B, D]`` or ``[B, T, D]`` of floating-point numbers, nor a dict of such.
+    """
+    maps = output if isinstance(output, Mapping) else {extractor_name(extractor): output}
+    for name, feature in maps.items():
+        shape = list(feature.shape) if isinstance(feature, Tensor) else type(feature).__name__
+        if not isinstance(feature, Tensor) or feature.ndim not in (2, 3) or len(feature) != count:
+            raise ValueError(
+                f"the feature extractor's map {name!r} has shape {shape} for {count} samples, "
+                f"expected [{count}, features] or [{count}, locations, features]"
+            )
+        if not feature.is_floating_point():
+            raise ValueError(f"the feature extractor's map {name!r} is {feature.dtype}, expected floating point")
+    if not maps:
+        raise ValueError("the feature extractor returned no maps, expected at least one")
+    return {name: feature.unsqueeze(1) if feature.ndim == 2 else feature for name, feature in maps.items()}
+
+
+def extractor_name(extractor: nn.Module) -> str:
+    """What the one map of an extractor is called."""
+    if isinstance(extractor, InputFeatureExtractor):
+        return extractor.name
+    return getattr(extractor, "__name__", type(extractor).__name__)
 
 
 class FeatureExtractor(FrozenModule):
@@ -101,20 +162,14 @@ class FeatureExtractor(FrozenModule):
         pretrained: load the ImageNet weights (downloaded once by torchvision); False leaves them random.
 
     Raises:
-        ImportError: torchvision is not installed.
+        UserError: torchvision is not installed, or broken.
     """
 
     def __init__(self, in_chans: int = 3, pretrained: bool = True) -> None:
         super().__init__()
-        try:
-            from torchvision.models import resnet18
-        except ImportError as error:
-            raise ImportError(
-                "feature_extractor='resnet18' needs torchvision, which is not installed: `pip install torchvision`, "
-                "or use feature_extractor='latent', which needs nothing"
-            ) from error
+        models = require("torchvision.models", "feature_extractor='resnet18'", "resnet")
         self.in_chans = in_chans
-        self.resnet = resnet18(weights="IMAGENET1K_V1" if pretrained else None)
+        self.resnet = models.resnet18(weights="IMAGENET1K_V1" if pretrained else None)
         if in_chans != 3:
             shared = self.resnet.conv1.weight.mean(1, keepdim=True) * 3 / in_chans
             self.resnet.conv1.weight = nn.Parameter(shared.repeat(1, in_chans, 1, 1))

@@ -30,55 +30,39 @@ def backward_in_parts(
 
     Args:
         loss_fn: the loss.
-        generate: images ``[l, G, C, H, W]`` of a slice of the L labels, the same ones each time.
-        fixed: real images ``[L, P + U, C, H, W]``, the ``num_real`` = P of each label, then unconditional ones.
-        weight: ``[L, U]``, of the unconditional images.
+        generate: makes the samples ``[l, G, *sample_shape]`` of a slice of the L labels, the same ones each time.
+        fixed: real samples ``[L, P + U, *sample_shape]``, the ``num_real`` = P of each label before unconditional ones.
+        num_real: the number P.
+        weight: the weights ``[L, U]`` of the unconditional samples.
         labels_per_part: labels whose generator and extractor activations are held at once.
         share: factor of the gradient.
-        backward_part: what a part's forward and backward are inside of, given whether it is the last.
+        backward_part: surrounds a part's forward and backward; it is told whether the part is the last.
 
     Returns:
-        The generated images ``[L, G, C, H, W]``, the loss, and what it reports, all detached.
+        The generated samples ``[L, G, *sample_shape]``, the loss, and what it reports, all detached.
     """
-    parts = [slice(at, at + labels_per_part) for at in range(0, len(fixed), labels_per_part)]
-    images, gradients, loss, info = _loss_and_gradients(loss_fn, generate, fixed, num_real, weight, parts, share)
-    for part in parts:
-        with backward_part(part is parts[-1]):
-            groups = loss_fn.groups(generate(part))
-            rows = {name: gradient.unflatten(0, (len(fixed), -1))[part] for name, gradient in gradients.items()}
-            torch.autograd.backward(list(groups.values()), [rows[name].flatten(0, 1) for name in groups])
-    return images, loss, info
-
-
-def _loss_and_gradients(
-    loss_fn: DriftingLoss,
-    generate: Callable[[slice], Tensor],
-    fixed: Tensor,
-    num_real: int,
-    weight: Tensor,
-    parts: list[slice],
-    share: float,
-) -> tuple[Tensor, FeatureMaps, Tensor, dict[str, Tensor]]:
-    """Generated images, ``share`` of the loss's gradient by each of their feature maps, the loss and what it reports.
-
-    Memory's peak is here: the features of all labels, each once, and the gradients.
-    """
-    images = []
+    L = len(fixed)
+    parts = [slice(at, at + labels_per_part) for at in range(0, L, labels_per_part)]
+    samples: list[Tensor] = []
     gen: FeatureMaps = {}
     pos: FeatureMaps = {}
     neg: FeatureMaps = {}
-    L = len(fixed)
     with torch.no_grad():
         for part in parts:
-            images.append(generate(part))
-            _put(loss_fn.groups(images[-1]), gen, part, L)
+            samples.append(generate(part))
             real, uncond = split_groups(loss_fn.groups(fixed[part]), num_real)
-            _put(real, pos, part, L)
-            _put(uncond, neg, part, L)
+            for whole, groups in ((gen, loss_fn.groups(samples[-1])), (pos, real), (neg, uncond)):
+                _put(groups, whole, part, L)
+    # Memory's peak is here: the features of all labels, each once, and the gradients.
     leaves = [groups.requires_grad_() for groups in gen.values()]
     loss, info = loss_fn.of_groups(gen, pos, neg, weight)
     gradients = dict(zip(gen, torch.autograd.grad(loss * share, leaves), strict=True))
-    return torch.cat(images), gradients, loss.detach(), info
+    for part in parts:
+        with backward_part(part is parts[-1]):
+            groups = loss_fn.groups(generate(part))
+            rows = {name: gradient.unflatten(0, (L, -1))[part] for name, gradient in gradients.items()}
+            torch.autograd.backward(list(groups.values()), [rows[name].flatten(0, 1) for name in groups])
+    return torch.cat(samples), loss.detach(), info
 
 
 def _put(groups: FeatureMaps, whole: FeatureMaps, part: slice, num_labels: int) -> None:

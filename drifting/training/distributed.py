@@ -1,27 +1,36 @@
 """The processes that train together: those that torchrun started, or one alone."""
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(days=1)  # for rank 0 to evaluate, while the others wait
+PATIENCE = timedelta(days=1)  # The other ranks wait this long while rank 0 evaluates.
 
 
 @dataclass(frozen=True)
 class Ranks:
     """This process among those of the run; by default it is alone, and nothing is communicated.
 
-    ``group`` is for tensors on any device, ``host`` for what is decided on the host. All ranks call a method that
-    communicates, together.
+    All ranks call a method that communicates, together.
+
+    Args:
+        rank: the number of this process.
+        size: how many processes there are.
+        group: exchanges tensors, on any device.
+        host: exchanges what is decided on the host.
     """
 
     rank: int = 0
@@ -53,24 +62,8 @@ class Ranks:
             dist.all_reduce(values, group=self.group)
         return values
 
-    def greatest(self, number: int) -> int:
-        """The greatest ``number`` of any rank, between hosts."""
-        if self.size == 1:
-            return number
-        greatest = torch.tensor(number)
-        dist.all_reduce(greatest, dist.ReduceOp.MAX, group=self.host)
-        return int(greatest)
-
-    def from_main(self, value: T) -> T:
-        """The ``value`` of rank 0, between hosts."""
-        if self.size == 1:
-            return value
-        values: list[Any] = [value]
-        dist.broadcast_object_list(values, src=0, group=self.host)
-        return values[0]
-
     def on_all(self, action: Callable[[], T]) -> list[T]:
-        """What ``action`` returns on each rank, between hosts; an error of one is raised on all."""
+        """What ``action`` returns on each rank, exchanged between hosts; an error of one is raised on all."""
         if self.size == 1:
             return [action()]
         outcome: T | Exception
@@ -86,7 +79,7 @@ class Ranks:
         return outcomes
 
     def on_main(self, action: Callable[[], T]) -> T | None:
-        """What ``action`` returns on rank 0, which alone does it; None on the others, which wait, and end with it."""
+        """What ``action`` returns on rank 0, the only one to call it; None on the others, which wait for its end."""
         result: list[T] = []
         with self.agreed():
             self.on_all(lambda: result.append(action()) if self.main else None)
@@ -94,7 +87,7 @@ class Ranks:
 
     @contextmanager
     def agreed(self) -> Iterator[None]:
-        """Inside, all ranks raise the same errors, of which rank 0 alone tells: the others end without a word."""
+        """Inside, all ranks raise the same errors. Rank 0 alone tells them; the others end without a word."""
         try:
             yield
         except Exception as error:
@@ -121,3 +114,35 @@ def join_ranks() -> Iterator[Ranks]:
         yield Ranks(dist.get_rank(), dist.get_world_size(), dist.group.WORLD, host)
     finally:
         dist.destroy_process_group()
+
+
+def replicate(model: nn.Module, ranks: Ranks) -> nn.Module:
+    """What training calls in place of ``model``: a replica on each rank, whose gradients are means over the ranks."""
+    return model if ranks.group is None else DistributedDataParallel(model, process_group=ranks.group)
+
+
+def shard(model: nn.Module, ranks: Ranks) -> None:
+    """Let each rank keep a shard of every parameter of ``model`` (FSDP2), in place.
+
+    A network with a list of modules called ``blocks`` is gathered block by block; any other is gathered as a whole.
+    """
+    # Our images are views where a patch is the whole image, and nothing changes them in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    assert ranks.group is not None
+    mesh = DeviceMesh.from_group(ranks.group, next(model.parameters()).device.type)
+    for block in getattr(model, "blocks", nn.ModuleList()).children():
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+@contextmanager
+def averaging_gradients(model: nn.Module, averaging: bool) -> Iterator[None]:
+    """Whether a backward inside takes the mean of the gradients over the ranks, or only adds to this rank's.
+
+    Forward and backward of ``model``, a replica or in shards, are both inside.
+    """
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(averaging)
+    adding_replica = isinstance(model, DistributedDataParallel) and not averaging
+    with cast(DistributedDataParallel, model).no_sync() if adding_replica else nullcontext():
+        yield

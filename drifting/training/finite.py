@@ -1,30 +1,39 @@
 """A run stops when its loss or gradient is no longer finite."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..errors import UserError
+from .checkpoint import checkpoints_in
 from .metrics_log import to_record
 
 
-class NotFiniteError(ValueError):
-    """The loss or the gradient was NaN or infinite; the message says at which step and in which feature maps."""
-
-
 class FiniteGuard:
-    """Looks at ``skipped_steps`` of each step's metrics, of which ``allowed`` are, over the whole run.
+    """Raises once a run has skipped more than ``allowed`` steps because their loss or gradient was not finite.
 
-    On a GPU it looks at those of the step before, so that nothing waits for the step in hand.
+    On a GPU it looks at the step before the last, so that nothing waits for the one in hand. ``checkpoints`` is the
+    folder whose newest checkpoint the message names.
     """
 
-    def __init__(self, allowed: int) -> None:
-        self.allowed = allowed
+    def __init__(self, allowed: int, checkpoints: Path) -> None:
+        self.allowed, self.checkpoints = allowed, checkpoints
         self.pending: list[tuple[int, dict[str, Tensor], Tensor, torch.cuda.Event | None]] = []
 
-    def check(self, step: int, metrics: dict[str, Tensor]) -> None:
-        """Raises NotFiniteError if more steps were skipped than are allowed, on a GPU up to the step before."""
+    def check(self, step: int, metrics: dict[str, Tensor], wait: bool = False) -> None:
+        """Take in the metrics of a step, whose ``skipped_steps`` counts the steps that were skipped so far.
+
+        Args:
+            step: the number of the step.
+            metrics: what the step returned.
+            wait: look at this step too, even on a GPU.
+
+        Raises:
+            UserError: too many steps were skipped; the message names the step and the feature maps.
+        """
         skipped, event = metrics["skipped_steps"], None
         if skipped.is_cuda:
             pinned = torch.empty_like(skipped, device="cpu", pin_memory=True)
@@ -32,24 +41,24 @@ class FiniteGuard:
             event = torch.cuda.Event()
             event.record()
         self.pending.append((step, metrics, skipped, event))
-        while len(self.pending) > (event is not None):
-            self._look()
+        kept = 1 if event is not None and not wait else 0
+        while len(self.pending) > kept:
+            self._look(*self.pending.pop(0))
 
-    def finish(self) -> None:
-        """Raises as :meth:`check`, of all steps."""
-        while self.pending:
-            self._look()
-
-    def _look(self) -> None:
-        step, metrics, skipped, event = self.pending.pop(0)
+    def _look(self, step: int, metrics: dict[str, Tensor], skipped: Tensor, event: torch.cuda.Event | None) -> None:
         if event is not None:
             event.synchronize()
         if skipped > self.allowed:
-            raise NotFiniteError(f"step {step}: {_describe(to_record(metrics))}; skipped so far: {int(skipped)}")
+            newest = [str(path) for path in checkpoints_in(self.checkpoints)][-1:] or ["not there yet"]
+            raise UserError(
+                f"step {step}: {_describe(to_record(metrics))}; skipped so far: {int(skipped)}. These steps left the "
+                f"weights as they were; the last checkpoint is {newest[0]}: look at the data, lower "
+                "optimizer.learning_rate, or let train.max_skipped_steps such steps pass"
+            )
 
 
 def _describe(record: dict[str, Any]) -> str:
-    """What of a step is not finite."""
+    """What is not finite in a step."""
     maps = [name for name, scale in record.get("scale", {}).items() if not math.isfinite(scale)]
     maps += [
         name

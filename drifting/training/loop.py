@@ -1,32 +1,28 @@
-"""What the training commands share: their arguments, the run directory, the loop over steps, and how it ends."""
+"""What the training commands share: the run directory, the loop over steps, and how it ends."""
 
 import dataclasses
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..cli import ArgumentParser
-from ..config.reading import AnyConfig, changed_keys, read_config, save_config
-from ..config.schema import Config, PretrainConfig
+from ..config import AnyConfig, changed_keys, read_config, save_config
 from ..data import Split, training_batches
 from ..data.dataset import telling_of_dead_workers
-from ..errors import Interrupted, UserError
+from ..errors import Interrupted, UserError, reason
 from ..hub.run_directory import RunDirectory
 from ..utils.stopwatch import Stopwatch
-from .checkpoint import checkpoints_in, load_checkpoint, save_checkpoint
+from .checkpoint import load_checkpoint, save_checkpoint
 from .distributed import Ranks
-from .finite import FiniteGuard, NotFiniteError
-from .meter import Meter
+from .finite import FiniteGuard
 from .metrics_log import MetricsLog, to_record
 
 Quality = dict[str, float]
@@ -35,14 +31,16 @@ Quality = dict[str, float]
 class Trainer(Protocol):
     """What takes the steps; ``step`` counts those taken."""
 
-    step: int
     ranks: Ranks
     stopwatch: Stopwatch
 
     @property
+    def step(self) -> int: ...
+
+    @property
     def images_per_step(self) -> int: ...
 
-    def train_step(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]: ...
+    def train_step(self, x: Tensor, y: Tensor, /) -> dict[str, Tensor]: ...
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -50,38 +48,27 @@ class Trainer(Protocol):
 
 
 @dataclass(frozen=True)
-class Task:
-    """A trainer, its data, and what is done around its steps.
+class Run(Generic[AnyConfig]):
+    """A run of a training command: a trainer, its data, and what is done around its steps.
 
     Args:
+        directory: where the run is kept.
+        config: the configuration.
         trainer: takes the steps.
-        split: what it is given, in the order of :func:`training_batches`, each rank its share of a batch.
+        split: the training samples. The trainer gets them in the order of :func:`training_batches`, and each rank its
+            share of a batch.
         evaluate: measures the model and leaves a picture in the run directory; all ranks call it together.
-        save_model: writes the averaged weights into the run directory; so they do this.
-        describe: the terms of a record and of the last measures that are worth watching.
+        save_model: writes the averaged weights into the run directory; all ranks call it together.
+        describe: puts into words the terms of a record and of the last measures that are worth watching.
     """
 
+    directory: RunDirectory
+    config: AnyConfig
     trainer: Trainer
     split: Split
     evaluate: Callable[[], Quality]
     save_model: Callable[[], None]
     describe: Callable[[dict[str, Any], Quality], str]
-
-
-def parse_command(
-    argv: Sequence[str] | None, command: str, purpose: str, schema: type[AnyConfig], default: str
-) -> tuple[AnyConfig, Path]:
-    """Configuration and run directory that a command line asks for."""
-    parser = ArgumentParser(
-        prog=f"python -m drifting.{command}",
-        description=f"{purpose} The same command again goes on where the last one stopped.",
-    )
-    parser.add_argument("--config", default=default, metavar="NAME|FILE", help=f"configuration (default: {default})")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="run directory (default: runs/NAME)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="values over the configuration's")
-    arguments = parser.parse_intermixed_args(argv)
-    config = read_config(arguments.config, arguments.overrides, schema)
-    return config, arguments.out or Path("runs") / Path(arguments.config).stem
 
 
 def leave_a_core_free() -> None:
@@ -92,22 +79,6 @@ def leave_a_core_free() -> None:
     """
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, torch.get_num_threads() - 1))
-
-
-def _make_directory(run: RunDirectory, config: AnyConfig) -> None:
-    """Make the folder; if it holds a run, refuse a configuration that would train something else."""
-    try:
-        run.path.mkdir(parents=True, exist_ok=True)
-        run.samples.mkdir(exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot use {run.path} as a run directory: {error.strerror}") from error
-    if run.config.exists():
-        changed = changed_keys(read_config(str(run.config), (), type(config)), config)
-        if changed:
-            raise UserError(
-                f"{run.path} holds a run with another configuration ({'; '.join(changed)}): "
-                "choose another --out, or give the values it was started with"
-            )
 
 
 @contextmanager
@@ -132,7 +103,22 @@ def opened_run(run: RunDirectory, config: AnyConfig, ranks: Ranks) -> Iterator[N
         yield
 
 
-def run_training(config: Config | PretrainConfig, run: RunDirectory, task: Task) -> Quality:
+def _make_directory(run: RunDirectory, config: AnyConfig) -> None:
+    """Make the folder; if it holds a run, refuse a configuration that would train something else."""
+    try:
+        run.samples.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot use {run.path} as a run directory: {reason(error)}") from error
+    if run.config.exists():
+        changed = changed_keys(read_config(str(run.config), (), type(config), trusted=False), config)
+        if changed:
+            raise UserError(
+                f"{run.path} holds a run with another configuration ({'; '.join(changed)}): "
+                "choose another --out, or give the values it was started with"
+            )
+
+
+def train(run: Run[AnyConfig]) -> Quality:
     """Train to ``config.train.steps`` from the newest checkpoint, if there is one.
 
     Returns:
@@ -142,79 +128,90 @@ def run_training(config: Config | PretrainConfig, run: RunDirectory, task: Task)
         UserError: the checkpoint cannot be read or is of a later step, or loss or gradient are not finite.
         Interrupted: Ctrl-C or SIGTERM ended the run early; it is saved.
     """
-    trainer, ranks = task.trainer, task.trainer.ranks
-    _resume(run, trainer)
+    trainer, ranks, config, directory = run.trainer, run.trainer.ranks, run.config, run.directory
     with ranks.agreed():
+        ranks.on_all(lambda: _resume(directory, trainer))
         if trainer.step > config.train.steps:
-            raise UserError(f"{run.path} is at step {trainer.step} already, expected train.steps of at least that")
-    ranks.on_main(lambda: save_config(config, run.config))
+            raise UserError(
+                f"{directory.path} is at step {trainer.step} already, expected train.steps of at least that"
+            )
+    ranks.on_main(lambda: save_config(config, directory.config))
     if trainer.step == config.train.steps:
-        measured = task.evaluate()
-        task.save_model()  # after the evaluation: it chooses among several averages
+        measured = run.evaluate()
+        run.save_model()  # It comes after the evaluation, which chooses among several averages.
         return measured
     settings = dataclasses.asdict(config)
-    log = ranks.on_main(lambda: MetricsLog(run.metrics, trainer.step, config.train.wandb, settings))
+    log = ranks.on_main(lambda: MetricsLog(directory.metrics, trainer.step, config.train.wandb, settings))
     try:
         with _noting_signals(ranks) as signals:
-            return _train_steps(config, run, task, log, signals)
+            return _train_steps(run, log, signals)
     finally:
         if log is not None:
             log.close()
 
 
-def _resume(run: RunDirectory, trainer: Trainer) -> None:
-    """Bring the trainer to where the newest checkpoint is."""
-    with trainer.ranks.agreed():
-        try:
-            state = load_checkpoint(run.checkpoints, trainer.state_dict(), trainer.ranks)
-        except ValueError as error:
-            raise UserError(str(error)) from error
-    if state is not None:
+def _resume(directory: RunDirectory, trainer: Trainer) -> None:
+    """Bring the trainer to where the newest checkpoint is; every rank reads all of it."""
+    state = load_checkpoint(directory.checkpoints)
+    if state is None:
+        return
+    try:
         trainer.load_state_dict(state)
+    except Exception as error:  # A state of something else makes torch and the trainer raise errors of many classes.
+        raise UserError(
+            f"the checkpoint of step {state['step']} in {directory.checkpoints} is of another trainer than this: "
+            f"{reason(error)}"
+        ) from error
 
 
-def _train_steps(
-    config: Config | PretrainConfig, run: RunDirectory, task: Task, log: MetricsLog | None, signals: list[int]
-) -> Quality:
-    """The remaining steps. Only rank 0 has a log."""
-    trainer, ranks, every = task.trainer, task.trainer.ranks, config.train
+def _train_steps(run: Run[AnyConfig], log: MetricsLog | None, signals: list[int]) -> Quality:
+    """Take the remaining steps. Only rank 0 has a log."""
+    trainer, ranks, every = run.trainer, run.trainer.ranks, run.config.train
     quality: Quality = {}
-    guard, meter = FiniteGuard(every.max_skipped_steps), Meter(trainer.stopwatch, trainer.step)
+    guard = FiniteGuard(every.max_skipped_steps, run.directory.checkpoints)
+    trainer.stopwatch.take()
+    trainer.stopwatch.enter("data")
+    logged = trainer.step
     batches = training_batches(
-        task.split, every.batch_size, config.seed, trainer.step * every.batch_size, config.data.workers,
+        run.split, every.batch_size, run.config.seed, trainer.step * every.batch_size, run.config.data.workers,
         ranks.share(every.batch_size),
     )  # fmt: skip
     with _progress(every.steps, trainer) as bar, telling_of_dead_workers():
-        for images, labels in islice(batches, every.steps - trainer.step):
-            metrics = trainer.train_step(images, labels)
+        for samples, labels in islice(batches, every.steps - trainer.step):
+            metrics = trainer.train_step(samples, labels)
             step, last = trainer.step, trainer.step == every.steps
+            received = max(ranks.on_all(lambda: max(signals, default=0)))
             evaluating = last or (every.eval_every and step % every.eval_every == 0)
-            received = ranks.greatest(max(signals, default=0))
             saving = last or received or step % every.save_every == 0
-            with ranks.agreed(), _stopping_at_not_finite(run):
-                guard.check(step, metrics)
-                if evaluating or saving:
-                    guard.finish()
+            with ranks.agreed():
+                guard.check(step, metrics, wait=bool(evaluating or saving))
             logging = log is not None and (evaluating or step % every.log_every == 0)
-            timing = meter.read(step, trainer.images_per_step) if logging else {}
+            timing = trainer.stopwatch.read(step - logged, trainer.images_per_step) if logging else {}
             trainer.stopwatch.enter("evaluation")
             if evaluating:
-                quality = task.evaluate()
+                quality = run.evaluate()
             if log is not None and logging:
-                record = {"step": step} | to_record(metrics) | {"timing": timing}
-                bar.set_postfix_str(task.describe(record, quality), refresh=False)
+                record, logged = {"step": step} | to_record(metrics) | {"timing": timing}, step
+                bar.set_postfix_str(run.describe(record, quality), refresh=False)
                 log.write(record | (quality if evaluating else {}))
             bar.update()
             if saving:
-                with ranks.agreed():
-                    save_checkpoint(run.checkpoints, trainer.state_dict(), ranks)
-                task.save_model()
+                _save(run)
             trainer.stopwatch.enter("data")
             if received and not last:
-                message = f"interrupted at step {step}, saved in {run.checkpoints}: the same command again goes on"
+                place = run.directory.checkpoints
                 with ranks.agreed():
-                    raise Interrupted(message, received)
+                    raise Interrupted(
+                        f"interrupted at step {step}, saved in {place}: the same command again goes on", received
+                    )
     return quality
+
+
+def _save(run: Run[AnyConfig]) -> None:
+    """Write checkpoint and model; all ranks gather their parts, and rank 0 writes."""
+    state = run.trainer.state_dict()
+    run.trainer.ranks.on_main(lambda: save_checkpoint(run.directory.checkpoints, state))
+    run.save_model()
 
 
 def _progress(steps: int, trainer: Trainer) -> Any:
@@ -222,19 +219,6 @@ def _progress(steps: int, trainer: Trainer) -> Any:
     interval = 0.5 if sys.stderr.isatty() else 10
     silent = not trainer.ranks.main
     return tqdm(total=steps, initial=trainer.step, unit="step", mininterval=interval, disable=silent)
-
-
-@contextmanager
-def _stopping_at_not_finite(run: RunDirectory) -> Iterator[None]:
-    """What a loss or gradient that is not finite ends the run with."""
-    try:
-        yield
-    except NotFiniteError as error:
-        newest = [str(path) for path in checkpoints_in(run.checkpoints)][-1:] or ["not there yet"]
-        raise UserError(
-            f"{error}. These steps left the weights as they were; the last checkpoint is {newest[0]}: "
-            "look at the data, lower optimizer.learning_rate, or let train.max_skipped_steps such steps pass"
-        ) from error
 
 
 @contextmanager

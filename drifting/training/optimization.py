@@ -1,78 +1,147 @@
-"""AdamW as the release has it, its schedule and the averages of the weights, of parameters whole or in shards."""
+"""A network's weights in training: AdamW as the release has it, its schedule, and the averages of the weights."""
 
+import copy
 import math
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.tensor import DTensor
-from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from ..config.schema import AdamWConfig
+from .distributed import Ranks, replicate, shard
+
 BETAS = (0.9, 0.95)
+GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)  # The whole of it is on the host of rank 0.
+WHOLE = StateDictOptions(full_state_dict=True)
 
 
-def adamw(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
-    """Of all parameters, fused."""
-    return torch.optim.AdamW(model.parameters(), learning_rate, BETAS, weight_decay=weight_decay, fused=True)
+class TrainedWeights:
+    """The weights of a network, their optimizer and their averages, whole on each rank or in shards.
 
+    Args:
+        model: the network, which is moved to ``device``.
+        config: the learning rate with its schedule, the weight decay and the clipping of gradients.
+        decays: of the averages, as many as there are decays.
+        steps: the length of the run, over which ``config.cosine_decay`` lowers the rate to 0.
+        ranks: the processes that train together.
+        device: where the weights are.
+        sharded: whether each rank keeps a shard of weights, averages and optimizer (FSDP2) in place of the whole (DDP).
 
-def average_of(model: nn.Module, decay: float) -> AveragedModel:
-    """The exponential moving average of its weights, which no gradient reaches."""
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)).requires_grad_(False)
-
-
-def warmup_then_cosine(
-    optimizer: torch.optim.Optimizer, warmup_steps: int, decay_steps: int | None
-) -> torch.optim.lr_scheduler.LambdaLR:
-    """Factor of the learning rate at step n = 0, 1, …: min(1, (n + 1)/warmup_steps), times a half cosine to 0."""
-
-    def factor(step: int) -> float:
-        warmup = min(1.0, (step + 1) / max(warmup_steps, 1))
-        if decay_steps is None:
-            return warmup
-        return warmup * 0.5 * (1 + math.cos(math.pi * min(1.0, step / decay_steps)))
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-
-
-def clip_and_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: LRScheduler, loss: Tensor, max_grad_norm: float
-) -> tuple[Tensor, Tensor]:
-    """One step of the schedule and, if ``loss`` (0-d) and gradient are finite, of a fused optimizer.
-
-    Returns:
-        The norm of the gradient before clipping, and whether weights and optimizer were left as they are; 0-d. Nothing
-        is read on the host.
+    ``distributed`` is what a training step calls in place of ``model``. ``step`` counts the steps taken, and the 0-d
+    tensor ``skipped_steps`` those whose loss or gradient was not finite.
     """
-    norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
-    grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    skip = ~(loss + grad_norm).isfinite()
-    optimizer.found_inf = skip.float()  # type: ignore[attr-defined]  # as torch.amp.GradScaler tells it
-    optimizer.step()
-    scheduler.step()
-    return grad_norm, skip
 
+    def __init__(
+        self,
+        model: nn.Module,
+        config: AdamWConfig,
+        decays: Sequence[float],
+        steps: int,
+        ranks: Ranks,
+        device: torch.device,
+        sharded: bool = False,
+    ) -> None:
+        self.model, self.config, self.steps = model.to(device), config, steps
+        average = {decay: get_ema_multi_avg_fn(decay) for decay in decays}
+        self.averages = {
+            decay: AveragedModel(model, multi_avg_fn=function).requires_grad_(False)
+            for decay, function in average.items()
+        }
+        self.blank: nn.Module | None = None  # It takes the gathered weights of an average that is in shards.
+        if sharded and ranks.group is not None:
+            self.blank = copy.deepcopy(model).cpu().requires_grad_(False).eval()
+            for module in (model, *(average.module for average in self.averages.values())):
+                shard(module, ranks)
+        self.distributed = model if self.blank is not None else replicate(model, ranks)
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), config.learning_rate, BETAS, weight_decay=config.weight_decay, fused=True
+        )
+        self.step = 0
+        self.skipped_steps = torch.zeros((), dtype=torch.long, device=device)
 
-def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimizer's state by names of parameters, in shards where these are; zeros before the first step."""
-    fresh = not optimizer.state
-    state = cast(dict[str, Any], get_optimizer_state_dict(model, optimizer)["state"])
-    if fresh:  # it was made by a step that changed nothing but was counted
-        for of_parameter in optimizer.state.values():
-            of_parameter["step"].zero_()
-    return state
+    def learning_rate(self, step: int) -> float:
+        """The rate of step n = 0, 1, …: it rises linearly over the warm-up, then stays or falls along a half cosine."""
+        factor = min(1.0, (step + 1) / max(self.config.warmup_steps, 1))
+        if self.config.cosine_decay:
+            factor *= 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.steps)))
+        return self.config.learning_rate * factor
 
+    def update(self, loss: Tensor) -> Tensor:
+        """Take one step with the gradients that are there, and average the weights.
 
-def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Continue from :func:`optimizer_state` of an optimizer with the same settings."""
-    groups = get_optimizer_state_dict(model, optimizer)["param_groups"]
-    set_optimizer_state_dict(model, optimizer, {"state": state, "param_groups": groups})
+        Where ``loss`` (0-d) or the gradient is not finite, weights and optimizer stay as they are. Nothing is read on
+        the host.
 
+        Returns:
+            The norm of the gradient before clipping, 0-d.
+        """
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+        grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        skipped = ~(loss + grad_norm).isfinite()
+        self.optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]  # torch.amp.GradScaler tells it so.
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(self.step)
+        self.optimizer.step()
+        self.skipped_steps += skipped
+        for average in self.averages.values():
+            average.update_parameters(self.model)
+        self.step += 1
+        return grad_norm
 
-def load_schedule(scheduler: LRScheduler, state: dict[str, Any]) -> None:
-    """Continue from the scheduler's ``state_dict``, its optimizer at the rates that it had."""
-    scheduler.load_state_dict(state)
-    for group, rate in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
-        group["lr"] = rate
+    def average(self, decay: float) -> nn.Module:
+        """The network with the averaged weights of that decay, all of them on each rank. All ranks call this."""
+        average = self.averages[decay].module
+        if self.blank is None:
+            return average
+        with torch.no_grad():
+            self.blank.load_state_dict(get_model_state_dict(average, options=WHOLE))
+        return self.blank.to(self.skipped_steps.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights, averages, optimizer and counts, whole and on the host, on rank 0. All ranks call this."""
+        return {
+            "model": get_model_state_dict(self.model, options=GATHERED),
+            "averages": {
+                str(decay): {
+                    "count": int(average.n_averaged),
+                    "weights": get_model_state_dict(average.module, options=GATHERED),
+                }
+                for decay, average in self.averages.items()
+            },
+            "optimizer": self._optimizer_state(),
+            "skipped_steps": int(self.skipped_steps),
+            "step": self.step,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from :meth:`state_dict`, of which every rank has the whole.
+
+        Rates and weight decay are those of this object's own configuration.
+        """
+        for decay, average in self.averages.items():
+            saved = state["averages"][str(decay)]
+            set_model_state_dict(average.module, saved["weights"], options=WHOLE)
+            average.n_averaged.fill_(saved["count"])
+        set_model_state_dict(self.model, state["model"], options=WHOLE)
+        if state["optimizer"]:
+            groups = get_optimizer_state_dict(self.model, self.optimizer, options=WHOLE)["param_groups"]
+            saved_optimizer: dict[str, Any] = {"state": state["optimizer"], "param_groups": groups}
+            set_optimizer_state_dict(self.model, self.optimizer, saved_optimizer, options=WHOLE)
+        self.skipped_steps.fill_(state["skipped_steps"])
+        self.step = state["step"]
+
+    def _optimizer_state(self) -> dict[str, Any]:
+        """The moments by the names of the parameters, which there are none of before the first step."""
+        if not self.optimizer.state:
+            return {}
+        return dict(get_optimizer_state_dict(self.model, self.optimizer, options=GATHERED).get("state", {}))

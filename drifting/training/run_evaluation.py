@@ -8,8 +8,7 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
-from ..config.reading import load_config, save_config
-from ..config.schema import Config
+from ..config import Config, read_config, save_config
 from ..data import Dataset
 from ..errors import UserError, reason
 from ..evaluation.drawing import draw_samples, spread_labels
@@ -24,18 +23,18 @@ from ..evaluation.evaluator import (
 )
 from ..hub.run_directory import RunDirectory, save_generator
 from ..hub.vae import decode_latents
+from ..utils.files import read_object
 from ..utils.images import save_panels, to_uint8
-from ..utils.json_file import read_object
-from . import DriftingTrainer
+from .trainer import DriftingTrainer
 
-ROWS, COLUMNS = 10, 10  # of a picture: classes, and images of each
+ROWS, COLUMNS = 10, 10  # A picture has these many classes, and images of each.
 
 
 class RunEvaluation:
     """Evaluates the averaged weights, keeps the best and draws pictures. All ranks call it; rank 0 does the work.
 
     Raises:
-        UserError: the configured evaluation cannot be made of these images.
+        UserError: the configured evaluation cannot be made of these samples.
     """
 
     def __init__(self, config: Config, run: RunDirectory, trainer: DriftingTrainer, dataset: Dataset) -> None:
@@ -47,22 +46,31 @@ class RunEvaluation:
         evaluator = open_evaluator(self.config.evaluation, self.dataset)
         if evaluator is not None:
             warn_of_few(evaluator, self._num_samples(evaluator))
-            check_evaluation(evaluator, self.trainer.generator_of(model))
+            check_evaluation(evaluator, self.trainer.generator(model))
         return evaluator
 
     def evaluate(self) -> Quality:
-        """Measures of the average and the guidance scale that are best; the trainer's best average is that one from
-        now. Leaves a picture, and in ``run.best`` weights that are better than those there."""
-        models = self.trainer.ema_models
-        quality = self.ranks.from_main(self.ranks.on_main(lambda: self._measure(models))) or {}
+        """Measure every average at every guidance scale, and return the measures of the best.
+
+        The trainer's best average is that one from then on. A picture is left, and in ``run.best`` the weights, if they
+        are better than those there.
+        """
+        qualities: list[Quality] = []
+        for decay in self.config.optimizer.ema_decay:
+            model = self.trainer.weights.average(decay)
+            measured = self.ranks.on_main(lambda model=model: self._measure(model))  # type: ignore[misc]
+            qualities += [{"ema_decay": decay} | quality for quality in measured or []]
+        distance = "" if self.evaluator is None else self.evaluator.distance
+        best = best_quality(qualities, distance) if qualities else {}
+        quality = self.ranks.on_all(lambda: best)[0]
         self.trainer.best_decay = quality.get("ema_decay", self.trainer.best_decay)
-        self.ranks.on_main(lambda: self._keep(models[self.trainer.best_decay], quality))
+        model = self.trainer.ema_model
+        self.ranks.on_main(lambda: self._keep(model, quality))
         return quality
 
     def save_model(self) -> None:
         """Write the averaged weights into the run directory."""
-        model = self.trainer.ema_model
-        self.ranks.on_main(lambda: save_generator(self.run, self.trainer.generator_of(model)))
+        self.trainer.save(self.run.path)
 
     def describe(self, record: dict[str, Any], quality: Quality) -> str:
         """The terms worth watching: mean λ of each R over the feature maps, spread, Fréchet distance."""
@@ -80,48 +88,53 @@ class RunEvaluation:
     def report(self, quality: Quality) -> None:
         """Print the closing table, and what to do next."""
         if self.evaluator is not None:
-            _print_measures(quality, self.evaluator.distance)
+            _print_measures(quality, self.evaluator.distance, "images" if self._pictured else "samples")
             best = _best_so_far(self.run)
             if best.get(self.evaluator.distance, math.inf) < quality[self.evaluator.distance]:
                 distance = best[self.evaluator.distance]
                 print(f"\nbest: {distance:.2f} at step {best['step']}, kept in {self.run.best.path}")
-        path = self.run.path
-        print(f"\nsamples: {self.run.samples}\nmore:    python -m drifting.sample {path} --num 100 --out samples.png")
+        path, out = self.run.path, "samples.png" if self._pictured else "samples.npz"
+        print(f"\nsamples: {self.run.samples}" if self._pictured else "")
+        print(f"more:    python -m drifting.sample {path} --num 100 --out {out}")
 
-    def _measure(self, models: dict[float, nn.Module]) -> Quality:
+    @property
+    def _pictured(self) -> bool:
+        """Whether samples are images, or decode to them."""
+        return self.dataset.pixel_range is not None
+
+    def _measure(self, model: nn.Module) -> list[Quality]:
+        """The measures of a network at each of the configured guidance scales."""
         if self.evaluator is None:
-            return {}
-        config = self.config.evaluation
-        labels = spread_labels(self._num_samples(self.evaluator), range(self.dataset.num_classes))
-        qualities: list[Quality] = []
-        for decay, model in models.items():
-            for cfg_scale in config.cfg_scales:
-                quality = evaluate_model(self.evaluator, self.trainer.generator_of(model), labels, cfg_scale)[0]
-                qualities.append({"ema_decay": decay} | quality)
-        return best_quality(qualities, self.evaluator.distance)
+            return []
+        generator, scales = self.trainer.generator(model), self.config.evaluation.cfg_scales
+        numbers = spread_labels(self._num_samples(self.evaluator), range(len(generator.class_names)))
+        return [evaluate_model(self.evaluator, generator, numbers, scale)[0] for scale in scales]
 
     def _num_samples(self, evaluator: Evaluator) -> int:
         return self.config.evaluation.num_samples or evaluator.num_samples
 
     def _keep(self, model: nn.Module, quality: Quality) -> None:
-        """A picture; and the weights in ``run.best``, unless those there are of no greater distance, measured alike."""
-        self._save_picture(model)
+        """Leave a picture; and the weights in ``run.best``, unless those there are as good, measured alike."""
+        if self._pictured:
+            self._save_picture(model)
         if self.evaluator is None:
             return
         kept, best, distance = _best_so_far(self.run), self.run.best, self.evaluator.distance
-        alike = kept and load_config(str(best.config)).evaluation == self.config.evaluation
+        alike = kept and read_config(str(best.config), (), Config, trusted=False).evaluation == self.config.evaluation
         if not alike or quality[distance] < kept.get(distance, math.inf):
-            save_generator(best, self.trainer.generator_of(model), quality)
+            save_generator(best, self.trainer.generator(model), quality)
             save_config(self.config, best.config)
 
     def _save_picture(self, model: nn.Module) -> None:
         """Generated images, a class a row, beside training images of it; without the VAE that latents need, a note."""
-        split, pixel_range = self.dataset.train, self.dataset.pixel_range
+        split, generator, pixel_range = self.dataset.train, self.trainer.generator(model), self.dataset.pixel_range
+        assert pixel_range is not None
         present = split.labels.unique()[:ROWS].tolist()
         rows = [(split.labels == label).nonzero().flatten()[:COLUMNS].tolist() for label in present]
         real = split.samples(index for row in rows for index in islice(cycle(row), COLUMNS))
+        numbers = spread_labels(len(real), present if len(generator.class_names) > 1 else [0])
         try:
-            generated = draw_samples(self.trainer.generator_of(model), spread_labels(len(real), present))
+            generated = draw_samples(generator, numbers)
             real = decode_latents(real.to(self.trainer.device)) if self.dataset.latent else real
         except UserError as error:
             tqdm.write(f"no picture at step {self.trainer.step}: {error}", file=sys.stderr)
@@ -132,7 +145,7 @@ class RunEvaluation:
 
 def _best_so_far(run: RunDirectory) -> Quality:
     """The measures of what ``run.best`` holds, and its step."""
-    if not run.best.config.is_file():  # the last that is written
+    if not run.best.config.is_file():  # It is the last file that is written.
         return {}
     try:
         description = read_object(run.best.description)
@@ -142,21 +155,21 @@ def _best_so_far(run: RunDirectory) -> Quality:
         raise UserError(f"{run.best.description} cannot be read ({reason(error)}): delete {path} to go on") from error
 
 
-def _print_measures(quality: Quality, distance: str) -> None:
-    """Generated images beside real ones, of what was measured."""
-    real_images = "test images" if f"{distance}_train" in quality else "reference"
+def _print_measures(quality: Quality, distance: str, noun: str) -> None:
+    """Print what was measured of generated samples beside what real ones score."""
+    real_samples = f"test {noun}" if f"{distance}_train" in quality else "reference"
     rows = [
-        (f"Frechet distance to the {real_images}", distance, "8.2f", "train"),
+        (f"Frechet distance to the {real_samples}", distance, "8.2f", "train"),
         ("recognised as their class", "recognised_share", "8.1%", "test"),
-        ("distance to the nearest training image", "nearest_distance", "8.2f", "test"),
+        (f"distance to the nearest training {noun[:-1]}", "nearest_distance", "8.2f", "test"),
         ("sFID", "sfid", "8.2f", "train"),
         ("Inception score", "inception_score", "8.1f", "test"),
         ("precision", "precision", "8.1%", "test"),
         ("recall", "recall", "8.1%", "test"),
     ]
-    print(f"\n{'images in one step each':40} generated      real")
+    print(f"\n{f'{noun} in one step each':40} generated      real")
     for title, measure, form, split in rows:
         if measure in quality:
             real = quality.get(f"{measure}_{split}")
-            beside = "" if real is None else f"  {real:{form}}  ({split} images)"
+            beside = "" if real is None else f"  {real:{form}}  ({split} {noun})"
             print(f"{title:40}  {quality[measure]:{form}}{beside}")

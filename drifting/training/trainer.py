@@ -1,445 +1,366 @@
 """The training step of Algorithm 1 of the paper (arXiv 2602.04770), and the trainer around it."""
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, cast
+from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from ..data.sample_queue import SampleQueue
-from ..generation import Generator
+from ..config import Config, check_values
+from ..data.labels import label_of, sample_of
+from ..generation import ClassNames, Generator, Labels, Signature, draw_extra, sample_shape_of
+from ..hub.run_directory import RunDirectory, save_generator
 from ..models import DriftingDiT, DriftingLoss
 from ..utils.stopwatch import Stopwatch
 from .accumulation import backward_in_parts
-from .distributed import Ranks
-from .guidance import sample_cfg_scale, uncond_weight
-from .optimization import (
-    adamw,
-    average_of,
-    clip_and_step,
-    load_optimizer_state,
-    load_schedule,
-    optimizer_state,
-    warmup_then_cosine,
-)
-from .parallel import averaging_gradients, distribute, unsharded
+from .distributed import Ranks, averaging_gradients
+from .groups import ClassGroups, Groups
+from .optimization import TrainedWeights
+
+Extractor = str | nn.Module | Callable[[Tensor], Any]
 
 
 class DriftingTrainer:
-    """Trains a generator by drifting, one class-grouped step at a time.
+    """Trains a network by drifting, one step of several groups at a time.
 
-    A step takes ``labels_per_step`` labels, generates ``gen_per_label`` images of each, and pulls them towards
-    ``pos_per_label`` real images of that label and away from each other and, where the label's guidance scale α is
-    above 1, from ``uncond_per_label`` real images of any label.
+    A step takes the labels of ``config.step.labels_per_step`` groups, generates samples of each, and pulls them towards
+    real samples of that label and away from each other and, where the label's guidance scale α is above 1, from real
+    samples of any label.
 
     Args:
-        model: generator, called as ``model(z, y, cfg_scale=..., style=...)``.
-        loss_fn: the drifting loss.
-        optimizer, scheduler: of ``model``, the optimizer fused; the scheduler is stepped once a training step.
-        averages: of the weights of ``model``, by their decay, one or several.
-        sample_queue: source of the real images.
-        labels_per_step, gen_per_label, pos_per_label, uncond_per_label: sizes of a step, each at least 1.
-        cfg_scale_range, cfg_exponent, uncond_prob: distribution of α, see :func:`sample_cfg_scale`.
-        max_grad_norm: gradients are clipped to this norm.
-        pixel_range: least and greatest value of an image; generated values are clamped to it. None does not clamp.
-        seed: all randomness of step n derives from (seed, n), so that a resumed run repeats an uninterrupted one.
-        device: of the model.
-        labels_at_once: labels whose activations are held at once, see :func:`backward_in_parts`; None holds all.
-        bf16: run the generator under bfloat16 autocast; its weights stay float32.
-        ranks: that take each step together, each for its share of the labels. The step is the same at any number of
-            them, up to rounding: statistics, gradients and queues are those of all.
-        distributed_model: ``model`` as the ranks train it, see :func:`distribute`.
+        model: the network, called as ``model(z)``, ``model(z, y)`` or ``model(z, y, cfg_scale)``.
+        config: the sections ``loss``, ``step``, ``guidance`` and ``optimizer``, the seed, and the length of the run.
+        feature_extractor: where samples are compared, see :class:`DriftingLoss`; by default what ``config.loss`` names.
+        device: where to train; by default on CUDA if there is one, else on the CPU.
+        noise_shape: shape of one sample's noise, where ``model`` has no attribute of that name.
+        class_names: the labels, by class number; by default they are learnt from the data.
+        pixel_range: the values of samples that are black and white, or None where they are no images.
+        latent: whether samples are latents.
+        data: name of the data set.
+        origin: the name and the arguments that ``model`` was built with, as ``model.json`` keeps them.
+        ranks: the processes that take each step together, each for its share of the labels. The step is the same at any
+            number of them, up to rounding: statistics, gradients and queues are those of all.
 
     ``step`` counts the steps taken; ``best_decay`` says which average :meth:`generate` uses, and whoever evaluates them
-    may set it. ``stopwatch`` knows how long the phases of the steps took: "communication" of images and metrics,
+    may set it. ``stopwatch`` knows how long the phases of the steps took: "communication" of samples and metrics,
     "generator", "encoder" and "operator" forward and backward, with the exchange of statistics and gradients,
     "optimizer" and averages, "other", and between steps "data".
 
-    A step whose loss or gradient is not finite leaves weights and optimizer as they are, and counts in
-    ``skipped_steps``, a 0-d tensor.
+    All randomness of step n follows from (seed, n), so that a resumed run repeats an uninterrupted one. A step seeds
+    torch's global generators, from which dropout draws. A step whose loss or gradient is not finite changes nothing.
     """
 
     def __init__(
         self,
-        model: DriftingDiT,
-        loss_fn: DriftingLoss,
-        optimizer: torch.optim.Optimizer,
-        scheduler: torch.optim.lr_scheduler.LRScheduler,
-        averages: Mapping[float, AveragedModel],
-        sample_queue: SampleQueue,
+        model: nn.Module,
+        config: Config,
+        feature_extractor: Extractor | Sequence[Extractor] | None = None,
         *,
-        labels_per_step: int,
-        gen_per_label: int,
-        pos_per_label: int,
-        uncond_per_label: int,
-        cfg_scale_range: tuple[float, float],
-        cfg_exponent: float,
-        uncond_prob: float,
-        max_grad_norm: float,
-        pixel_range: tuple[float, float] | None,
-        seed: int,
-        device: torch.device,
-        labels_at_once: int | None,
-        bf16: bool,
-        ranks: Ranks,
-        distributed_model: nn.Module,
+        device: torch.device | str | None = None,
+        noise_shape: Sequence[int] | None = None,
+        class_names: ClassNames | None = None,
+        pixel_range: tuple[float, float] | None = None,
+        latent: bool = False,
+        data: str = "",
+        origin: tuple[str, dict[str, Any]] | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
-        self.model, self.loss_fn, self.optimizer, self.scheduler = model, loss_fn, optimizer, scheduler
-        self.sample_queue = sample_queue
-        self.labels_per_step, self.gen_per_label = labels_per_step, gen_per_label
-        self.pos_per_label, self.uncond_per_label = pos_per_label, uncond_per_label
-        self.cfg_scale_range, self.cfg_exponent, self.uncond_prob = cfg_scale_range, cfg_exponent, uncond_prob
-        self.max_grad_norm, self.pixel_range, self.seed, self.device = max_grad_norm, pixel_range, seed, device
-        self.labels_at_once, self.bf16 = labels_at_once, bf16
-        self.ranks, self.distributed_model = ranks, distributed_model
-        self.averages = averages
-        self.best_decay = next(iter(averages))
-        self.step = 0
-        self.skipped_steps = torch.zeros((), dtype=torch.long, device=device)
-        self.stopwatch = loss_fn.stopwatch = Stopwatch(device)
-        self.class_names: tuple[int | str, ...] = ()
-        self.latent, self.data = False, ""
+        self.config, self.ranks = config, ranks or Ranks()
+        self._check_ranks()
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.model, self.signature = model.to(self.device), Signature.of(model, noise_shape)
+        self.sample_shape = sample_shape_of(model, self.signature)
+        self.pixel_range, self.latent, self.data, self.origin = pixel_range, latent, data, origin
+        self.groups = ClassGroups(
+            config, self.sample_shape, self.ranks, self.device, class_names,
+            labelled=self.signature.conditions > 0, num_classes=getattr(model, "num_classes", None),
+        )  # fmt: skip
+        step, optimizer = config.step, config.optimizer
+        self.loss_fn = DriftingLoss(
+            config.loss.feature_extractor if feature_extractor is None else feature_extractor, config.loss.temperatures,
+            affinity_floor=config.loss.affinity_floor, bf16=step.bf16,
+            in_chans=self.sample_shape[0] if len(self.sample_shape) == 3 else None,
+            process_group=self.ranks.group,
+        ).to(self.device)  # fmt: skip
+        if step.activation_checkpointing:
+            _checkpoint_activations(model)
+        self.weights = TrainedWeights(
+            model, optimizer, optimizer.ema_decay, config.train.steps, self.ranks, self.device, step.fsdp
+        )
+        if step.compile:
+            self.weights.distributed.compile()
+            self.loss_fn.feature_extractor.compile()
+        self.best_decay = optimizer.ema_decay[0]
+        self.stopwatch = self.loss_fn.stopwatch = Stopwatch(self.device)
+
+    @property
+    def step(self) -> int:
+        """The steps taken so far."""
+        return self.weights.step
 
     @property
     def images_per_step(self) -> int:
-        """Images that a step generates, on all ranks."""
-        return self.labels_per_step * self.gen_per_label
+        """Samples that a step generates, on all ranks."""
+        return self.config.step.labels_per_step * self.config.step.gen_per_label
 
     @property
-    def ema_models(self) -> dict[float, DriftingDiT]:
-        """The model with averaged weights, by the decay of the average. All ranks ask for them together."""
-        return {decay: unsharded(cast(DriftingDiT, average.module)) for decay, average in self.averages.items()}
+    def ema_model(self) -> nn.Module:
+        """The network with the averaged weights of ``best_decay``. All ranks ask for it together."""
+        return self.weights.average(self.best_decay)
 
-    @property
-    def ema_model(self) -> DriftingDiT:
-        """The model with the averaged weights of ``best_decay``. All ranks ask for it together."""
-        return unsharded(cast(DriftingDiT, self.averages[self.best_decay].module))
+    # ------------------------------------------------------------------------------------------------ the step
 
-    def train_step(self, images: Tensor, labels: Tensor, use_cfg_training: bool = True) -> dict[str, Tensor]:
-        """Put a batch of real images into the queue, then take one optimiser step.
+    def train_step(self, x: Tensor, y: Labels | None = None, use_cfg_training: bool = True) -> dict[str, Tensor]:
+        """Take in a batch of real samples, then take one step of Algorithm 1.
 
         Args:
-            images: real images ``[B, C, H, W]``, as many on each rank.
-            labels: integer labels ``[B]``.
-            use_cfg_training: whether to draw guidance scales; otherwise every α is 1 and no label needs negatives.
+            x: real samples ``[B, *sample_shape]``, as many on each rank.
+            y: their labels ``[B]``, integers or text; None puts all samples into one class.
+            use_cfg_training: whether to draw guidance scales α; otherwise every α is 1, and no label needs negatives.
 
         Returns:
             0-d tensors, left on the device and the same on all ranks: ``loss``, ``grad_norm`` (before clipping),
-            ``sample_spread`` (standard deviation of the generated images of a label over that of the real ones; 0 is
+            ``sample_spread`` (standard deviation of the generated samples of a label over that of the real ones; 0 is
             collapse, 1 is right), ``skipped_steps``, and what the loss reports of each feature map.
+
+        Raises:
+            ValueError: samples of another shape than the network makes, or unknown labels.
         """
         self.stopwatch.enter("communication")
-        images, labels = self.ranks.gather(images.to(self.device, non_blocking=True)), self.ranks.gather(labels.cpu())
+        self.groups.add(x.to(self.device, non_blocking=True), y)
         self.stopwatch.enter("other")
-        self.sample_queue.add(images, labels)
+        groups = self.groups.draw(self.step, use_cfg_training)  # labels c, scales α, y⁺ ~ p(·|c), y⁻ ~ p(·|∅)
         self.model.train()
-        self.optimizer.zero_grad()
-        gen, pos, loss, info = self._backward(use_cfg_training)
+        self.weights.optimizer.zero_grad()
+        gen, loss, info = self._backward(groups)  # x = f(ε, c, α), eq. (1), and the gradient of the loss, eq. (14)
         self.stopwatch.enter("communication")
         with torch.no_grad():
-            terms = torch.stack([loss, gen.std(1).mean(), pos.std(1).mean()])
-            loss, spread, spread_of_real = self.ranks.sum(terms * (len(gen) / self.labels_per_step))
+            terms = torch.stack([loss, gen.std(1).mean(), groups.pos.std(1).mean()])
+            loss, spread, spread_of_real = self.ranks.sum(terms * (len(gen) / self.groups.size))
         self.stopwatch.enter("optimizer")
-        metrics = {"loss": loss, "grad_norm": self._update(loss), "sample_spread": spread / spread_of_real}
+        metrics = {"loss": loss, "grad_norm": self.weights.update(loss), "sample_spread": spread / spread_of_real}
         self.stopwatch.enter("data")
-        return metrics | {"skipped_steps": self.skipped_steps.clone()} | info
+        return metrics | {"skipped_steps": self.weights.skipped_steps.clone()} | info
 
-    def _backward(self, use_cfg_training: bool) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-        """The gradient of the parameters; returns generated images, positives and the loss of this rank's labels, and
-        what the loss reports.
+    def _backward(self, groups: Groups) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Add up the gradient of this rank's groups, whose activations may be held a few labels at a time.
 
-        What a step draws is drawn for the labels of all ranks, on each, but for the noise: a label has its own.
+        Returns:
+            The generated samples ``[l, G, *sample_shape]``, the loss of these groups, and what the loss reports.
         """
-        host, seeds = self._randomness()
-        L, U = self.labels_per_step, self.uncond_per_label
-        mine = self.ranks.share(L)  # [l]
-        label = self._draw_labels(host)  # [L]
-        pos = self.sample_queue.sample(label, self.pos_per_label, host, mine).to(self.device)  # [l, P, C, H, W]
-        cfg_scale = torch.ones(L)  # on the host
-        if use_cfg_training:
-            cfg_scale = sample_cfg_scale(L, self.cfg_scale_range, self.cfg_exponent, self.uncond_prob, host)
-        uncond = weight = None
-        if cfg_scale.max() > 1:
-            uncond = self.sample_queue.sample_unconditional(L * U, host, slice(mine.start * U, mine.stop * U))
-            uncond = uncond.to(self.device).unflatten(0, (-1, U))  # [l, U, C, H, W]
-            weight = uncond_weight(cfg_scale[mine], self.gen_per_label, U).to(self.device)
-        inputs = self._draw_inputs(label[mine], cfg_scale[mine], seeds[mine])
-        return self._backward_of_labels(inputs, pos, uncond, weight)
-
-    def _backward_of_labels(
-        self, inputs: list[Tensor | None], pos: Tensor, uncond: Tensor | None, weight: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-        """As :meth:`_backward`, given what was drawn for this rank's labels, which may be held a few at a time."""
-        # the gradient of a mean over all labels, of which the ranks will average: over theirs, where all have as many
-        share = len(pos) * self.ranks.size / self.labels_per_step
-        if self.labels_at_once is None or self.labels_at_once >= len(pos):
-            gen = self._generate(inputs, slice(None))  # [l, G, C, H, W]
+        inputs, at_once = self._draw_inputs(groups), self.config.step.labels_at_once
+        pos, uncond, weight = groups.pos, groups.uncond, groups.weight
+        # The ranks average their gradients: this makes it the gradient of a mean over all labels.
+        share = len(pos) * self.ranks.size / self.groups.size
+        if at_once is None or at_once >= len(pos):
+            gen = self._generate(inputs, groups, slice(None))  # [l, G, *sample_shape]
             loss, info = self.loss_fn.loss_and_info(gen, pos, uncond, weight)
             (loss * share).backward()
-            return gen, pos, loss, info
+            return gen, loss, info
         fixed = pos if uncond is None else torch.cat([pos, uncond], 1)
-        num_uncond = fixed.shape[1] - self.pos_per_label
+        num_uncond = fixed.shape[1] - pos.shape[1]
         weights = (fixed.new_ones(len(pos)) if weight is None else weight).unsqueeze(1).expand(-1, num_uncond)
-        gen, loss, info = backward_in_parts(
-            self.loss_fn, lambda part: self._generate(inputs, part), fixed, self.pos_per_label, weights,
-            self.labels_at_once, share, partial(averaging_gradients, self.distributed_model),
+        return backward_in_parts(
+            self.loss_fn, lambda part: self._generate(inputs, groups, part), fixed, pos.shape[1], weights, at_once,
+            share, partial(averaging_gradients, self.weights.distributed),
         )  # fmt: skip
-        return gen, pos, loss, info
 
-    def _update(self, loss: Tensor) -> Tensor:
-        """One step of the optimiser, if loss and gradient are finite, and of the averages; the norm of the gradient
-        before clipping."""
-        grad_norm, skipped = clip_and_step(self.model, self.optimizer, self.scheduler, loss, self.max_grad_norm)
-        self.skipped_steps += skipped
-        for average in self.averages.values():
-            average.update_parameters(self.model)
-        self.step += 1
-        return grad_norm
+    def _draw_inputs(self, groups: Groups) -> dict[str, Tensor]:
+        """The noise ``z [l, G, *noise_shape]`` of each group, by its own seed, and what else the network draws."""
+        num, noise = self.config.step.gen_per_label, torch.Generator(self.device)
+        drawn: list[dict[str, Tensor]] = []
+        for seed in groups.seeds:
+            noise.manual_seed(seed)
+            z = torch.randn(num, *self.signature.noise_shape, generator=noise, device=self.device)
+            drawn.append({"z": z} | draw_extra(self.model, num, noise, self.device))
+        return {name: torch.stack([of_group[name] for of_group in drawn]) for name in drawn[0]}
 
-    def train_epoch(
-        self, dataloader: Iterable[tuple[Tensor, Tensor]], use_cfg_training: bool = True
-    ) -> dict[str, float]:
-        """One step for each batch ``(images, labels)`` of ``dataloader``.
+    def _generate(self, inputs: dict[str, Tensor], groups: Groups, part: slice) -> Tensor:
+        """The samples ``[l, G, *sample_shape]`` of a part of the groups."""
+        self.stopwatch.enter("generator")
+        num = self.config.step.gen_per_label
+        torch.manual_seed(groups.seeds[part][0])  # A part that is generated twice drops out the same values.
+        y = groups.label[part].to(self.device).repeat_interleave(num)
+        alpha = groups.cfg_scale[part].to(self.device).repeat_interleave(num)
+        extra = {name: values[part].flatten(0, 1) for name, values in inputs.items()}
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.step.bf16):
+            samples = self.signature.call(self.weights.distributed, extra.pop("z"), y, alpha, extra).float()
+        self.stopwatch.enter_at_gradient(samples, "generator")
+        if self.config.step.clamp and self.pixel_range is not None and not self.latent:
+            samples = samples.clamp(*self.pixel_range)
+        return samples.unflatten(0, (-1, num))
+
+    # ------------------------------------------------------------------------------------ around the step
+
+    def train_epoch(self, dataloader: Iterable[Any], use_cfg_training: bool = True) -> dict[str, float]:
+        """Take one step for each batch of ``dataloader``, which yields ``x``, ``(x,)`` or ``(x, y)``.
 
         Returns:
             ``avg_loss`` and the averages of ``grad_norm`` and ``sample_spread`` over the epoch, and ``num_steps``.
             The loss is constant by construction (each λ is normalised): watch the spread.
 
         Raises:
-            ValueError: the dataloader yields nothing.
+            ValueError: the dataloader yields nothing, or batches that do not fit the network.
         """
+        self.groups.learn_labels(dataloader)
         logged = ("loss", "grad_norm", "sample_spread")
         sums = torch.zeros(len(logged), device=self.device)
         num_steps = 0
-        for images, labels in tqdm(dataloader, desc="train_epoch", leave=False, disable=None):
-            metrics = self.train_step(images, labels, use_cfg_training)
+        for batch in tqdm(dataloader, desc="train_epoch", leave=False, disable=None):
+            metrics = self.train_step(sample_of(batch), label_of(batch), use_cfg_training)
             sums += torch.stack([metrics[name] for name in logged])
             num_steps += 1
         if not num_steps:
-            raise ValueError("the dataloader yielded no batch, expected batches of (images, labels)")
+            raise ValueError("the dataloader yielded no batch, expected batches x or (x, y)")
         averages = dict(zip(logged, (sums / num_steps).tolist(), strict=True))
         return {"avg_loss": averages.pop("loss"), "num_steps": num_steps} | averages
 
     def generate(
         self,
         batch_size: int,
-        labels: Tensor | None = None,
+        labels: Labels | None = None,
         cfg_scale: float | Tensor = 1.0,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Images ``[batch_size, C, H, W]`` of the averaged model in one step; see :meth:`DriftingDiT.generate`."""
-        return self.generator_of(self.ema_model).generate(batch_size, labels, cfg_scale, generator=generator)
+        """Samples ``[batch_size, *sample_shape]`` of the averaged network in one forward pass.
 
-    def generator_of(self, model: DriftingDiT) -> Generator:
-        """``model``, an average of this trainer, with what is known of its samples."""
-        sample_shape = (model.out_chans, model.img_size, model.img_size)
+        ``labels [batch_size]`` are called as in training, and drawn uniformly if None; see :func:`drifting.generate`.
+        """
+        return self.generator().generate(batch_size, labels, cfg_scale, generator=generator)
+
+    def generator(self, model: nn.Module | None = None) -> Generator:
+        """The averaged network, or another average of it, with what is known of its samples."""
+        model = self.ema_model if model is None else model
+        name, arguments = self.origin or _origin_of(model)
         return Generator(
-            model, model.noise_shape, sample_shape, self.class_names or tuple(map(str, range(model.num_classes))),
-            self.pixel_range, self.latent, self.data, self.step, "drifting_dit", model.config,
+            model, self.signature.noise_shape, self.sample_shape, self.groups.class_names or ("all",), self.pixel_range,
+            self.latent, self.data, self.step, name, arguments,
         )  # fmt: skip
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that shapes the rest of the run: weights, averages, optimiser, schedule, queue, step.
+    def save(self, folder: Path | str) -> None:
+        """Write ``model.safetensors`` and ``model.json``, all that :func:`drifting.load_generator` needs.
 
-        Tensors, in shards where the model's are, and values of JSON.
+        All ranks call this, and rank 0 writes.
         """
-        return {
-            "model": self.model.state_dict(),
-            "averages": {str(decay): average.state_dict() for decay, average in self.averages.items()},
-            "best_decay": self.best_decay,
-            "optimizer": optimizer_state(self.model, self.optimizer),
-            "scheduler": self.scheduler.state_dict(),
-            "sample_queue": self.sample_queue.state_dict(),
-            "skipped_steps": self.skipped_steps,
-            "step": self.step,
-        }
+        generator = self.generator()
+        self.ranks.on_main(lambda: save_generator(RunDirectory(Path(folder)), generator))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that shapes the rest of the run, whole and on the host of rank 0. All ranks call this."""
+        return self.weights.state_dict() | {"groups": self.groups.state_dict(), "best_decay": self.best_decay}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict` of a trainer that was created with the same arguments."""
-        for decay, average in self.averages.items():
-            average.load_state_dict(state["averages"][str(decay)])
+        self.weights.load_state_dict(state)
+        self.groups.load_state_dict(state["groups"])
         self.best_decay = state["best_decay"]
-        self.model.load_state_dict(state["model"])
-        load_optimizer_state(self.model, self.optimizer, state["optimizer"])
-        load_schedule(self.scheduler, state["scheduler"])
-        self.sample_queue.load_state_dict(state["sample_queue"])
-        self.skipped_steps.copy_(state["skipped_steps"])
-        self.step = state["step"]
 
-    def _randomness(self) -> tuple[torch.Generator, list[int]]:
-        """This step's: a generator on the host for what is chosen there, and a seed for the noise of each label."""
-        seed, *seeds = np.random.SeedSequence([self.seed, self.step]).generate_state(1 + self.labels_per_step).tolist()
-        return torch.Generator().manual_seed(seed), seeds
-
-    def _draw_labels(self, generator: torch.Generator) -> Tensor:
-        """Labels ``[labels_per_step]`` of the queue's classes, none twice while they last."""
-        available = self.sample_queue.available_labels
-        order = torch.randperm(len(available), generator=generator)
-        return available[order[torch.arange(self.labels_per_step) % len(available)]]
-
-    def _draw_inputs(self, label: Tensor, cfg_scale: Tensor, seeds: list[int]) -> list[Tensor | None]:
-        """What the model is given for the ``gen_per_label`` images of each label ``[l]``, label after label: noise,
-        label, scale and style."""
-        model, num = self.model, self.gen_per_label
-        noise = torch.Generator(self.device)
-        z, style = [], []
-        for seed in seeds:
-            noise.manual_seed(seed)
-            z.append(
-                torch.randn(num, model.in_chans, model.img_size, model.img_size, generator=noise, device=self.device)
+    def _check_ranks(self) -> None:
+        """Each rank needs a label; where labels are taken in parts, as many as the others, to meet them in each."""
+        labels, size = self.config.step.labels_per_step, self.ranks.size
+        if labels < size:
+            raise ValueError(f"labels_per_step is {labels}, expected at least the {size} ranks")
+        if self.config.step.labels_at_once is not None and labels % size:
+            raise ValueError(
+                f"labels_per_step is {labels}, expected a multiple of the {size} ranks with labels_at_once"
             )
-            size = (num, model.num_style_tokens)
-            style.append(torch.randint(model.style_vocab, size, generator=noise, device=self.device))
-        y = label.to(self.device).repeat_interleave(num)
-        alpha = cfg_scale.to(self.device).repeat_interleave(num)
-        return [torch.cat(z), y, alpha, torch.cat(style) if model.num_style_tokens else None]
 
-    def _generate(self, inputs: list[Tensor | None], part: slice) -> Tensor:
-        """Images ``[l, G, C, H, W]`` of those labels of this rank's."""
-        self.stopwatch.enter("generator")
-        grouped = [None if values is None else values.unflatten(0, (-1, self.gen_per_label)) for values in inputs]
-        z, y, alpha, style = (None if values is None else values[part].flatten(0, 1) for values in grouped)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            images = self.distributed_model(z, y, alpha, style).float()
-        self.stopwatch.enter_at_gradient(images, "generator")
-        return self._clamp(images).unflatten(0, (-1, self.gen_per_label))
 
-    def _clamp(self, images: Tensor) -> Tensor:
-        return images if self.pixel_range is None else images.clamp(*self.pixel_range)
+def _checkpoint_activations(model: nn.Module) -> None:
+    if not hasattr(model, "activation_checkpointing"):
+        raise ValueError(
+            f"step.activation_checkpointing is true, but {type(model).__name__} has no attribute of that name: "
+            "a network of your own checks it and calls torch.utils.checkpoint itself"
+        )
+    model.activation_checkpointing = True  # type: ignore[assignment]
+
+
+def _origin_of(model: nn.Module) -> tuple[str, dict[str, Any]]:
+    """What ``model.json`` says of a network that was not built by its name."""
+    if isinstance(model, DriftingDiT):
+        return "drifting_dit", model.config
+    return f"{type(model).__module__}:{type(model).__qualname__}", {}
+
+
+SCRIPTS = {"gen_per_label": 32, "pos_per_label": 32, "warmup_steps": 1000}  # Defaults that differ from the paper's.
 
 
 def create_trainer(
-    model: DriftingDiT,
-    feature_extractor: str | Sequence[str] | nn.Module = "latent",
+    model: nn.Module,
+    feature_extractor: Extractor | Sequence[Extractor] = "latent",
     learning_rate: float = 1e-4,
     device: torch.device | str | None = None,
     queue_size: int = 128,
     cfg_scale_range: Sequence[float] = (1.0, 7.5),
     uncond_prob: float = 0.1,
     *,
-    cfg_exponent: float = 3.0,
-    temperatures: Sequence[float] = (0.02, 0.05, 0.2),
-    affinity_floor: float = 0.0,
-    labels_per_step: int = 4,
-    gen_per_label: int = 32,
-    pos_per_label: int = 32,
-    uncond_per_label: int = 16,
-    unconditional_queue_size: int = 1000,
-    queue_device: torch.device | str | None = None,
-    weight_decay: float = 0.01,
-    warmup_steps: int = 1000,
-    decay_steps: int | None = None,
-    ema_decay: float | Sequence[float] = 0.999,
-    max_grad_norm: float = 2.0,
+    noise_shape: Sequence[int] | None = None,
+    class_names: Sequence[int | str] | None = None,
     pixel_range: tuple[float, float] | None = None,
+    decay_steps: int | None = None,
+    labels_per_step: int | None = None,
     seed: int = 0,
-    labels_at_once: int | None = None,
-    bf16: bool = False,
-    compile: bool = False,
-    activation_checkpointing: bool = False,
     ranks: Ranks | None = None,
-    fsdp: bool = False,
+    **settings: Any,
 ) -> DriftingTrainer:
-    """A trainer with its loss, queue, AdamW and schedule.
-
-    The learning rate rises linearly over ``warmup_steps`` steps, then stays (``decay_steps=None``) or falls along a
-    cosine to 0 at step ``decay_steps``.
+    """A trainer with its loss, queue, AdamW and schedule, for use in a script.
 
     Args:
-        model: the generator; moved to ``device``.
-        feature_extractor: where distances are taken: ``'latent'``, ``'pixels'``, ``'resnet18'``, a list of these, or a
-            module.
+        model: the network; moved to ``device``.
+        feature_extractor: where samples are compared: ``'input'`` (the samples themselves), ``'latent'``,
+            ``'resnet18'``, a module or function from samples ``[B, *sample_shape]`` to ``[B, D]``, ``[B, T, D]`` or a
+            dict of such maps, or a list of these.
         learning_rate: after the warm-up.
         device: by default CUDA if there is one, else the CPU.
-        queue_size: real images kept a class.
+        queue_size: real samples kept a class.
         cfg_scale_range: least and greatest guidance scale α to train for.
         uncond_prob: share of labels trained without guidance, at α = 1.
-        cfg_exponent: of the power law that the other scales follow.
-        temperatures, affinity_floor: of the drifting loss.
-        labels_per_step, gen_per_label, pos_per_label, uncond_per_label: sizes of a step; the paper's ablation uses
-            64 labels, 64 generated and 64 positive images and 16 unconditional ones.
-        unconditional_queue_size: real images kept over all classes.
-        queue_device: where they are kept; None is ``device``. 128 images of 256 × 256 for each of 1000 classes are 101
-            GB, for which the host may have room, on every rank.
-        weight_decay, max_grad_norm: the release's values by default.
-        ema_decay: of the averaged weights; several make as many averages, of which an evaluation may choose the best.
+        noise_shape: shape of one sample's noise, where ``model`` has no attribute of that name.
+        class_names: the labels, in the order of the class numbers that ``model`` is given; by default they are learnt
+            from the data.
         pixel_range: least and greatest value of an image. Real pixels pile up at both ends; clamping generated ones
-            before the loss lets them do so too. None, for latents, does not clamp.
-        seed: of all randomness in training. The model's initial weights are the caller's.
-        labels_at_once: labels whose activations are held at once: a step in parts needs less memory and the time of
-            one more forward pass, and is the same step otherwise. None holds all.
-        bf16: run generator and feature extractor under bfloat16 autocast. Weights, optimiser, distances and loss stay
-            float32; feature maps are bfloat16.
-        compile: let torch.compile optimise both networks, which delays the first steps.
-        activation_checkpointing: keep the generator's activations between its blocks only and compute those inside a
-            second time in the backward: less memory, more time.
-        ranks: processes that train together, from :func:`drifting.ranks.join_ranks`; each creates this trainer with the
-            same arguments and the same initial weights. None trains in this process alone.
-        fsdp: keep weights, averages and optimizer in shards, one a rank (FSDP2), instead of whole on each (DDP).
+            before the loss lets them do so too. None does not clamp.
+        decay_steps: the learning rate falls along a cosine to 0 at this step; None lets it stay.
+        labels_per_step: groups of a step, by default 4, or of a network that takes no labels one a rank.
+        seed: of all randomness in training. The network's initial weights are the caller's.
+        ranks: processes that train together, from :func:`join_ranks`; each creates this trainer with the same arguments
+            and the same initial weights.
+        settings: any other key of the sections ``loss``, ``step``, ``guidance`` and ``optimizer`` of a configuration,
+            such as ``gen_per_label``, ``temperatures``, ``bf16`` or ``ema_decay``: ``python -m drifting.train --help``
+            lists them. By default they are the paper's, but 32 generated and 32 positive samples a label, and 1000
+            steps of warm-up.
 
     Raises:
         ValueError: an argument out of its range, named with its value.
+        TypeError: an unknown argument.
     """
-    ranks = ranks or Ranks()
-    ema_decays = (ema_decay,) if isinstance(ema_decay, (int, float)) else tuple(ema_decay)
-    _check_arguments(
-        positive={
-            "learning_rate": learning_rate, "max_grad_norm": max_grad_norm, "labels_per_step": labels_per_step,
-            "gen_per_label": gen_per_label, "pos_per_label": pos_per_label, "uncond_per_label": uncond_per_label,
-        },
-        share={"uncond_prob": [uncond_prob], "ema_decay": ema_decays},
-        cfg_scale_range=tuple(cfg_scale_range),
-    )  # fmt: skip
-    _check_shares(labels_per_step, labels_at_once, ranks)
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model = model.to(where)
-    loss_fn = DriftingLoss(
-        feature_extractor, tuple(temperatures), affinity_floor=affinity_floor, in_chans=model.out_chans, bf16=bf16,
-        process_group=ranks.group,
-    ).to(where)  # fmt: skip
-    averages = {decay: average_of(model, decay) for decay in ema_decays}
-    model.activation_checkpointing = activation_checkpointing
-    distributed = distribute(model, [average.module for average in averages.values()], ranks, fsdp)
-    if compile:
-        distributed.compile()
-        loss_fn.feature_extractor.compile()
-    optimizer = adamw(model, learning_rate, weight_decay)
-    queue = SampleQueue(
-        queue_size, model.num_classes, (model.out_chans, model.img_size, model.img_size), queue_device or where,
-        unconditional_queue_size,
-    )  # fmt: skip
+    default_labels = 4 if Signature.of(model, noise_shape).conditions else (ranks or Ranks()).size
+    settings = SCRIPTS | settings | {
+        "learning_rate": learning_rate, "queue_size": queue_size, "cfg_scale_range": list(cfg_scale_range),
+        "uncond_prob": uncond_prob, "cosine_decay": decay_steps is not None,
+        "labels_per_step": default_labels if labels_per_step is None else labels_per_step,
+    }  # fmt: skip
+    config = Config(seed=seed)
+    config.train.steps = decay_steps or config.train.steps
+    for name, value in settings.items():
+        _set(config, name, value)
+    check_values(config)
     return DriftingTrainer(
-        model, loss_fn, optimizer, warmup_then_cosine(optimizer, warmup_steps, decay_steps), averages, queue,
-        labels_per_step=labels_per_step, gen_per_label=gen_per_label, pos_per_label=pos_per_label,
-        uncond_per_label=uncond_per_label, cfg_scale_range=(cfg_scale_range[0], cfg_scale_range[1]),
-        cfg_exponent=cfg_exponent, uncond_prob=uncond_prob, max_grad_norm=max_grad_norm, pixel_range=pixel_range,
-        seed=seed, device=where, labels_at_once=labels_at_once, bf16=bf16, ranks=ranks, distributed_model=distributed,
+        model, config, feature_extractor, device=device, noise_shape=noise_shape, pixel_range=pixel_range, ranks=ranks,
+        class_names=None if class_names is None else tuple(class_names),
     )  # fmt: skip
 
 
-def _check_shares(labels_per_step: int, labels_at_once: int | None, ranks: Ranks) -> None:
-    """Each rank needs a label; where they are taken in parts, as many as the others, to meet them in each part."""
-    if labels_per_step < ranks.size:
-        raise ValueError(f"labels_per_step is {labels_per_step}, expected at least the {ranks.size} ranks")
-    if labels_at_once is not None and labels_per_step % ranks.size:
-        raise ValueError(
-            f"labels_per_step is {labels_per_step}, expected a multiple of the {ranks.size} ranks with labels_at_once"
-        )
-
-
-def _check_arguments(
-    positive: dict[str, float], share: dict[str, Sequence[float]], cfg_scale_range: tuple[float, ...]
-) -> None:
-    for name, value in positive.items():
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name} is {value}, expected a positive number")
-    for name, values in share.items():
-        if not values or not all(0 <= value <= 1 for value in values):
-            raise ValueError(f"{name} is {', '.join(map(str, values))}, expected a number from 0 to 1")
-    if len(cfg_scale_range) != 2 or not 1 <= cfg_scale_range[0] <= cfg_scale_range[1] < math.inf:
-        raise ValueError(f"cfg_scale_range is {cfg_scale_range}, expected (least, greatest), from 1 up")
+def _set(config: Config, name: str, value: Any) -> None:
+    """Set the key of that name in the one section that has it."""
+    sections = (config.loss, config.step, config.guidance, config.optimizer)
+    section = next((s for s in sections if name in {field.name for field in dataclasses.fields(s)}), None)
+    if section is None:
+        raise TypeError(f"create_trainer() got an unexpected keyword argument {name!r}")
+    if isinstance(getattr(section, name), list):
+        value = list(value) if isinstance(value, (list, tuple)) else [value]
+    setattr(section, name, value)

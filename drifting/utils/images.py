@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .files import atomic_write
 
-TILE = 48  # least side of an image in a picture, in pixels
+TILE = 48  # No image in a picture is less high than this, in pixels.
 GAP = 4
 HEADER = 20
 
@@ -36,6 +36,12 @@ def grid(images: Pixels, columns: int) -> Image.Image:
         tile = tile.resize((width * factor, height * factor), Image.Resampling.BICUBIC)
         picture.paste(tile, (GAP + index % columns * step_x, GAP + index // columns * step_y))
     return picture
+
+
+def save_grid(images: Pixels, columns: int, path: Path) -> None:
+    """Write :func:`grid` as PNG."""
+    with atomic_write(path) as part:
+        grid(images, columns).save(part, format="PNG")
 
 
 def save_panels(panels: dict[str, Pixels], columns: int, path: Path) -> None:

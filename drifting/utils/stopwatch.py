@@ -1,5 +1,7 @@
-"""How long each phase of a training step takes, without waiting for a GPU."""
+"""How long each phase of a training step takes, without waiting for a GPU, and how much memory training takes."""
 
+import resource
+import sys
 import time
 from collections import defaultdict, deque
 from functools import partial
@@ -10,7 +12,7 @@ from torch import Tensor
 
 
 class Stopwatch:
-    """A phase lasts until another is entered. On a GPU it is timed there, by events in its current stream.
+    """Times phases, each of which lasts until another is entered; on a GPU by events in its current stream.
 
     Args:
         device: where the work is done.
@@ -28,17 +30,33 @@ class Stopwatch:
             self._add_up(wait=False)
 
     def enter_at_gradient(self, tensor: Tensor, phase: str) -> None:
-        """Enter a phase where a backward gets to ``tensor``, if it needs a gradient."""
+        """Enter a phase when a backward gets to ``tensor``, if it needs a gradient."""
         if tensor.requires_grad:
             tensor.register_hook(partial(self._enter_at, phase))
 
     def take(self) -> dict[str, float]:
-        """Seconds of each phase since the last call, up to now; on a GPU it waits until that gets here."""
+        """The seconds of each phase since the last call, up to now; on a GPU it waits until that gets here."""
         if self.entries:
             self._mark(self.entries[-1][0])
         self._add_up(wait=True)
         taken, self.seconds = dict(self.seconds), defaultdict(float)
         return taken
+
+    def read(self, steps: int, images: int) -> dict[str, float]:
+        """How fast training is since the last call, after that many steps of that many images each.
+
+        Returns:
+            The seconds of a ``step``, and those of each of its phases but "evaluation", which is not training;
+            ``images_per_second``; and ``memory_gb``, the most so far that was allocated on the GPU, or that this
+            process had on the CPU.
+        """
+        seconds = self.take()
+        seconds.pop("evaluation", None)
+        total = sum(seconds.values())
+        by_phase = {phase: spent / steps for phase, spent in seconds.items()}
+        memory = torch.cuda.max_memory_allocated() if self.on_gpu else _peak_of_process()
+        speed = {"images_per_second": images * steps / total, "memory_gb": memory / 1e9}
+        return {"step": total / steps} | by_phase | speed
 
     def _enter_at(self, phase: str, gradient: Tensor) -> None:
         self.enter(phase)
@@ -50,7 +68,7 @@ class Stopwatch:
         self.entries.append((phase, event or time.perf_counter()))
 
     def _add_up(self, wait: bool) -> None:
-        """Add what is over to the phases' seconds."""
+        """Add the time of the phases that are over."""
         while len(self.entries) > 1:
             (phase, start), (_, end) = self.entries[0], self.entries[1]
             if self.on_gpu and wait:
@@ -59,3 +77,8 @@ class Stopwatch:
                 break
             self.seconds[phase] += start.elapsed_time(end) / 1e3 if self.on_gpu else end - start
             self.entries.popleft()
+
+
+def _peak_of_process() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
