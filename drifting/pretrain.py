@@ -103,7 +103,9 @@ def _test_batch(config: PretrainConfig, split: Split, trainer: MAETrainer) -> tu
     """
     indices = list(range(0, len(split), -(-len(split) // TEST_IMAGES)))
     parts = (split.samples(indices[at : at + TEST_BATCH]) for at in range(0, len(indices), TEST_BATCH))
-    images = torch.cat([encode_images(part.to(trainer.device))[0].cpu() if config.step.latents else part for part in parts])
+    if config.step.latents:
+        parts = (encode_images(part.to(trainer.device))[0].cpu() for part in parts)
+    images = torch.cat(list(parts))
     generator = torch.Generator().manual_seed(0)
     least, greatest = config.loss.mask_ratio_range
     try:

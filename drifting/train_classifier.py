@@ -1,6 +1,7 @@
 """Train a classifier to judge generated images by.
 
-``python -m drifting.train_classifier [--data NAME] [--out DIR]``; ``evaluation.features=DIR`` in a configuration of ``drifting.train`` and ``drifting.evaluate --features DIR`` use it.
+``python -m drifting.train_classifier [--data NAME] [--out DIR]``; ``evaluation.features=DIR`` in a configuration of
+``drifting.train`` and ``drifting.evaluate --features DIR`` use it.
 """
 
 from collections.abc import Sequence
