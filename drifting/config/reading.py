@@ -1,52 +1,27 @@
-"""Run configurations: the schema's defaults, YAML files over them, ``key=value`` overrides over those."""
+"""Run configurations: the schema's defaults, a YAML file over them, ``key=value`` of the command line over that."""
 
-import dataclasses
-import difflib
 import math
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from ..errors import UserError, reason
 from ..utils.files import atomic_write
-from .schema import DATA_NAMES, Config, PretrainConfig
+from ..utils.named import check_arguments, import_named, is_own, nearest
+from .keys import keys_of, type_name, typed
+from .schema import DATA_NAMES, DRIFTING_DIT, Config, PretrainConfig
 
-MOST_BYTES = 2**20  # of a configuration file
-# What reading YAML of anything else ends in: its dates and numbers raise ValueError, for one.
-NOT_YAML = (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, AttributeError, KeyError, RecursionError)
 CONFIG_DIR = Path(__file__).parents[1] / "configs"
+MOST_BYTES = 2**17  # of a configuration file
+NAMES = {"model": "model.name", "data": "data.name"}  # Sections that may be set like their name: `data: digits`.
+OURS = {"model": ("name",), "data": ("name", "workers")}  # Their keys that are no arguments of a user's own part.
 
 AnyConfig = TypeVar("AnyConfig", Config, PretrainConfig)
-
-MAY_CHANGE = (  # when a run is resumed
-    "data.path", "data.workers", "step.queue_device", "step.labels_at_once", "step.images_at_once", "step.compile",
-    "step.activation_checkpointing", "step.fsdp", "train.steps", "train.log_every", "train.save_every",
-    "train.eval_every", "train.max_skipped_steps", "train.wandb",
-    "evaluation.features", "evaluation.reference", "evaluation.num_samples", "evaluation.cfg_scales",
-)  # fmt: skip
-SHORTHANDS = {"data": "data.name"}  # keys of sections that may be set like one of their values: `data: digits`
-EXTRACTORS = ("latent", "pixels", "resnet18", "convnext_v2", "mae")
-
-# Checks of values; either kind of configuration has some of these keys.
-COUNTS = (  # integers of at least 1
-    "model.patch_size", "model.embed_dim", "model.depth", "model.num_heads", "model.style_vocab",
-    "model.base_channels", "model.input_patch_size",
-    "step.labels_per_step", "step.gen_per_label", "step.pos_per_label", "step.uncond_per_label", "step.queue_size",
-    "step.unconditional_queue_size", "train.steps", "train.batch_size", "train.log_every", "train.save_every",
-)  # fmt: skip
-NON_NEGATIVE = (
-    "seed", "data.workers", "model.num_style_tokens", "model.n_cls_tokens", "loss.affinity_floor",
-    "loss.finetune_steps", "loss.finetune_warmup_steps", "guidance.cfg_exponent", "optimizer.weight_decay",
-    "optimizer.warmup_steps", "train.eval_every", "train.max_skipped_steps",
-)  # fmt: skip
-POSITIVE = ("model.mlp_ratio", "optimizer.learning_rate", "optimizer.max_grad_norm")
-SHARES = (
-    "guidance.uncond_prob", "loss.lambda_cls", "loss.finetune_lambda_cls", "model.dropout_prob",
-)  # fmt: skip
 
 
 def load_config(name_or_file: str = "digits", overrides: Sequence[str] = ()) -> Config:
@@ -59,123 +34,192 @@ def load_pretrain_config(name_or_file: str = "mae_fashion_mnist", overrides: Seq
     return read_config(name_or_file, overrides, PretrainConfig)
 
 
-def read_config(name_or_file: str, overrides: Sequence[str], schema: type[AnyConfig]) -> AnyConfig:
+def read_config(
+    name_or_file: str, overrides: Sequence[str], schema: type[AnyConfig], trusted: bool = True
+) -> AnyConfig:
     """The configuration of that name or YAML file, with ``key=value`` overrides.
 
+    Overrides that name another network than the file start from that network's defaults, and likewise for data of the
+    user's own.
+
+    Args:
+        trusted: whether the user gave this file, so that the names ``module:Name`` in it are imported to check them
+            and their arguments. Those in a run directory's file are kept as text.
+
     Raises:
-        UserError: no such configuration, an unknown or ill-typed key, or a value out of its range.
+        UserError: there is no such configuration, a key is unknown or its value ill-typed or out of range, or a name
+            cannot be imported or does not take its arguments.
     """
-    config = OmegaConf.structured(schema)
     path = _config_file(name_or_file, schema)
-    try:
-        if path.stat().st_size > MOST_BYTES:
-            raise ValueError(f"it has more than {MOST_BYTES} bytes")
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(path.read_text(), yaml.SafeLoader)):
-            raise ValueError("aliases (*name), a few lines of which can stand for any number of values")
-        values = OmegaConf.load(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {reason(error)}") from error
-    except NOT_YAML as error:
-        raise UserError(f"{path} is not valid YAML: {_one_line(error)}") from error
-    if not isinstance(values, DictConfig):
-        raise UserError(f"{path} holds a list, expected sections of keys such as `train:`")
-    for key, value in flatten(OmegaConf.to_container(values)).items():
-        _assign(config, schema, key, value, f"{path}: ")
+    file, command = _read_file(path), read_overrides(overrides)
+    for section, name in NAMES.items():
+        old = file.get(name, DRIFTING_DIT)
+        new = command.get(name, old)
+        if old != new and (section == "model" or is_own(str(old)) or is_own(str(new))):
+            file = {key: value for key, value in file.items() if not key.startswith(f"{section}.")}
+    config = schema()
+    for values, origin in ((file, f"{path}: "), (command, "")):
+        for key in sorted(values, key=lambda key: key not in NAMES.values()):  # A name says which keys there are.
+            set_value(config, key, values[key], origin)
+    check_values(config)
+    if trusted:
+        _check_own_parts(config)
+    return config
+
+
+def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """The values of ``key=value`` texts, by dotted key."""
+    values: dict[str, Any] = {}
     for override in overrides:
-        key, equals, _ = override.partition("=")
+        key, equals, text = override.partition("=")
         if not equals:
             raise UserError(f"{override!r}: expected key=value, for example train.steps=500")
         try:
-            parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={override[len(key) + 1 :]}"]))
-        except NOT_YAML as error:
-            raise UserError(f"{override!r}: the value is not valid YAML: {_one_line(error)}") from error
-        for leaf, value in flatten({key: parsed["value"]}).items():  # type: ignore[index, call-overload]
-            _assign(config, schema, leaf, value)
-    try:
-        result: AnyConfig = OmegaConf.to_object(config)  # type: ignore[assignment]
-    except OmegaConfBaseException as error:  # an interpolation inside of a list, of another type
-        raise UserError(f"{path}: {_one_line(error)}") from error
-    check_values(result)
-    return result
+            value = yaml.load(text, _Loader)
+        except Exception as error:
+            raise UserError(f"{override!r}: the value is not valid YAML: {reason(error)}") from error
+        values |= _flat({key: value})
+    return values
 
 
 def save_config(config: Config | PretrainConfig, path: Path) -> None:
-    """Write every key as YAML."""
+    """Write every key as YAML, which :func:`read_config` reads as the same configuration."""
     with atomic_write(path) as part:
-        part.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+        part.write_text(yaml.dump(_sections(config), Dumper=_Dumper, sort_keys=False))
+
+
+def values_of(config: Config | PretrainConfig) -> dict[str, Any]:
+    """Every value by its dotted key; the arguments of a user's own part are keys of its section."""
+    return _flat(_sections(config))
+
+
+def set_value(config: Config | PretrainConfig, key: str, value: Any, origin: str = "") -> None:
+    """Set one key to a value from YAML.
+
+    Raises:
+        UserError: the key is unknown or the value of another type; the message begins with ``origin``.
+    """
+    keys = keys_of(type(config))
+    section, _, name = key.rpartition(".")
+    part: Any = getattr(config, section, None) if section else config
+    if section in NAMES and name not in OURS[section] and _has_arguments(part):
+        part.arguments[name] = value
+    elif key in keys:
+        kind, default = keys[key].type, keys[key].metadata["default"]
+        try:
+            setattr(part, name, typed(value, kind))
+        except (TypeError, OverflowError) as error:
+            message = f"{origin}{key} is {value!r}, expected {type_name(kind)}, for example {default}"
+            raise UserError(message) from error
+    elif inside := [other for other in keys if other.startswith(f"{key}.")]:
+        raise UserError(f"{origin}{key} is a section, set one of its keys: {', '.join(inside)}")
+    else:
+        raise UserError(f"{origin}unknown key {key!r}: did you mean {nearest(key, keys)!r}?")
 
 
 def check_values(config: Config | PretrainConfig) -> None:
     """Raise :class:`UserError` naming the key, its value and what was expected, if a value is out of its range."""
-    values = flatten(dataclasses.asdict(config))
-
-    def is_share(value: float) -> bool:
-        return 0 <= value <= 1
-
-    def require(keys: Sequence[str], holds: Any, expected: str) -> None:
-        for key in keys:
-            if key in values and not holds(values[key]):
-                raise UserError(f"{key} is {values[key]}, expected {expected}")
-
-    require(COUNTS, lambda v: v >= 1, "1 or more")
-    require(NON_NEGATIVE, lambda v: 0 <= v < math.inf, "0 or more")
-    require(POSITIVE, lambda v: 0 < v < math.inf, "a positive number")
-    require(SHARES, is_share, "a number from 0 to 1")
-    require(["data.name"], lambda v: v in DATA_NAMES, f"one of: {', '.join(DATA_NAMES)}")
-    require(
-        ["loss.feature_extractor"],
-        lambda v: v and set(v) <= set(EXTRACTORS) and len(set(v)) == len(v),
-        f"one of: {', '.join(EXTRACTORS)}; or a list of them",
-    )
-    require(["step.queue_device"], lambda v: v in (None, "cpu", "cuda"), "cpu, cuda, or null for where the model is")
-    optional_counts = ["data.image_size", "step.labels_at_once", "step.images_at_once"]
-    require(optional_counts, lambda v: v is None or v >= 1, "1 or more")
-    require(["evaluation.num_samples"], lambda v: v is None or v >= 2, "2 or more")
-    require(["evaluation.cfg_scales"], lambda v: v and all(1 <= s < math.inf for s in v), "one or more of at least 1")
-    require(["loss.temperatures"], lambda v: v and all(0 < R < math.inf for R in v), "one or more positive numbers")
-    require(
-        ["optimizer.ema_decay"],
-        lambda v: is_share(v) if isinstance(v, float) else v and all(map(is_share, v)) and len(set(v)) == len(v),
-        "a number from 0 to 1, or of a generator several different ones",
-    )
-    require(
-        ["guidance.cfg_scale_range"],
-        lambda v: len(v) == 2 and 1 <= v[0] <= v[1] < math.inf,
-        "[least, greatest] with 1 <= least <= greatest",
-    )
-    require(
-        ["loss.mask_ratio_range"],
-        lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 1,
-        "[least, greatest] with 0 < least <= greatest <= 1",
-    )
-    require(["model.layers"], lambda v: len(v) == 4 and min(v) >= 1, "four numbers of 1 or more")
-    if isinstance(config, Config):
-        width = 2 * config.model.num_heads
-        require(["model.embed_dim"], lambda v: v % width == 0, f"a multiple of 2 * model.num_heads = {width}")
-        require(["model.embed_dim"], lambda v: v % 4 == 0, "a multiple of 4")
-        if ("mae" in config.loss.feature_extractor) != (config.loss.mae is not None):
-            raise UserError(
-                f"loss.mae is {config.loss.mae} and loss.feature_extractor {config.loss.feature_extractor}: "
-                "expected both or neither to name a masked autoencoder"
-            )
+    values = values_of(config)
+    for key, field in keys_of(type(config)).items():
+        rule, value = field.metadata["rule"], values.get(key)
+        if rule and value is not None and not rule[1](value):
+            raise UserError(f"{key} is {value}, expected {rule[0]}")
+    if not isinstance(config, Config):
+        return
+    multiple = math.lcm(4, 2 * config.model.num_heads)
+    if config.model.embed_dim % multiple:
+        raise UserError(
+            f"model.embed_dim is {config.model.embed_dim}, expected a multiple of 4 and of 2 * model.num_heads, "
+            f"that is of {multiple}"
+        )
+    if ("mae" in config.loss.feature_extractor) != (config.loss.mae is not None):
+        raise UserError(
+            f"loss.mae is {config.loss.mae} and loss.feature_extractor {config.loss.feature_extractor}: "
+            "expected both or neither to name a masked autoencoder"
+        )
 
 
-def changed_keys(old: Config | PretrainConfig, new: Config | PretrainConfig) -> list[str]:
-    """``key: old, new`` for each value that differs and must not when a run is resumed."""
-    before, after = flatten(dataclasses.asdict(old)), flatten(dataclasses.asdict(new))
-    differing = [key for key in before if key not in MAY_CHANGE and before[key] != after[key]]
-    return [f"{key}: {before[key]}, now {after[key]}" for key in differing]
+class _Loader(yaml.SafeLoader):
+    """YAML whose plain values are those of its version 1.2: 1e-3 is a number, a date is text."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise UserError("it has aliases (*name), a few lines of which can stand for any number of values")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        for name, count in Counter(str(key.value) for key, _ in node.value).items():
+            if count > 1:
+                raise UserError(f"it has {name} {count} times in one section")
+        return super().construct_mapping(node, deep)
 
 
-def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, with dotted keys."""
+class _Dumper(yaml.SafeDumper):
+    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
+for _tag, _pattern in (
+    ("null", r"null|~|"),
+    ("bool", r"true|True|false|False"),
+    ("int", r"[-+]?(0|[1-9][0-9_]*)"),
+    ("float", r"[-+]?((0|[1-9][0-9_]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan"),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), [None])
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    """The values in a YAML file, by dotted key."""
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            raise UserError(f"it has more than {MOST_BYTES} bytes")
+        values = yaml.load(path.read_bytes(), _Loader)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {reason(error)}") from error
+    except Exception as error:
+        raise UserError(f"{path} is not valid YAML: {reason(error)}") from error
+    if not isinstance(values, dict | None):
+        raise UserError(f"{path} holds a {type(values).__name__}, expected sections of keys such as `train:`")
+    return _flat(values or {})
+
+
+def _flat(sections: Mapping[Any, Any]) -> dict[str, Any]:
+    """Sections as one dictionary with dotted keys, which takes a section's name for its key ``name``."""
     flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
+    for section, content in sections.items():
+        if isinstance(content, dict) and "." not in str(section):
+            flat |= {f"{section}.{key}": value for key, value in content.items()}
         else:
-            flat[f"{prefix}{key}"] = value
+            flat[NAMES.get(section, str(section))] = content
     return flat
+
+
+def _sections(config: Config | PretrainConfig) -> dict[str, Any]:
+    """The configuration as a YAML file has it."""
+    sections = asdict(config)
+    for section in NAMES:
+        values = sections[section]
+        arguments = values.pop("arguments", {})
+        if _has_arguments(getattr(config, section)):
+            sections[section] = {name: values[name] for name in OURS[section]} | arguments
+    return sections
+
+
+def _has_arguments(part: Any) -> bool:
+    """Whether further keys of a section are arguments of the part that it names, instead of fields of its dataclass."""
+    return getattr(part, "name", DRIFTING_DIT) not in (DRIFTING_DIT, *DATA_NAMES)
+
+
+def _check_own_parts(config: Config | PretrainConfig) -> None:
+    """Import the user's own parts, and see that networks and data take the arguments that they are given."""
+    for section, key in NAMES.items():
+        part = getattr(config, section)
+        if is_own(getattr(part, "name", "")):
+            check_arguments(import_named(part.name, key), part.arguments, section)
+    for name in config.loss.feature_extractor if isinstance(config, Config) else ():
+        if is_own(name):
+            import_named(name, "loss.feature_extractor")
 
 
 def _config_file(name_or_file: str, schema: type) -> Path:
@@ -185,57 +229,10 @@ def _config_file(name_or_file: str, schema: type) -> Path:
         if not path.is_file():
             raise UserError(f"there is no configuration file {path}")
         return path
-    path = CONFIG_DIR / f"{name_or_file}.yaml"
-    names = sorted(
-        file.stem for file in CONFIG_DIR.glob("*.yaml") if file.stem.startswith("mae_") == (schema is PretrainConfig)
-    )
+    files = [file for file in CONFIG_DIR.glob("*.yaml") if file.stem.startswith("mae_") == (schema is PretrainConfig)]
+    names = sorted(file.stem for file in files)
     if name_or_file not in names:
         raise UserError(
             f"there is no configuration {name_or_file!r}: expected a .yaml file or one of: {', '.join(names)}"
         )
-    return path
-
-
-def _assign(config: DictConfig, schema: type, key: str, value: Any, origin: str = "") -> None:
-    """Set one leaf of the schema, or say what is wrong with it. A list of one entry may be given as that entry."""
-    types, key = _leaf_types(schema), SHORTHANDS.get(key, key)
-    if key not in types:
-        inside = [leaf for leaf in types if leaf.startswith(f"{key}.")]
-        if inside:
-            raise UserError(f"{origin}{key} is a section, set one of its keys: {', '.join(inside)}")
-        raise UserError(f"{origin}unknown key {key!r}: did you mean {_nearest(key, types)!r}?")
-    entries = [value] if types[key].startswith("list") and not isinstance(value, list) else value
-    try:
-        if any(isinstance(part, (dict, list)) for part in (value if isinstance(value, list) else [value])):
-            raise TypeError("nested values where one, or a list of them, is expected")
-        OmegaConf.update(config, key, entries)
-        OmegaConf.select(config, key, throw_on_missing=True)  # resolves interpolations
-    except (OmegaConfBaseException, TypeError, OverflowError) as error:
-        default = flatten(dataclasses.asdict(schema()))[key]
-        raise UserError(f"{origin}{key} is {value!r}, expected {types[key]}, for example {default}") from error
-
-
-def _leaf_types(schema: type, prefix: str = "") -> dict[str, str]:
-    """Every dotted key of the schema with the name of its type."""
-    types: dict[str, str] = {}
-    for name, hint in get_type_hints(schema).items():
-        if dataclasses.is_dataclass(hint):
-            types |= _leaf_types(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
-        else:
-            types[f"{prefix}{name}"] = str(hint) if get_args(hint) else hint.__name__
-    return types
-
-
-def _nearest(key: str, candidates: Sequence[str] | dict[str, str]) -> str:
-    """The candidate most like ``key`` as a whole or in its last part."""
-
-    def likeness(candidate: str) -> float:
-        whole = difflib.SequenceMatcher(None, key, candidate).ratio()
-        last = difflib.SequenceMatcher(None, key.rpartition(".")[2], candidate.rpartition(".")[2]).ratio()
-        return max(whole, last)
-
-    return max(candidates, key=likeness)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    return CONFIG_DIR / f"{name_or_file}.yaml"

@@ -1,4 +1,4 @@
-"""A user's own network, data set or extractor, by the name ``module:Name``."""
+"""A user's own network, data set or extractor, by the name ``module:Name``; and the nearest name to a mistaken one."""
 
 import difflib
 import importlib
@@ -10,6 +10,8 @@ from typing import Any
 
 from ..errors import UserError, reason
 
+KEYWORDS = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
 
 def is_own(name: str) -> bool:
     """Whether ``name`` is of the form ``module:Name``, and not one of ours."""
@@ -17,54 +19,72 @@ def is_own(name: str) -> bool:
 
 
 def import_named(name: str, key: str) -> Any:
-    """The object called ``module:Name``, from the current folder or the environment.
+    """The class or function called ``module:Name``, from the current folder or the environment.
 
-    Only names that the user gives, on the command line or in a configuration file, are ever passed here: importing
-    runs the module's code.
+    Importing runs the module's code. So only names that the user gives, on the command line or in a configuration
+    file, are ever passed here.
 
     Args:
         name: ``module:Name``, where ``module`` may have dots.
-        key: what names it, such as ``model.name``, for messages.
+        key: the key or option that names it, such as ``model.name``, for messages.
 
     Raises:
-        UserError: there is no such module, it cannot be imported, or it has no such name.
+        UserError: there is no such module, it cannot be imported, or it has no such class or function.
     """
     module_name, _, attribute = name.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # A user's module may raise anything.
+    except (Exception, SystemExit) as error:  # A user's module may raise anything.
         raise UserError(
             f"{key} is {name}, but the module {module_name} cannot be imported from {os.getcwd()} or the environment "
             f"({reason(error)})"
         ) from error
     if not callable(getattr(module, attribute, None)):
         names = [own for own, value in vars(module).items() if callable(value) and not own.startswith("_")]
-        raise UserError(f"{key} is {name}, but {module_name} has no {attribute}; {_did_you_mean(attribute, names)}")
+        raise UserError(
+            f"{key} is {name}, but {module_name} has no class or function {attribute}; {_did_you_mean(attribute, names)}"
+        )
     return getattr(module, attribute)
 
 
 def check_arguments(target: Callable[..., Any], arguments: Mapping[str, Any], section: str) -> None:
     """Raise :class:`UserError` unless ``target`` takes these keyword arguments, which are keys of ``section``."""
-    parameters = inspect.signature(target).parameters
-    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return
-    for name in arguments:
-        if name not in parameters:
+    taken, takes_all = _keywords(target)
+    for name in () if takes_all else arguments:
+        if name not in taken:
             raise UserError(
                 f"unknown key {section}.{name}: {getattr(target, '__name__', target)} has no argument {name}; "
-                f"{_did_you_mean(name, parameters)}"
+                f"{_did_you_mean(name, taken)}"
             )
 
 
 def facts_taken(target: Callable[..., Any], facts: Mapping[str, Any]) -> dict[str, Any]:
     """Those of ``facts``, what is known of the data, that ``target`` has arguments for."""
-    parameters = inspect.signature(target).parameters
-    return {name: value for name, value in facts.items() if name in parameters}
+    taken, _ = _keywords(target)
+    return {name: value for name, value in facts.items() if name in taken}
 
 
-def _did_you_mean(name: str, candidates: Iterable[str]) -> str:
-    names = list(candidates)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
-    return f"did you mean {near[0]}?" if near else "it takes none"
+def nearest(name: str, candidates: Iterable[str]) -> str:
+    """The candidate most like ``name``, as a whole or after the last dot."""
+
+    def likeness(candidate: str) -> float:
+        pairs = ((name, candidate), (name.rpartition(".")[2], candidate.rpartition(".")[2]))
+        return max(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
+
+    return max(candidates, key=likeness)
+
+
+def _keywords(target: Callable[..., Any]) -> tuple[list[str], bool]:
+    """The keyword arguments that ``target`` names, and whether it takes any other as well."""
+    try:
+        parameters = inspect.signature(target).parameters.values()
+    except (TypeError, ValueError):  # Some classes of extension modules do not say.
+        return [], True
+    names = [parameter.name for parameter in parameters if parameter.kind in KEYWORDS]
+    return names, any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+
+
+def _did_you_mean(name: str, candidates: list[str]) -> str:
+    return f"did you mean {nearest(name, candidates)}?" if candidates else "it has none"
