@@ -4,7 +4,7 @@
 ``torchrun --nproc_per_node=K -m drifting.train ...`` K processes do it, on a GPU each.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +31,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def train(config: Config, out: Path, ranks: Ranks = Ranks()) -> None:  # noqa: B008
+def train(config: Config, out: Path, ranks: Ranks = Ranks(), asked: Collection[str] = ()) -> None:  # noqa: B008
     """Train to ``config.train.steps`` in ``out``, from its newest checkpoint if it has one.
 
-    All ``ranks`` take the steps; rank 0 evaluates and writes.
+    All ``ranks`` take the steps; rank 0 evaluates and writes. ``asked`` are keys whose values change within the run.
 
     Raises:
         UserError: ``out`` is in use, belongs to another configuration or cannot be written.
         Interrupted: by Ctrl-C or SIGTERM; the run is saved.
     """
     directory = RunDirectory(out)
-    with loop.opened_run(directory, config, ranks):
+    with loop.opened_run(directory, config, ranks, asked) as config:
         dataset = open_dataset(config.data, config.seed)
         trainer = build_trainer(config, dataset, ranks)
         evaluation = RunEvaluation(config, directory, trainer, dataset)

@@ -4,7 +4,7 @@ import dataclasses
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -14,7 +14,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..config import AnyConfig, changed_keys, read_config, save_config
+from ..config import (
+    AnyConfig,
+    apply_changes,
+    changed_keys,
+    changes_made,
+    check_asked,
+    read_config,
+    record_changes,
+    recorded_changes,
+    save_config,
+)
 from ..data import Split, training_batches
 from ..data.dataset import telling_of_dead_workers
 from ..errors import Interrupted, UserError, reason
@@ -24,6 +34,8 @@ from .checkpoint import load_checkpoint, save_checkpoint
 from .distributed import Ranks
 from .finite import FiniteGuard
 from .metrics_log import MetricsLog, to_record
+
+CHANGES = "changes.json"  # In a run directory, it records what the user changed within the run.
 
 Quality = dict[str, float]
 
@@ -82,40 +94,61 @@ def leave_a_core_free() -> None:
 
 
 @contextmanager
-def opened_run(run: RunDirectory, config: AnyConfig, ranks: Ranks) -> Iterator[None]:
-    """The run directory is there and this run's alone, inside.
+def opened_run(
+    run: RunDirectory, config: AnyConfig, ranks: Ranks, asked: Collection[str] = ()
+) -> Iterator[AnyConfig]:
+    """The run directory is there and this run's alone, inside; gives the configuration, with changes made earlier.
+
+    Args:
+        asked: keys that the user changes within the run, by ``--change``.
 
     Raises:
         UserError: it is in use, cannot be written, or holds a run with a configuration that would train something else;
             or the ranks cannot share a batch.
     """
     batch = config.train.batch_size
-    with ranks.agreed():
-        if batch % ranks.size:
-            raise UserError(f"train.batch_size is {batch}, expected a multiple of the {ranks.size} ranks")
     with ExitStack() as stack:
 
-        def open_and_lock() -> None:
-            _make_directory(run, config)
+        def open_and_lock() -> AnyConfig | None:
+            if batch % ranks.size:
+                raise UserError(f"train.batch_size is {batch}, expected a multiple of the {ranks.size} ranks")
+            if not ranks.main:
+                return None
+            try:
+                run.samples.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"cannot use {run.path} as a run directory: {reason(error)}") from error
             stack.enter_context(run.lock())
+            return _config_in_force(run, config, asked)
 
-        ranks.on_main(open_and_lock)
-        yield
+        with ranks.agreed():
+            opened = ranks.on_all(open_and_lock)[0]
+        assert opened is not None
+        yield opened
 
 
-def _make_directory(run: RunDirectory, config: AnyConfig) -> None:
-    """Make the folder; if it holds a run, refuse a configuration that would train something else."""
-    try:
-        run.samples.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot use {run.path} as a run directory: {reason(error)}") from error
+def _config_in_force(run: RunDirectory, config: AnyConfig, asked: Collection[str]) -> AnyConfig:
+    """The configuration with the changes that the run has recorded; refuse one that would train something else."""
+    check_asked(asked, type(config))
+    if not run.config.exists():
+        return config
+    config = apply_changes(config, recorded_changes(run.path / CHANGES), asked)
+    changed = changed_keys(read_config(str(run.config), (), type(config), trusted=False), config, asked)
+    if changed:
+        raise UserError(
+            f"{run.path} holds a run with another configuration ({'; '.join(changed)}): choose another --out, give the "
+            "values it was started with, or say --change key=value for each"
+        )
+    return config
+
+
+def _write_config(run: RunDirectory, config: AnyConfig, step: int) -> None:
+    """Keep the configuration, and a record of what of it has changed at this step."""
     if run.config.exists():
-        changed = changed_keys(read_config(str(run.config), (), type(config), trusted=False), config)
-        if changed:
-            raise UserError(
-                f"{run.path} holds a run with another configuration ({'; '.join(changed)}): "
-                "choose another --out, or give the values it was started with"
-            )
+        made = changes_made(read_config(str(run.config), (), type(config), trusted=False), config)
+        if made:
+            record_changes(run.path / CHANGES, [{"step": step} | change for change in made])
+    save_config(config, run.config)
 
 
 def train(run: Run[AnyConfig]) -> Quality:
@@ -135,7 +168,7 @@ def train(run: Run[AnyConfig]) -> Quality:
             raise UserError(
                 f"{directory.path} is at step {trainer.step} already, expected train.steps of at least that"
             )
-    ranks.on_main(lambda: save_config(config, directory.config))
+    ranks.on_main(lambda: _write_config(directory, config, trainer.step))
     if trainer.step == config.train.steps:
         measured = run.evaluate()
         run.save_model()  # It comes after the evaluation, which chooses among several averages.
