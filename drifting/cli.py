@@ -1,4 +1,4 @@
-"""What the commands share: a mistake of the user ends in one line and exit status 2; trainings take the same options."""
+"""What the commands share: a user's mistake ends in one line and exit status 2; trainings take the same options."""
 
 import argparse
 import sys
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, NoReturn
 
-from .config import AnyConfig, read_config
-from .config.keys import key_help, resume_of
+from .config import AnyConfig, check_asked, read_config
+from .config.keys import key_help
 from .config.reading import read_overrides
 from .errors import Interrupted, UserError
 
@@ -24,7 +24,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 @dataclass(frozen=True)
 class TrainingCommand(Generic[AnyConfig]):
-    """What the command line of a training asks for; ``changes`` are the keys of ``config`` that ``--change`` has set."""
+    """What the command line of a training asks for; ``changes`` are the keys of ``config`` that ``--change`` set."""
 
     config: AnyConfig
     out: Path
@@ -53,9 +53,7 @@ def parse_training_command(
     arguments = parser.parse_intermixed_args(argv)
     config = read_config(arguments.config, arguments.overrides + arguments.change, schema)
     changes = tuple(read_overrides(arguments.change))
-    for key in changes:
-        if resume_of(schema, key) == "never":
-            raise UserError(f"--change {key}: it cannot change within a run, start a new one in another --out")
+    check_asked(changes, schema)
     return TrainingCommand(config, arguments.out or Path("runs") / Path(arguments.config).stem, changes)
 
 

@@ -22,6 +22,13 @@ Change = dict[str, Any]  # ``key``, its values ``old`` and ``new``, and once rec
 UNSET = "unset"  # the value of an argument that a user's own network does not get
 
 
+def check_asked(keys: Collection[str], schema: type) -> None:
+    """Raise :class:`UserError` if one of the keys of ``--change`` cannot change within a run."""
+    for key in keys:
+        if resume_of(schema, key) == "never":
+            raise UserError(f"--change {key}: it cannot change within a run, start a new run in another --out")
+
+
 def changes_made(old: Config | PretrainConfig, new: Config | PretrainConfig) -> list[Change]:
     """``key``, ``old`` and ``new`` of each value that differs and is not free to do so when a run is resumed."""
     before, after = values_of(old), values_of(new)
@@ -34,7 +41,7 @@ def changes_made(old: Config | PretrainConfig, new: Config | PretrainConfig) -> 
 
 
 def changed_keys(old: Config | PretrainConfig, new: Config | PretrainConfig, asked: Collection[str] = ()) -> list[str]:
-    """``key: old, now new`` for each of :func:`changes_made` but those that the user has ``asked`` for by ``--change``."""
+    """``key: old, now new`` for each of :func:`changes_made` but those that the user ``asked`` for by ``--change``."""
     made = [change for change in changes_made(old, new) if change["key"] not in asked]
     return [f"{change['key']}: {change['old']}, now {change['new']}" for change in made]
 

@@ -22,7 +22,7 @@ class DataConfig:
 
     name: str = key("digits", "The data set; data=NAME sets it too.", one_of=DATA_NAMES, own=True, resume="never")
     path: str | None = key(
-        None, "The data are in this folder or under this name on the hub; null looks in the usual places.", resume="free"
+        None, "This folder, or this name on the hub, has the data; null looks in the usual places.", resume="free"
     )
     image_size: int | None = key(None, "Images get this height and width; null keeps theirs.", least=1, resume="never")
     flip: bool = key(False, "Every other training image, chosen at random, is mirrored.")
@@ -82,7 +82,7 @@ class StepConfig:
         None, "Real samples are kept there; null keeps them beside the model.", one_of=("cpu", "cuda"), resume="free"
     )
     clamp: bool = key(True, "Generated pixels are clamped to the range of real ones.")
-    labels_at_once: int | None = key(None, "This many labels are in memory at once; null is all.", least=1, resume="free")
+    labels_at_once: int | None = key(None, "Memory holds this many labels at once; null: all.", least=1, resume="free")
     bf16: bool = key(False, "The networks compute in bfloat16; weights, distances and loss stay float32.")
     compile: bool = key(False, "torch.compile makes steps faster, and delays the first ones.", resume="free")
     activation_checkpointing: bool = key(False, "Activations are computed twice instead of kept.", resume="free")
@@ -197,7 +197,7 @@ class MAEStepConfig:
     """What a training step sees and how it is computed."""
 
     latents: bool = key(False, "The Stable Diffusion VAE encodes the images first.", resume="never")
-    images_at_once: int | None = key(None, "This many images are in memory at once; null is all.", least=1, resume="free")
+    images_at_once: int | None = key(None, "Memory holds this many images at once; null: all.", least=1, resume="free")
     bf16: bool = key(False, "The network computes in bfloat16; its weights and the losses stay float32.")
 
 
