@@ -94,9 +94,11 @@ def typed(value: Any, kind: Any) -> Any:
     return value
 
 
-def type_name(kind: Any) -> str:
-    """The type as users read it, such as ``int or null``."""
-    return kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind).replace(" | None", " or null")
+def expected_of(its: Field[Any]) -> str:
+    """The type and range of a key as users read them, such as ``int, 1 or more, or null``."""
+    kind = str(its.type) if get_args(its.type) else its.type.__name__  # type: ignore[union-attr]
+    text = its.metadata["expected"] or ("or null" if its.metadata["default"] is None else "")
+    return f"{kind.removesuffix(' | None')}, {text}" if text else kind
 
 
 def key_help(schema: type) -> str:
@@ -106,10 +108,8 @@ def key_help(schema: type) -> str:
         if name.rpartition(".")[0] != section:
             section = name.rpartition(".")[0]
             lines += ["", *textwrap.wrap(f"{section}: {getattr(schema(), section).__doc__}", WIDTH)]
-        default, expected = its.metadata["default"], its.metadata["expected"]
-        value = default if isinstance(default, str) else json.dumps(default).replace('"', "")
-        kind = type_name(its.type)
-        terms = f"{kind.removesuffix(' or null')}, {expected}" if expected else kind
-        lines += textwrap.wrap(f"{name}={value}  ({terms})", WIDTH, initial_indent="  ", subsequent_indent=8 * " ")
+        default = its.metadata["default"]
+        first = f"{name}={default if isinstance(default, str) else json.dumps(default)}  ({expected_of(its)})"
+        lines += textwrap.wrap(first.replace('"', ""), WIDTH, initial_indent="  ", subsequent_indent=8 * " ")
         lines += textwrap.wrap(its.metadata["sentence"], WIDTH, initial_indent=6 * " ", subsequent_indent=6 * " ")
     return "\n".join(lines)

@@ -13,7 +13,7 @@ import yaml
 from ..errors import UserError, reason
 from ..utils.files import atomic_write
 from ..utils.named import check_arguments, import_named, is_own, nearest
-from .keys import keys_of, type_name, typed
+from .keys import expected_of, keys_of, typed
 from .schema import DATA_NAMES, DRIFTING_DIT, Config, PretrainConfig
 
 CONFIG_DIR = Path(__file__).parents[1] / "configs"
@@ -105,12 +105,11 @@ def set_value(config: Config | PretrainConfig, key: str, value: Any, origin: str
     if section in NAMES and name not in OURS[section] and _has_arguments(part):
         part.arguments[name] = value
     elif key in keys:
-        kind, default = keys[key].type, keys[key].metadata["default"]
         try:
-            setattr(part, name, typed(value, kind))
+            setattr(part, name, typed(value, keys[key].type))
         except (TypeError, OverflowError) as error:
-            message = f"{origin}{key} is {value!r}, expected {type_name(kind)}, for example {default}"
-            raise UserError(message) from error
+            expected = f"{expected_of(keys[key])}, for example {keys[key].metadata['default']}"
+            raise UserError(f"{origin}{key} is {value!r}, expected {expected}") from error
     elif inside := [other for other in keys if other.startswith(f"{key}.")]:
         raise UserError(f"{origin}{key} is a section, set one of its keys: {', '.join(inside)}")
     else:

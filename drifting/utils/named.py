@@ -65,6 +65,7 @@ def facts_taken(target: Callable[..., Any], facts: Mapping[str, Any]) -> dict[st
 
 def nearest(name: str, candidates: Iterable[str]) -> str:
     """The candidate most like ``name``, as a whole or after the last dot."""
+    name = name[:100]  # The time grows with the square of the length.
 
     def likeness(candidate: str) -> float:
         pairs = ((name, candidate), (name.rpartition(".")[2], candidate.rpartition(".")[2]))
