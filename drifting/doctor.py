@@ -23,7 +23,7 @@ SECONDS = 10.0  # for the check of one backend: what has not begun in half of th
 TOLERANCE = 1e-3  # relative RMS error in float32; a kernel that computes anything else is off by far more
 
 PACKAGES = (
-    "torch", "triton", "numpy", "omegaconf", "safetensors", "msgpack", "pillow", "scikit-learn", "matplotlib",
+    "torch", "triton", "numpy", "pyyaml", "safetensors", "msgpack", "pillow", "scikit-learn", "matplotlib",
     "tensorboard",
 )  # fmt: skip
 OPTIONAL_PACKAGES = (

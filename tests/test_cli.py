@@ -126,7 +126,7 @@ def test_mistake_is_one_line_and_status_2(tmp_path):
         (training, ["--out", "{empty}", "data=mnist", "data.path={nowhere}"], "not in .*nowhere: set data.path to"),
         (training, ["evaluation.features={nowhere}", "--out", "run"], "there are no features .*nowhere: exp"),
         (training, ["evaluation.reference={nowhere}", "--out", "run"], "there is no file"),
-        (training, ["evaluation.cfg_scales=[1.0,0.5]", "--out", "run"], "one or more of at least 1"),
+        (training, ["evaluation.cfg_scales=[1.0,0.5]", "--out", "run"], "expected 1 or more; or a list"),
         (pretrain, ["--config", "digits"], "there is no configuration 'digits': .* one of: mae_256"),
         (pretrain, ["loss.lambda_cls=x"], "loss.lambda_cls is 'x', expected float"),
         (train_classifier, ["--data", "nope"], "argument --data: invalid choice"),

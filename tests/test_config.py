@@ -1,27 +1,31 @@
 """Configurations: what a mistake is answered with, and that a good one arrives."""
 
-import dataclasses
 import inspect
+import sys
+import time
 
 import pytest
 import torch
 
-from drifting.config.reading import (
-    CONFIG_DIR,
+from drifting.config import (
+    Config,
+    DataConfig,
+    PretrainConfig,
+    apply_changes,
     changed_keys,
-    flatten,
+    changes_made,
+    check_asked,
     load_config,
     load_pretrain_config,
     read_config,
+    record_changes,
+    recorded_changes,
     save_config,
 )
-from drifting.config.schema import Config, DataConfig, PretrainConfig
-from drifting.data import open_dataset
+from drifting.config.keys import expected_of, key_help, keys_of, resume_of
+from drifting.config.reading import CONFIG_DIR, MOST_BYTES, values_of
 from drifting.errors import UserError
 from drifting.models import MAE, DriftingDiT
-from drifting.train import build_trainer
-from drifting.training import MAETrainer, create_trainer
-from drifting.training.distributed import Ranks
 
 GENERATORS = {  # configuration: channels, size and classes of its data, parameters
     "digits": ((1, 8, 10), None),
@@ -65,7 +69,7 @@ def test_every_shipped_configuration_is_tested():
 def test_shipped_generators_build(name):
     (channels, size, classes), parameters = GENERATORS[name]
     with torch.device("meta"):
-        model = DriftingDiT(size, in_chans=channels, num_classes=classes, **vars(load_config(name).model))
+        model = DriftingDiT(size, in_chans=channels, num_classes=classes, **load_config(name).model.keywords())
     if parameters is not None:  # the paper's count
         assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, abs=0.5e6)
 
@@ -111,13 +115,6 @@ def test_the_large_ones_are_computed_as_the_release_does():
         assert config.step.latents == (name in ("mae_256", "mae_640"))
 
 
-def test_pixels_are_clamped_unless_the_configuration_says_otherwise():
-    overrides = ["model.embed_dim=16", "model.depth=1", "model.num_heads=2"]
-    for clamp, expected in (("true", (-1, 1)), ("false", None)):
-        config = load_config("digits", [*overrides, f"step.clamp={clamp}"])
-        assert build_trainer(config, open_dataset(config.data), Ranks()).pixel_range == expected
-
-
 def test_a_list_may_be_given_as_its_only_entry():
     assert load_config("digits", ["optimizer.ema_decay=0.5"]).optimizer.ema_decay == [0.5]
     assert load_config("digits", ["optimizer.ema_decay=[0.5,0.9]"]).optimizer.ema_decay == [0.5, 0.9]
@@ -150,7 +147,7 @@ def test_unknown_key_names_the_nearest(override, key):
     [("train.steps=many", "train.steps is 'many', expected int"), ("train.steps=2.5", "expected int"),
      ("train.steps=true", "expected int"), ("train.steps=", "expected int"), ("train.steps=[1]", "expected int"),
      ("optimizer.learning_rate=fast", "expected float"), ("optimizer.cosine_decay=perhaps", "expected bool"),
-     ("loss.temperatures=a", r"is 'a', expected list\[float\], for example \[0.02, 0.05, 0.2\]"),
+     ("loss.temperatures=a", r"is 'a', expected list\[float\], a positive .*, for example \[0.02, 0.05, 0.2\]"),
      ("loss.temperatures=[a]", r"expected list\[float\]"), ("seed=${nowhere}", "expected int"),
      ("train=5", "train is a section, set one of its keys: train.steps"),
      ("seed", "expected key=value"), ("seed=[1", "not valid YAML")],
@@ -166,10 +163,10 @@ def test_ill_typed_value_says_what_was_expected(override, expected):
      ("optimizer.learning_rate=-1", "expected a positive number"), ("optimizer.learning_rate=nan", "a positive"),
      ("guidance.uncond_prob=2", "from 0 to 1"), ("data=mnst", "data.name is mnst, expected one of: digits, mnist"),
      ("data.image_size=0", "1 or more"), ("data.workers=-1", "0 or more"), ("seed=-1", "0 or more"),
-     ("loss.feature_extractor=pixel", "expected one of: latent, pixels"), ("loss.temperatures=[]", "positive numbers"),
-     ("loss.feature_extractor=[]", "or a list of them"), ("loss.feature_extractor=[pixels,pixels]", "or a list"),
-     ("loss.temperatures=[0.1,0]", "positive numbers"), ("guidance.cfg_scale_range=[0.5,2]", "least"),
-     ("optimizer.ema_decay=[0.9,2]", "from 0 to 1"), ("optimizer.ema_decay=[0.9,0.9]", "several different ones"),
+     ("loss.feature_extractor=pixel", "expected one of: latent, input"), ("loss.temperatures=[]", "a positive number"),
+     ("loss.feature_extractor=[]", "or a list of"), ("loss.feature_extractor=[pixels,pixels]", "or a list"),
+     ("loss.temperatures=[0.1,0]", "a positive number"), ("guidance.cfg_scale_range=[0.5,2]", "least"),
+     ("optimizer.ema_decay=[0.9,2]", "from 0 to 1"), ("optimizer.ema_decay=[0.9,0.9]", "a list of different ones"),
      ("optimizer.ema_decay=[]", "from 0 to 1"), ("guidance.cfg_scale_range=1", "least"),
      ("guidance.cfg_scale_range=[1]", "least"), ("model.embed_dim=30", "a multiple of"),
      ("step.queue_device=disk", "cpu, cuda, or null"), ("train.max_skipped_steps=-1", "0 or more")],
@@ -219,14 +216,215 @@ def test_only_length_and_intervals_may_change():
 
 
 def test_sections_hold_arguments_that_exist():
-    """The sections are passed on as keyword arguments, so each of their keys must be one."""
-    config = Config()
-    assert set(vars(config.model)) <= set(inspect.signature(DriftingDiT).parameters)
-    passed = set(flatten(dataclasses.asdict(config))) - {"seed", "optimizer.cosine_decay", "loss.mae", "step.clamp"}
-    others = ("data", "model", "train", "evaluation")
-    names = {key.partition(".")[2] for key in passed if key.split(".")[0] not in others}
-    assert names <= set(inspect.signature(create_trainer).parameters)
-    pretraining = PretrainConfig()
-    assert set(vars(pretraining.model)) <= set(inspect.signature(MAE).parameters)
-    names = {name for part in (pretraining.loss, pretraining.step, pretraining.optimizer) for name in vars(part)}
-    assert names <= set(inspect.signature(MAETrainer).parameters)
+    """The sections of networks are passed on as keyword arguments, so each of their keys must be one."""
+    assert set(Config().model.keywords()) <= set(inspect.signature(DriftingDiT).parameters)
+    assert set(vars(PretrainConfig().model)) <= set(inspect.signature(MAE).parameters)
+
+
+# The schema
+
+
+@pytest.mark.parametrize("schema", [Config, PretrainConfig])
+def test_every_key_stands_in_the_help_with_type_default_range_and_sentence(schema):
+    text = key_help(schema)
+    assert max(map(len, text.splitlines())) <= 100
+    words = " ".join(text.split())
+    defaults = values_of(schema())
+    for key, field in keys_of(schema).items():
+        assert field.metadata["sentence"] in words and field.metadata["sentence"][-1] == "."
+        assert f"({expected_of(field)})" in words and f" {key}=" in words and key in defaults
+    assert "train.steps=30000 (int, 1 or more) Training ends after this many steps." in words
+
+
+def test_plain_values_are_those_of_yaml_1_2(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "optimizer: {learning_rate: 1e-3, max_grad_norm: 2, weight_decay: 3.0e-3}\ntrain: {steps: 30_000}\n"
+        "data: {path: 2020-01-01, subset: 007, label_column: on, image_size: ~}\n"
+    )
+    config = load_config(str(file))
+    assert config.optimizer.learning_rate == 1e-3 and config.optimizer.weight_decay == 3e-3
+    assert type(config.optimizer.max_grad_norm) is float and config.train.steps == 30000
+    data = config.data
+    assert (data.path, data.subset, data.label_column, data.image_size) == ("2020-01-01", "007", "on", None)
+    config.data.path, config.train.wandb = "1e-3", "null"
+    save_config(config, file)
+    assert load_config(str(file)) == config
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [("train: {steps: 5}\ntrain: {steps: 6}", "train 2 times"), ("a: &a 1\nb: *a", "aliases"),
+     ("[" * 5000, "valid YAML"),
+     ("seed: !!python/object/apply:os.system [true]", "could not determine a constructor"), ("\0", "valid YAML"),
+     ("seed: ${oc.env:HOME}", "seed is '..oc.env:HOME.', expected int"), ("text", "holds a str"),
+     ("x: " + "y" * MOST_BYTES, f"more than {MOST_BYTES} bytes"), ("? [1, 2]\n: 3", "valid YAML"),
+     ("seed: 1" + "0" * 5000, "valid YAML"), ("1: 2", "unknown key '1'"), ("train: {steps: {a: 1}}", "expected int")],
+)  # fmt: skip
+def test_files_that_are_no_configuration_end_in_one_line(tmp_path, text, expected):
+    file, started = tmp_path / "mine.yaml", time.monotonic()
+    file.write_text(text)
+    with pytest.raises(UserError, match=expected) as caught:
+        load_config(str(file))
+    assert "\n" not in str(caught.value) and str(file) in str(caught.value) and time.monotonic() - started < 10
+
+
+# Parts of the user's own
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """The current folder, with a module ``own_of_test``."""
+    (tmp_path / "own_of_test.py").write_text(
+        "class ConvNet:\n    def __init__(self, num_classes=4, width=16, path=None): ...\n"
+        "class Anything:\n    def __init__(self, **arguments): ...\n"
+        "def data(path, flip=False, config=None): ...\n"
+        "number, seen = 3, []\n"
+        "def spy(x):\n    seen.append(float(x.detach().abs().max()))\n    return x.flatten(1)\n"
+    )
+    (tmp_path / "own_broken.py").write_text("import not_there\n")
+    (tmp_path / "own_exit.py").write_text("raise SystemExit(3)\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield tmp_path
+    sys.modules.pop("own_of_test", None)
+
+
+def test_keys_of_own_parts_are_their_arguments(own):
+    config = load_config(
+        "cifar10",
+        ["model.width=24", "model=own_of_test:ConvNet", "model.path=p", "data=own_of_test:data", "data.workers=2",
+         "data.path=there", "data.flip=true", "loss.mae=null", "loss.feature_extractor=[input,own_of_test:Anything]"],
+    )  # fmt: skip
+    assert config.model.name == "own_of_test:ConvNet" and config.model.arguments == {"width": 24, "path": "p"}
+    assert config.model.keywords() == config.model.arguments
+    assert config.data.arguments == {"path": "there", "flip": True} and config.data.workers == 2
+    assert config.data.path is None and not config.data.flip
+    assert config.loss.feature_extractor == ["input", "own_of_test:Anything"]
+
+
+def test_own_parts_survive_the_round_trip(own):
+    overrides = ["model=own_of_test:Anything", "model.width=24", "model.rate=1e-3", "model.sizes=[1,2]",
+                 "model.table={a: {b: null}}", "model.depth=3", "model.text='1'", "data=own_of_test:data"]  # fmt: skip
+    config, file = load_config("digits", overrides), own / "config.yaml"
+    assert config.model.arguments == {
+        "width": 24, "rate": 1e-3, "sizes": [1, 2], "table": {"a": {"b": None}}, "depth": 3, "text": "1",
+    }  # fmt: skip
+    save_config(config, file)
+    assert load_config(str(file)) == config
+    text = file.read_text()
+    assert "width: 24" in text and "embed_dim" not in text and "arguments" not in text and "image_size" not in text
+
+
+def test_another_network_starts_from_its_own_defaults(own):
+    file = own / "mine.yaml"
+    file.write_text("model: {name: own_of_test:ConvNet, width: 3}\ndata: {name: own_of_test:data, path: p}\n")
+    assert load_config(str(file), ["model.path=q"]).model.arguments == {"width": 3, "path": "q"}
+    assert load_config(str(file), ["model=own_of_test:Anything", "model.a=1"]).model.arguments == {"a": 1}
+    config = load_config(str(file), ["model=drifting_dit", "data=digits"])
+    assert (config.model, config.data) == (Config().model, Config().data)
+    assert load_config("digits", ["model=drifting_dit", "model.depth=3"]).model.embed_dim == 256  # the same network
+
+
+@pytest.mark.parametrize(
+    "overrides, expected",
+    [(["model=own_of_test:ConvNet", "model.widht=24"], "key model.widht: ConvNet has no .* widht; did you mean width?"),
+     (["data=own_of_test:data", "data.fip=1"], "unknown key data.fip: data has no .*; did you mean flip?"),
+     (["model=own_of_test:ConvNt"], "model.name is own_of_test:ConvNt, but .* did you mean ConvNet?"),
+     (["model=own_of_test:number"], "no class or function number"),
+     (["model=own_absent:Net"], "the module own_absent cannot be imported from .*No module named"),
+     (["model=own_broken:Net"], "cannot be imported .*not_there"), (["model=own_exit:Net"], "cannot be imported"),
+     (["model=:Net"], "cannot be imported"), (["loss.feature_extractor=own_of_test:Rows"], "loss.feature_extractor is"),
+     (["model=convnet"], "model.name is convnet, expected one of: drifting_dit, or module:Name"),
+     (["model.width=24"], "unknown key 'model.width'"), (["model=[a]"], "expected str")],
+)  # fmt: skip
+def test_mistakes_about_own_parts_end_in_one_line(own, overrides, expected):
+    with pytest.raises(UserError, match=expected) as caught:
+        load_config("digits", overrides)
+    assert "\n" not in str(caught.value)
+
+
+def test_nothing_is_imported_for_a_file_that_is_not_trusted(own):
+    file = own / "config.yaml"
+    file.write_text(
+        "model: {name: own_exit:Net, width: 3}\ndata: own_broken:data\nloss: {feature_extractor: [own_exit:F]}\n"
+    )
+    config = read_config(str(file), (), Config, trusted=False)
+    assert config.model.name == "own_exit:Net" and config.model.arguments == {"width": 3}
+    assert config.data.name == "own_broken:data" and config.loss.feature_extractor == ["own_exit:F"]
+    assert not {"own_exit", "own_broken"} & set(sys.modules)
+
+
+def test_pixels_are_clamped_unless_the_configuration_says_otherwise(own):
+    from drifting.data import open_dataset
+    from drifting.train import build_trainer
+    from drifting.training.distributed import Ranks
+
+    for clamp in (True, False):
+        config = load_config(
+            "digits",
+            ["model.embed_dim=16", "model.depth=1", "model.num_heads=2", "loss.feature_extractor=own_of_test:spy",
+             f"step.clamp={clamp}"],
+        )  # fmt: skip
+        dataset = open_dataset(config.data)
+        trainer = build_trainer(config, dataset, Ranks())
+        torch.nn.init.constant_(trainer.model.final.proj.bias, 3.0)
+        sys.modules["own_of_test"].seen.clear()
+        trainer.train_step(dataset.train.samples(range(128)), dataset.train.labels[:128])
+        assert max(sys.modules["own_of_test"].seen) == (1 if clamp else pytest.approx(3, abs=0.5))
+
+
+# Changes of a run in progress
+
+
+def test_asked_changes_are_recorded_and_stay_in_force(tmp_path):
+    path, command = tmp_path / "changes.json", load_config("digits")
+    assert recorded_changes(path) == []
+    lower = load_config("digits", ["optimizer.learning_rate=1e-3", "train.steps=900"])
+    (change,) = changes_made(command, lower)  # the number of steps is free
+    assert change == {"key": "optimizer.learning_rate", "old": 3e-3, "new": 1e-3}
+    assert changed_keys(command, lower) == ["optimizer.learning_rate: 0.003, now 0.001"]
+    assert changed_keys(command, lower, asked=["optimizer.learning_rate"]) == []
+    record_changes(path, [{"step": 40} | change])
+    record_changes(path, [{"step": 60, "key": "loss.temperatures", "old": [0.02, 0.05, 0.2], "new": [0.1]}])
+    record_changes(path, [{"step": 80, "key": "optimizer.learning_rate", "old": 1e-3, "new": 3e-3}])
+    record_changes(path, [{"step": 90, "key": "optimizer.learning_rate", "old": 3e-3, "new": 1e-4}])
+    recorded = recorded_changes(path)
+    assert [entry["step"] for entry in recorded] == [40, 60, 80, 90]
+    resumed = apply_changes(command, recorded)
+    assert resumed.optimizer.learning_rate == 1e-4 and resumed.loss.temperatures == [0.1]
+    assert command.optimizer.learning_rate == 3e-3
+    other = load_config("digits", ["optimizer.learning_rate=5"])
+    assert apply_changes(other, recorded).optimizer.learning_rate == 5
+    assert apply_changes(command, recorded, asked=["optimizer.learning_rate"]).optimizer.learning_rate == 3e-3
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"changes": 3}', '{"changes": [{"step": 1}]}', '{"changes": [3]}', "[" * 9999]
+)
+def test_a_damaged_record_of_changes_ends_in_one_line(tmp_path, content):
+    (tmp_path / "changes.json").write_text(content)
+    with pytest.raises(UserError, match="changes.json cannot be read") as caught:
+        recorded_changes(tmp_path / "changes.json")
+    assert "\n" not in str(caught.value)
+
+
+def test_recorded_values_are_checked():
+    change = {"step": 1, "key": "optimizer.learning_rate", "old": 3e-3, "new": "fast"}
+    with pytest.raises(UserError, match="a recorded change: optimizer.learning_rate is 'fast', expected float"):
+        apply_changes(load_config("digits"), [change])
+    with pytest.raises(UserError, match="expected a positive number"):
+        apply_changes(load_config("digits"), [change | {"new": -1.0}])
+    assert apply_changes(load_config("digits"), [change | {"key": ["x"]}]) == load_config("digits")
+
+
+def test_some_keys_cannot_change_within_a_run(own):
+    for key in ("seed", "model.depth", "model.width", "data.name", "step.queue_size", "optimizer.ema_decay"):
+        assert resume_of(Config, key) == "never"
+        with pytest.raises(UserError, match=f"--change {key}: it cannot change within a run"):
+            check_asked([key], Config)
+    check_asked(["optimizer.learning_rate", "data.anything", "train.steps"], Config)
+    assert resume_of(PretrainConfig, "step.latents") == "never" and resume_of(Config, "train.batch_size") == "asked"
+    old = load_config("digits", ["model=own_of_test:ConvNet", "model.width=24"])
+    new = load_config("digits", ["model=own_of_test:ConvNet", "model.path=p"])
+    assert changed_keys(old, new) == ["model.width: 24, now unset", "model.path: unset, now p"]

@@ -13,7 +13,7 @@ import yaml
 from ..errors import UserError, reason
 from ..utils.files import atomic_write
 from ..utils.named import check_arguments, import_named, is_own, nearest
-from .keys import keys_of, type_name, typed
+from .keys import expected_of, keys_of, typed
 from .schema import DATA_NAMES, DRIFTING_DIT, Config, PretrainConfig
 
 CONFIG_DIR = Path(__file__).parents[1] / "configs"
@@ -105,12 +105,11 @@ def set_value(config: Config | PretrainConfig, key: str, value: Any, origin: str
     if section in NAMES and name not in OURS[section] and _has_arguments(part):
         part.arguments[name] = value
     elif key in keys:
-        kind, default = keys[key].type, keys[key].metadata["default"]
         try:
-            setattr(part, name, typed(value, kind))
+            setattr(part, name, typed(value, keys[key].type))
         except (TypeError, OverflowError) as error:
-            message = f"{origin}{key} is {value!r}, expected {type_name(kind)}, for example {default}"
-            raise UserError(message) from error
+            expected = f"{expected_of(keys[key])}, for example {keys[key].metadata['default']}"
+            raise UserError(f"{origin}{key} is {value!r}, expected {expected}") from error
     elif inside := [other for other in keys if other.startswith(f"{key}.")]:
         raise UserError(f"{origin}{key} is a section, set one of its keys: {', '.join(inside)}")
     else:
@@ -121,22 +120,19 @@ def check_values(config: Config | PretrainConfig) -> None:
     """Raise :class:`UserError` naming the key, its value and what was expected, if a value is out of its range."""
     values = values_of(config)
     for key, field in keys_of(type(config)).items():
-        rule, value = field.metadata["rule"], values.get(key)
-        if rule and value is not None and not rule[1](value):
-            raise UserError(f"{key} is {value}, expected {rule[0]}")
-    if not isinstance(config, Config):
-        return
-    multiple = math.lcm(4, 2 * config.model.num_heads)
-    if config.model.embed_dim % multiple:
-        raise UserError(
-            f"model.embed_dim is {config.model.embed_dim}, expected a multiple of 4 and of 2 * model.num_heads, "
-            f"that is of {multiple}"
-        )
-    if ("mae" in config.loss.feature_extractor) != (config.loss.mae is not None):
-        raise UserError(
-            f"loss.mae is {config.loss.mae} and loss.feature_extractor {config.loss.feature_extractor}: "
-            "expected both or neither to name a masked autoencoder"
-        )
+        value = values.get(key)
+        if value is not None and not field.metadata["holds"](value):
+            raise UserError(f"{key} is {value}, expected {field.metadata['expected']}")
+    if isinstance(config, Config):
+        model, loss = config.model, config.loss
+        if model.embed_dim % math.lcm(4, 2 * model.num_heads):
+            expected = f"a multiple of 4 and of 2 * model.num_heads = {2 * model.num_heads}"
+            raise UserError(f"model.embed_dim is {model.embed_dim}, expected {expected}")
+        if ("mae" in loss.feature_extractor) != (loss.mae is not None):
+            raise UserError(
+                f"loss.mae is {loss.mae} and loss.feature_extractor {loss.feature_extractor}: "
+                "expected both or neither to name a masked autoencoder"
+            )
 
 
 class _Loader(yaml.SafeLoader):

@@ -43,9 +43,8 @@ def import_named(name: str, key: str) -> Any:
         ) from error
     if not callable(getattr(module, attribute, None)):
         names = [own for own, value in vars(module).items() if callable(value) and not own.startswith("_")]
-        raise UserError(
-            f"{key} is {name}, but {module_name} has no class or function {attribute}; {_did_you_mean(attribute, names)}"
-        )
+        near = _did_you_mean(attribute, names)
+        raise UserError(f"{key} is {name}, but {module_name} has no class or function {attribute}; {near}")
     return getattr(module, attribute)
 
 
@@ -54,10 +53,8 @@ def check_arguments(target: Callable[..., Any], arguments: Mapping[str, Any], se
     taken, takes_all = _keywords(target)
     for name in () if takes_all else arguments:
         if name not in taken:
-            raise UserError(
-                f"unknown key {section}.{name}: {getattr(target, '__name__', target)} has no argument {name}; "
-                f"{_did_you_mean(name, taken)}"
-            )
+            title, near = getattr(target, "__name__", target), _did_you_mean(name, taken)
+            raise UserError(f"unknown key {section}.{name}: {title} has no argument {name}; {near}")
 
 
 def facts_taken(target: Callable[..., Any], facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,6 +65,7 @@ def facts_taken(target: Callable[..., Any], facts: Mapping[str, Any]) -> dict[st
 
 def nearest(name: str, candidates: Iterable[str]) -> str:
     """The candidate most like ``name``, as a whole or after the last dot."""
+    name = name[:100]  # The time grows with the square of the length.
 
     def likeness(candidate: str) -> float:
         pairs = ((name, candidate), (name.rpartition(".")[2], candidate.rpartition(".")[2]))
