@@ -8,7 +8,7 @@ A shard is written whole or not at all, so that the same command goes on after a
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils import data
 from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
 from tqdm import tqdm
 
 from .cli import ArgumentParser, run_command
@@ -27,13 +27,13 @@ from .data import DATASETS, Dataset, Split, open_dataset
 from .data.dataset import load_batches, worker_settings
 from .data.image_split import ImageError
 from .data.latents import INDEX, SPLITS, read_index
-from .errors import UserError
+from .errors import UserError, reason
 from .hub.vae import LATENT_SCALE, VAE, encode_images
 from .utils.files import atomic_write
 
 Encoder = Callable[[Tensor], tuple[Tensor, Tensor]]  # images [B, 3, H, W] to mean and standard deviation of latents
 DTYPE = np.float16
-SHARD_SIZE = 8192  # images: 134 MB of 4 × 32 × 32 latents
+SHARD_SIZE = 8192  # That many images have 134 MB of 4 × 32 × 32 latents.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -98,39 +98,51 @@ def cache_latents(
     splits = {"train": dataset.train, "test": dataset.test}
     sizes = {name: len(split) for name, split in splits.items()}
     settings = origin | {"image_size": list(dataset.sample_shape[1:]), "shard_size": shard_size, "images": sizes}
-    index = {"complete": False, "settings": settings}
     try:
         destination.mkdir(parents=True, exist_ok=True)
-        before = read_index(destination)
-        if before is None and any(destination.iterdir()):
-            raise UserError(f"{destination} has files but no {INDEX}: choose another DST, or empty it")
-        if before is not None:
-            _check_settings(destination, before["settings"], settings)
-            if before["complete"]:
-                return before
-        _write_json(destination / INDEX, index)
+        before = _earlier_index(destination, settings)
+        if before is not None and before["complete"]:
+            return before
+        _write_json(destination / INDEX, {"complete": False, "settings": settings})
         shards = [
-            Shard(name, start, min(start + shard_size, size), destination / name / f"{start // shard_size:05d}.npy")
+            Shard(name, range(start, min(start + shard_size, size)), destination / name / f"{start // shard_size:05d}.npy")
             for name, size in sizes.items()
             for start in range(0, size, shard_size)
         ]
-        _encode_shards(splits, shards, encode, batch_size, workers)
-        index = _complete_index(index, shards, destination, dataset.class_names)
+        pending = [shard for shard in shards if not shard.file.exists()]
+        total, left = (sum(len(shard.indices) for shard in some) for some in (shards, pending))
+        with tqdm(total=total, initial=total - left, unit="img", desc="encoding", mininterval=0.5) as bar:
+            for shard in pending:
+                _write_shard(shard, splits[shard.split], encode, batch_size, workers, bar)
+        index = {"complete": True, "settings": settings} | _describe(shards, dataset.class_names)
         _write_json(destination / INDEX, index)
         for shard in shards:
             shard.notes.unlink()
     except OSError as error:
-        raise UserError(f"cannot write latents: {error}") from error
+        raise UserError(f"cannot write latents: {reason(error)}") from error
     return index
+
+
+def _earlier_index(destination: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The index in ``destination``, if there is one; raises :class:`UserError` if it holds anything else."""
+    before = read_index(destination)
+    if before is None and any(destination.iterdir()):
+        raise UserError(f"{destination} has files but no {INDEX}: choose another DST, or empty it")
+    made = settings if before is None else before["settings"]
+    changed = [f"{key}: {made.get(key)}, now {value}" for key, value in settings.items() if made.get(key) != value]
+    if changed:
+        raise UserError(
+            f"{destination} holds latents that were made otherwise ({'; '.join(changed)}): choose another DST"
+        )
+    return before
 
 
 @dataclass(frozen=True)
 class Shard:
-    """The file of the images ``start … stop - 1`` of a split, and beside it, until all are done, notes on it."""
+    """The ``file`` of some images of a split, and beside it, until all are done, notes on it."""
 
     split: str
-    start: int
-    stop: int
+    indices: range
     file: Path
 
     @property
@@ -139,97 +151,61 @@ class Shard:
         return self.file.with_suffix(".json")
 
 
-def _encode_shards(
-    splits: dict[str, Split], shards: list[Shard], encode: Encoder, batch_size: int, workers: int
-) -> None:
-    """Write the files of those ``shards`` that have none."""
-    total = sum(shard.stop - shard.start for shard in shards)
-    pending = [shard for shard in shards if not shard.file.exists()]
-    done = total - sum(shard.stop - shard.start for shard in pending)
-    with tqdm(total=total, initial=done, unit="img", desc="encoding", mininterval=0.5) as bar:
-        for name, split in splits.items():
-            own = [shard for shard in pending if shard.split == name]
-            batches = _readable_batches(split, own, batch_size, workers)
-            for shard in own:
-                latents, labels, skipped = [], [], []
-                for start in range(shard.start, shard.stop, batch_size):
-                    batch = next(batches)
-                    if batch.indices:
-                        latents.append(_draw_latents(batch, encode))
-                    labels += batch.labels
-                    skipped += batch.skipped
-                    for reason in batch.skipped:
-                        bar.write(f"skipped: {reason}", file=sys.stderr)
-                    bar.update(min(start + batch_size, shard.stop) - start)
-                _write_shard(shard, latents, labels, skipped)
+class _Attempts(TorchDataset[tuple[int, Tensor | str, int]]):
+    """Index, image and label of some samples of a split; where an image cannot be decoded, the reason instead."""
 
+    def __init__(self, split: Split, indices: range) -> None:
+        self.split, self.indices = split, indices
 
-@dataclass(frozen=True)
-class Batch:
-    """Images ``[B, C, H, W]`` of the ``indices`` that could be decoded, and why the others could not."""
+    def __len__(self) -> int:
+        return len(self.indices)
 
-    images: Tensor
-    indices: list[int]
-    labels: list[int]
-    skipped: list[str]
-
-
-class _Attempts(data.Dataset[tuple[int, Tensor | str, int]]):
-    """The samples of a split, or the reason why there is none."""
-
-    def __init__(self, split: Split) -> None:
-        self.split = split
-
-    def __getitem__(self, index: int) -> tuple[int, Tensor | str, int]:
+    def __getitem__(self, place: int) -> tuple[int, Tensor | str, int]:
+        index = self.indices[place]
         try:
             return index, *self.split[index]
         except ImageError as error:
             return index, str(error), -1
 
 
-def _collate(attempts: list[tuple[int, Tensor | str, int]]) -> Batch:
+def _collate(attempts: list[tuple[int, Tensor | str, int]]) -> tuple[Tensor, list[int], list[int], list[str]]:
+    """Images ``[B, C, H, W]``, their indices and labels, and why the other images could not be decoded."""
     good = [(index, image, label) for index, image, label in attempts if isinstance(image, Tensor)]
-    return Batch(
-        images=torch.stack([image for _, image, _ in good]) if good else torch.empty(0),
-        indices=[index for index, _, _ in good],
-        labels=[label for _, _, label in good],
-        skipped=[image for _, image, _ in attempts if isinstance(image, str)],
-    )
+    images = torch.stack([image for _, image, _ in good]) if good else torch.empty(0)
+    skipped = [image for _, image, _ in attempts if isinstance(image, str)]
+    return images, [index for index, _, _ in good], [label for _, _, label in good], skipped
 
 
-def _readable_batches(split: Split, shards: list[Shard], batch_size: int, workers: int) -> Iterator[Batch]:
-    """Batches of the images of ``shards``, none of which takes from two of them."""
-    indices = [
-        list(range(start, min(start + batch_size, shard.stop)))
-        for shard in shards
-        for start in range(shard.start, shard.stop, batch_size)
-    ]
-    return load_batches(
-        DataLoader(_Attempts(split), batch_sampler=indices, collate_fn=_collate, **worker_settings(workers))
-    )
-
-
-def _draw_latents(batch: Batch, encode: Encoder) -> NDArray[np.float16]:
-    """A draw ``[B, 2, C, h, w]`` from the posteriors of images and mirror images, with noise of each image's index."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    images = batch.images.to(device).expand(-1, 3, -1, -1)
-    mean, std = (part.unflatten(0, (2, -1)).float().cpu() for part in encode(torch.cat([images, images.flip(3)])))
-    shape = mean.shape[2:]
-    noise = np.stack([np.random.default_rng(index).standard_normal(shape, np.float32) for index in batch.indices])
-    return (mean + std * torch.from_numpy(noise)).transpose(0, 1).numpy().astype(DTYPE)
-
-
-def _write_shard(shard: Shard, latents: list[NDArray[np.float16]], labels: list[int], skipped: list[str]) -> None:
-    shard.file.parent.mkdir(exist_ok=True)
+def _write_shard(
+    shard: Shard, split: Split, encode: Encoder, batch_size: int, workers: int, bar: "tqdm[Any]"
+) -> None:
+    attempts = _Attempts(split, shard.indices)
+    loader = DataLoader(attempts, batch_size, collate_fn=_collate, **worker_settings(workers))
+    latents, labels, skipped = [], [], []
+    for images, indices, of_images, reasons in load_batches(loader):
+        if indices:
+            latents.append(_draw_latents(images, indices, encode))
+        labels += of_images
+        skipped += reasons
+        for why in reasons:
+            bar.write(f"skipped: {why}", file=sys.stderr)
+        bar.update(len(indices) + len(reasons))
     _write_json(shard.notes, {"labels": labels, "skipped": skipped})
     with atomic_write(shard.file) as part, part.open("wb") as file:
         np.save(file, np.concatenate(latents) if latents else np.empty(0, DTYPE))
 
 
-def _complete_index(
-    index: dict[str, Any], shards: list[Shard], destination: Path, class_names: tuple[str, ...]
-) -> dict[str, Any]:
-    """The index of a destination that has all shards, see :mod:`drifting.data.latents`."""
+def _draw_latents(images: Tensor, indices: list[int], encode: Encoder) -> NDArray[np.float16]:
+    """A draw ``[B, 2, C, h, w]`` from the posteriors of images and mirror images, with noise of each image's index."""
+    images = images.to("cuda" if torch.cuda.is_available() else "cpu").expand(-1, 3, -1, -1)
+    mean, std = (part.unflatten(0, (2, -1)).float().cpu() for part in encode(torch.cat([images, images.flip(3)])))
+    shape = mean.shape[2:]
+    noise = np.stack([np.random.default_rng(index).standard_normal(shape, np.float32) for index in indices])
+    return (mean + std * torch.from_numpy(noise)).transpose(0, 1).numpy().astype(DTYPE)
+
+
+def _describe(shards: list[Shard], class_names: tuple[str, ...]) -> dict[str, Any]:
+    """What the index of a folder that has all shards holds, see :mod:`drifting.data.latents`."""
     splits: dict[str, Any] = {name: {"shards": [], "labels": [], "skipped": []} for name in SPLITS}
     shape = None
     for shard in shards:
@@ -239,23 +215,14 @@ def _complete_index(
         description["skipped"] += notes["skipped"]
         if notes["labels"]:
             shape = np.load(shard.file, mmap_mode="r").shape[2:]
-            file = shard.file.relative_to(destination).as_posix()
-            description["shards"].append({"file": file, "count": len(notes["labels"])})
+            description["shards"].append({"file": f"{shard.split}/{shard.file.name}", "count": len(notes["labels"])})
     for name, description in splits.items():
         if not description["labels"]:
             raise UserError(f"not one {name} image can be decoded, see above")
-    return index | {
-        "complete": True, "dtype": np.dtype(DTYPE).name, "shape": shape, "scaling_factor": LATENT_SCALE,
-        "class_names": class_names, "splits": splits,
+    return {
+        "dtype": np.dtype(DTYPE).name, "shape": shape, "scaling_factor": LATENT_SCALE, "class_names": class_names,
+        "splits": splits,
     }  # fmt: skip
-
-
-def _check_settings(destination: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    changed = [f"{key}: {before.get(key)}, now {value}" for key, value in now.items() if before.get(key) != value]
-    if changed:
-        raise UserError(
-            f"{destination} holds latents that were made otherwise ({'; '.join(changed)}): choose another DST"
-        )
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

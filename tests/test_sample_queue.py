@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drifting.data import EndlessShuffle, SampleQueue
+from drifting.data import endless_shuffle, SampleQueue
 
 CLASSES = 3
 
@@ -106,12 +106,12 @@ def test_errors_name_what_is_wrong():
 @settings(deadline=None)
 @given(st.integers(1, 9), st.integers(0, 5), st.integers(0, 30))
 def test_endless_shuffle(size, seed, start):
-    order = list(islice(EndlessShuffle(size, seed), 5 * size + start))
+    order = list(islice(endless_shuffle(size, seed), 5 * size + start))
     for epoch in range(5):
         assert sorted(order[epoch * size : (epoch + 1) * size]) == [(epoch, sample) for sample in range(size)]
-    assert list(islice(EndlessShuffle(size, seed, start), 5 * size)) == order[start:]
+    assert list(islice(endless_shuffle(size, seed, start), 5 * size)) == order[start:]
 
 
 def test_endless_shuffle_differs_between_epochs_and_seeds():
-    first, second = ([draw.sample for draw in islice(EndlessShuffle(50, seed), 100)] for seed in (0, 1))
+    first, second = ([draw.sample for draw in islice(endless_shuffle(50, seed), 100)] for seed in (0, 1))
     assert first[:50] != first[50:] and first[:50] != second[:50]

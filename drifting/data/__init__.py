@@ -1,53 +1,71 @@
 """Data sets, the order in which they are read, and the queue that training draws its real samples from."""
 
-from collections.abc import Callable
+import difflib
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from ..config.schema import DataConfig
 from ..errors import UserError
+from ..utils.named import is_own
 from .cifar10 import load_cifar10
-from .dataset import Dataset, Draw, EndlessShuffle, Split, training_batches
+from .dataset import Dataset, Draw, Split, endless_shuffle, training_batches
 from .digits import load_digits
 from .folder import load_folder
 from .huggingface import load_huggingface
 from .idx import load_fashion_mnist, load_mnist
 from .latents import load_latents
+from .own import load_own
 from .sample_queue import SampleQueue
 
 
 class Source(NamedTuple):
-    """How a kind of data set is loaded, and the keys of ``data`` that mean nothing to it."""
+    """How a kind of data set is loaded, the keys of ``data`` that mean nothing to it, and those that it cannot do
+    without, each with what it should be."""
 
     load: Callable[[DataConfig, int], Dataset]
     unused: tuple[str, ...] = ("subset", "label_column")
+    needed: Mapping[str, str] = {}
 
 
+SIZE = {"image_size": "the size to bring the images to, for example 256"}
+CACHE = {"path": "a folder that `python -m drifting.cache_latents` has written"}
 DATASETS = {
     "digits": Source(load_digits, ("path", "subset", "label_column")),
     "mnist": Source(load_mnist),
     "fashion_mnist": Source(load_fashion_mnist),
     "cifar10": Source(load_cifar10),
-    "folder": Source(load_folder),
-    "huggingface": Source(load_huggingface, ()),
-    "latents": Source(load_latents, ("image_size", "crop", "subset", "label_column")),
+    "folder": Source(load_folder, needed={"path": "the folder of the images"} | SIZE),
+    "huggingface": Source(load_huggingface, (), {"path": "a folder or the name of a data set on the hub"} | SIZE),
+    "latents": Source(load_latents, ("image_size", "crop", "subset", "label_column"), CACHE),
 }
 
 
 def open_dataset(config: DataConfig, seed: int = 0) -> Dataset:
-    """The data set that ``config`` describes; ``seed`` is that of flips and crops.
+    """The data set that ``config`` describes, one of ours or the user's own; ``seed`` decides on flips and crops.
 
     Raises:
-        UserError: it is not there, cannot be read or needs a package that is not installed; a key that it has no use
-            for is set.
+        UserError: the data set is unknown, is not there, cannot be read or needs a package that is not installed; or a
+            key is set that it has no use for, or a key is not set that it needs.
     """
+    if is_own(config.name):
+        return load_own(config)
+    if config.name not in DATASETS:
+        nearest = difflib.get_close_matches(config.name, DATASETS, n=1, cutoff=0.0)[0]
+        names = ", ".join(DATASETS)
+        raise UserError(
+            f"data.name is {config.name}, expected one of: {names}; or your own module:Name (did you mean {nearest}?)"
+        )
     source = DATASETS[config.name]
     for key in source.unused:
         if getattr(config, key) != getattr(DataConfig(), key):
             raise UserError(f"data.{key} is {getattr(config, key)}, which data.name={config.name} has no use for")
+    for key, expected in source.needed.items():
+        if getattr(config, key) is None:
+            raise UserError(f"data.{key} is not set, expected {expected}")
     return source.load(config, seed)
 
 
 __all__ = [
-    "DATASETS", "DataConfig", "Dataset", "Draw", "EndlessShuffle", "SampleQueue", "Split", "load_digits",
+    "DATASETS", "DataConfig", "Dataset", "Draw", "SampleQueue", "Split", "endless_shuffle", "load_digits",
     "open_dataset", "training_batches",
 ]  # fmt: skip

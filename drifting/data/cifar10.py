@@ -1,26 +1,35 @@
-"""CIFAR-10's "python version" (https://www.cs.toronto.edu/~kriz/cifar.html): 32 × 32 RGB images of ten classes.
+"""CIFAR-10's "python version" (https://www.cs.toronto.edu/~kriz/cifar.html): 32 × 32 RGB images of ten classes."""
 
-Its files are pickles, and a pickle can run any code: :mod:`drifting.data.plain_pickle` reads them without.
-"""
-
+import io
+import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..config.schema import DataConfig
-from ..errors import UserError
+from ..errors import UserError, reason
 from .dataset import Dataset
-from .image_split import ArrayImages, ImageTransform
-from .plain_pickle import Array, read_plain
+from .image_split import image_dataset
 
 CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 TRAIN = [f"data_batch_{number}" for number in range(1, 6)]
 TEST = ["test_batch"]
 SIZE = 32
-ROW = 3 * SIZE * SIZE  # bytes of an image: channels, rows, columns
-MOST_BYTES = 64 * 2**20  # of a file; the published ones are 31 MB
+ROW = 3 * SIZE * SIZE  # The bytes of an image: channels, rows, columns.
+MOST_BYTES = 64 * 2**20  # The published files have 31 MB.
 FOLDERS = ("data/cifar10", "data/cifar-10-batches-py")
+
+# What the pickle of an array refers to. None of these can do anything but make arrays and text.
+RECONSTRUCT = np.empty(0).__reduce__()[0]
+PIECES = {
+    "numpy.core.multiarray._reconstruct": RECONSTRUCT,
+    "numpy._core.multiarray._reconstruct": RECONSTRUCT,
+    "numpy.ndarray": np.ndarray,
+    "numpy.dtype": lambda name, *_: np.dtype(name, copy=True),  # What follows in the file changes a copy only.
+    "_codecs.encode": lambda text, _: text.encode("latin1"),  # Python 3 writes bytes for Python 2 in this way.
+}
 
 
 def load_cifar10(config: DataConfig, seed: int = 0) -> Dataset:
@@ -32,14 +41,19 @@ def load_cifar10(config: DataConfig, seed: int = 0) -> Dataset:
             f"data.name is cifar10, but data_batch_1 to 5 and test_batch are not in {' or '.join(map(str, folders))}: "
             "unpack cifar-10-python.tar.gz of www.cs.toronto.edu/~kriz/cifar.html, and set data.path to its folder"
         )
-    transform = ImageTransform(config.image_size or SIZE, config.flip, config.crop, seed)
-    return Dataset(
-        name="cifar10",
-        train=ArrayImages(*_read_split(folder, TRAIN), transform),
-        test=ArrayImages(*_read_split(folder, TEST), transform),
-        class_names=CLASS_NAMES,
-        sample_shape=(3, transform.size, transform.size),
-    )
+    return image_dataset(config, seed, _read_split(folder, TRAIN), _read_split(folder, TEST), CLASS_NAMES, 3, SIZE)
+
+
+class ArrayUnpickler(pickle._Unpickler):
+    """Reads pickles of plain data and arrays. A pickle can call whatever it refers to, so all else is refused.
+
+    This is the unpickler in Python. The one in C takes as much memory as a few bytes of a file ask it to.
+    """
+
+    def find_class(self, module: str, name: str) -> Any:
+        if f"{module}.{name}" not in PIECES:
+            raise pickle.UnpicklingError(f"refers to {module}.{name}, which no image needs")
+        return PIECES[f"{module}.{name}"]
 
 
 def read_batch(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
@@ -51,20 +65,18 @@ def read_batch(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     try:
         if path.stat().st_size > MOST_BYTES:
             raise ValueError(f"it has {path.stat().st_size} bytes, expected at most {MOST_BYTES}")
-        batch = read_plain(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is no batch of CIFAR-10: {error}") from error
-    content = batch if isinstance(batch, dict) else {}
-    array, numbers = content.get(b"data"), content.get(b"labels")
-    if not isinstance(array, Array) or not isinstance(numbers, list) or not all(type(n) is int for n in numbers):
-        raise UserError(f"{path} is no batch of CIFAR-10: expected an array of bytes as data and a list of labels")
-    pixels, labels = array.values, np.array(numbers, dtype=np.int64)
-    if pixels.ndim != 2 or pixels.shape[1] != ROW or labels.shape != pixels.shape[:1] or not len(labels):
-        raise UserError(
-            f"{path} holds images {list(pixels.shape)} and labels {list(labels.shape)}, expected [N, {ROW}] and [N]"
-        )
-    if not (0 <= labels.min() and labels.max() < len(CLASS_NAMES)):
-        raise UserError(f"{path} holds labels from {labels.min()} to {labels.max()}, expected 0 to 9")
+        batch = ArrayUnpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
+        content = batch if isinstance(batch, dict) else {}
+        pixels, numbers = content.get(b"data"), content.get(b"labels")
+        if not isinstance(pixels, np.ndarray) or type(numbers) is not list or {*map(type, numbers)} != {int}:
+            raise ValueError("expected an array of bytes as data and a list of labels")
+        labels = np.array(numbers, dtype=np.int64)
+        if pixels.dtype != np.uint8 or pixels.shape != (len(labels), ROW):
+            raise ValueError(f"{pixels.dtype} {list(pixels.shape)} as data, expected uint8 [{len(labels)}, {ROW}]")
+        if labels.min() < 0 or labels.max() >= len(CLASS_NAMES):
+            raise ValueError(f"labels from {labels.min()} to {labels.max()}, expected 0 to 9")
+    except Exception as error:  # A damaged pickle raises errors of any class.
+        raise UserError(f"{path} is no batch of CIFAR-10 ({reason(error)})") from error
     return pixels.reshape(-1, 3, SIZE, SIZE).transpose(0, 2, 3, 1), labels
 
 

@@ -1,34 +1,39 @@
 """What training needs of a data set, and the order in which it is read."""
 
+import hashlib
+import os
 import signal
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, repeat
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils import data
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 
 from ..errors import UserError
 
+HELD_OUT = 10  # One sample in so many is for testing, where a data set has no such split of its own.
+
 
 class Draw(NamedTuple):
-    """A training sample as it is seen in one epoch: flip and crop follow from the data's seed, epoch and sample."""
+    """A training sample as one epoch sees it: flip and crop follow from the data's seed, epoch and sample."""
 
     epoch: int
     sample: int
 
 
 class Split(data.Dataset[tuple[Tensor, int]], ABC):
-    """Labelled samples, as a map-style data set for :class:`torch.utils.data.DataLoader`.
+    """Samples with their class numbers, as a map-style data set for :class:`torch.utils.data.DataLoader`.
 
-    ``split[index]`` is sample and label without augmentation, ``split[Draw(epoch, index)]`` as that epoch sees it.
-    Samples are float32 ``[C, H, W]``; ``labels`` is int64 ``[N]`` on the CPU.
+    ``split[index]`` is a sample, float32 of any shape, and its class number, without augmentation;
+    ``split[Draw(epoch, index)]`` is the same as that epoch sees it. ``labels`` is int64 ``[N]`` on the CPU.
     """
 
     def __init__(self, labels: Tensor) -> None:
@@ -46,26 +51,26 @@ class Split(data.Dataset[tuple[Tensor, int]], ABC):
         """The sample of that index: without augmentation, or as ``draw`` has it."""
 
     def samples(self, indices: Iterable[int] | None = None) -> Tensor:
-        """Samples ``[N, C, H, W]`` without augmentation, all of them by default."""
+        """Samples ``[N, *sample_shape]`` without augmentation, all of them by default."""
         chosen = range(len(self)) if indices is None else indices
         return torch.stack([self.sample(index, None) for index in chosen])
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Training and test samples of classes ``0 … num_classes - 1``.
+    """Training and test samples of classes ``0 … num_classes - 1``; samples without labels have one class, "all".
 
-    Images are normalised to ``pixel_range``, the two values that stand for black and white. Where ``latent`` is true
-    the samples are latents of the Stable Diffusion VAE (:mod:`drifting.vae`), and it is what they decode to that has
-    this range.
+    Samples may have any shape. ``pixel_range`` holds the two values that stand for black and white in images
+    ``[C, H, W]``; it is None where samples are no images. Where ``latent`` is true the samples are latents of the
+    Stable Diffusion VAE, and the images that they decode to have this range.
     """
 
     name: str
     train: Split
     test: Split
     class_names: tuple[str, ...]
-    sample_shape: tuple[int, int, int]  # C, H, W
-    pixel_range: tuple[float, float] = (-1.0, 1.0)
+    sample_shape: tuple[int, ...]
+    pixel_range: tuple[float, float] | None = (-1.0, 1.0)
     latent: bool = False
 
     @property
@@ -73,35 +78,28 @@ class Dataset:
         return len(self.class_names)
 
 
-class EndlessShuffle(Sampler[Draw]):
-    """Indices ``0 … size - 1`` in a new random order every epoch, without end, each with its epoch.
+def hold_out(names: Iterable[str | bytes]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Indices of the training and of the test samples among those of these names.
 
-    The order depends on ``seed`` and the epoch only, so that a run resumed at ``start`` (samples already drawn) sees
-    what it would have seen.
+    A hash of its name decides on each, so that a sample stays where it is when others are added.
     """
-
-    def __init__(self, size: int, seed: int, start: int = 0) -> None:
-        self.size, self.seed, self.start = size, seed, start
-
-    def __iter__(self) -> Iterator[Draw]:
-        epoch, offset = divmod(self.start, self.size)
-        while True:
-            order = np.random.default_rng([self.seed, epoch]).permutation(self.size)
-            for index in order[offset:].tolist():
-                yield Draw(epoch, index)
-            epoch, offset = epoch + 1, 0
+    digests = (hashlib.blake2b(os.fsencode(name), digest_size=8).digest() for name in names)
+    held = np.array([int.from_bytes(digest, "big") % HELD_OUT == 0 for digest in digests], dtype=bool)
+    return np.flatnonzero(~held), np.flatnonzero(held)
 
 
-class Batches(Sampler[list[Draw]]):
-    """The ``part`` of each ``batch_size`` draws of an endless ``order``."""
+def endless_shuffle(size: int, seed: int, start: int = 0) -> Iterator[Draw]:
+    """Samples ``0 … size - 1`` in a new random order every epoch, without end.
 
-    def __init__(self, order: EndlessShuffle, batch_size: int, part: slice) -> None:
-        self.order, self.batch_size, self.part = order, batch_size, part
-
-    def __iter__(self) -> Iterator[list[Draw]]:
-        draws = iter(self.order)
-        while True:
-            yield list(islice(draws, self.batch_size))[self.part]
+    The order depends on ``seed`` and the epoch only, so that a run that is resumed at ``start`` (the number of samples
+    already drawn) sees what it would have seen.
+    """
+    epoch, offset = divmod(start, size)
+    while True:
+        order = np.random.default_rng([seed, epoch]).permutation(size)
+        for index in order[offset:].tolist():
+            yield Draw(epoch, index)
+        epoch, offset = epoch + 1, 0
 
 
 def training_batches(
@@ -112,17 +110,19 @@ def training_batches(
     workers: int = 0,
     part: slice = slice(None),  # noqa: B008
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of samples ``[B, C, H, W]`` and labels ``[B]`` in the order of :class:`EndlessShuffle`, without end.
+    """Batches of samples ``[B, *sample_shape]`` and labels ``[B]`` in the order of :func:`endless_shuffle`, without
+    end.
 
-    They depend on ``seed`` and ``start`` (samples drawn before) but not on ``workers``; only the ``part`` of each is
-    read. Raises as :func:`load_batches`.
+    They depend on ``seed`` and ``start`` (the number of samples drawn before) but not on ``workers``. Only the ``part``
+    of each batch is read. Raises as :func:`load_batches`.
     """
-    order = Batches(EndlessShuffle(len(split), seed, start), batch_size, part)
-    return load_batches(DataLoader(split, batch_sampler=order, **worker_settings(workers)))
+    draws = endless_shuffle(len(split), seed, start)
+    batches: Any = (list(islice(draws, batch_size))[part] for _ in repeat(None))
+    return load_batches(DataLoader(split, batch_sampler=batches, **worker_settings(workers)))
 
 
 def worker_settings(workers: int) -> dict[str, Any]:
-    """Arguments of a DataLoader that reads with that many processes, which leave it to this one when they end."""
+    """Arguments of a DataLoader that reads with that many processes, which leave Ctrl-C to this one."""
     return {"num_workers": workers, "worker_init_fn": _ignore_ctrl_c, "pin_memory": torch.cuda.is_available()}
 
 
@@ -130,28 +130,28 @@ def load_batches(loader: DataLoader[Any]) -> Iterator[Any]:
     """The batches of ``loader``.
 
     Raises:
-        UserError: a sample cannot be read, or a worker died; the message is one line, whether a worker read it or this
-            process.
+        UserError: a sample cannot be read, or a worker died. The message is one line, whether a worker read the sample
+            or this process.
     """
     try:
         with telling_of_dead_workers():
             yield from loader
-    except UserError as error:  # in a worker, the DataLoader puts the traceback before its message
+    except UserError as error:  # The DataLoader puts the traceback of a worker before its message.
         kind = type(error)
-        reason = str(error).rstrip().splitlines()[-1].removeprefix(f"{kind.__module__}.{kind.__qualname__}: ")
-        raise UserError(reason) from error
+        message = str(error).rstrip().splitlines()[-1].removeprefix(f"{kind.__module__}.{kind.__qualname__}: ")
+        raise UserError(message) from error
 
 
 @contextmanager
 def telling_of_dead_workers() -> Iterator[None]:
-    """Inside, a worker that died raises UserError: the DataLoader raises where it is noticed, in whatever is done."""
+    """Inside, a worker that died raises UserError. The DataLoader raises where it notices that, in any statement."""
     try:
         yield
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        reason = str(error).partition("\n")[0].rstrip(". ")
-        raise UserError(f"a process that reads data died ({reason}): fewer data.workers need less memory") from error
+        message = str(error).partition("\n")[0].rstrip(". ")
+        raise UserError(f"a process that reads data died ({message}): fewer data.workers need less memory") from error
 
 
 def _ignore_ctrl_c(worker: int) -> None:

@@ -2,32 +2,35 @@
 
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from ..config.schema import DataConfig
 from ..errors import UserError
-from .dataset import Dataset
-from .image_split import ImageSplit, ImageTransform, held_out, read_image
+from .dataset import Dataset, hold_out
+from .image_split import image_dataset, read_image
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 TEST_FOLDERS = ("val", "test")
 
 
-class FolderImages(ImageSplit):
-    """Image files below ``root``, decoded to RGB when they are asked for."""
+@dataclass(frozen=True)
+class Files:
+    """Image files below ``root``, decoded to RGB when they are asked for.
 
-    def __init__(self, root: Path, files: list[tuple[str, int]], transform: ImageTransform) -> None:
-        super().__init__(torch.tensor([label for _, label in files], dtype=torch.int64), transform)
-        self.root = root
-        # One array rather than a million strings: workers that touch reference counts would copy every page of them.
-        self.files = np.array([os.fsencode(file) for file, _ in files])
+    Their names are one array rather than a million strings: workers that touch reference counts would copy every page
+    of these.
+    """
 
-    def image(self, index: int) -> Image.Image:
-        return read_image(self.root / os.fsdecode(self.files[index]))
+    root: Path
+    names: NDArray[np.bytes_]
+
+    def __getitem__(self, index: int) -> Image.Image:
+        return read_image(self.root / os.fsdecode(self.names[index]))
 
 
 def load_folder(config: DataConfig, seed: int = 0) -> Dataset:
@@ -35,54 +38,48 @@ def load_folder(config: DataConfig, seed: int = 0) -> Dataset:
 
     Classes are numbered in the order of their names. Images are decoded to RGB.
     """
-    if config.path is None:
-        raise UserError("data.path is not set, expected the folder of the images")
-    if config.image_size is None:
-        raise UserError("data.image_size is not set, expected the size to bring the images to, for example 256")
-    root = Path(config.path)
+    root = Path(config.path or "")
     if not root.is_dir():
         raise UserError(f"data.path is {root}, where there is no folder")
-    train_root = root / "train" if (root / "train").is_dir() else root
-    class_names = _sub_folders(train_root)
-    files = _list_images(train_root, class_names)
-    if train_root == root:
-        test_root = root
-        train, test = ([file for file in files if held_out(file[0]) == held] for held in (False, True))
-    else:
+    train_root = test_root = root
+    if (root / "train").is_dir():
+        train_root = root / "train"
         test_root = next((root / name for name in TEST_FOLDERS if (root / name).is_dir()), root / TEST_FOLDERS[0])
-        train, test = files, _list_images(test_root, class_names)
+    class_names = _sub_folders(train_root)
+    train, train_labels = _list_images(train_root, class_names)
+    if train_root == root:
+        rows, held = hold_out(train)
+        train, train_labels, test, test_labels = train[rows], train_labels[rows], train[held], train_labels[held]
+    else:
+        test, test_labels = _list_images(test_root, class_names)
     for place, found in ((train_root, train), (test_root, test)):
-        if not found:
+        if not len(found):
             raise UserError(
                 f"there are too few images in {place}: expected a sub-directory for each class, with files that end in "
                 f"{' '.join(SUFFIXES)}"
             )
-    transform = ImageTransform(config.image_size, config.flip, config.crop, seed)
-    return Dataset(
-        name="folder",
-        train=FolderImages(train_root, train, transform),
-        test=FolderImages(test_root, test, transform),
-        class_names=tuple(class_names),
-        sample_shape=(3, transform.size, transform.size),
-    )
+    splits = (Files(train_root, train), train_labels), (Files(test_root, test), test_labels)
+    return image_dataset(config, seed, *splits, tuple(class_names), 3)
 
 
-def _list_images(root: Path, class_names: list[str]) -> list[tuple[str, int]]:
+def _list_images(root: Path, class_names: list[str]) -> tuple[NDArray[np.bytes_], NDArray[np.int64]]:
     """Paths relative to ``root`` with their labels, by class and name."""
-    if not root.is_dir():
-        return []
     for name in _sub_folders(root):
         if name not in class_names:
             raise UserError(f"{root / name} is a class that the training images do not have")
-    return [(file, label) for label, name in enumerate(class_names) for file in sorted(_image_files(root, name))]
+    files = [sorted(_image_files(root, name)) for name in class_names]
+    names = np.array([os.fsencode(file) for of_class in files for file in of_class], dtype=bytes)
+    return names, np.array([label for label, of_class in enumerate(files) for _ in of_class], dtype=np.int64)
 
 
 def _sub_folders(root: Path) -> list[str]:
+    if not root.is_dir():
+        return []
     return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
 
 
 def _image_files(root: Path, class_name: str) -> Iterator[str]:
-    seen = set()  # links may lead back to a folder that is above them
+    seen = set()  # Links may lead back to a folder that is above them.
     for folder, links, names in os.walk(root / class_name, followlinks=True):
         if (place := os.path.realpath(folder)) in seen:
             links.clear()

@@ -4,44 +4,49 @@ Pillow does the pixels. The random choices are made here rather than by torchvis
 generator: each is a function of (seed, epoch, index), so that a resumed run sees the images it would have seen.
 """
 
-import hashlib
 import io
 import math
-import os
 import stat
-from abc import abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from ..errors import UserError
-from .dataset import Draw, Split
+from ..config.schema import DataConfig
+from ..errors import UserError, reason
+from .dataset import Dataset, Draw, Split
 
 # Random resized crops as the release trains with, and as is usual for ImageNet.
-CROP_AREA = (0.2, 1.0)  # share of the image's area
-CROP_ASPECT = (3 / 4, 4 / 3)  # width over height
+CROP_AREA = (0.2, 1.0)  # The share of the image's area.
+CROP_ASPECT = (3 / 4, 4 / 3)  # Width over height.
 CROP_TRIALS = 10
 
-# What image files may make Pillow do: decode these formats (for PostScript, it would run a program), up to so many
-# bytes and pixels.
+# Pillow decodes these formats only (for PostScript, it would run a program), up to so many bytes and pixels.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
 MOST_BYTES = 2**28
 MOST_PIXELS = 2**26
-MOST_ASPECT = 16  # of what is resized: of an image longer than that, the middle
+MOST_ASPECT = 16  # Of an image longer than that, the middle is resized.
 
-HELD_OUT = 10  # one image in so many is for testing, where a data set has no such split of its own
-
-Picture = Image.Image | NDArray[np.uint8]  # an array is [H, W] or [H, W, 3]
+Picture = Image.Image | NDArray[np.uint8]  # An array is [H, W] or [H, W, 3].
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 class ImageError(UserError):
     """An image that cannot be decoded; the message names it."""
+
+
+class Pictures(Protocol):
+    """Images by their index, grey or RGB; one that cannot be decoded raises :class:`ImageError`.
+
+    An array uint8 ``[N, H, W]`` or ``[N, H, W, 3]`` is one of them.
+    """
+
+    def __getitem__(self, index: int, /) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -74,29 +79,30 @@ class ImageTransform:
 
 
 class ImageSplit(Split):
-    """A split whose samples are images; subclasses say where an image comes from."""
+    """A split whose samples are ``images``, with integer ``labels [N]``."""
 
-    def __init__(self, labels: Tensor, transform: ImageTransform) -> None:
-        super().__init__(labels)
-        self.transform = transform
-
-    @abstractmethod
-    def image(self, index: int) -> Picture:
-        """The image of that index, grey or RGB; raises :class:`ImageError` if it cannot be decoded."""
+    def __init__(self, images: Pictures, labels: ArrayLike, transform: ImageTransform) -> None:
+        super().__init__(torch.from_numpy(np.asarray(labels).astype(np.int64)))
+        self.images, self.transform = images, transform
 
     def sample(self, index: int, draw: Draw | None) -> Tensor:
-        return self.transform(self.image(index), draw)
+        return self.transform(self.images[index], draw)
 
 
-class ArrayImages(ImageSplit):
-    """Images in memory, uint8 ``[N, H, W]`` or ``[N, H, W, 3]``."""
-
-    def __init__(self, images: NDArray[np.uint8], labels: NDArray[np.integer], transform: ImageTransform) -> None:
-        super().__init__(torch.from_numpy(labels.astype(np.int64)), transform)
-        self.images = images
-
-    def image(self, index: int) -> Picture:
-        return self.images[index]
+def image_dataset(
+    config: DataConfig,
+    seed: int,
+    train: tuple[Pictures, ArrayLike],
+    test: tuple[Pictures, ArrayLike],
+    class_names: tuple[str, ...],
+    channels: int,
+    size: int = 0,
+    white: int = 255,
+) -> Dataset:
+    """The data set of these images and labels, as ``config`` wants them; their own ``size`` where it names no other."""
+    transform = ImageTransform(config.image_size or size, config.flip, config.crop, seed, white)
+    train_split, test_split = (ImageSplit(images, labels, transform) for images, labels in (train, test))
+    return Dataset(config.name, train_split, test_split, class_names, (channels, transform.size, transform.size))
 
 
 def read_image(path: Path) -> Image.Image:
@@ -110,32 +116,31 @@ def read_image(path: Path) -> Image.Image:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode) or status.st_size > MOST_BYTES:
             raise ImageError(f"{path} is no file of at most {MOST_BYTES} bytes: delete it")
-        data = path.read_bytes()
+        content = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    return decode_image(data, str(path))
+        raise UserError(f"{path} cannot be read: {reason(error)}") from error
+    return decode_image(content, str(path))
 
 
-def decode_image(data: bytes, origin: str) -> Image.Image:
-    """The image file ``data`` in RGB, as it is stored: Exif's orientation is left alone, as is usual for ImageNet.
+def decode_image(content: bytes, origin: str) -> Image.Image:
+    """The image file with that ``content`` in RGB, as it is stored: as is usual for ImageNet, Exif's orientation is
+    left alone.
 
     Raises:
         ImageError: it cannot be decoded; the message names ``origin``.
     """
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
         if image.width * image.height > MOST_PIXELS:
             raise ValueError(f"{image.width} × {image.height} pixels, expected at most {MOST_PIXELS}")
         return _with_bytes(image).convert("RGB")
-    except UnidentifiedImageError as error:
-        raise ImageError(f"{origin} cannot be decoded (of no known format): repair or delete it") from error
-    except Exception as error:  # on broken files, decoders raise errors of any class
-        reason = f"{type(error).__name__}: {error}"
-        raise ImageError(f"{origin} cannot be decoded ({reason}): repair or delete it") from error
+    except Exception as error:  # Decoders raise errors of any class on broken files.
+        why = "of no known format" if isinstance(error, UnidentifiedImageError) else reason(error)
+        raise ImageError(f"{origin} cannot be decoded ({why}): repair or delete it") from error
 
 
 def _with_bytes(image: Image.Image) -> Image.Image:
-    """``image`` with 8 bits a channel; of 16-bit grey, which Pillow would cut off at 255, the upper ones."""
+    """The image with 8 bits a channel. Of 16-bit grey these are the upper ones; Pillow would cut it off at 255."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
@@ -144,8 +149,11 @@ def _with_bytes(image: Image.Image) -> Image.Image:
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:
-    """The largest centred square at ``size``, as ADM and the release prepare ImageNet: halved while that is possible
-    by averaging, then brought to ``size`` along the shorter side by bicubic resampling."""
+    """The largest centred square at ``size``, as ADM and the release prepare ImageNet.
+
+    The image is halved by averaging while that is possible, then its shorter side is brought to ``size`` by bicubic
+    resampling.
+    """
     if image.size == (size, size):
         return image
     width, height = image.size
@@ -164,8 +172,10 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def random_crop(width: int, height: int, rng: np.random.Generator) -> Box:
-    """A box of random area and aspect ratio inside the image; the largest centred one of a permitted ratio if ten
-    random ones do not fit."""
+    """A box of random area and aspect ratio inside the image.
+
+    If ten random boxes do not fit, it is the largest centred one of a permitted ratio.
+    """
     low, high = np.log(CROP_ASPECT)
     for _ in range(CROP_TRIALS):
         area = width * height * rng.uniform(*CROP_AREA)
@@ -181,8 +191,3 @@ def random_crop(width: int, height: int, rng: np.random.Generator) -> Box:
 def _as_image(image: Picture) -> Image.Image:
     return image if isinstance(image, Image.Image) else Image.fromarray(image)
 
-
-def held_out(name: str) -> bool:
-    """Whether the image of that name is for testing: one in ``HELD_OUT``, whatever other images there are."""
-    digest = hashlib.blake2b(os.fsencode(name), digest_size=8).digest()
-    return int.from_bytes(digest, "big") % HELD_OUT == 0

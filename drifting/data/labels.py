@@ -17,8 +17,8 @@ MOST_NAMED = 10  # This many labels are named in a message.
 def distinct_labels(source: Iterable[Any] | Dataset[Any]) -> set[Any] | None:
     """The labels that occur in a data set, in the one of a DataLoader, or in a list of batches.
 
-    Where the data set does not tell them, it is read once. The set is empty where samples have no labels. It is None
-    for what can be read only once, or has no end.
+    Where the data set does not tell them, it is read once. The set is empty where samples have no labels. It is None for
+    what can be read only once, or has no end.
     """
     if isinstance(source, DataLoader):
         return distinct_labels(source.dataset)

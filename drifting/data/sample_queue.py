@@ -5,49 +5,44 @@ from typing import Any
 import torch
 from torch import Tensor
 
+ALL = slice(None)
+
 
 class RingBuffers:
     """``rows`` ring buffers of ``size`` samples each. Samples live on ``device``, the bookkeeping on the host."""
 
     def __init__(self, rows: int, size: int, sample_shape: tuple[int, ...], device: torch.device | str) -> None:
+        self.size = size
         self.samples = torch.zeros(rows, size, *sample_shape, device=device)
-        self.count = torch.zeros(rows, dtype=torch.long)  # samples held
-        self.head = torch.zeros(rows, dtype=torch.long)  # slot of the next write
-
-    @property
-    def size(self) -> int:
-        return self.samples.shape[1]
+        self.count = torch.zeros(rows, dtype=torch.long)  # How many samples a row holds.
+        self.head = torch.zeros(rows, dtype=torch.long)  # The slot of the next write.
 
     def push(self, samples: Tensor, row: Tensor) -> None:
-        """Append ``samples [B, ...]`` to the buffers ``row [B]``, in order; the oldest ones fall out."""
-        added = torch.bincount(row, minlength=len(self.count))
+        """Append ``samples [B, *sample_shape]`` to the buffers ``row [B]``, in order; the oldest ones fall out."""
+        added = torch.bincount(row, minlength=len(self.count))  # [rows]
         order = torch.argsort(row, stable=True)
-        first = (added.cumsum(0) - added)[row[order]]  # where each sample's row begins in `order`
-        rank = torch.empty_like(row)  # how many samples before this one went to the same row
+        first = (added.cumsum(0) - added)[row[order]]  # [B]: where the row of each sample begins in `order`.
+        rank = torch.empty_like(row)  # [B]: how many samples before this one went to the same row.
         rank[order] = torch.arange(len(row)) - first
-        kept = (added[row] - rank <= self.size).nonzero().squeeze(1)  # of a batch larger than the buffer, the newest
+        kept = (added[row] - rank <= self.size).nonzero().squeeze(1)  # Of a large batch, the newest fit.
         slot = (self.head[row] + rank) % self.size
         device = self.samples.device
         self.samples[row[kept].to(device), slot[kept].to(device)] = samples[kept.to(samples.device)].to(self.samples)
         self.count = (self.count + added).clamp(max=self.size)
         self.head = (self.head + added) % self.size
 
-    def draw(self, row: Tensor, num: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """Rows and slots ``[len(row), num]`` of ``num`` samples of each buffer in ``row``, without repeats while they
-        last.
+    def draw(self, row: Tensor, num: int, generator: torch.Generator | None, part: slice) -> Tensor:
+        """Samples ``[L, num, *sample_shape]`` of the buffers ``row [L]``, without repeats while they last.
 
-        A buffer that holds fewer gives every sample equally often, up to one.
+        A buffer that holds fewer gives every sample equally often, up to one. Only the ``part`` of the rows is
+        returned; samples are chosen for all.
         """
         count = self.count[row].unsqueeze(1)  # [L, 1]
         key = torch.rand(len(row), self.size, generator=generator)
-        key.masked_fill_(torch.arange(self.size) >= count, 2.0)  # empty slots sort last
-        slot = key.argsort(1).gather(1, torch.arange(num) % count)
-        return row.unsqueeze(1).expand_as(slot), slot
-
-    def __getitem__(self, place: tuple[Tensor, Tensor]) -> Tensor:
-        """The samples in those rows and slots."""
-        row, slot = place
-        return self.samples[row.to(self.samples.device), slot.to(self.samples.device)]
+        key.masked_fill_(torch.arange(self.size) >= count, 2.0)  # Empty slots sort last.
+        slot = key.argsort(1).gather(1, torch.arange(num) % count)[part]  # [L, num]
+        device = self.samples.device
+        return self.samples[row[part].unsqueeze(1).to(device), slot.to(device)]
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"samples": self.samples, "count": self.count, "head": self.head}
@@ -59,8 +54,7 @@ class RingBuffers:
                 "([classes, size, *sample]): build it with the sizes it was saved with"
             )
         self.samples.copy_(state["samples"])
-        self.count = state["count"].cpu().clone()
-        self.head = state["head"].cpu().clone()
+        self.count, self.head = (state[name].cpu().clone() for name in ("count", "head"))
 
 
 class SampleQueue:
@@ -71,7 +65,7 @@ class SampleQueue:
     Args:
         queue_size: samples kept a class.
         num_classes: labels are ``0 … num_classes - 1``.
-        latent_shape: shape of one sample, ``(C, H, W)``.
+        latent_shape: shape of one sample, of any rank; ``()`` for numbers.
         device: where the samples are kept.
         unconditional_queue_size: samples kept of all classes together.
 
@@ -87,10 +81,8 @@ class SampleQueue:
         device: torch.device | str = "cpu",
         unconditional_queue_size: int = 1000,
     ) -> None:
-        sizes = {
-            "queue_size": queue_size, "num_classes": num_classes, "unconditional_queue_size": unconditional_queue_size,
-        }  # fmt: skip
-        for name, value in sizes.items():
+        sizes = {"queue_size": queue_size, "num_classes": num_classes}
+        for name, value in (sizes | {"unconditional_queue_size": unconditional_queue_size}).items():
             if value < 1:
                 raise ValueError(f"{name} is {value}, expected 1 or more")
         self.num_classes = num_classes
@@ -111,23 +103,19 @@ class SampleQueue:
         """Put ``samples [B, *latent_shape]`` with integer ``labels [B]`` into their class queues and the common one.
 
         Raises:
-            ValueError: samples of another shape, as many labels as there are not samples, a label out of range.
+            ValueError: samples of another shape, another number of labels than of samples, a label out of range.
         """
         if samples.shape[1:] != self.latent_shape or labels.shape != samples.shape[:1]:
             raise ValueError(
                 f"samples have shape {list(samples.shape)} and labels {list(labels.shape)}, "
-                f"expected [B, {', '.join(map(str, self.latent_shape))}] and [B]"
+                f"expected [{', '.join(map(str, ('B', *self.latent_shape)))}] and [B]"
             )
         labels = self._checked(labels)
         self.by_class.push(samples, labels)
         self.unconditional.push(samples, torch.zeros_like(labels))
 
     def sample(
-        self,
-        labels: Tensor,
-        num_samples: int,
-        generator: torch.Generator | None = None,
-        part: slice = slice(None),  # noqa: B008
+        self, labels: Tensor, num_samples: int, generator: torch.Generator | None = None, part: slice = ALL
     ) -> Tensor:
         """Samples ``[L, num_samples, *latent_shape]`` of the classes ``labels [L]``, without replacement.
 
@@ -146,14 +134,10 @@ class SampleQueue:
         empty = labels[self.by_class.count[labels] == 0]
         if len(empty):
             raise ValueError(f"no samples of class {int(empty[0])} in the queue yet: add() some before sampling it")
-        row, slot = self.by_class.draw(labels, num_samples, generator)
-        return self.by_class[row[part], slot[part]]
+        return self.by_class.draw(labels, num_samples, generator, part)
 
     def sample_unconditional(
-        self,
-        num_samples: int,
-        generator: torch.Generator | None = None,
-        part: slice = slice(None),  # noqa: B008
+        self, num_samples: int, generator: torch.Generator | None = None, part: slice = ALL
     ) -> Tensor:
         """Samples ``[num_samples, *latent_shape]`` of any class, without replacement while they last, or the ``part``
         of them.
@@ -163,14 +147,13 @@ class SampleQueue:
         """
         if not self.unconditional.count.item():
             raise ValueError("the queue is empty: add() samples before drawing from it")
-        row, slot = self.unconditional.draw(torch.zeros(1, dtype=torch.long), num_samples, generator)
-        return self.unconditional[row[0, part], slot[0, part]]
+        return self.unconditional.draw(torch.zeros(1, dtype=torch.long), num_samples, generator, ALL)[0, part]
 
     def state_dict(self) -> dict[str, Any]:
         return {"by_class": self.by_class.state_dict(), "unconditional": self.unconditional.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore :meth:`state_dict`; raises ValueError if it was saved by a queue of other sizes."""
+        """Restore :meth:`state_dict` on any device; raises ValueError if a queue of other sizes saved it."""
         self.by_class.load_state_dict(state["by_class"])
         self.unconditional.load_state_dict(state["unconditional"])
 
