@@ -12,7 +12,7 @@ from drifting.config.reading import load_config
 from drifting.config.schema import EvaluationConfig
 from drifting.data import load_digits
 from drifting.errors import UserError
-from drifting.evaluation.evaluator import FEATURE_SAMPLES, FeatureEvaluator, PixelEvaluator, open_evaluator
+from drifting.evaluation.evaluator import FEATURE_SAMPLES, FeatureEvaluator, FlatEvaluator, open_evaluator
 from drifting.evaluation.measures import fit_gaussian, frechet_distance
 from drifting.hub.run_directory import read_classifier
 from drifting.hub.sources import load_generator
@@ -62,12 +62,12 @@ def test_measures_are_those_of_its_features(evaluator, trained, digits):
     assert evaluator(noise, digits.train.labels.numpy())["frechet_ratio"] > 5
     one_class = images[digits.train.labels.numpy() == 3]
     assert evaluator(one_class, np.full(len(one_class), 3))["frechet_ratio"] > 5
-    with pytest.raises(ValueError, match=r"received 3 images \[8, 4, 1\], expected at least 2 \[8, 8, 1\]"):
+    with pytest.raises(ValueError, match=r"received 3 samples uint8 \[8, 4, 1\], expected at least 2 uint8 \[8, 8, 1\]"):
         evaluator(images[:3, :, :4], np.zeros(3, np.int64))
 
 
 def test_configuration_chooses_the_evaluator(trained, digits):
-    assert isinstance(open_evaluator(EvaluationConfig(), digits), PixelEvaluator)
+    assert isinstance(open_evaluator(EvaluationConfig(), digits), FlatEvaluator)
     config = EvaluationConfig(features=str(trained))
     assert isinstance(open_evaluator(config, digits), FeatureEvaluator)
     with pytest.raises(UserError, match="trained on other data"):

@@ -6,10 +6,13 @@ import torch
 from PIL import Image
 from scipy.linalg import sqrtm
 
-from drifting.data import load_digits
-from drifting.evaluation.evaluator import PixelEvaluator
+from drifting.config.schema import EvaluationConfig
+from drifting.data import Dataset, Split, load_digits
+from drifting.errors import UserError
+from drifting.evaluation.drawing import draw_samples, spread_labels
+from drifting.evaluation.evaluator import FlatEvaluator, check_evaluation, open_evaluator, why_unmeasured
 from drifting.evaluation.measures import Manifold, fit_gaussian, frechet_distance, inception_score, nearest_distance
-from drifting.generation import draw_samples, spread_labels
+from drifting.generation import Generator
 from drifting.models import DriftingDiT
 from drifting.utils.images import grid, save_panels, to_uint8
 
@@ -23,7 +26,7 @@ def digits():
 
 @pytest.fixture(scope="module")
 def evaluator(digits):
-    return PixelEvaluator(digits)
+    return FlatEvaluator(digits)
 
 
 def frechet(a: np.ndarray, b: np.ndarray) -> float:
@@ -81,7 +84,7 @@ def test_frechet_distance_is_that_of_the_matrix_root_and_of_torch_fidelity(torch
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_gaussian_of_blocks(dtype, monkeypatch):
     """Far from the origin, where squares lose digits; the last block is smaller."""
-    monkeypatch.setattr("drifting.evaluation_measures.BLOCK", 7)
+    monkeypatch.setattr("drifting.evaluation.measures.BLOCK", 7)
     points = (torch.randn(25, 3) @ torch.randn(3, 3) + 1000).to(dtype)
     gaussian = fit_gaussian(points)
     assert gaussian.mean.dtype == gaussian.covariance.dtype == np.float64
@@ -115,7 +118,7 @@ def inside(points: np.ndarray, centres: np.ndarray) -> float:
 
 
 def test_precision_and_recall_by_definition(torchvision, monkeypatch):
-    monkeypatch.setattr("drifting.evaluation_measures.BLOCK", 37)  # not a divisor
+    monkeypatch.setattr("drifting.evaluation.measures.BLOCK", 37)  # not a divisor
     rng = np.random.default_rng(0)
     real, generated = rng.standard_normal((120, 4)), 0.5 * rng.standard_normal((90, 4)) + 0.5
     a, b = (torch.from_numpy(points + 1000) for points in (real, generated))  # far from the origin
@@ -163,7 +166,7 @@ def test_wrong_labels_and_noise_are_noticed(digits, evaluator):
     noise = np.random.default_rng(0).integers(0, 256, images.shape).astype(np.uint8)
     quality = evaluator(noise, labels)
     assert quality["frechet_ratio"] > 20 and quality["nearest_ratio"] > 1.5
-    with pytest.raises(ValueError, match="received 1 images of 64 values, expected at least 2 of 64"):
+    with pytest.raises(ValueError, match=r"received 1 samples uint8 \[8, 8, 1\], expected at least 2 uint8 \[8, 8, 1\]"):
         evaluator(images[:1], labels[:1])
 
 
@@ -192,9 +195,10 @@ def test_labels_are_spread():
 
 
 def test_samples_of_several_batches(monkeypatch):
-    monkeypatch.setattr("drifting.sample.BATCH", 3)
+    monkeypatch.setattr("drifting.evaluation.drawing.BATCH", 3)
     model = DriftingDiT(img_size=8, patch_size=4, in_chans=1, num_classes=5, embed_dim=16, depth=1, num_heads=2).eval()
     torch.nn.init.normal_(model.final.proj.weight)
-    images = draw_samples(model, torch.arange(7) % 5, (-1.0, 1.0))
+    generator = Generator(model, model.noise_shape, (1, 8, 8), tuple("abcde"), (-1.0, 1.0))
+    images = draw_samples(generator, torch.arange(7) % 5)
     assert images.shape == (7, 8, 8, 1) and len(np.unique(images.reshape(7, -1), axis=0)) == 7
-    assert (images[:6] == draw_samples(model, torch.arange(6) % 5, (-1.0, 1.0))).all()
+    assert (images[:6] == draw_samples(generator, torch.arange(6) % 5)).all()

@@ -1,34 +1,43 @@
-"""Images and statistics in ``.npz`` files, as the field's evaluators exchange them.
+"""Samples and statistics in ``.npz`` files, as the field's evaluators exchange them.
 
-Images are ``arr_0``, uint8 ``[N, H, W, C]``, with labels ``arr_1`` where there are any; statistics of features ``mu``
-``[D]`` and ``sigma`` ``[D, D]``, those of spatial features ``mu_s`` and ``sigma_s``. ADM's reference batches have all.
+Samples are ``arr_0``: images as uint8 ``[N, H, W, C]``, others as float32 ``[N, ...]``. Their labels, if they have any,
+are ``arr_1``. Statistics of features are ``mu [D]`` and ``sigma [D, D]``, those of spatial features ``mu_s`` and
+``sigma_s``. ADM's reference batches hold images and both kinds of statistics.
 """
 
+import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import numpy as np
-from numpy.lib.format import MAGIC_PREFIX
 from numpy.typing import NDArray
 
-from ..errors import UserError
+from ..errors import UserError, reason
 from ..utils.images import Pixels
-from ..utils.npy import ArrayArchive
 from .measures import Gaussian
 
-IMAGES, LABELS = "arr_0", "arr_1"
+SAMPLES, LABELS = "arr_0", "arr_1"
 STATISTICS = (("mu", "sigma"), ("ref_mu", "ref_sigma"))
 SPATIAL_STATISTICS = (("mu_s", "sigma_s"),)
+MOST_BYTES = 3 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4  # All arrays of a file fit into these.
+MOST_STATISTIC = 1e30  # Products of greater means and covariances could overflow.
 
+Samples = NDArray[Any]  # uint8 images [N, H, W, C], or float32 [N, *sample_shape]
 Labels = NDArray[np.int64]  # [N]
+Arrays = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What generated images are compared with: images, statistics of the features of more, or both.
+    """What a file holds to compare generated images with: images, statistics of the features of images, or both.
 
-    Beside ``statistics`` there may be ``spatial_statistics``, of features before the network's pooling.
+    Args:
+        images: uint8 ``[N, H, W, C]``.
+        statistics: those of features, perhaps of more images than ``images``.
+        spatial_statistics: those of features before the network's pooling.
     """
 
     images: Pixels | None
@@ -36,90 +45,96 @@ class Reference:
     spatial_statistics: Gaussian | None = None
 
 
-def write_images(path: Path, images: Pixels, labels: Labels) -> None:
-    """Write ``path``, in a folder that is made if need be. Raises :class:`UserError` if it cannot be written."""
+def write_samples(path: Path, samples: Samples, labels: Labels) -> None:
+    """Write samples and their labels to ``path``, whose folder is made where it is missing.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(path, images, labels)
+        np.savez(path, samples, labels)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+        raise UserError(f"cannot write {path}: {reason(error)}") from error
 
 
-def read_images(path: Path) -> tuple[Pixels, Labels | None]:
-    """Images of ``path``, and their labels if it has them."""
-    with _open(path) as archive:
-        if IMAGES not in archive:
-            raise UserError(f"{path} holds {_keys(archive)}, expected images {IMAGES} [N, H, W, C]")
-        images = _images(path, archive)
-        labels = _labels(path, archive, images) if LABELS in archive else None
-    return images, labels
+def read_samples(path: Path) -> tuple[Samples, Labels | None]:
+    """The samples of ``path``, and their labels if it has them.
+
+    Raises:
+        UserError: the file cannot be read, or holds no samples.
+    """
+    arrays, names = _read(path, (SAMPLES, LABELS))
+    if SAMPLES not in arrays:
+        raise UserError(f"{path} holds {names}, expected samples {SAMPLES}")
+    samples = arrays[SAMPLES]
+    if samples.dtype != np.float32 or not samples.ndim or not samples.size:
+        _check_images(path, samples, ", or float32 [N, ...] of samples that are no images")
+    return samples, _labels(path, arrays[LABELS], len(samples)) if LABELS in arrays else None
 
 
 def read_reference(path: Path) -> Reference:
-    """What ``path`` holds of a reference."""
-    with _open(path) as archive:
-        statistics, spatial = (
-            next((_statistics(path, archive, keys) for keys in names if keys[0] in archive), None)
-            for names in (STATISTICS, SPATIAL_STATISTICS)
-        )
-        images = _images(path, archive) if IMAGES in archive else None
-        if images is None and statistics is None:
-            raise UserError(
-                f"{path} holds {_keys(archive)}, expected statistics (mu and sigma), images ({IMAGES}), or both"
-            )
+    """The images and statistics of ``path``.
+
+    Raises:
+        UserError: the file cannot be read, or holds neither.
+    """
+    arrays, names = _read(path, (SAMPLES, *sum(STATISTICS + SPATIAL_STATISTICS, ())))
+    statistics, spatial = (
+        next((_gaussian(path, arrays, *keys) for keys in pairs if keys[0] in arrays), None)
+        for pairs in (STATISTICS, SPATIAL_STATISTICS)
+    )
+    images = arrays.get(SAMPLES)
+    if images is None and statistics is None:
+        raise UserError(f"{path} holds {names}, expected statistics (mu and sigma), images ({SAMPLES}), or both")
+    if images is not None:
+        _check_images(path, images)
     return Reference(images, statistics, spatial)
 
 
-def _statistics(path: Path, archive: ArrayArchive, keys: tuple[str, str]) -> Gaussian:
-    if keys[1] not in archive:
-        raise UserError(f"{path} holds {_keys(archive)}: {keys[0]}, but no {keys[1]}")
-    mean, covariance = (_array(path, archive, key) for key in keys)
+def _read(path: Path, keys: Collection[str]) -> tuple[Arrays, str]:
+    """Those arrays of ``path`` that ``keys`` name, and in words the names of all that it holds."""
+    if not path.is_file():
+        raise UserError(f"there is no file {path}")
+    try:
+        if not is_zipfile(path):
+            raise UserError("expected a zip archive of arrays, as numpy.savez writes it")
+        with np.load(path, allow_pickle=False) as archive:
+            size = sum(entry.file_size for entry in archive.zip.infolist())
+            if size > MOST_BYTES:
+                raise UserError(f"its arrays take {size} bytes, expected at most {MOST_BYTES} on this machine")
+            names = ", ".join(archive.files) or "nothing"
+            return {key: np.asarray(archive[key]) for key in archive.files if key in keys}, names
+    except Exception as error:  # Of damaged files, zipfile and numpy raise errors of many classes.
+        raise UserError(f"{path} cannot be read as an .npz file: {reason(error)}") from error
+
+
+def _gaussian(path: Path, arrays: Arrays, mean_key: str, covariance_key: str) -> Gaussian:
+    if covariance_key not in arrays:
+        raise UserError(f"{path} holds {mean_key}, but no {covariance_key}")
+    mean, covariance = arrays[mean_key], arrays[covariance_key]
     if mean.ndim != 1 or not mean.size or covariance.shape != 2 * mean.shape:
         raise UserError(
-            f"{path}: {keys[0]} is {list(mean.shape)} and {keys[1]} {list(covariance.shape)}, expected [D] and [D, D]"
+            f"{path}: {mean_key} is {list(mean.shape)} and {covariance_key} {list(covariance.shape)}, "
+            "expected [D] and [D, D]"
         )
-    for key, values in zip(keys, (mean, covariance), strict=True):
-        if values.dtype.kind != "f" or not np.isfinite(values).all():
+    for key, values in ((mean_key, mean), (covariance_key, covariance)):
+        if values.dtype.kind != "f" or not (np.abs(values) < MOST_STATISTIC).all():
             raise UserError(f"{path}: {key} is {values.dtype} with NaN or infinity, expected finite floats")
     return Gaussian(mean.astype(np.float64), covariance.astype(np.float64))
 
 
-def _images(path: Path, archive: ArrayArchive) -> Pixels:
-    images = _array(path, archive, IMAGES)
+def _check_images(path: Path, images: NDArray[Any], otherwise: str = "") -> None:
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or not images.size:
         raise UserError(
-            f"{path}: {IMAGES} is {images.dtype} {list(images.shape)}, expected uint8 [N, H, W, C] of 1 or 3 channels"
+            f"{path}: {SAMPLES} is {images.dtype} {list(images.shape)}, "
+            f"expected uint8 [N, H, W, C] of 1 or 3 channels{otherwise}"
         )
-    return images
 
 
-def _labels(path: Path, archive: ArrayArchive, images: Pixels) -> Labels:
-    labels = _array(path, archive, LABELS)
-    if labels.shape != images.shape[:1]:
-        raise UserError(f"{path}: {LABELS} is {list(labels.shape)}, expected {list(images.shape[:1])} as {IMAGES}")
+def _labels(path: Path, labels: NDArray[Any], count: int) -> Labels:
+    if labels.shape != (count,):
+        raise UserError(f"{path}: {LABELS} is {list(labels.shape)}, expected {[count]}, a label for each sample")
     if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= 2**31:
         raise UserError(f"{path}: {LABELS} is {labels.dtype}, or has labels out of range; expected integers from 0")
     return labels.astype(np.int64)
-
-
-def _open(path: Path) -> ArrayArchive:
-    if not path.is_file():
-        raise UserError(f"there is no file {path}")
-    try:
-        with path.open("rb") as file:
-            if file.read(len(MAGIC_PREFIX)) == MAGIC_PREFIX:
-                raise ValueError("but a single array")
-        return ArrayArchive(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is no .npz file, {error}") from error
-
-
-def _array(path: Path, archive: ArrayArchive, key: str) -> NDArray[Any]:
-    try:
-        return archive[key]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: {key} cannot be read: {error}") from error
-
-
-def _keys(archive: ArrayArchive) -> str:
-    return ", ".join(archive.names) or "nothing"

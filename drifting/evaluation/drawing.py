@@ -1,4 +1,4 @@
-"""Samples as they are looked at and measured: images as bytes, latents decoded, other samples as they are."""
+"""Samples as people look at them and evaluators measure them: images as bytes, latents decoded, others as they are."""
 
 from collections.abc import Iterator, Sequence
 from math import prod
@@ -15,11 +15,11 @@ from ..hub.vae import DECODE_BATCH, decode_latents
 from ..utils.images import to_uint8
 
 BATCH = 500  # This many samples are generated at once …
-BATCH_VALUES = 2**21  # … unless they have more values than that together.
+BATCH_VALUES = 2**21  # … unless they have more values than this together.
 
 
 def spread_labels(num: int, choices: Sequence[int]) -> Tensor:
-    """``num`` labels, each of ``choices`` equally often up to one, sorted by their place in ``choices``."""
+    """``num`` labels int64 ``[num]`` in the order of ``choices``, each of which is there equally often up to one."""
     place = (torch.arange(num) % len(choices)).sort().values
     return torch.tensor(choices)[place]
 
@@ -28,13 +28,13 @@ def draw_samples(generator: Generator, numbers: Tensor, cfg_scale: float = 1.0, 
     """Samples for the classes ``numbers [N]``, in batches; ``seed`` fixes them on any device.
 
     Returns:
-        uint8 images ``[N, H, W, C]``, decoded where the generator makes latents; or of other samples float32
+        Images as uint8 ``[N, H, W, C]``, decoded where the generator makes latents; other samples as float32
         ``[N, *sample_shape]``. Latents are generated and decoded in bfloat16 on GPUs.
     """
     samples, count = np.empty(0), 0
     with tqdm(total=len(numbers), desc="generate", unit="sample", delay=1, leave=False, disable=None) as bar:
         for part in _draw_parts(generator, numbers, cfg_scale, seed):
-            if not count:  # 50,000 images of ImageNet are 10 GB, which are not held twice.
+            if not count:  # 50,000 images of ImageNet are 10 GB, which concatenation would hold twice.
                 samples = np.empty((len(numbers), *part.shape[1:]), part.dtype)
             samples[count : count + len(part)] = part
             count += len(part)
@@ -43,13 +43,13 @@ def draw_samples(generator: Generator, numbers: Tensor, cfg_scale: float = 1.0, 
 
 
 def _draw_parts(generator: Generator, numbers: Tensor, cfg_scale: float, seed: int) -> Iterator[NDArray[Any]]:
-    """The samples in order, as many at a time as were generated together or, of latents, decoded together."""
+    """The samples in order; a part holds as many as are generated together or, of latents, decoded together."""
     source = torch.Generator().manual_seed(seed)
     size = max(1, min(BATCH, BATCH_VALUES // max(1, prod(generator.sample_shape))))
-    parameter = next(generator.model.parameters(), torch.empty(0))
-    half = generator.latent and parameter.is_cuda
+    weight = next(generator.model.parameters(), torch.empty(0))
+    half = generator.latent and weight.is_cuda
     for number in numbers.split(size):
-        with torch.autocast(parameter.device.type, torch.bfloat16, enabled=half):
+        with torch.autocast(weight.device.type, torch.bfloat16, enabled=half):
             samples = generate(
                 generator.model, len(number), number, cfg_scale, None, source, generator.noise_shape
             ).float()

@@ -1,10 +1,11 @@
-"""How close generated images are to real ones: in the features of a network, or small ones in pixels."""
+"""How close generated samples are to real ones: images in the features of a network, small samples as they are."""
 
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,106 +18,141 @@ from ..config.schema import EvaluationConfig
 from ..data import Dataset, Split
 from ..errors import UserError
 from ..generation import Generator
-from ..utils.images import Pixels, to_uint8
-from .archives import Labels, read_reference
+from ..utils.images import to_uint8
+from .archives import Labels, Samples, read_reference
 from .drawing import draw_samples
-from .features import INCEPTION, SPATIAL_DIM, Features, ImageFeatures, concatenate, open_features
+from .features import INCEPTION, Features, ImageFeatures, concatenate, open_features
 from .measures import Gaussian, Manifold, Points, fit_gaussian, frechet_distance, inception_score, nearest_distance
 
 Quality = dict[str, float]
 
-REFERENCE_SAMPLES = 50_000  # images that are generated where the reference is a file: the field's custom
-FEATURE_SAMPLES = 5000  # images that are generated, and of the training images, where it is a data set
-MANIFOLD_IMAGES = 10_000  # real images that precision and recall are measured with at most, as ADM does
-PER_FEATURE = 4  # images for each feature, with fewer of which a Fréchet distance says little
-SPLIT_BATCH = 1000  # images of a data set that are read at once
+REFERENCE_SAMPLES = 50_000  # So many images are generated where the reference is a file, as is the field's custom.
+FEATURE_SAMPLES = 5000  # So many are generated, and taken of the training images, where it is a data set.
+MANIFOLD_IMAGES = 10_000  # Precision and recall take at most so many real images, as ADM does.
+PER_FEATURE = 4  # With fewer samples for each feature, a Fréchet distance says little.
+SPLIT_BATCH = 1000  # So many images of a data set are read at once.
 
-PIXEL_SAMPLES = 1300  # images that are generated to be measured in pixels
-PIXEL_MAX = 16  # pixels are measured on the scale of the digits, 0 … 16
-GAMMA = 0.064  # of the support vector machine, over the number of values of an image
-MOST_VALUES = 1024  # of an image: with more, measures in pixels mean little and cost much
-MOST_IMAGES = 2000  # of a split that are measured
+FLAT_SAMPLES = 1300  # So many small samples are generated.
+MOST_VALUES = 1024  # Without features, measures of larger samples mean little and cost much.
+MOST_REAL = 2000  # Of a split, at most so many small samples are measured.
+PIXEL_MAX = 16  # Small images are measured on the scale of the digits, 0 … 16.
+GAMMA = 0.064  # The support vector machine's γ on that scale is this over the number of values of an image.
 
 
-class Evaluator(Protocol):
-    """Judges generated images by real ones; build once, call often.
+class Evaluator(ABC):
+    """Judges generated samples by real ones; build it once and call it often.
 
-    Called with uint8 ``images [N, H, W, C]`` generated for ``labels [N]`` (None: unknown), it returns measures, and
-    what real images would score; it raises ValueError for fewer than 2 images or those of another size. It is meant to
-    be given ``num_samples`` of them, as Fréchet distances depend on their number; ``distance`` is the measure that says
-    how good they are, by how low it is. Of fewer than ``fewest`` images it says little.
+    Attributes:
+        distance: the name of the measure that says how good samples are by how low it is.
+        num_samples: how many samples it is meant to be given, since Fréchet distances depend on their number.
+        fewest: how many samples a Fréchet distance needs to say much.
+        shape: the shape of a sample, ``(H, W, C)`` of an image; None where images of any shape are taken.
+        dtype: uint8 of images, float32 of other samples.
+        of_data: measures of real samples, which are told beside those of generated ones.
     """
 
+    distance: str
     num_samples: int
     fewest: int
-    distance: str
+    shape: tuple[int, ...] | None
+    dtype: str = "uint8"
+    of_data: Quality
 
-    def __call__(self, images: Pixels, labels: Labels | None) -> Quality: ...
+    def __call__(self, samples: Samples, labels: Labels | None) -> Quality:
+        """Measures of ``samples [N, *shape]`` that were generated for ``labels [N]``, and those of real samples.
+
+        ``frechet_ratio`` is the Fréchet distance over that of training samples, where the latter is known. Without
+        labels, measures that need them are left out.
+
+        Raises:
+            UserError: there are fewer than 2 samples, they have another shape or type, or they are not finite.
+        """
+        if len(samples) < 2 or samples.dtype != self.dtype or self.shape not in (None, samples.shape[1:]):
+            expected = "[H, W, C]" if self.shape is None else f"{list(self.shape)}, as the real ones"
+            raise UserError(
+                f"received {len(samples)} samples {samples.dtype} {list(samples.shape[1:])}, "
+                f"expected at least 2 {self.dtype} {expected}"
+            )
+        if self.dtype == "float32" and not np.isfinite(samples).all():
+            raise UserError("received samples with NaN or infinity, expected finite ones")
+        quality = self.measure(samples, labels)
+        quality |= _ratio("frechet_ratio", quality[self.distance], self.of_data.get(f"{self.distance}_train"))
+        return quality | self.of_data
+
+    @abstractmethod
+    def measure(self, samples: Samples, labels: Labels | None) -> Quality:
+        """The measures of samples of the right shape and type."""
 
 
 def open_evaluator(config: EvaluationConfig, dataset: Dataset | None) -> Evaluator | None:
-    """That of the configured reference files and features; without files, of the data set.
+    """The evaluator for the configured reference files and features; without files, for the data set.
 
-    Without either files or features it measures small images in pixels, and is None for large ones and latents.
+    Without files and features small samples are measured as they are. Then it is None where :func:`why_unmeasured`
+    says that this is not possible.
 
     Raises:
         UserError: a file or network cannot be read, or does not go with the data.
     """
     if config.reference:
-        return _archive_evaluator([Path(path) for path in config.reference], config.features or INCEPTION)
+        return _evaluator_of_files([Path(path) for path in config.reference], config.features or INCEPTION)
     if dataset is None:
         raise ValueError("received neither reference files nor a data set, expected one of them")
     if config.features is None:
-        return None if dataset.latent or prod(dataset.sample_shape) > MOST_VALUES else PixelEvaluator(dataset)
-    features = open_features(config.features)
+        return None if why_unmeasured(dataset) else FlatEvaluator(dataset)
+    if dataset.pixel_range is None:
+        raise UserError(f"evaluation.features is {config.features}, but samples of {dataset.name} are no images")
     if dataset.latent:
         raise UserError("latents have no images to compare with: evaluation.reference must name a file of them")
+    features = open_features(config.features)
     if features.classifier is not None and features.classifier.config["num_classes"] != dataset.num_classes:
         raise UserError(f"evaluation.features is {config.features}, trained on other data")
-    return _dataset_evaluator(dataset, features)
+    return _evaluator_of_data(dataset, features)
+
+
+def why_unmeasured(dataset: Dataset) -> str | None:
+    """Why samples of ``dataset`` cannot be measured without features; None if they can."""
+    values, few = prod(dataset.sample_shape), min(len(dataset.train), len(dataset.test))
+    if dataset.latent:
+        return "latents are no images"
+    if values > MOST_VALUES:
+        return f"samples have {values} values, too many to be measured as they are"
+    return f"{few} training or test samples are too few to compare with" if few < 2 else None
 
 
 def evaluate_model(
-    evaluator: Evaluator,
-    generator: Generator,
-    labels: Tensor,
-    cfg_scale: float,
-    seed: int = 0,
-) -> tuple[Quality, Pixels]:
-    """Measures of images generated for ``labels``, with ``cfg_scale`` among them, and the images.
+    evaluator: Evaluator, generator: Generator, numbers: Tensor, cfg_scale: float, seed: int = 0
+) -> tuple[Quality, Samples]:
+    """Measures of samples generated for the classes ``numbers [N]``, with ``cfg_scale`` among them, and the samples.
 
-    50,000 of ImageNet are 10 GB: let go of them before the next call.
+    50,000 images of ImageNet are 10 GB: let go of them before the next call.
     """
-    images = draw_samples(generator, labels, cfg_scale, seed)
-    return {"cfg_scale": cfg_scale} | evaluator(images, labels.numpy()), images
+    samples = draw_samples(generator, numbers, cfg_scale, seed)
+    return {"cfg_scale": cfg_scale} | evaluator(samples, numbers.numpy()), samples
 
 
 def check_evaluation(evaluator: Evaluator, generator: Generator) -> None:
-    """Raise :class:`UserError` if images of ``generator`` cannot be evaluated, before much time is spent on them."""
-    labels = torch.arange(2) % len(generator.class_names)
-    try:
-        evaluator(draw_samples(generator, labels), labels.numpy())
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    """Raise :class:`UserError` if samples of ``generator`` cannot be evaluated, before much time is spent on them."""
+    evaluate_model(evaluator, generator, torch.arange(2) % len(generator.class_names), 1.0)
 
 
 def warn_of_few(evaluator: Evaluator, num: int) -> None:
-    """Say on stderr if ``num`` images are too few for their number not to matter."""
+    """Say on stderr if ``num`` samples are so few that their number matters."""
     if num < evaluator.fewest:
         print(
-            f"warning: {num} images are few, {evaluator.distance} is too high with fewer than {evaluator.fewest}: "
+            f"warning: {num} samples are few, {evaluator.distance} is too high with fewer than {evaluator.fewest}: "
             "compare equal numbers only",
             file=sys.stderr,
         )
 
 
 def best_quality(qualities: Sequence[Quality], distance: str) -> Quality:
-    """That of the lowest ``distance``."""
+    """The measures with the lowest ``distance``."""
     return min(qualities, key=lambda quality: quality[distance])
 
 
-class FeatureEvaluator:
-    """An :class:`Evaluator` in the features of a network.
+@dataclass
+class FeatureEvaluator(Evaluator):
+    """An :class:`Evaluator` of images in the features of a network.
 
     The Fréchet distance is ``fid`` in Inception's features, ``fd_dinov2`` in DINOv2's and else ``frechet_distance``.
     ``precision`` and ``recall`` are the improved ones of Kynkäänniemi et al.; Inception gives its score too, and
@@ -125,42 +161,29 @@ class FeatureEvaluator:
 
     Args:
         features: the network.
-        statistics: Gaussian of the features of real images.
-        spatial: Gaussian of their spatial features; None leaves out ``sfid``.
-        points: features ``[M, D]`` of real images, not all of them perhaps; None leaves out precision and recall.
-        image_shape: H, W and C that images must have; None takes any.
-        num_samples: images it is meant to be given.
-        of_data: what real images score, which is added to the measures. With the Fréchet distance of training images
-            among them, ``frechet_ratio`` is that of the generated ones over it.
+        statistics: the Gaussian of real images' features.
+        spatial: the Gaussian of their spatial features; without it there is no ``sfid``.
+        points: features ``[M, D]`` of some of the real images; without them there is no precision and recall.
     """
 
-    def __init__(
-        self,
-        features: ImageFeatures,
-        statistics: Gaussian,
-        spatial: Gaussian | None,
-        points: Tensor | None,
-        image_shape: tuple[int, ...] | None,
-        num_samples: int,
-        of_data: Quality,
-    ) -> None:
-        self.features, self.statistics, self.spatial, self.image_shape = features, statistics, spatial, image_shape
-        self.points = None if points is None else points[_spread(len(points), MANIFOLD_IMAGES)]
-        self.real = None if self.points is None else Manifold(self.points)
-        self.num_samples, self.of_data, self.distance = num_samples, of_data, features.distance
-        self.fewest = PER_FEATURE * len(statistics.mean)
+    features: ImageFeatures
+    statistics: Gaussian
+    spatial: Gaussian | None = None
+    points: Tensor | None = None
+    shape: tuple[int, ...] | None = None
+    num_samples: int = REFERENCE_SAMPLES
+    of_data: Quality = field(default_factory=dict)
 
-    def __call__(self, images: Pixels, labels: Labels | None) -> Quality:
-        if len(images) < 2 or self.image_shape not in (None, images.shape[1:]):
-            expected = "" if self.image_shape is None else f" {list(self.image_shape)}, as the real ones"
-            raise ValueError(f"received {len(images)} images {list(images.shape[1:])}, expected at least 2{expected}")
-        points, logits, spatial = self.features(images)
-        distance = frechet_distance(fit_gaussian(points), self.statistics)
-        quality = {self.distance: distance}
+    def __post_init__(self) -> None:
+        self.distance, self.fewest = self.features.distance, PER_FEATURE * len(self.statistics.mean)
+        self.points = None if self.points is None else self.points[_spread(len(self.points), MANIFOLD_IMAGES)]
+        self.real = None if self.points is None else Manifold(self.points)
+
+    def measure(self, samples: Samples, labels: Labels | None) -> Quality:
+        points, logits, spatial = self.features(samples)
+        quality = {self.distance: frechet_distance(fit_gaussian(points), self.statistics)}
         if self.spatial is not None and spatial is not None:
             quality["sfid"] = frechet_distance(fit_gaussian(spatial), self.spatial)
-        if f"{self.distance}_train" in self.of_data:
-            quality["frechet_ratio"] = distance / self.of_data[f"{self.distance}_train"]
         if self.features.classifier is not None:
             quality |= _recognised(logits, labels)
         elif logits is not None:
@@ -168,55 +191,45 @@ class FeatureEvaluator:
         if self.points is not None and self.real is not None:
             quality["precision"] = self.real.share_inside(points)
             quality["recall"] = Manifold(points).share_inside(self.points)
-        return quality | self.of_data
+        return quality
 
 
-def _dataset_evaluator(dataset: Dataset, features: ImageFeatures) -> FeatureEvaluator:
-    """Against the test images; ``…_train`` is the distance of as many training images as are generated, the floor."""
+def _evaluator_of_data(dataset: Dataset, features: ImageFeatures) -> FeatureEvaluator:
+    """Compares with the test images; the distance of as many training images as are generated is the floor."""
     train = _split_features(features, dataset, dataset.train, FEATURE_SAMPLES)
     test = _split_features(features, dataset, dataset.test, len(dataset.test))
-    statistics, spatial = _fit_both(test)
+    statistics = fit_gaussian(test.points)
+    spatial = None if test.spatial is None else fit_gaussian(test.spatial)
     of_data = {f"{features.distance}_train": frechet_distance(fit_gaussian(train.points), statistics)}
     if features.classifier is not None:
         share = _recognised(test.logits, dataset.test.labels.numpy())
         of_data["recognised_share_test"] = share["recognised_share"]
-    C, H, W = dataset.sample_shape
-    return FeatureEvaluator(features, statistics, spatial, test.points, (H, W, C), FEATURE_SAMPLES, of_data)
+    return FeatureEvaluator(features, statistics, spatial, test.points, _shape(dataset), FEATURE_SAMPLES, of_data)
 
 
-def _archive_evaluator(paths: Sequence[Path], source: str) -> FeatureEvaluator:
-    """Against the first of ``paths`` with statistics, or else with images; precision and recall need images."""
+def _evaluator_of_files(paths: Sequence[Path], source: str) -> FeatureEvaluator:
+    """Compares with the first of ``paths`` that has statistics, or else images; precision and recall need images."""
     references = [read_reference(path) for path in paths]
-    known = next((r for r in references if r.statistics is not None), None)
+    statistics, spatial = next(
+        ((r.statistics, r.spatial_statistics) for r in references if r.statistics is not None), (None, None)
+    )
     images = next((r.images for r in references if r.images is not None), None)
-    features = open_features(source)
-    real = None
+    features, real = open_features(source), Features(torch.empty(0))
     if images is not None:
-        if known is not None:
-            images = images[_spread(len(images), MANIFOLD_IMAGES)]
-        if len(images) < 2:
-            raise UserError(f"the reference has {len(images)} images, expected at least 2")
-        real = features(images)
-    if known is not None and known.statistics is not None:
-        statistics, spatial = known.statistics, known.spatial_statistics
-    else:
-        assert real is not None  # each file has one or the other
-        statistics, spatial = _fit_both(real)
-    _check_dim(statistics, features.dim, features.name)
-    if features.name == INCEPTION and spatial is not None:
-        _check_dim(spatial, SPATIAL_DIM, features.name)
-    shape = None if images is None else images.shape[1:]
-    points = None if real is None else real.points
-    return FeatureEvaluator(features, statistics, spatial, points, shape, REFERENCE_SAMPLES, {})
-
-
-def _check_dim(statistics: Gaussian, dim: int, name: str) -> None:
-    if len(statistics.mean) != dim:
-        raise UserError(f"the reference's statistics are of {len(statistics.mean)} features, {name} has {dim}")
+        real = features(images if statistics is None else images[_spread(len(images), MANIFOLD_IMAGES)])
+    if statistics is None:
+        statistics = fit_gaussian(real.points)
+        spatial = None if real.spatial is None else fit_gaussian(real.spatial)
+    if len(statistics.mean) != features.dim:
+        dim = len(statistics.mean)
+        raise UserError(f"the reference's statistics are of {dim} features, {features.name} has {features.dim}")
+    points, shape = (None, None) if images is None else (real.points, images.shape[1:])
+    return FeatureEvaluator(features, statistics, spatial, points, shape)
 
 
 def _split_features(features: ImageFeatures, dataset: Dataset, split: Split, most: int) -> Features:
-    """Those of a split's images, evenly spaced ones of more than ``most``."""
+    """The features of a split's images, of evenly spaced ones where there are more than ``most``."""
+    assert dataset.pixel_range is not None  # The samples are images.
     indices = _spread(len(split), most)
     parts = [indices[start : start + SPLIT_BATCH] for start in range(0, len(indices), SPLIT_BATCH)]
     bar = tqdm(parts, desc="real images", unit="part", delay=1, leave=False, disable=None)
@@ -229,68 +242,70 @@ def _recognised(logits: Tensor | None, labels: Labels | None) -> Quality:
     return {"recognised_share": float((logits.argmax(1).cpu().numpy() == labels).mean())}
 
 
-def _fit_both(features: Features) -> tuple[Gaussian, Gaussian | None]:
-    """The Gaussians of the features and of the spatial ones, where there are any."""
-    return fit_gaussian(features.points), None if features.spatial is None else fit_gaussian(features.spatial)
+class FlatEvaluator(Evaluator):
+    """An :class:`Evaluator` of small samples as points: images in pixels on a scale of 0 … 16, others on their own.
 
-
-class PixelEvaluator:
-    """An :class:`Evaluator` of small images in pixels on the digits' 0 … 16 scale.
-
-    Of a split with more than ``MOST_IMAGES`` images, evenly spaced ones are taken.
+    ``frechet_distance`` is the distance to the test samples and ``frechet_distance_train`` that of the training samples
+    to these, the floor. ``nearest_distance`` is the mean distance to the nearest training sample and ``nearest_ratio``
+    is this over the same of the test samples: near 0, the generator has memorised. Where there are several classes,
+    ``recognised_share`` is the share of samples that a support vector machine fitted on the training samples takes for
+    their label. Of a split with more than ``MOST_REAL`` samples, evenly spaced ones are taken.
     """
 
-    num_samples = PIXEL_SAMPLES
-    distance = "frechet_distance"
+    distance, num_samples = "frechet_distance", FLAT_SAMPLES
 
     def __init__(self, dataset: Dataset) -> None:
-        self.train, train_labels = _data_points(dataset.train, dataset.pixel_range)
-        self.test, test_labels = _data_points(dataset.test, dataset.pixel_range)
-        self.fewest = PER_FEATURE * self.test.shape[1]
-        self.statistics = fit_gaussian(self.test)
-        self.classifier = SVC(gamma=GAMMA / self.train.shape[1], C=10).fit(self.train, train_labels)
+        self.shape, self.pixel_range = _shape(dataset), dataset.pixel_range
+        self.dtype = "float32" if self.pixel_range is None else "uint8"
+        self.train, train_labels = self._real_points(dataset.train)
+        self.test, test_labels = self._real_points(dataset.test)
+        values = self.train.shape[1]
+        self.fewest, self.statistics = PER_FEATURE * values, fit_gaussian(self.test)
         self.of_data = {
             "frechet_distance_train": frechet_distance(fit_gaussian(self.train), self.statistics),
-            "recognised_share_test": float(self.classifier.score(self.test, test_labels)),
             "nearest_distance_test": nearest_distance(self.test, self.train),
         }
+        self.classifier = None
+        if len(np.unique(train_labels)) > 1:
+            gamma = "scale" if self.pixel_range is None else GAMMA / values
+            self.classifier = SVC(gamma=gamma, C=10).fit(self.train, train_labels)
+            self.of_data["recognised_share_test"] = float(self.classifier.score(self.test, test_labels))
 
-    def __call__(self, images: Pixels, labels: Labels | None) -> Quality:
-        """Measures of uint8 ``images [N, H, W, C]`` generated for ``labels [N]``, and what real images would score.
-
-        ``frechet_distance`` is to the test images (``frechet_distance_train``: of the training images, the floor) and
-        ``frechet_ratio`` their quotient; ``recognised_share`` is the share that a support vector machine fitted on the
-        training images takes for their label; ``nearest_distance`` is the mean distance to the nearest training image
-        and ``nearest_ratio`` that over the test images' own: near 0, the generator has memorised.
-
-        Raises:
-            ValueError: fewer than 2 images, or images of another size.
-        """
-        points = images.reshape(len(images), -1).astype(np.float64) * (PIXEL_MAX / 255)
-        if len(points) < 2 or points.shape[1] != self.test.shape[1]:
-            raise ValueError(
-                f"received {len(points)} images of {points.shape[1]} values, "
-                f"expected at least 2 of {self.test.shape[1]}, as in the data set"
-            )
-        frechet, nearest = frechet_distance(fit_gaussian(points), self.statistics), nearest_distance(points, self.train)
+    def measure(self, samples: Samples, labels: Labels | None) -> Quality:
+        scale = 1 if self.pixel_range is None else PIXEL_MAX / 255
+        points = samples.reshape(len(samples), -1).astype(np.float64) * scale
+        nearest = nearest_distance(points, self.train)
         quality = {
-            "frechet_distance": frechet,
-            "frechet_ratio": frechet / self.of_data["frechet_distance_train"],
+            "frechet_distance": frechet_distance(fit_gaussian(points), self.statistics),
             "nearest_distance": nearest,
-            "nearest_ratio": nearest / self.of_data["nearest_distance_test"],
-        }
-        if labels is not None:
+        } | _ratio("nearest_ratio", nearest, self.of_data["nearest_distance_test"])
+        if self.classifier is not None and labels is not None:
             quality["recognised_share"] = float((self.classifier.predict(points) == labels).mean())
-        return quality | self.of_data
+        return quality
+
+    def _real_points(self, split: Split) -> tuple[Points, NDArray[np.int64]]:
+        """Points ``[N, D]`` and labels ``[N]``; the values of an image are in the order ``[H, W, C]``."""
+        indices = _spread(len(split), MOST_REAL)
+        samples = split.samples(indices).double()
+        if self.pixel_range is not None:
+            low, high = self.pixel_range
+            samples = (samples.movedim(1, -1) - low) * (PIXEL_MAX / (high - low))
+        return samples.reshape(len(indices), -1).numpy(), split.labels[indices].numpy()
 
 
-def _data_points(split: Split, pixel_range: tuple[float, float]) -> tuple[Points, NDArray[np.int64]]:
-    indices = _spread(len(split), MOST_IMAGES)
-    low, high = pixel_range
-    points = (split.samples(indices).double().flatten(1) - low) * (PIXEL_MAX / (high - low))
-    return points.numpy(), split.labels[indices].numpy()
+def _shape(dataset: Dataset) -> tuple[int, ...]:
+    """The shape of a sample as it is measured: ``(H, W, C)`` of an image."""
+    if dataset.pixel_range is None:
+        return dataset.sample_shape
+    channels, *size = dataset.sample_shape
+    return (*size, channels)
+
+
+def _ratio(name: str, value: float, floor: float | None) -> Quality:
+    """The measure ``name``, which is ``value`` over ``floor``; nothing where the latter is not known or positive."""
+    return {name: value / floor} if floor is not None and floor > 0 else {}
 
 
 def _spread(count: int, most: int) -> list[int]:
     """The indices below ``count``, evenly spaced ones where there are more than ``most``."""
-    return list(range(0, count, -(-count // most)))
+    return list(range(0, count, max(1, -(-count // most))))

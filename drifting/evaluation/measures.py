@@ -1,4 +1,4 @@
-"""Measures of generated images in the features of some network, each as the field defines it."""
+"""Measures of generated samples as points ``[N, D]``, each as the field defines it."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,12 +11,14 @@ from sklearn.metrics import pairwise_distances_argmin_min
 from torch import Tensor
 from tqdm import tqdm
 
+from ..errors import UserError
+
 Points = NDArray[np.float64]  # [N, D]
 
-NEIGHBOURS = 3  # of precision and recall
-SCORE_SPLITS = 10  # of the Inception score
-SCORE_SEED = 2020  # of the order that is split, as in torch-fidelity and the official release
-BLOCK = 1000  # rows of a matrix of distances that are held at once
+NEIGHBOURS = 3  # The balls of precision and recall reach to this neighbour.
+SCORE_SPLITS = 10  # The Inception score is the mean over so many parts …
+SCORE_SEED = 2020  # … of images in an order that has this seed in torch-fidelity and the official release.
+BLOCK = 1000  # So many rows of a matrix are held in float64, or of distances, at once.
 
 
 @dataclass(frozen=True)
@@ -28,13 +30,19 @@ class Gaussian:
 
     @cached_property
     def root(self) -> Tensor:
-        """Σ^½ ``[D, D]``, float64: computed once for a reference that much is compared with."""
-        values, vectors = torch.linalg.eigh(torch.from_numpy(self.covariance))  # numpy's takes four times as long
+        """Σ^½ ``[D, D]``, float64, which is computed once however much is compared with it."""
+        values, vectors = torch.linalg.eigh(torch.from_numpy(self.covariance))  # numpy takes four times as long.
         return vectors * values.clamp(min=0).sqrt() @ vectors.T
 
 
 def fit_gaussian(points: Tensor | Points) -> Gaussian:
-    """Sample mean and covariance of ``points [N, D]``, N at least 2; float64 is only a block of them at a time."""
+    """Sample mean and covariance of ``points [N, D]``, computed in float64.
+
+    Raises:
+        UserError: there are fewer than 2 points.
+    """
+    if len(points) < 2:
+        raise UserError(f"received {len(points)} real or generated samples, expected at least 2 to compare")
     points = torch.as_tensor(points)
     mean = points.new_zeros(points.shape[1], dtype=torch.float64)
     for block in points.split(BLOCK):
@@ -47,10 +55,15 @@ def fit_gaussian(points: Tensor | Points) -> Gaussian:
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
-    """Squared Fréchet distance (Heusel et al., arXiv 1706.08500, eq. 6); singular covariances are fine.
+    """Squared Fréchet distance (Heusel et al., arXiv 1706.08500, eq. 6), also of singular covariances.
 
-    ‖μ_a − μ_b‖² + tr(Σ_a + Σ_b − 2 (Σ_b^½ Σ_a Σ_b^½)^½). This product is symmetric, unlike Σ_a Σ_b.
+    It is ‖μ_a − μ_b‖² + tr(Σ_a + Σ_b − 2 (Σ_b^½ Σ_a Σ_b^½)^½). The product here is symmetric, unlike Σ_a Σ_b.
+
+    Raises:
+        UserError: ``a`` and ``b``, the real one, are of different numbers of features.
     """
+    if len(a.mean) != len(b.mean):
+        raise UserError(f"received {len(a.mean)} features, but the reference's statistics are of {len(b.mean)}")
     product = b.root @ torch.from_numpy(a.covariance) @ b.root
     cross = float(torch.linalg.eigvalsh(product).clamp(min=0).sqrt().sum())
     mean = np.square(a.mean - b.mean).sum()
@@ -65,7 +78,7 @@ def nearest_distance(a: Points, b: Points) -> float:
 def inception_score(logits: Tensor) -> tuple[float, float]:
     """Mean and standard deviation over ten splits of exp E KL(p(y|x) ‖ p(y)) (Salimans et al., arXiv 1606.03498).
 
-    Images usually come class by class: ``logits [N, K]`` are shuffled before they are split.
+    Images usually come class by class, so ``logits [N, K]`` are shuffled before they are split.
     """
     order = np.random.RandomState(SCORE_SEED).permutation(len(logits))
     parts = np.array_split(order, min(SCORE_SPLITS, len(logits)))
@@ -79,17 +92,17 @@ def _score(log_p: Tensor) -> float:
 
 
 class Manifold:
-    """The space around ``points [N, D]``, N at least 2: balls that reach to their third-nearest neighbour.
+    """Balls around ``points [N, D]``, N at least 2, that reach to the third-nearest neighbour of each.
 
-    With real images' features inside those of generated ones and the reverse it gives improved precision and recall
-    (Kynkäänniemi et al., arXiv 1904.06991).
+    The shares of generated images that lie inside the balls of real ones, and of real ones inside those of generated
+    ones, are improved precision and recall (Kynkäänniemi et al., arXiv 1904.06991).
     """
 
     def __init__(self, points: Tensor) -> None:
         self.points = points.float()
-        self.centre = self.points.mean(0)  # distances far from the origin lose digits
+        self.centre = self.points.mean(0)  # Distances far from the origin lose digits.
         self.points = self.points - self.centre
-        rank = min(NEIGHBOURS + 1, len(points))  # a point is its own nearest
+        rank = min(NEIGHBOURS + 1, len(points))  # A point is its own nearest.
         rows = [torch.cdist(block, self.points).kthvalue(rank, dim=1).values for block in _blocks(self.points)]
         self.radii = torch.cat(rows)
 
