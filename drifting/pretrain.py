@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .cli import run_command
+from .cli import parse_training_command, run_command
 from .config import PretrainConfig
 from .data import Dataset, Split, open_dataset
 from .errors import UserError
@@ -30,10 +30,10 @@ ROWS, COLUMNS = 8, 8  # These are of a picture.
 
 def main(argv: Sequence[str] | None = None) -> int:
     purpose = "Train a masked autoencoder."
-    config, out = loop.parse_command(argv, "pretrain", purpose, PretrainConfig, "mae_fashion_mnist")
+    command = parse_training_command(argv, "pretrain", purpose, PretrainConfig, "mae_fashion_mnist")
     loop.leave_a_core_free()
     with join_ranks() as ranks:
-        pretrain(config, out, ranks)
+        pretrain(command.config, command.out, ranks, command.changes)
     return 0
 
 

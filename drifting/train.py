@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .cli import run_command
+from .cli import parse_training_command, run_command
 from .config import Config, LossConfig
 from .data import Dataset, open_dataset
 from .errors import UserError, reason
@@ -24,10 +24,10 @@ from .utils.named import facts_taken, import_named, is_own
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    config, out = loop.parse_command(argv, "train", "Train a generator.", Config, "digits")
+    command = parse_training_command(argv, "train", "Train a generator.", Config, "digits")
     loop.leave_a_core_free()
     with join_ranks() as ranks:
-        train(config, out, ranks)
+        train(command.config, command.out, ranks, command.changes)
     return 0
 
 
