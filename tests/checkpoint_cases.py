@@ -7,11 +7,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from drifting.training.checkpoint_index import INDEX, flat
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-
-from drifting.training.checkpoint_index import INDEX, flat
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
 

@@ -105,7 +105,7 @@ def test_beside_others_by_name(extractor, monkeypatch):
     assert load_config("pixel_L").loss.feature_extractor == ["mae", "convnext_v2"]  # as in the release
     monkeypatch.setattr(drifting_loss, "load_convnext", lambda in_chans: extractor)
     groups = DriftingLoss(["pixels", "convnext_v2"], in_chans=3).groups(torch.randn(1, 2, 3, 8, 8))
-    assert {"global", "pixels/pixels", "convnext_v2/stage_0_mean", "convnext_v2/global_std"} <= groups.keys()
+    assert {"global", "pixels", "convnext_v2/stage_0_mean", "convnext_v2/global_std"} <= groups.keys()
 
 
 def test_grey_images_are_told():

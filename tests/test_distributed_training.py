@@ -7,6 +7,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
+from drifting.training.parallel import unsharded
 from run_records import read_records
 from safetensors.torch import load_file
 
@@ -18,7 +19,6 @@ from drifting.train import main as command_line
 from drifting.training import MAETrainer, create_trainer
 from drifting.training.distributed import Ranks
 from drifting.training.loop import opened_run
-from drifting.training.parallel import unsharded
 
 STEPS, BATCH, CLASSES = 20, 16, 6
 MAE_STEPS = 2  # an encoder's ReLUs turn differences of rounding into others soon

@@ -6,11 +6,9 @@ import torch
 from PIL import Image
 from scipy.linalg import sqrtm
 
-from drifting.config.schema import EvaluationConfig
-from drifting.data import Dataset, Split, load_digits
-from drifting.errors import UserError
+from drifting.data import load_digits
 from drifting.evaluation.drawing import draw_samples, spread_labels
-from drifting.evaluation.evaluator import FlatEvaluator, check_evaluation, open_evaluator, why_unmeasured
+from drifting.evaluation.evaluator import FlatEvaluator
 from drifting.evaluation.measures import Manifold, fit_gaussian, frechet_distance, inception_score, nearest_distance
 from drifting.generation import Generator
 from drifting.models import DriftingDiT

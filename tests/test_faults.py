@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_cases import bits, blank, content_of, same_checkpoints, small_state
+from drifting.training.checkpoint_index import check_files
 from faulty_disk import Died, Disk
 from fuzzing import CASES
 from run_records import read_records
@@ -23,7 +24,6 @@ from drifting.errors import UserError
 from drifting.hub.run_directory import RunDirectory, write_model
 from drifting.train import train
 from drifting.training.checkpoint import load_checkpoint, save_checkpoint
-from drifting.training.checkpoint_index import check_files
 from drifting.training.metrics_log import MetricsLog
 from drifting.utils.files import atomic_write
 

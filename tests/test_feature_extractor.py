@@ -7,7 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drifting.models import DriftingLoss, FeatureExtractor, FeatureStack, LatentFeatureExtractor, PixelFeatureExtractor
+from drifting.errors import UserError
+from drifting.models import DriftingLoss, FeatureExtractor, FeatureStack, InputFeatureExtractor, LatentFeatureExtractor
+from drifting.models.drifting_loss import build_extractor
 from drifting.models.feature_extractor import group_norm, multiscale_maps
 
 
@@ -18,16 +20,17 @@ def latent() -> LatentFeatureExtractor:
 
 def test_pixels():
     x = torch.randn(3, 2, 4, 5)
-    (name, pixels), *rest = PixelFeatureExtractor()(x).items()
-    assert (name, rest) == ("pixels", []) and torch.equal(pixels, x.reshape(3, 1, 40))
+    for name in ("input", "pixels"):  # its name and its old name
+        ((found, pixels),) = build_extractor(name, None)(x).items()
+        assert found == name and torch.equal(pixels, x.reshape(3, 1, 40))
 
 
 def test_stack_has_the_maps_of_all(latent):
     x = torch.randn(2, 4, 8, 8, requires_grad=True)
-    stack = FeatureStack({"a": latent, "b": latent, "pixels": PixelFeatureExtractor()}).train()
+    stack = FeatureStack([("a", latent), ("b", latent), ("input", InputFeatureExtractor())]).train()
     alone, maps = latent(x), stack(x)
     assert list(maps)[0] == "global" and torch.equal(maps["global"], alone.pop("global"))  # once
-    assert set(maps) == {"global", "pixels/pixels"} | {f"{part}/{name}" for part in "ab" for name in alone}
+    assert set(maps) == {"global", "input"} | {f"{part}/{name}" for part in "ab" for name in alone}
     assert all(torch.equal(maps[f"b/{name}"], value) for name, value in alone.items())
     sum(value.sum() for value in maps.values()).backward()
     assert x.grad.any() and not any(p.requires_grad for p in stack.parameters()) and not stack.training
@@ -126,8 +129,8 @@ def test_wrong_input(latent):
 
 
 def test_resnet_without_torchvision_says_what_to_do(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchvision.models", None)
-    with pytest.raises(ImportError, match="pip install torchvision"):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    with pytest.raises(UserError, match=r"not installed: pip install 'drifting\[resnet\]'"):
         FeatureExtractor()
 
 

@@ -8,7 +8,7 @@ from test_trainer import batch, make_trainer
 
 from drifting.config.reading import load_config
 from drifting.errors import UserError
-from drifting.models import PixelFeatureExtractor
+from drifting.models import InputFeatureExtractor
 from drifting.train import train
 from drifting.training.finite import FiniteGuard, NotFiniteError
 
@@ -22,7 +22,7 @@ class Spoiler:
     """Puts NaN into the feature maps of chosen steps."""
 
     def __init__(self, monkeypatch, steps, value=float("nan")):
-        forward = PixelFeatureExtractor.forward
+        forward = InputFeatureExtractor.forward
         self.calls = 0
 
         def spoilt(extractor, images):
@@ -33,7 +33,7 @@ class Spoiler:
                     maps = {name: of_map * value for name, of_map in maps.items()}
             return maps
 
-        monkeypatch.setattr(PixelFeatureExtractor, "forward", spoilt)
+        monkeypatch.setattr(InputFeatureExtractor, "forward", spoilt)
 
 
 def tensors_of(trainer):

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_cases import bits, blank, forge, small_state, with_checksums
+from drifting.training.checkpoint_index import flat
 from fuzzing import changes, damaged, edited, fuzzed, json_edits, json_values, watching
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -38,7 +39,6 @@ from drifting.hub.run_directory import RunDirectory, read_any, write_model
 from drifting.hub.sources import load_mae, open_generator
 from drifting.models import MAE, Classifier, DriftingDiT
 from drifting.training.checkpoint import load_checkpoint, save_checkpoint
-from drifting.training.checkpoint_index import flat
 
 UINT8 = np.uint8
 

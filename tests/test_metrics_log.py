@@ -7,12 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from drifting.training.meter import Meter
 from test_trainer import batch, make_trainer
 
 from drifting.config.reading import load_config
 from drifting.errors import UserError
 from drifting.train import train
-from drifting.training.meter import Meter
 from drifting.training.metrics_log import MetricsLog
 from drifting.utils.stopwatch import Stopwatch
 

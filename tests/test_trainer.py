@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import drift_ops
+from drifting.config.schema import GuidanceConfig
 from drifting.models import DriftingDiT, LatentFeatureExtractor
 from drifting.training import create_trainer
-from drifting.training.guidance import sample_cfg_scale, uncond_weight
+from drifting.training.groups import sample_cfg_scale, uncond_weight
 
 CLASSES = 5
 L, G, P, U = 3, 4, 6, 2
@@ -49,9 +50,9 @@ class Recorder:
             self.loss_inputs.append(args)
             return loss_and_info(*args)
 
-        def record_model(*args):
-            self.model_inputs.append(args)
-            return forward(*args)
+        def record_model(z, y, cfg_scale, style=None):
+            self.model_inputs.append((z, y, cfg_scale, style))
+            return forward(z, y, cfg_scale, style)
 
         trainer.loss_fn.loss_and_info, trainer.model.forward = record_loss, record_model
 
@@ -63,7 +64,8 @@ class Recorder:
 def test_guidance_follows_its_power_law(exponent):
     """Kolmogorov-Smirnov distance to the integral of α^-k, well under the 0.1% critical value 1.95/√n."""
     low, high, n = 1.5, 6.0, 20_000
-    alpha = sample_cfg_scale(n, (low, high), exponent, 0.0, torch.Generator().manual_seed(0)).double().sort().values
+    law = GuidanceConfig([low, high], exponent, 0.0)
+    alpha = sample_cfg_scale(n, law, torch.Generator().manual_seed(0)).double().sort().values
     if exponent == 1:
         cdf = (alpha / low).log() / math.log(high / low)
     else:
@@ -75,10 +77,10 @@ def test_guidance_follows_its_power_law(exponent):
 
 
 def test_guidance_share_at_one():
-    alpha = sample_cfg_scale(20_000, (2.0, 4.0), 3.0, 0.3, torch.Generator().manual_seed(0))
+    alpha = sample_cfg_scale(20_000, GuidanceConfig([2.0, 4.0], 3.0, 0.3), torch.Generator().manual_seed(0))
     assert abs((alpha == 1).float().mean() - 0.3) < 0.015
     assert alpha[alpha != 1].min() >= 2
-    assert (sample_cfg_scale(100, (1.0, 1.0), 3.0, 0.0) == 1).all()
+    assert (sample_cfg_scale(100, GuidanceConfig([1.0, 1.0], 3.0, 0.0)) == 1).all()
 
 
 @settings(deadline=None)
@@ -163,25 +165,21 @@ def test_warmup_counts_steps():
     rates = []
     for epoch in range(3):  # three epochs of two steps
         for part in range(2):
-            rates.append(trainer.optimizer.param_groups[0]["lr"])
             trainer.train_step(*batch(seed=2 * epoch + part))
+            rates.append(trainer.weights.optimizer.param_groups[0]["lr"])
     assert rates == pytest.approx([0.125, 0.25, 0.375, 0.5, 0.5, 0.5])
 
 
 def test_cosine_decay_ends_at_zero():
     trainer = make_trainer(learning_rate=0.1, decay_steps=4)
-    rates = []
-    for _ in range(5):
-        rates.append(trainer.optimizer.param_groups[0]["lr"])
-        trainer.optimizer.step()
-        trainer.scheduler.step()
+    rates = [trainer.weights.learning_rate(step) for step in range(5)]
     assert rates == pytest.approx([0.05 * (1 + math.cos(math.pi * n / 4)) for n in range(5)])
 
 
 def test_optimizer_and_clipping():
     trainer = make_trainer(max_grad_norm=1e-3)
-    assert isinstance(trainer.optimizer, torch.optim.AdamW)
-    assert trainer.optimizer.param_groups[0]["betas"] == (0.9, 0.95)
+    assert isinstance(trainer.weights.optimizer, torch.optim.AdamW)
+    assert trainer.weights.optimizer.param_groups[0]["betas"] == (0.9, 0.95)
     metrics = trainer.train_step(*batch())
     norm = torch.cat([p.grad.flatten() for p in trainer.model.parameters()]).norm()
     assert metrics["grad_norm"] > 1e-3 and norm == pytest.approx(1e-3, rel=1e-3)
@@ -205,8 +203,7 @@ def test_several_averages_are_those_of_single_ones():
     for trainer in (both, *single):
         for n in range(3):
             trainer.train_step(*batch(seed=n))
-    assert tuple(both.ema_models) == decays
-    weights = [model.final.proj.weight for model in both.ema_models.values()]
+    weights = [both.weights.average(decay).final.proj.weight for decay in decays]
     assert not torch.equal(*weights)
     for weight, trainer in zip(weights, single, strict=True):
         assert torch.equal(weight, trainer.ema_model.final.proj.weight)
@@ -215,8 +212,8 @@ def test_several_averages_are_those_of_single_ones():
 def test_generate_uses_the_best_average():
     trainer = make_trainer(ema_decay=(0.5, 0.9))
     with torch.no_grad():
-        trainer.ema_models[0.5].final.proj.bias.fill_(7.0)
-        trainer.ema_models[0.9].final.proj.bias.fill_(8.0)
+        trainer.weights.average(0.5).final.proj.bias.fill_(7.0)
+        trainer.weights.average(0.9).final.proj.bias.fill_(8.0)
     images = trainer.generate(batch_size=3, labels=torch.tensor([0, 1, 2]), cfg_scale=2.0)
     assert images.shape == (3, 2, 4, 4) and (images == 7).all()
     trainer.best_decay = 0.9
@@ -235,7 +232,7 @@ def test_state_dict_continues_exactly():
     for n in range(3, 6):
         second.train_step(*batch(seed=n))
     assert second.step == 6 and second.best_decay == 0.9
-    models = [[trainer.model, *trainer.ema_models.values()] for trainer in (whole, second)]
+    models = [[t.model, t.weights.average(0.5), t.weights.average(0.9)] for t in (whole, second)]
     for one, other in zip(*models, strict=True):
         a, b = one.state_dict(), other.state_dict()
         assert all(torch.equal(a[name], b[name]) for name in a)
@@ -402,9 +399,9 @@ def test_parts_hold_less_at_once():
     trainer = make_trainer(labels_at_once=2)
     forward = trainer.model.forward
 
-    def record(z, *args):
+    def record(z, *args, **extra):
         sizes.append((len(z), torch.is_grad_enabled()))
-        return forward(z, *args)
+        return forward(z, *args, **extra)
 
     trainer.model.forward = record
     trainer.train_step(*batch())

@@ -93,14 +93,15 @@ class DriftingLoss(nn.Module):
     def forward(
         self, x_gen: Tensor, x_real: Tensor, x_uncond: Tensor | None = None, weight_uncond: Tensor | None = None
     ) -> Tensor:
-        """The loss of one label or of images of several labels, a 0-d tensor: :meth:`loss_and_info`.
+        """The loss, a 0-d tensor, of samples of one label or of several labels: :meth:`loss_and_info`.
 
         Args:
-            x_gen: generated images ``[G, C, H, W]`` of one label, or samples ``[L, G, *shape]`` of L labels.
-            x_real: real ones of the same labels, ``[P, C, H, W]`` or ``[L, P, *shape]``.
+            x_gen: generated vectors ``[G, D]`` or images ``[G, C, H, W]`` of one label, or samples ``[L, G, *shape]`` of
+                L labels.
+            x_real: real ones of the same labels, ``[P, D]``, ``[P, C, H, W]`` or ``[L, P, *shape]``.
             x_uncond, weight_uncond: see :meth:`loss_and_info`.
         """
-        if x_gen.ndim == 4 and x_real.ndim == 4:
+        if x_gen.ndim in (2, 4) and x_real.ndim == x_gen.ndim:
             x_gen, x_real = x_gen.unsqueeze(0), x_real.unsqueeze(0)
             x_uncond = x_uncond if x_uncond is None else x_uncond.unsqueeze(0)
         return self.loss_and_info(x_gen, x_real, x_uncond, weight_uncond)[0]
@@ -204,7 +205,7 @@ class SimpleDriftingLoss(DriftingLoss):
         temperature: of the two softmaxes, > 0.
         normalize_features, normalize_drift: as in :func:`drift_ops.compute_V`.
 
-    Called with generated ``[G, *shape]`` and real ``[P, *shape]`` samples.
+    Called with generated ``[G, D]`` and real ``[P, D]`` points, or with images as :class:`DriftingLoss`.
     """
 
     def __init__(
@@ -216,12 +217,6 @@ class SimpleDriftingLoss(DriftingLoss):
     ) -> None:
         super().__init__("input", (sigma,), normalize_features, normalize_drift, field="gaussian")
         self.softmax_temperature = temperature
-
-    def forward(
-        self, x_gen: Tensor, x_real: Tensor, x_uncond: Tensor | None = None, weight_uncond: Tensor | None = None
-    ) -> Tensor:
-        """The loss of points or images of one label, a 0-d tensor."""
-        return self.loss_and_info(x_gen.unsqueeze(0), x_real.unsqueeze(0), x_uncond, weight_uncond)[0]
 
 
 def split_groups(groups: FeatureMaps, num: int) -> tuple[FeatureMaps, FeatureMaps]:

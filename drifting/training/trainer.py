@@ -237,8 +237,9 @@ class DriftingTrainer:
         """The averaged network, or another average of it, with what is known of its samples."""
         model = self.ema_model if model is None else model
         name, arguments = self.origin or _origin_of(model)
+        names = self.groups.class_names or tuple(range(getattr(model, "num_classes", 1)))
         return Generator(
-            model, self.signature.noise_shape, self.sample_shape, self.groups.class_names or ("all",), self.pixel_range,
+            model, self.signature.noise_shape, self.sample_shape, names, self.pixel_range,
             self.latent, self.data, self.step, name, arguments,
         )  # fmt: skip
 
