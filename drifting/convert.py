@@ -6,13 +6,12 @@ directory; from a run directory to ``ema_params.msgpack`` with ``metadata.json``
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from .cli import ArgumentParser, run_command
 from .errors import UserError
 from .hub.release import METADATA, WEIGHTS, write_artifact
-from .hub.run_directory import RunDirectory, describe_generator, write_model
-from .hub.sources import is_artifact, load_generator, locate, open_model
+from .hub.run_directory import RunDirectory, save_generator, write_model
+from .hub.sources import as_generator, is_artifact, locate, open_model
 from .models import MAE, DriftingDiT
 
 
@@ -30,33 +29,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     if any(file.exists() for file in written):
         raise UserError(f"{destination} has {' or '.join(file.name for file in written)} already: name another DST")
     model, description = open_model(folder)
-    try:
-        destination.mkdir(parents=True, exist_ok=True)
-        if to_ours:
-            write_model(run, model, _describe(arguments.source, model, description))
+    assert isinstance(model, (DriftingDiT, MAE))
+    if to_ours:
+        if isinstance(model, DriftingDiT):
+            save_generator(run, as_generator(folder, model, description), release=description)
         else:
-            write_artifact(destination, model, _metadata(description))
-    except OSError as error:
-        raise UserError(f"cannot write to {destination}: {error.strerror}") from error
+            write_model(run, model, {"step": description["step"], "release": description})
+    else:
+        metadata = description.get("release", {"step": description["step"]})
+        if not isinstance(metadata, dict):
+            raise UserError(f"in model.json, release is {metadata!r}, expected an object")
+        write_artifact(destination, model, metadata)
     count = sum(parameter.numel() for parameter in model.parameters())
     print(f"wrote {' and '.join(file.name for file in written)} to {destination}: {count:,} parameters")
     return 0
-
-
-def _metadata(description: dict[str, Any]) -> dict[str, Any]:
-    """What ``metadata.json`` says of a model of ours: what it said where the model came from the release."""
-    metadata = description.get("release", {"step": description["step"]})
-    if not isinstance(metadata, dict):
-        raise UserError(f"in model.json, release is {metadata!r}, expected an object")
-    return metadata
-
-
-def _describe(source: str, model: DriftingDiT | MAE, metadata: dict[str, Any]) -> dict[str, Any]:
-    """What ``model.json`` says of a model of the release; its metadata is kept for the way back."""
-    description: dict[str, Any] = {"step": metadata["step"]}
-    if isinstance(model, DriftingDiT):
-        description = describe_generator(load_generator(source))
-    return description | {"release": metadata}
 
 
 if __name__ == "__main__":

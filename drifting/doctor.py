@@ -19,8 +19,8 @@ import drift_ops
 
 from .cli import ArgumentParser, run_command
 
-SECONDS = 10.0  # for the check of one backend: what has not begun in half of them is told, and left out
-TOLERANCE = 1e-3  # relative RMS error in float32; a kernel that computes anything else is off by far more
+SECONDS = 10.0  # The check of a backend begins nothing new after half of them.
+TOLERANCE = 1e-3  # A kernel that computes anything else is off by far more, as relative RMS error in float32.
 
 PACKAGES = (
     "torch", "triton", "numpy", "pyyaml", "safetensors", "msgpack", "pillow", "scikit-learn", "matplotlib",
@@ -30,11 +30,19 @@ OPTIONAL_PACKAGES = (
     "torchvision", "huggingface_hub", "diffusers", "torch-fidelity", "transformers", "datasets", "wandb",
 )  # fmt: skip
 
-LARGE = "drift_field of 600 points"  # minutes in Triton's interpreter
-
-Values = dict[str, Tensor]
-Shapes = dict[str, tuple[int, ...]]
-Form = tuple[Callable[..., Any], Shapes, dict[str, Any]]  # function, shapes of tensors, options
+Form = tuple[Callable[..., Any], dict[str, tuple[int, ...]], dict[str, Any]]  # function, shapes of tensors, options
+LARGE = "drift_field of 600 points"  # This takes minutes in Triton's interpreter.
+FORMS: dict[str, Form] = {  # The last is large enough for the kernels that stream.
+    "compute_V": (drift_ops.compute_V, {"x": (24, 12), "x_data": (20, 12), "x_gen": (9, 12)}, {"sigma": 3.0}),
+    "drift_field": (
+        drift_ops.drift_field, {"x": (4, 24, 12), "pos": (4, 20, 12), "neg": (4, 9, 12)}, {"temperature": (0.5, 2.0)},
+    ),
+    "drift_loss": (
+        drift_ops.drift_loss, {"gen": (4, 24, 12), "fixed_pos": (4, 20, 12), "fixed_neg": (4, 9, 12)},
+        {"affinity_floor": 0.0},
+    ),
+    LARGE: (drift_ops.drift_field, {"x": (600, 40), "pos": (500, 40)}, {"temperature": 2.0}),
+}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,20 +69,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check_backend(name: str) -> tuple[list[str], list[str]]:
-    """What is wrong with a usable backend, nothing for one that computes what the reference does; and what there was no
-    time for, which is where kernels are compiled at their first use."""
-    device = _device_of(name)
-    interpreted = name == "triton" and device.type == "cpu"
+    """What is wrong with a usable backend, and which forms there was no time for, as where kernels are compiled."""
+    interpreted = name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    on_gpu = name in ("triton", "cuda") or (name == "reference" and torch.cuda.is_available())
+    device = torch.device("cuda" if on_gpu and not interpreted else "cpu")
     started = time.perf_counter()
     problems, unchecked = [], []
-    for label, form in _forms():
+    for label, form in FORMS.items():
         if time.perf_counter() - started > SECONDS / 2 or (interpreted and label == LARGE):
             unchecked.append(label)
             continue
         try:
             expected = _run(form, "reference", torch.device("cpu"), torch.float64)
             got = _run(form, name, device, torch.float32)
-        except Exception as error:  # whatever a driver or compiler raises is what is to be told
+        except Exception as error:  # Drivers and compilers raise errors of any class.
             problems.append(f"{label}: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
             continue
         for what, value in got.items():
@@ -84,18 +92,7 @@ def check_backend(name: str) -> tuple[list[str], list[str]]:
     return problems, unchecked
 
 
-def _forms() -> Iterator[tuple[str, Form]]:
-    """Small problems, and one large enough for the kernels that stream."""
-    field: Shapes = {"x": (4, 24, 12), "pos": (4, 20, 12), "neg": (4, 9, 12)}
-    yield "compute_V", (drift_ops.compute_V, {"x": (24, 12), "x_data": (20, 12), "x_gen": (9, 12)}, {"sigma": 3.0})
-    yield "drift_field", (drift_ops.drift_field, field, {"temperature": (0.5, 2.0)})
-    loss: Shapes = {"gen": (4, 24, 12), "fixed_pos": (4, 20, 12), "fixed_neg": (4, 9, 12)}
-    yield "drift_loss", (drift_ops.drift_loss, loss, {"affinity_floor": 0.0})
-    large: Shapes = {"x": (600, 40), "pos": (500, 40)}
-    yield LARGE, (drift_ops.drift_field, large, {"temperature": 2.0})
-
-
-def _run(form: Form, backend: str, device: torch.device, dtype: torch.dtype) -> Values:
+def _run(form: Form, backend: str, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
     """Output and gradients of a form on a backend."""
     function, shapes, options = form
     generator = torch.Generator().manual_seed(0)
@@ -109,40 +106,31 @@ def _run(form: Form, backend: str, device: torch.device, dtype: torch.dtype) -> 
     return {"output": output.detach()} | named
 
 
-def _device_of(backend: str) -> torch.device:
-    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    on_gpu = backend in ("triton", "cuda") or (backend == "reference" and torch.cuda.is_available())
-    return torch.device("cuda" if on_gpu and not interpreted else "cpu")
-
-
 def _versions() -> Iterator[tuple[str, str]]:
-    yield "drifting", _version("drifting") or "not installed: run from its folder"
+    yield "drifting", _version("drifting", "not installed: run from its folder")
     yield "python", f"{platform.python_version()} on {platform.platform()}"
     for name in PACKAGES:
-        yield name, _version(name) or "not installed"
-    yield "optional", ", ".join(f"{name} {_version(name) or 'absent'}" for name in OPTIONAL_PACKAGES)
+        yield name, _version(name, "not installed")
+    yield "optional", ", ".join(f"{name} {_version(name, 'absent')}" for name in OPTIONAL_PACKAGES)
 
 
-def _version(package: str) -> str | None:
+def _version(package: str, otherwise: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return None
+        return otherwise
 
 
 def _devices() -> Iterator[tuple[str, str]]:
-    yield "cpu", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, kernels for {_instruction_set()}"
+    from drift_ops import cpu
+
+    kernels = "no instruction set: they are not built" if cpu.load_error or cpu._cpu is None else cpu._cpu.chosen()
+    yield "cpu", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, kernels for {kernels}"
     yield "cuda", f"of torch: {torch.version.cuda or torch.version.hip or 'none, this torch is for CPUs'}"
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         memory = properties.total_memory / 2**30
         yield f"cuda:{index}", f"{properties.name}, {properties.major}.{properties.minor}, {memory:.0f} GiB"
-
-
-def _instruction_set() -> str:
-    from drift_ops import cpu
-
-    return "no instruction set: they are not built" if cpu.load_error or cpu._cpu is None else cpu._cpu.chosen()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from drifting.hub.flax_msgpack import write_arrays
-from drifting.hub.release import METADATA, WEIGHTS, our_config, release_arrays, stored_shape
+from drifting.hub.release import METADATA, WEIGHTS, our_config, stored_arrays
 from drifting.models import MODELS
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -31,7 +31,7 @@ def write_case(name: str, folder: Path) -> dict[str, torch.Tensor]:
     metadata = json.loads(str(expected.pop("metadata")))
     with torch.device("meta"):
         model = MODELS[metadata["kind"]](**our_config(metadata["kind"], metadata["model_config"]))
-    shapes = {path: stored_shape(path, view) for path, view in release_arrays(model).items()}
+    shapes = {path: tuple(array.shape) for path, array in stored_arrays(model).items()}
     write_arrays(folder / WEIGHTS, {path: torch.from_numpy(hashed_weights(path, s)) for path, s in shapes.items()})
     (folder / METADATA).write_text(json.dumps(metadata))
     return {key: torch.from_numpy(value) for key, value in expected.items()}

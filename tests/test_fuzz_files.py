@@ -33,10 +33,11 @@ from drifting.data.idx import read_idx
 from drifting.data.latents import INDEX
 from drifting.errors import UserError
 from drifting.evaluation.archives import read_reference, read_samples
+from drifting.generation import Generator
 from drifting.hub.flax_msgpack import read_arrays
 from drifting.hub.release import METADATA, WEIGHTS, write_artifact
-from drifting.hub.run_directory import RunDirectory, read_any, write_model
-from drifting.hub.sources import load_mae, open_generator
+from drifting.hub.run_directory import RunDirectory, read_any, save_generator, write_model
+from drifting.hub.sources import load_generator, load_mae
 from drifting.models import MAE, Classifier, DriftingDiT
 from drifting.training.checkpoint import load_checkpoint, save_checkpoint
 
@@ -106,10 +107,36 @@ def test_run_directories(tmp_path, kind):
                 check_model(read[0])
                 assert type(read[1]["step"]) is int and read[1]["step"] >= 0
             if kind == "gen" and refusal is None:
-                generator, _ = watch.call(open_generator, tmp_path)
+                generator, _ = watch.call(load_generator, tmp_path)
                 if generator is not None:
                     low, high = generator.pixel_range
                     assert low < high and isinstance(generator.data, str)
+
+        fuzz()
+
+
+def test_run_directories_of_own_networks(tmp_path):
+    """What the file says of a network that the user gives: as arguments of his class, and of its noise and samples."""
+
+    class Net(torch.nn.Linear):
+        def __init__(self, width: int = 3) -> None:
+            super().__init__(4, width)
+
+    run = RunDirectory(tmp_path)
+    save_generator(run, Generator(Net(), (4,), (3,), ("a", 2), name="parts:Net", arguments={"width": 3}))
+    description = json.loads(run.description.read_text())
+    with watching("run directory of an own network", UserError) as watch:
+
+        @fuzzed
+        @given(json_edits, changes | st.just([]))
+        def fuzz(edits, text_changes):
+            text = json.dumps(edited(description, edits), ensure_ascii=True).encode()
+            run.description.write_bytes(damaged(text, text_changes))
+            read, _ = watch.call(load_generator, tmp_path, Net)
+            if read is not None:
+                check_model(read.model)
+                if read.noise_shape == (4,):
+                    assert read.generate(1).shape == (1, 3)
 
         fuzz()
 
@@ -128,7 +155,7 @@ def test_weights_must_be_what_the_model_has(tmp_path):
         with pytest.raises(UserError, match=f"class_embed.weight {message}"):
             read_any(tmp_path)
     write_model(run, tiny_generator().half(), {"step": 1})
-    with pytest.raises(UserError, match="is torch.float16 .*, expected torch.float32"):
+    with pytest.raises(UserError, match="is torch.float16, expected torch.float32"):
         read_any(tmp_path)
 
 
@@ -214,7 +241,7 @@ def test_forged_checkpoints(checkpoints):
 def test_artifacts_of_the_release(tmp_path, kind):
     write_artifact(tmp_path, tiny_generator() if kind == "gen" else MAE(1, 32, (1, 1, 1, 1), 2), {"step": 3})
     metadata = json.loads((tmp_path / METADATA).read_text())
-    load = open_generator if kind == "gen" else load_mae
+    load = load_generator if kind == "gen" else load_mae
     with watching(f"artifact of a {kind}", UserError) as watch:
 
         @fuzzed
@@ -260,7 +287,7 @@ trees = st.recursive(
 def test_weights_in_msgpack(tmp_path):
     write_artifact(tmp_path, tiny_generator(), {"step": 3})
     content, path = (tmp_path / WEIGHTS).read_bytes(), tmp_path / "x"
-    with watching("msgpack", ValueError) as watch:
+    with watching("msgpack", UserError) as watch:
 
         @fuzzed
         @given(st.one_of(st.just(content), trees.map(packed)), changes)
@@ -288,10 +315,9 @@ def test_weights_in_msgpack(tmp_path):
 
 def test_two_arrays_of_one_name(tmp_path):
     array = msgpack.ExtType(1, packed(([], "uint8", b"x")))
-    for data in (packed({"a": {"b": array}, "a/b": array}), b"\x82" + 2 * (b"\xa1a" + packed(array))):
-        (tmp_path / "x").write_bytes(data)
-        with pytest.raises(ValueError, match="two arrays are called a/b|a key twice"):
-            read_arrays(tmp_path / "x")
+    (tmp_path / "x").write_bytes(packed({"a": {"b": array}, "a/b": array}))
+    with pytest.raises(UserError, match="two arrays are called a/b"):
+        read_arrays(tmp_path / "x")
 
 
 # ------------------------------------------------------------------------------------------------------ archives

@@ -90,7 +90,7 @@ def test_a_run_that_is_killed_ends_as_one_that_is_not(tmp_path):
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from drifting.run_directory import RunDirectory
+from drifting.hub.run_directory import RunDirectory
 with RunDirectory(Path(sys.argv[1])).lock():
     worker = os.fork()
     if worker == 0:

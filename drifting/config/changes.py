@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, reason
-from ..utils.files import atomic_write
-from ..utils.json_file import read_object
+from ..utils.files import atomic_write, read_object
 from .keys import resume_of
 from .reading import AnyConfig, check_values, set_value, values_of
 from .schema import Config, PretrainConfig

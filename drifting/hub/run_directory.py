@@ -1,68 +1,50 @@
-"""The files of a run: where they are, and the model among them."""
+"""The files of a run: where they are, and the network among them."""
 
 import errno
 import json
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from ..errors import UserError, reason
 from ..generation import Generator
-from ..models import MAE, MODELS, Classifier, DriftingDiT
-from ..models.build import build_on_meta, check_weights
+from ..models import Classifier
 from ..utils.files import atomic_write
-from ..utils.json_file import is_count, read_object
+from .networks import KINDS, OWN, build, kind_of, misfits, read_description, shown, stored_state
 
-LOCK_SECONDS = 6  # to wait: data-loader workers of a killed process take up to five to notice, and may hold its lock
+LOCK_SECONDS = 6  # Data-loader workers of a killed process may hold its lock for the five that they take to notice.
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+MOST_PROBLEMS = 4  # This many of the tensors that do not fit are named.
 
-KINDS: dict[str, type[DriftingDiT] | type[MAE] | type[Classifier]] = {**MODELS, "classifier": Classifier}
+Model = nn.Module | Callable[..., nn.Module] | None  # A user's own network, or what builds it.
 
 
-@dataclass(frozen=True)
 class RunDirectory:
     """Paths inside the folder of a run."""
 
-    path: Path
-
-    @property
-    def config(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def weights(self) -> Path:
-        return self.path / "model.safetensors"
-
-    @property
-    def description(self) -> Path:
-        return self.path / "model.json"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.metrics = path / "metrics.jsonl"
+        self.weights = path / "model.safetensors"
+        self.description = path / "model.json"
+        self.checkpoints = path / "checkpoints"
+        self.samples = path / "samples"
 
     @property
     def best(self) -> "RunDirectory":
-        """The run as it was at its best evaluation: model and configuration."""
+        """The run as it was at its best evaluation: network and configuration."""
         return RunDirectory(self.path / "best")
-
-    @property
-    def samples(self) -> Path:
-        return self.path / "samples"
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -75,7 +57,7 @@ class RunDirectory:
         lock = FileLock(path)
         try:
             lock.acquire(timeout=LOCK_SECONDS)
-            _sign(path)
+            path.write_text(f"process {os.getpid()} on {platform.node()}, since {datetime.now():%Y-%m-%d %H:%M:%S}\n")
         except Timeout as error:
             raise UserError(
                 f"{self.path} is being trained by another process ({_holder(path)}): "
@@ -92,86 +74,97 @@ class RunDirectory:
             lock.release()
 
 
-def _sign(path: Path) -> None:
-    path.write_text(f"process {os.getpid()} on {platform.node()}, since {datetime.now():%Y-%m-%d %H:%M:%S}\n")
-
-
 def _holder(path: Path) -> str:
     """What the process that has the lock wrote there."""
     try:
-        with path.open(errors="replace") as file:
-            return "".join(filter(str.isprintable, file.read(200))) or "just started"
+        return shown(path.read_text(errors="replace")) or "just started"
     except OSError as error:
         return reason(error)
 
 
-def save_generator(run: RunDirectory, generator: Generator, quality: dict[str, float] | None = None) -> None:
-    """Write ``model.safetensors`` and ``model.json``, all that sampling needs; and ``quality`` if it was measured."""
-    description = describe_generator(generator)
-    write_model(run, generator.model, description | ({} if quality is None else {"quality": quality}))
+def save_generator(
+    run: RunDirectory, generator: Generator, quality: dict[str, float] | None = None, **more: Any
+) -> None:
+    """Write ``model.safetensors`` and ``model.json``, all that sampling needs; and ``quality`` if it was measured.
+
+    Raises:
+        UserError: a file cannot be written, or the network's state has something else than tensors.
+    """
+    facts = {field.name: getattr(generator, field.name) for field in fields(generator)}
+    network, arguments = facts.pop("model"), facts.pop("arguments")
+    name = generator.name or f"{type(network).__module__}:{type(network).__qualname__}"
+    more |= {} if quality is None else {"quality": quality}
+    write_model(run, network, facts | {"name": name, "model": dict(arguments)} | more)
 
 
-def describe_generator(generator: Generator) -> dict[str, Any]:
-    """What ``model.json`` says of a generator."""
-    return {
-        "name": generator.name,
-        "noise_shape": list(generator.noise_shape),
-        "sample_shape": list(generator.sample_shape),
-        "num_classes": len(generator.class_names),
-        "class_names": list(generator.class_names),
-        "data": generator.data,
-        "pixel_range": None if generator.pixel_range is None else list(generator.pixel_range),
-        "latent": generator.latent,
-        "step": generator.step,
-    }
+def write_model(run: RunDirectory, network: nn.Module, description: dict[str, Any]) -> None:
+    """Write ``model.safetensors``, and ``model.json`` with the network's kind, its arguments and ``description``.
 
-
-def write_model(run: RunDirectory, model: DriftingDiT | MAE | Classifier, description: dict[str, Any]) -> None:
-    """Write ``model.safetensors``, and ``model.json`` with the model's kind, its arguments and ``description``."""
-    kind = next(name for name, kind in KINDS.items() if isinstance(model, kind))
-    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    The arguments of a network of ours are its ``config``, those of a user's own what ``description`` calls ``model``.
+    """
+    kind = kind_of(network)
+    arguments: Any = description.get("model", {}) if kind == OWN else network.config
+    # Views of one tensor share memory, which safetensors refuses; their copies do not.
+    weights = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in stored_state(network).items()}
     with atomic_write(run.weights) as part:
         save_file(weights, part)
     with atomic_write(run.description) as part:
-        part.write_text(json.dumps({"kind": kind, "model": model.config} | description, indent=2) + "\n")
-
-
-def read_model(path: Path) -> tuple[DriftingDiT | MAE, dict[str, Any]]:
-    """The model of the run in ``path``, on the CPU and in evaluation mode, and what its ``model.json`` says.
-
-    Raises:
-        UserError: it is no run directory, holds no model yet or another kind, or its files cannot be read.
-    """
-    model, description = read_any(path)
-    if isinstance(model, Classifier):
-        raise UserError(f"{path} holds a classifier, not a generator or masked autoencoder")
-    return model, description
+        content = description | {"kind": kind, "model": arguments}
+        part.write_text(json.dumps(content, indent=2, default=str) + "\n")
 
 
 def read_classifier(path: Path) -> Classifier:
-    """The classifier in ``path``; as :func:`read_model` otherwise."""
-    model, _ = read_any(path)
-    if not isinstance(model, Classifier):
-        raise UserError(f"{path} holds no classifier of `python -m drifting.train_classifier`")
-    return model
+    """The classifier in ``path``; otherwise as :func:`read_any`."""
+    classifier, _ = read_any(path, None, ["classifier"])
+    assert isinstance(classifier, Classifier)
+    return classifier
 
 
-def read_any(path: Path) -> tuple[DriftingDiT | MAE | Classifier, dict[str, Any]]:
-    """As :func:`read_model`, classifiers included."""
+def read_any(path: Path, model: Model = None, kinds: Sequence[str] = (*KINDS, OWN)) -> tuple[nn.Module, dict[str, Any]]:
+    """The network of the run in ``path``, in evaluation mode, and what its ``model.json`` says.
+
+    Args:
+        path: the folder of the run.
+        model: the user's own network, which gets the weights, or what builds it from the arguments in ``model.json``.
+            That file names a class, but nothing is ever imported for it. Networks of ours are built on the CPU.
+        kinds: the kinds of network that are expected.
+
+    Raises:
+        UserError: the folder has no network, or one of another kind; its files are damaged or do not fit the network;
+            a network of the user's own is there without ``model``, or one of ours with it.
+    """
     run = RunDirectory(path)
     if not path.is_dir():
         raise UserError(f"there is no run directory {path}")
     for file in (run.description, run.weights):
         if not file.is_file():
             raise UserError(f"{path} holds no {file.name}: expected a run directory of `python -m drifting.train`")
+    description = read_description(run.description, kinds)
+    kind, arguments = description["kind"], description.get("model")
+    if kind != OWN and model is not None:
+        raise UserError(f"{path} holds a {KINDS[kind].__name__}, a network of ours: leave out --model (or model=...)")
+    if kind == OWN and model is None:
+        name = shown(description.get("name", "module:Name"))
+        raise UserError(
+            f"{path} holds a network of your own, {name}: name it with --model {name} "
+            "(or load_generator(folder, model=...))"
+        )
+    if not isinstance(model, nn.Module):
+        model = build(model or KINDS[kind], arguments, "cpu" if kind == OWN else "meta")
+    _load_weights(run, model, is_own=kind == OWN)
+    return model.eval(), description
+
+
+def _load_weights(run: RunDirectory, network: nn.Module, is_own: bool) -> None:
     try:
-        description = {"kind": "gen", "step": 0} | read_object(run.description)
-        if description["kind"] not in list(KINDS) or not is_count(description["step"]):
-            raise ValueError(f"{run.description.name} is of a {description['kind']} at step {description['step']}")
-        model = build_on_meta(KINDS[description["kind"]], description.get("model"))
         weights = load_file(run.weights)
-        check_weights(weights, model.state_dict())
-        model.load_state_dict(weights, assign=True)
-        return model.eval(), description
-    except (ValueError, OSError, SafetensorError) as error:
-        raise UserError(f"the model in {path} cannot be read: {type(error).__name__}: {reason(error)}") from error
+    except Exception as error:  # safetensors has errors of its own beside the system's.
+        raise UserError(f"{run.weights} cannot be read: {shown(reason(error))}") from error
+    # A buffer of a user's own network may hold infinities, as attention masks do.
+    finite = dict(network.named_parameters(remove_duplicate=False)) if is_own else weights
+    problems = misfits(weights, stored_state(network), finite)
+    if problems:
+        more = [f"and {len(problems) - MOST_PROBLEMS} more"] if len(problems) > MOST_PROBLEMS else []
+        named = "; ".join([shown(problem) for problem in problems[:MOST_PROBLEMS]] + more)
+        raise UserError(f"{run.weights} does not fit {type(network).__name__}: {named}")
+    network.load_state_dict(weights, strict=False, assign=not is_own)  # Of tied weights, one name is in the file.

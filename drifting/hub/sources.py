@@ -4,78 +4,124 @@ A source is ``hf://NAME`` (``hf://latent_L_sota``), a directory with the release
 ``metadata.json`` or with a ``params_ema`` directory that has them, or a run directory of our own.
 """
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from ..errors import UserError
+from torch import nn
+
+from ..errors import UserError, reason, require
 from ..generation import Generator
 from ..models import MAE, MODELS, DriftingDiT
+from ..utils.files import is_count
+from .networks import OWN, shown
 from .release import WEIGHTS, read_artifact
-from .run_directory import read_model
+from .run_directory import Model, read_any
 from .vae import LATENT_CHANNELS
 
 REPOSITORY = "Goodeat/drifting"
 HUB = "hf://"
-HUB_SECONDS = 10  # to wait for its answer
+HUB_SECONDS = 10  # The hub has this long to answer.
 RELEASE_DATA, RELEASE_PIXEL_RANGE = "imagenet", (-1.0, 1.0)
-MOST_PIXEL = 2**16  # of the values that stand for black and white
+MOST_PIXEL = 2**16  # The values that stand for black and white are at most so large.
+MOST_DIMENSIONS, MOST_NUMBERS = 32, 2**31  # These bound the shapes of noise and samples.
 
 
-def load_generator(source: str | Path) -> Generator:
-    """The generator of ``source``, on the CPU in float32 and evaluation mode.
+def load_generator(source: str | Path, model: Model = None) -> Generator:
+    """The generator of ``source``, in evaluation mode; of ours, on the CPU.
+
+    Args:
+        source: ``hf://NAME``, an artifact of the release, or a run directory.
+        model: the network, if it is the user's own: an ``nn.Module``, which gets the trained weights, or a class or
+            function that builds it from the arguments of its training.
 
     Raises:
-        UserError: nothing there, or not a generator; weights that do not fit, all of them in one message.
+        UserError: nothing is there, or no generator; files that are damaged or do not fit the network; or a network
+            of the user's own without ``model``.
     """
-    return open_generator(source)
+    return as_generator(source, *open_model(source, ("gen", OWN), model))
 
 
 def load_mae(source: str | Path) -> MAE:
-    """The masked autoencoder of ``source``; as :func:`load_generator` otherwise."""
-    model, _ = open_model(locate(source, ["mae"]))
-    if not isinstance(model, MAE):
-        raise UserError(f"{source} is a generator, not a masked autoencoder")
-    return model
+    """The masked autoencoder of ``source``, on the CPU in evaluation mode; it raises as :func:`load_generator`."""
+    mae, _ = open_model(source, ["mae"])
+    assert isinstance(mae, MAE)
+    return mae
 
 
-def open_generator(source: str | Path) -> Generator:
-    """The generator of ``source`` with what sampling needs to know; as :func:`load_generator` otherwise."""
-    model, description = open_model(locate(source, ["gen"]))
-    if not isinstance(model, DriftingDiT):
-        raise UserError(f"{source} is a masked autoencoder, not a generator")
-    data, pixel_range = description.get("data", RELEASE_DATA), description.get("pixel_range", RELEASE_PIXEL_RANGE)
-    if not isinstance(data, str) or not _is_range(pixel_range):
-        raise UserError(f"{source}: its data is {data!r} and its pixel_range {pixel_range!r}, expected a name and "
-                        "two numbers, black and white")  # fmt: skip
-    low, high = pixel_range
-    sample_shape = (model.out_chans, model.img_size, model.img_size)
-    names = description.get("class_names") or map(str, range(model.num_classes))
-    latent = description.get("latent", model.out_chans == LATENT_CHANNELS)
-    return Generator(
-        model, model.noise_shape, sample_shape, tuple(names), (low, high), latent, data, description["step"],
-        "drifting_dit", model.config,
-    )  # fmt: skip
+def open_model(
+    source: str | Path, kinds: Sequence[str] = tuple(MODELS), model: Model = None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The network of ``source``, which is of one of ``kinds``, with its ``metadata.json`` or ``model.json``."""
+    folder = locate(source, kinds)
+    if not is_artifact(folder):
+        return read_any(folder, model, kinds)
+    if model is not None:
+        raise UserError(f"{source} is a model of the release: leave out --model (or model=...)")
+    return read_artifact(folder, kinds)
+
+
+def as_generator(source: str | Path, network: nn.Module, description: dict[str, Any]) -> Generator:
+    """The network of ``source`` with what its ``description`` says; runs of earlier versions and the release said less.
+
+    Raises:
+        UserError: something in the description is not as it should be.
+    """
+    facts = dict(description)
+    if isinstance(network, DriftingDiT):
+        data = facts.setdefault("data", RELEASE_DATA)
+        is_release_latent = data == RELEASE_DATA and network.out_chans == LATENT_CHANNELS
+        facts.setdefault("latent", is_release_latent or data == "latents")
+        facts.setdefault("pixel_range", RELEASE_PIXEL_RANGE)
+        facts.setdefault("class_names", [str(number) for number in range(network.num_classes)])
+        sample_shape = [network.out_chans, network.img_size, network.img_size]
+        facts |= {"noise_shape": list(network.noise_shape), "sample_shape": sample_shape}
+        facts |= {"name": "drifting_dit", "model": network.config}
+    for key, is_right in CHECKS.items():
+        if not is_right(facts.get(key)):
+            raise UserError(f"{source}: its {key} is {shown(facts.get(key))}, which no training of ours writes")
+    if isinstance(network, DriftingDiT) and len(facts["class_names"]) > network.num_classes:
+        raise UserError(f"{source} has {len(facts['class_names'])} class_names, its network {network.num_classes}")
+    known: dict[str, Any] = {key: tuple(facts[key]) for key in ("noise_shape", "sample_shape", "class_names")}
+    known["pixel_range"] = None if facts["pixel_range"] is None else tuple(facts["pixel_range"])
+    known |= {key: facts[key] for key in ("name", "data", "latent", "step")}
+    return Generator(network, arguments=facts["model"], **known)
+
+
+def _is_shape(value: Any) -> bool:
+    is_list = isinstance(value, list) and len(value) <= MOST_DIMENSIONS
+    return is_list and all(is_count(size, 1) for size in value) and math.prod(value) <= MOST_NUMBERS
+
+
+def _are(*types: type) -> Callable[[Any], bool]:
+    """A predicate: whether a value is a list, not empty, that holds values of these types alone."""
+    return lambda value: isinstance(value, (list, tuple)) and bool(value) and all(type(one) in types for one in value)
 
 
 def _is_range(value: Any) -> bool:
-    """Whether ``value`` is two numbers, the first below the second."""
-    numbers = isinstance(value, (list, tuple)) and len(value) == 2 and all(type(v) in (int, float) for v in value)
-    return numbers and -MOST_PIXEL <= value[0] < value[1] <= MOST_PIXEL
+    numbers = _are(int, float)(value) and len(value) == 2
+    return value is None or (numbers and -MOST_PIXEL <= value[0] < value[1] <= MOST_PIXEL)
 
 
-def open_model(folder: Path) -> tuple[DriftingDiT | MAE, dict[str, Any]]:
-    """The model in ``folder``, an artifact or a run directory, with its ``metadata.json`` or ``model.json``."""
-    return read_artifact(folder) if is_artifact(folder) else read_model(folder)
+CHECKS: dict[str, Callable[[Any], bool]] = {
+    "model": lambda value: isinstance(value, dict),
+    "name": lambda value: isinstance(value, str),
+    "data": lambda value: isinstance(value, str),
+    "latent": lambda value: isinstance(value, bool),
+    "noise_shape": _is_shape,
+    "sample_shape": _is_shape,
+    "class_names": _are(int, str),
+    "pixel_range": _is_range,
+}
 
 
 def locate(source: str | Path, kinds: Sequence[str] = tuple(MODELS)) -> Path:
     """The directory with the files of ``source``, downloaded where it names a model of the hub of one of ``kinds``."""
     if isinstance(source, str) and source.startswith(HUB):
-        return _download(source.removeprefix(HUB), kinds)
+        return _download(source.removeprefix(HUB), [kind for kind in kinds if kind in MODELS])
     folder = Path(source)
     return next((place for place in (folder, folder / "params_ema") if is_artifact(place)), folder)
 
@@ -86,40 +132,26 @@ def is_artifact(folder: Path) -> bool:
 
 
 def _download(name: str, kinds: Sequence[str]) -> Path:
+    """The folder of a model in the cache of the hub, where it is brought if need be."""
     if not re.fullmatch(r"[\w.-]+", name):
         raise UserError(f"{HUB}{name}: expected {HUB}NAME, such as {HUB}latent_L_sota")
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise UserError(f"{HUB}{name} needs huggingface_hub: `pip install huggingface_hub`") from error
+    hub = require("huggingface_hub", f"{HUB}{name}", "imagenet")
     folders = [f"models/{kind}/jax/{name}" for kind in kinds]
-    try:  # snapshot_download asks the same, but would wait for an answer for ever
-        files = [file.rfilename for file in huggingface_hub.model_info(REPOSITORY, timeout=HUB_SECONDS).siblings or ()]
-        found = next((folder for folder in folders if f"{folder}/{WEIGHTS}" in files), None)
-        if found is not None:
-            return _fetch(huggingface_hub, found)
-    except Exception as error:  # offline, no access, a broken cache: they have no base class in common
-        for folder in folders:  # which may have been downloaded before
-            with suppress(Exception):
-                if is_artifact(cached := _fetch(huggingface_hub, folder, local_files_only=True)):
-                    return cached
+    try:  # snapshot_download asks the same, but would wait for an answer for ever.
+        files = [file.rfilename for file in hub.model_info(REPOSITORY, timeout=HUB_SECONDS).siblings or ()]
+        for folder in folders:
+            if f"{folder}/{WEIGHTS}" in files:
+                return Path(hub.snapshot_download(REPOSITORY, allow_patterns=[f"{folder}/*"])) / folder
+    except Exception as error:  # Being offline, without access or with a broken cache have no base class in common.
+        for folder in folders:
+            with suppress(Exception):  # It may have been downloaded before.
+                cache = hub.snapshot_download(REPOSITORY, allow_patterns=[f"{folder}/*"], local_files_only=True)
+                if is_artifact(Path(cache) / folder):
+                    return Path(cache) / folder
         raise UserError(
-            f"cannot download {HUB}{name} from huggingface.co/{REPOSITORY} ({_reason(error)}): where that is out of "
+            f"cannot download {HUB}{name} from huggingface.co/{REPOSITORY} ({reason(error)}): where that is out of "
             f"reach, copy its folder {' or '.join(folders)} here, and name that"
         ) from error
-    raise UserError(f"{REPOSITORY} has no model {name!r}; it has: {_names(files, kinds)}")
-
-
-def _fetch(huggingface_hub: ModuleType, folder: str, **options: Any) -> Path:
-    """The copy of a folder of the repository in the cache of the hub, where it is brought if need be."""
-    return Path(huggingface_hub.snapshot_download(REPOSITORY, allow_patterns=[f"{folder}/*"], **options)) / folder
-
-
-def _names(files: Sequence[str], kinds: Sequence[str]) -> str:
-    """The models among the files of the repository, for an error message."""
-    found = (re.fullmatch(rf"models/(?:{'|'.join(kinds)})/jax/([^/]+)/{WEIGHTS}", file) for file in files)
-    return ", ".join(sorted({match[1] for match in found if match})) or "none"
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    matches = (re.fullmatch(rf"models/(?:{'|'.join(kinds)})/jax/([^/]+)/{WEIGHTS}", file) for file in files)
+    names = ", ".join(sorted({match[1] for match in matches if match})) or "none"
+    raise UserError(f"{REPOSITORY} has no model {name!r}; it has: {names}")

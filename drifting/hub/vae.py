@@ -6,23 +6,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, reason, require
 
 VAE = "stabilityai/sd-vae-ft-mse"
 LATENT_CHANNELS = 4
-LATENT_SCALE = 0.18215  # latents are stored with about unit variance
-DECODE_BATCH = 16  # images decoded at once
+LATENT_SCALE = 0.18215  # It gives stored latents about unit variance.
+DECODE_BATCH = 16  # This many images are decoded at once.
 ENCODE_BATCH = 64
 
 
 def require_vae(device: torch.device) -> None:
-    """Raises as :func:`decode_latents` does, before there are latents: generating them may take minutes."""
+    """Raise what :func:`decode_latents` would raise, before minutes are spent on generating latents."""
     _load_vae(device)
 
 
 @torch.no_grad()
 def decode_latents(latents: Tensor) -> Tensor:
-    """Latents ``[B, 4, h, w]`` to images ``[B, 3, 8h, 8w]`` in [-1, 1], float32; computed in bfloat16 on GPUs.
+    """Decode latents ``[B, 4, h, w]`` to float32 images ``[B, 3, 8h, 8w]`` in [-1, 1], in bfloat16 on GPUs.
 
     Raises:
         UserError: diffusers is not installed, or the VAE cannot be downloaded.
@@ -34,11 +34,11 @@ def decode_latents(latents: Tensor) -> Tensor:
 
 @torch.no_grad()
 def encode_images(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Images ``[B, 3, H, W]`` in [-1, 1] to mean and standard deviation of their latents, float32 ``[B, 4, H/8, W/8]``.
+    """Encode images ``[B, 3, H, W]``, or grey ones ``[B, 1, H, W]``, in [-1, 1]; it raises as :func:`decode_latents`.
 
-    Grey ones ``[B, 1, H, W]`` are encoded as RGB.
-
-    Both are multiplied by ``LATENT_SCALE``. Computed in bfloat16 on GPUs; raises as :func:`decode_latents` does.
+    Returns:
+        Mean and standard deviation of the latents, float32 ``[B, 4, H/8, W/8]`` each, both multiplied by
+        ``LATENT_SCALE``; they are computed in bfloat16 on GPUs.
     """
     vae = _load_vae(images.device)
     parts = images.expand(-1, 3, -1, -1).to(vae.dtype).split(ENCODE_BATCH)
@@ -49,19 +49,10 @@ def encode_images(images: Tensor) -> tuple[Tensor, Tensor]:
 
 @cache
 def _load_vae(device: torch.device) -> Any:
-    try:
-        from diffusers import AutoencoderKL
-    except (ImportError, RuntimeError) as error:  # RuntimeError, where what it imports in turn is broken
-        raise UserError(
-            "latents need the Stable Diffusion VAE of diffusers, which is not installed or cannot be imported: "
-            f"`pip install 'drifting[imagenet]'` ({(str(error).strip() or type(error).__name__).splitlines()[-1]})"
-        ) from error
+    diffusers = require("diffusers", "making or decoding latents", "imagenet")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
-        vae = AutoencoderKL.from_pretrained(VAE, torch_dtype=dtype)
-    except Exception as error:  # offline, no access, a broken cache: they have no base class in common
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(
-            f"cannot load the VAE {VAE} from huggingface.co or its cache: {type(error).__name__}: {reason}"
-        ) from error
+        vae = diffusers.AutoencoderKL.from_pretrained(VAE, torch_dtype=dtype)
+    except Exception as error:  # Being offline, without access or with a broken cache have no base class in common.
+        raise UserError(f"cannot load the VAE {VAE} from huggingface.co or its cache: {reason(error)}") from error
     return vae.to(device).requires_grad_(False).eval()

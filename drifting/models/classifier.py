@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+MOST_STAGES = 32
+
 
 class Classifier(nn.Module):
     """Stages of two 3 × 3 convolutions, the second of which halves the resolution; mean over locations; linear.
@@ -19,6 +21,8 @@ class Classifier(nn.Module):
 
     def __init__(self, in_chans: int = 1, num_classes: int = 10, channels: Sequence[int] = (24, 48, 96)) -> None:
         super().__init__()
+        if not 1 <= len(channels) <= MOST_STAGES:
+            raise ValueError(f"there are {len(channels)} stages, expected 1 to {MOST_STAGES}")
         widths = [in_chans, *channels]
         self.stages = nn.Sequential()
         for before, after in zip(widths, widths[1:], strict=False):

@@ -18,6 +18,7 @@ from ..generation import generate
 NORM_EPS = 1e-6
 CFG_WEIGHT = 0.02  # share of the CFG-scale embedding in the condition
 INIT_STD = 0.02  # of every embedding table
+MOST = {"depth": 512, "num_style_tokens": 4096, "n_cls_tokens": 4096}  # These arguments go from 0 to so many.
 
 
 class DriftingDiT(nn.Module):
@@ -373,12 +374,18 @@ def _head_norm(head_dim: int, use_qknorm: bool, use_rmsnorm: bool) -> nn.Module:
 
 
 def _check_sizes(config: dict) -> None:
-    positive = ("img_size", "patch_size", "in_chans", "num_classes", "embed_dim", "num_heads", "style_vocab")
     for name, value in config.items():
-        if name in (*positive, "mlp_ratio", "cond_dim", "out_chans") and value is not None and value <= 0:
-            raise ValueError(f"{name} is {value}, expected a positive number")
-        if name in ("depth", "num_style_tokens", "n_cls_tokens") and value < 0:
-            raise ValueError(f"{name} is {value}, expected 0 or more")
+        if name in MOST:
+            holds, expected = type(value) is int and 0 <= value <= MOST[name], f"a whole number from 0 to {MOST[name]}"
+        elif name.startswith("use_"):
+            holds, expected = isinstance(value, bool), "True or False"
+        elif name == "mlp_ratio":
+            holds, expected = type(value) in (int, float) and 0 < value < math.inf, "a positive number"
+        else:
+            is_default = value is None and name in ("cond_dim", "out_chans")
+            holds, expected = is_default or (type(value) is int and value > 0), "a whole number, 1 or more"
+        if not holds:
+            raise ValueError(f"{name} is {value!r}, expected {expected}")
     for whole, part in (("img_size", "patch_size"), ("embed_dim", "num_heads")):
         if config[whole] % config[part]:
             raise ValueError(f"{whole}={config[whole]} is not a multiple of {part}={config[part]}")

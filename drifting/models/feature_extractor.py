@@ -20,6 +20,7 @@ FeatureMaps = dict[str, Tensor]
 NORM_EPS = 1e-6
 STD_EPS = 1e-6  # inside the square root, so that a constant patch has a finite gradient
 PATCH_SIZES = (2, 4)
+MOST_BLOCKS = 512  # A stage has at most so many.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -225,8 +226,16 @@ class ResNetEncoder(nn.Module):
         dropout_prob: float = 0.0,
     ) -> None:
         super().__init__()
-        if len(layers) != 4 or min(layers) < 1:
-            raise ValueError(f"layers is {list(layers)}, expected the block counts of four stages, each 1 or more")
+        if len(layers) != 4 or not all(type(count) is int and 1 <= count <= MOST_BLOCKS for count in layers):
+            raise ValueError(
+                f"layers is {list(layers)}, expected the block counts of four stages, each from 1 to {MOST_BLOCKS}"
+            )
+        sizes = {"in_chans": in_chans, "base_channels": base_channels, "input_patch_size": input_patch_size}
+        for name, size in sizes.items():
+            if type(size) is not int or size < 1:
+                raise ValueError(f"{name} is {size!r}, expected a whole number, 1 or more")
+        if not 0 <= dropout_prob <= 1:
+            raise ValueError(f"dropout_prob is {dropout_prob}, expected a number from 0 to 1")
         self.in_chans, self.input_patch_size = in_chans, input_patch_size
         self.conv1 = nn.Conv2d(in_chans * input_patch_size**2, base_channels, 3, padding=1, bias=False)
         self.gn1 = group_norm(base_channels)

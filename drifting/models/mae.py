@@ -43,6 +43,8 @@ class MAE(nn.Module):
         dropout_prob: float = 0.0,
     ) -> None:
         super().__init__()
+        if type(patch_size) is not int or patch_size < 1:
+            raise ValueError(f"patch_size is {patch_size!r}, expected a whole number, 1 or more")
         self.encoder = ResNetEncoder(in_chans, base_channels, layers, input_patch_size, dropout_prob)
         self.decoder = UNetDecoder(base_channels, in_chans * input_patch_size**2)
         self.fc = nn.Linear(8 * base_channels, num_classes)

@@ -23,7 +23,7 @@ from ..evaluation.evaluator import (
 )
 from ..hub.run_directory import RunDirectory, save_generator
 from ..hub.vae import decode_latents
-from ..utils.json_file import read_object
+from ..utils.files import read_object
 from ..utils.images import save_panels, to_uint8
 from .trainer import DriftingTrainer
 

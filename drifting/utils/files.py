@@ -1,16 +1,19 @@
-"""Writing files so that each is whole or absent, also after a crash, and so that a full disk is told in one line."""
+"""Files that are written whole or not at all, also in a crash or on a full disk, and JSON from files of any content."""
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, NoReturn
 
 from safetensors import SafetensorError
 
 from ..errors import UserError, reason
 
 BLOCK = 2**20  # bytes read at once
+MOST_JSON = 2**28  # bytes of a JSON file; the index of ImageNet's latents has about 10 MB
 
 
 @contextmanager
@@ -46,10 +49,36 @@ def sync(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Of the content of the file, as hexadecimal digits."""
+    """The SHA-256 of the file's content as hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(BLOCK):
             digest.update(block)
     return digest.hexdigest()
 
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in the file ``path``.
+
+    Raises:
+        ValueError: the file is too large, no JSON (NaN and Infinity are none), or holds another value.
+        OSError: the file cannot be read.
+    """
+    if path.stat().st_size > MOST_JSON or not path.is_file():
+        raise ValueError(f"it is no regular file of at most {MOST_JSON} bytes")
+    try:
+        content = json.loads(path.read_bytes(), parse_constant=_refuse)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds a {type(content).__name__}, expected an object")
+    return content
+
+
+def is_count(value: Any, least: int = 0) -> bool:
+    """Whether a value of JSON is an integer of at least ``least``; true and false are none."""
+    return type(value) is int and value >= least
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"it holds {constant}, which is no number of JSON")
