@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,12 @@ from PIL import Image
 
 from drifting import evaluate, pretrain, sample, train_classifier
 from drifting import train as training
-from drifting.cli import run_command
+from drifting.__main__ import COMMANDS
+from drifting.__main__ import main as list_commands
+from drifting.cli import parse_training_command, run_command
+from drifting.config import Config, PretrainConfig
+from drifting.config.keys import keys_of
+from drifting.errors import UserError
 
 SMALL = [
     "model.patch_size=4", "model.embed_dim=16", "model.depth=1", "model.num_heads=2", "step.gen_per_label=8",
@@ -109,6 +115,43 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, number):
     assert training.main(["--out", str(out), *SMALL, "train.log_every=1", f"train.steps={reached + 2}"]) == 0
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert steps == list(range(1, reached + 3))
+
+
+def test_the_commands_are_listed(capsys):
+    assert list_commands([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for command in COMMANDS:
+        after = lines[lines.index(f"  python -m drifting.{command}") + 1]
+        assert after.startswith(6 * " ") and "``" not in after
+
+
+def test_an_unknown_command_names_the_nearest():
+    result = run("drifting", "smaple")
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr == "error: there is no command 'smaple': did you mean `python -m drifting.sample`?\n"
+
+
+@pytest.mark.parametrize(("command", "schema"), [(training, Config), (pretrain, PretrainConfig)])
+def test_help_lists_every_key(command, schema, capsys):
+    with pytest.raises(SystemExit) as caught:
+        command.main(["--help"])
+    text = capsys.readouterr().out
+    assert caught.value.code == 0 and max(map(len, text.splitlines())) <= 100
+    assert all(f"\n  {key}=" in text for key in keys_of(schema)) and "--change key=value" in text
+
+
+def test_arguments_of_a_training():
+    def parse(*argv):
+        return parse_training_command(argv, "train", "Train.", Config, "digits")
+
+    command = parse("seed=3", "--change", "optimizer.learning_rate=1e-3", "train.steps=9", "--change", "step.bf16=true")
+    assert (command.config.seed, command.config.train.steps, command.config.step.bf16) == (3, 9, True)
+    assert command.config.optimizer.learning_rate == 1e-3
+    assert (command.out, command.changes) == (Path("runs/digits"), ("optimizer.learning_rate", "step.bf16"))
+    assert parse("--config", "cifar10").out == Path("runs/cifar10") and parse().changes == ()
+    for change, expected in (("seed=1", "seed: it cannot change within a run"), ("sead=1", "did you mean 'seed'")):
+        with pytest.raises(UserError, match=expected):
+            parse("--change", change)
 
 
 def test_mistake_is_one_line_and_status_2(tmp_path):

@@ -25,8 +25,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_data_sources import Call, idx_bytes, pixels, write_batch
 
-from drifting.config.reading import CONFIG_DIR, load_config, load_pretrain_config
-from drifting.config.schema import DataConfig
+from drifting.config import Config, DataConfig, PretrainConfig, load_config, read_config, save_config
+from drifting.config.reading import CONFIG_DIR
 from drifting.data import open_dataset
 from drifting.data.cifar10 import read_batch
 from drifting.data.idx import read_idx
@@ -654,6 +654,8 @@ yaml_values = json_values.map(lambda value: json.dumps(value)) | st.sampled_from
         "12:30",
         "!!binary aGk=",
         "<<: 1",
+        "own_parts:Net",
+        "'1e-3'",
     ]
 )
 KEYS = [
@@ -661,6 +663,9 @@ KEYS = [
     "data",
     "data.name",
     "data.path",
+    "model",
+    "model.name",
+    "model.width",
     "model.depth",
     "model.embed_dim",
     "loss.temperatures",
@@ -678,10 +683,10 @@ KEYS = [
 ]
 
 
-@pytest.mark.parametrize(("load", "name"), [(load_config, "digits"), (load_pretrain_config, "mae_fashion_mnist")])
-def test_configurations(tmp_path, load, name):
+@pytest.mark.parametrize(("schema", "name"), [(Config, "digits"), (PretrainConfig, "mae_fashion_mnist")])
+def test_configurations(tmp_path, schema, name):
     path, content = tmp_path / "config.yaml", (CONFIG_DIR / f"{name}.yaml").read_bytes()
-    with watching(f"YAML ({load.__name__})", UserError) as watch:
+    with watching(f"YAML ({schema.__name__})", UserError) as watch:
 
         @fuzzed
         @given(
@@ -692,10 +697,14 @@ def test_configurations(tmp_path, load, name):
         def fuzz(edits, lines, overrides):
             text = "".join(f"{key}: {value}\n" for key, value in lines).encode("utf-8", "replace")
             path.write_bytes(damaged(content, edits) + b"\n" + text)
-            config, _ = watch.call(load, str(path), [f"{key}={value}" for key, value in overrides])
+            texts = [f"{key}={value}" for key, value in overrides]
+            config, refusal = watch.call(read_config, str(path), texts, schema, trusted=False)
+            assert refusal is None or "\n" not in str(refusal)
             if config is not None:
                 assert type(config.train.steps) is int and config.train.steps >= 1
                 assert 0 < config.optimizer.learning_rate < float("inf")
+                save_config(config, path)
+                assert repr(read_config(str(path), (), schema, trusted=False)) == repr(config)
 
         fuzz()
 

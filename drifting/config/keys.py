@@ -84,7 +84,7 @@ def typed(value: Any, kind: Any) -> Any:
         OverflowError: it is an integer that no float can hold.
     """
     if get_origin(kind) is list:
-        return [typed(entry, get_args(kind)[0]) for entry in (value if isinstance(value, list) else [value])]
+        return [typed(entry, get_args(kind)[0]) for entry in (value if isinstance(value, (list, tuple)) else [value])]
     if get_args(kind):  # X | None
         return None if value is None else typed(value, get_args(kind)[0])
     if (kind is float and type(value) is int) or (kind is str and type(value) in (int, float)):
