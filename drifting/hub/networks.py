@@ -12,6 +12,7 @@ from ..models import MODELS, Classifier
 from ..utils.files import is_count, read_object
 
 OWN = "own"  # The kind of every network that is none of ours.
+GENERATORS = ("gen", OWN)
 KINDS: dict[str, type[nn.Module]] = {**MODELS, "classifier": Classifier}
 NOUNS = {"gen": "generator", "mae": "masked autoencoder", "classifier": "classifier", OWN: "network of your own"}
 SHOWN = 200  # This many characters of what a file says stand in a message.
@@ -34,14 +35,12 @@ def read_description(
         description = read_object(file)
         description = {"kind": default_kind(description), "step": 0} | description
     except (ValueError, OSError) as error:
-        raise UserError(
-            f"{file} cannot be read, and only it tells which network the weights are of: {shown(reason(error))}"
-        ) from error
+        raise UserError(f"{file} cannot be read, and only it tells what the weights are of: {reason(error)}") from error
     kind, step = description["kind"], description["step"]
-    if kind not in list(NOUNS):
-        raise UserError(f"{file}: kind is {shown(kind)}, expected one of: {', '.join(NOUNS)}")
-    if not is_count(step):
-        raise UserError(f"{file}: step is {shown(step)}, expected a number of steps")
+    if kind not in list(NOUNS) or not is_count(step):
+        raise UserError(
+            f"{file}: kind is {shown(kind)} and step {shown(step)}, expected {', '.join(NOUNS)} and a count"
+        )
     if kind not in kinds:
         raise UserError(f"{file.parent} holds a {NOUNS[kind]}, not a {' or '.join(NOUNS[one] for one in kinds)}")
     return description

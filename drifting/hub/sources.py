@@ -17,7 +17,7 @@ from ..errors import UserError, reason, require
 from ..generation import Generator
 from ..models import MAE, MODELS, DriftingDiT
 from ..utils.files import is_count
-from .networks import OWN, shown
+from .networks import GENERATORS, shown
 from .release import WEIGHTS, read_artifact
 from .run_directory import Model, read_any
 from .vae import LATENT_CHANNELS
@@ -42,7 +42,7 @@ def load_generator(source: str | Path, model: Model = None) -> Generator:
         UserError: nothing is there, or no generator; files that are damaged or do not fit the network; or a network
             of the user's own without ``model``.
     """
-    return as_generator(source, *open_model(source, ("gen", OWN), model))
+    return as_generator(source, *open_model(source, GENERATORS, model))
 
 
 def load_mae(source: str | Path) -> MAE:
@@ -86,9 +86,9 @@ def as_generator(source: str | Path, network: nn.Module, description: dict[str, 
     if isinstance(network, DriftingDiT) and len(facts["class_names"]) > network.num_classes:
         raise UserError(f"{source} has {len(facts['class_names'])} class_names, its network {network.num_classes}")
     known: dict[str, Any] = {key: tuple(facts[key]) for key in ("noise_shape", "sample_shape", "class_names")}
-    known["pixel_range"] = None if facts["pixel_range"] is None else tuple(facts["pixel_range"])
     known |= {key: facts[key] for key in ("name", "data", "latent", "step")}
-    return Generator(network, arguments=facts["model"], **known)
+    pixel_range = facts.get("pixel_range") and tuple(facts["pixel_range"])
+    return Generator(network, pixel_range=pixel_range, arguments=facts["model"], **known)
 
 
 def _is_shape(value: Any) -> bool:
