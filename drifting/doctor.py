@@ -1,4 +1,4 @@
-"""``python -m drifting.doctor``: versions, devices, backends with reasons, and a check of each usable backend.
+"""``python -m drifting.doctor`` lists versions, devices and backends, and checks each usable backend.
 
 The check compares the three forms of the operator with the dense reference in float64, forward and backward, on small
 problems, in ten seconds a backend at most. The exit status says whether all that was checked agreed.
@@ -30,7 +30,9 @@ OPTIONAL_PACKAGES = (
     "torchvision", "huggingface_hub", "diffusers", "torch-fidelity", "transformers", "datasets", "wandb",
 )  # fmt: skip
 
-Form = tuple[Callable[..., Any], dict[str, tuple[int, ...]], dict[str, Any]]  # function, shapes of tensors, options
+Form = tuple[
+    Callable[..., Any], dict[str, tuple[int, ...]], dict[str, Any]
+]  # These are function, shapes of tensors and options.
 LARGE = "drift_field of 600 points"  # This takes minutes in Triton's interpreter.
 FORMS: dict[str, Form] = {  # The last is large enough for the kernels that stream.
     "compute_V": (drift_ops.compute_V, {"x": (24, 12), "x_data": (20, 12), "x_gen": (9, 12)}, {"sigma": 3.0}),
@@ -66,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check_backend(name: str) -> tuple[list[str], list[str]]:
-    """What is wrong with a usable backend, and which forms there was no time for, as where kernels are compiled."""
+    """Find out what is wrong with a usable backend, and list the forms that there was no time for."""
     interpreted = name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
     on_gpu = name in ("triton", "cuda") or (name == "reference" and torch.cuda.is_available())
     device = torch.device("cuda" if on_gpu and not interpreted else "cpu")
@@ -90,7 +92,7 @@ def check_backend(name: str) -> tuple[list[str], list[str]]:
 
 
 def _run(form: Form, backend: str, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Output and gradients of a form on a backend."""
+    """Compute output and gradients of a form on a backend."""
     function, shapes, options = form
     generator = torch.Generator().manual_seed(0)
     tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
@@ -104,7 +106,7 @@ def _run(form: Form, backend: str, device: torch.device, dtype: torch.dtype) -> 
 
 
 def _facts() -> Iterator[tuple[str, str]]:
-    """Names and values of what there is on this machine; headings have no value."""
+    """Name what there is on this machine, with its value; headings have none."""
     yield "versions", ""
     yield "drifting", _version("drifting", "not installed: run from its folder")
     yield "python", f"{platform.python_version()} on {platform.platform()}"
