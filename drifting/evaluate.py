@@ -31,7 +31,7 @@ from .evaluation.evaluator import (
     warn_of_few,
 )
 from .hub.run_directory import RunDirectory
-from .hub.sources import HUB, open_generator
+from .hub.sources import HUB, load_generator
 from .sample import check_sampling
 from .utils.images import Pixels
 
@@ -104,7 +104,7 @@ def _evaluate_archive(arguments: Any) -> dict[str, Any]:
 
 def _evaluate_generator(arguments: Any) -> tuple[dict[str, Any], Pixels, Labels]:
     """The report, and if they are to be saved the images of the best scale, with their labels."""
-    trained = open_generator(arguments.source)
+    trained = load_generator(arguments.source)
     evaluator = _open_evaluator(arguments)
     config = _config(arguments.source)
     evaluation = EvaluationConfig() if config is None else config.evaluation

@@ -13,7 +13,7 @@ from .cli import ArgumentParser, run_command
 from .errors import UserError
 from .evaluation.archives import write_images
 from .evaluation.drawing import draw_samples, spread_labels
-from .hub.sources import open_generator
+from .hub.sources import load_generator
 from .hub.vae import require_vae
 from .utils.images import Pixels, grid
 
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.out.suffix not in (".npz", ".png"):
         raise UserError(f"--out is {arguments.out}, expected a file that ends in .npz or .png")
     check_sampling(arguments.cfg_scale, arguments.seed)
-    trained = open_generator(arguments.source)
+    trained = load_generator(arguments.source)
     labels = spread_labels(arguments.num, _parse_labels(arguments.labels, len(trained.class_names)))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if trained.latent:

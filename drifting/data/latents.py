@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..config.schema import DataConfig
 from ..errors import UserError
-from ..utils.json_file import is_count, read_object
+from ..utils.files import is_count, read_object
 from ..utils.npy import read_header
 from .dataset import Dataset, Draw, Split
 

@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from ..errors import reason
-from ..utils.files import atomic_write, sha256
-from ..utils.json_file import is_count, read_object
+from ..utils.files import atomic_write, is_count, read_object, sha256
 
 INDEX = "checkpoint.json"
 FORMAT = 1

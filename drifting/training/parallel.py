@@ -12,8 +12,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from ..hub.networks import build
 from ..models import DriftingDiT
-from ..models.build import build_on_meta
 from .distributed import Ranks
 
 
@@ -56,6 +56,7 @@ def unsharded(model: DriftingDiT) -> DriftingDiT:
         return model
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     with torch.no_grad():
-        copy: DriftingDiT = build_on_meta(DriftingDiT, model.config)
+        copy = build(DriftingDiT, model.config)
         copy.load_state_dict(weights, assign=True)
+    assert isinstance(copy, DriftingDiT)
     return copy.requires_grad_(False).eval()

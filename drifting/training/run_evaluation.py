@@ -24,8 +24,8 @@ from ..evaluation.evaluator import (
 )
 from ..hub.run_directory import RunDirectory, save_generator
 from ..hub.vae import decode_latents
+from ..utils.files import read_object
 from ..utils.images import save_panels, to_uint8
-from ..utils.json_file import read_object
 from . import DriftingTrainer
 
 ROWS, COLUMNS = 10, 10  # of a picture: classes, and images of each
