@@ -1,7 +1,7 @@
-"""``python -m drifting.convert SRC DST``: between the official release's artifacts and our files, either way.
+"""``python -m drifting.convert SRC DST`` converts the official release's artifacts to our files, or back.
 
-From ``hf://NAME`` or an artifact to ``model.safetensors`` with ``model.json``, which every command here takes for a run
-directory; from a run directory to ``ema_params.msgpack`` with ``metadata.json``, which the release loads.
+An artifact, or ``hf://NAME``, becomes ``model.safetensors`` and ``model.json``, which every command takes for a run
+directory; a run directory becomes ``ema_params.msgpack`` and ``metadata.json``, which the release loads.
 """
 
 from collections.abc import Sequence

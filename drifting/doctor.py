@@ -1,8 +1,7 @@
-"""``python -m drifting.doctor``: versions, devices, backends with reasons, and a check of each usable backend.
+"""``python -m drifting.doctor`` lists versions, devices and backends, and checks each usable backend.
 
 The check compares the three forms of the operator with the dense reference in float64, forward and backward, on small
-problems. It is meant to take ten seconds a backend at most (it begins nothing new after five, and says so), and the
-exit status says whether all that was checked agreed.
+problems, in ten seconds a backend at most. The exit status says whether all that was checked agreed.
 """
 
 import importlib.metadata
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 import drift_ops
+from drift_ops import cpu
 
 from .cli import ArgumentParser, run_command
 
@@ -30,7 +30,9 @@ OPTIONAL_PACKAGES = (
     "torchvision", "huggingface_hub", "diffusers", "torch-fidelity", "transformers", "datasets", "wandb",
 )  # fmt: skip
 
-Form = tuple[Callable[..., Any], dict[str, tuple[int, ...]], dict[str, Any]]  # function, shapes of tensors, options
+Form = tuple[
+    Callable[..., Any], dict[str, tuple[int, ...]], dict[str, Any]
+]  # These are function, shapes of tensors and options.
 LARGE = "drift_field of 600 points"  # This takes minutes in Triton's interpreter.
 FORMS: dict[str, Form] = {  # The last is large enough for the kernels that stream.
     "compute_V": (drift_ops.compute_V, {"x": (24, 12), "x_data": (20, 12), "x_gen": (9, 12)}, {"sigma": 3.0}),
@@ -48,11 +50,8 @@ FORMS: dict[str, Form] = {  # The last is large enough for the kernels that stre
 def main(argv: Sequence[str] | None = None) -> int:
     description = "What this machine has, and whether it works."
     ArgumentParser(prog="python -m drifting.doctor", description=description).parse_args(argv)
-    for heading, lines in (("versions", _versions()), ("devices", _devices())):
-        print(heading)
-        for name, value in lines:
-            print(f"  {name:<18}{value}")
-    print("backends")
+    for name, value in _facts():
+        print(f"  {name:<18}{value}" if value else name)
     failures = 0
     for name, status in drift_ops.backends().items():
         if not status.usable:
@@ -69,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check_backend(name: str) -> tuple[list[str], list[str]]:
-    """What is wrong with a usable backend, and which forms there was no time for, as where kernels are compiled."""
+    """Find out what is wrong with a usable backend, and list the forms that there was no time for."""
     interpreted = name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
     on_gpu = name in ("triton", "cuda") or (name == "reference" and torch.cuda.is_available())
     device = torch.device("cuda" if on_gpu and not interpreted else "cpu")
@@ -93,7 +92,7 @@ def check_backend(name: str) -> tuple[list[str], list[str]]:
 
 
 def _run(form: Form, backend: str, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Output and gradients of a form on a backend."""
+    """Compute output and gradients of a form on a backend."""
     function, shapes, options = form
     generator = torch.Generator().manual_seed(0)
     tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
@@ -106,12 +105,22 @@ def _run(form: Form, backend: str, device: torch.device, dtype: torch.dtype) -> 
     return {"output": output.detach()} | named
 
 
-def _versions() -> Iterator[tuple[str, str]]:
+def _facts() -> Iterator[tuple[str, str]]:
+    """Name what there is on this machine, with its value; headings have none."""
+    yield "versions", ""
     yield "drifting", _version("drifting", "not installed: run from its folder")
     yield "python", f"{platform.python_version()} on {platform.platform()}"
     for name in PACKAGES:
         yield name, _version(name, "not installed")
     yield "optional", ", ".join(f"{name} {_version(name, 'absent')}" for name in OPTIONAL_PACKAGES)
+    yield "devices", ""
+    kernels = "no instruction set: they are not built" if cpu.load_error or cpu._cpu is None else cpu._cpu.chosen()
+    yield "cpu", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, kernels for {kernels}"
+    yield "cuda", f"of torch: {torch.version.cuda or torch.version.hip or 'none, this torch is for CPUs'}"
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        yield f"cuda:{index}", f"{device.name}, {device.major}.{device.minor}, {device.total_memory / 2**30:.0f} GiB"
+    yield "backends", ""
 
 
 def _version(package: str, otherwise: str) -> str:
@@ -119,18 +128,6 @@ def _version(package: str, otherwise: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return otherwise
-
-
-def _devices() -> Iterator[tuple[str, str]]:
-    from drift_ops import cpu
-
-    kernels = "no instruction set: they are not built" if cpu.load_error or cpu._cpu is None else cpu._cpu.chosen()
-    yield "cpu", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, kernels for {kernels}"
-    yield "cuda", f"of torch: {torch.version.cuda or torch.version.hip or 'none, this torch is for CPUs'}"
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        memory = properties.total_memory / 2**30
-        yield f"cuda:{index}", f"{properties.name}, {properties.major}.{properties.minor}, {memory:.0f} GiB"
 
 
 if __name__ == "__main__":

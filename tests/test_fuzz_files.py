@@ -109,8 +109,8 @@ def test_run_directories(tmp_path, kind):
             if kind == "gen" and refusal is None:
                 generator, _ = watch.call(load_generator, tmp_path)
                 if generator is not None:
-                    low, high = generator.pixel_range
-                    assert low < high and isinstance(generator.data, str)
+                    black, white = generator.pixel_range or (0, 1)
+                    assert black < white and isinstance(generator.data, str)
 
         fuzz()
 

@@ -187,7 +187,7 @@ def test_every_parameter_comes_from_the_file():
     "change, expected",
     [
         ({"model_config": None}, "has no model_config"),
-        ({"kind": "vae"}, "kind is vae, expected one of: gen, mae"),
+        ({"kind": "vae"}, "kind is vae and step .*, expected gen, mae"),
         ({"model_config": {"cond_dim": 64, "use_moe": True, "depth": 2}}, "unknown keys: use_moe"),
         ({"model_config": {"depth": 2}}, "no cond_dim"),
         ({"model_config": {"cond_dim": 64, "hidden_size": 63}}, "not a multiple of num_heads"),
@@ -215,7 +215,7 @@ def test_missing_files(artifact, tmp_path):
     with pytest.raises(UserError, match="holds a generator, not a masked autoencoder"):
         load_mae(artifact)
     (artifact / "metadata.json").unlink()
-    with pytest.raises(UserError, match=r"metadata.json cannot be read, and only it tells which .*: No such file"):
+    with pytest.raises(UserError, match=r"metadata.json cannot be read, and only it tells what .*: No such file"):
         load_generator(artifact)
     write_case("mae_odd", tmp_path)
     with pytest.raises(UserError, match="holds a masked autoencoder, not a generator"):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..config.schema import DataConfig
 from ..errors import UserError, reason
-from ..utils.json_file import read_object
+from ..utils.files import read_object
 from .dataset import Dataset, Draw, Split
 
 INDEX = "index.json"

@@ -1,4 +1,4 @@
-"""Trained networks and where they are kept: run directories, and the artifacts of the official release."""
+"""This package saves and loads trained networks, in run directories and in the official release's format."""
 
 from .run_directory import RunDirectory, save_generator, write_model
 from .sources import load_generator, load_mae

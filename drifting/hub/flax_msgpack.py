@@ -1,4 +1,4 @@
-"""Trees of arrays in the msgpack format of ``flax.serialization``, read and written without flax.
+"""Read and write trees of arrays in the msgpack format of ``flax.serialization``, without flax.
 
 Arrays are msgpack extensions of type 1 around (shape, dtype name, bytes); those above 2³⁰ bytes are split in chunks,
 dictionaries marked ``__msgpack_chunked_array__``. Nothing is unpickled: a file can hold numbers, text and arrays only.
@@ -26,7 +26,7 @@ DTYPES = {
 
 
 def read_arrays(path: Path) -> dict[str, Tensor]:
-    """The arrays of the file by their paths in the tree, such as ``encoder/conv1/kernel``.
+    """Read the arrays of a file; their names are paths in its tree, such as ``encoder/conv1/kernel``.
 
     Raises:
         UserError: the file cannot be read, or is no tree of arrays whose bytes fit their shapes and dtypes.

@@ -1,4 +1,4 @@
-"""The networks that files hold: their kinds, how they are built, and whether the tensors of a file are theirs."""
+"""This module knows the kinds of networks that files hold, builds them, and compares tensors of a file with theirs."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -11,47 +11,44 @@ from ..errors import UserError, reason
 from ..models import MODELS, Classifier
 from ..utils.files import is_count, read_object
 
-OWN = "own"  # The kind of every network that is none of ours.
+OWN = "own"  # Every network that is none of ours is of this kind.
+GENERATORS = ("gen", OWN)
 KINDS: dict[str, type[nn.Module]] = {**MODELS, "classifier": Classifier}
 NOUNS = {"gen": "generator", "mae": "masked autoencoder", "classifier": "classifier", OWN: "network of your own"}
 SHOWN = 200  # This many characters of what a file says stand in a message.
 
 
 def kind_of(network: nn.Module) -> str:
-    """The kind of a network; a class derived from one of ours is the user's own, for it may compute anything."""
+    """Return the kind of a network. A class derived from one of ours may compute anything: it is the user's own."""
     return next((kind for kind, ours in KINDS.items() if type(network) is ours), OWN)
 
 
 def read_description(
     file: Path, kinds: Sequence[str], default_kind: Callable[[dict[str, Any]], str] = lambda description: "gen"
 ) -> dict[str, Any]:
-    """What ``file`` says of the network beside it, with its ``kind``, which is one of ``kinds``, and its ``step``.
+    """Read what ``file`` says of the network beside it, its ``kind``, which is one of ``kinds``, and ``step`` among it.
 
-    Raises:
-        UserError: the file is missing, damaged, or speaks of a network of another kind.
+    It raises :class:`UserError` where the file is missing, damaged, or speaks of a network of another kind.
     """
     try:
         description = read_object(file)
         description = {"kind": default_kind(description), "step": 0} | description
     except (ValueError, OSError) as error:
-        raise UserError(
-            f"{file} cannot be read, and only it tells which network the weights are of: {shown(reason(error))}"
-        ) from error
+        raise UserError(f"{file} cannot be read, and only it tells what the weights are of: {reason(error)}") from error
     kind, step = description["kind"], description["step"]
-    if kind not in list(NOUNS):
-        raise UserError(f"{file}: kind is {shown(kind)}, expected one of: {', '.join(NOUNS)}")
-    if not is_count(step):
-        raise UserError(f"{file}: step is {shown(step)}, expected a number of steps")
+    if kind not in list(NOUNS) or not is_count(step):
+        raise UserError(
+            f"{file}: kind is {shown(kind)} and step {shown(step)}, expected {', '.join(NOUNS)} and a count"
+        )
     if kind not in kinds:
         raise UserError(f"{file.parent} holds a {NOUNS[kind]}, not a {' or '.join(NOUNS[one] for one in kinds)}")
     return description
 
 
 def build(network: Callable[..., nn.Module], arguments: Any, device: str = "meta") -> nn.Module:
-    """Build ``network(**arguments)``: by default on the meta device, where weights of any size take no memory.
+    """Build ``network(**arguments)``, by default on the meta device, where weights of any size take no memory.
 
-    Raises:
-        UserError: ``arguments``, which may be anything that a file can hold, build no network.
+    Whatever a file may give as ``arguments``, it raises nothing but :class:`UserError`.
     """
     name = getattr(network, "__name__", type(network).__name__)
     try:
@@ -65,10 +62,9 @@ def build(network: Callable[..., nn.Module], arguments: Any, device: str = "meta
 
 
 def stored_state(network: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a network that its file holds: of a tensor with several names, as tied weights have, the first.
+    """Return the state of a network as its file has it: tied weights, which have several names, are there once.
 
-    Raises:
-        UserError: the network's state has something else than tensors.
+    It raises :class:`UserError` where the state has something else than tensors.
     """
     first: dict[int, str] = {}
     for name, tensor in network.state_dict(keep_vars=True).items():
@@ -80,7 +76,7 @@ def stored_state(network: nn.Module) -> dict[str, Tensor]:
 
 
 def misfits(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], finite: Collection[str]) -> list[str]:
-    """Say what keeps the ``tensors`` of a file from being the ``expected`` ones of a network; nothing if they fit.
+    """List what keeps the ``tensors`` of a file from being the ``expected`` ones of a network; the list may be empty.
 
     Tensors fit where names, shapes and dtypes are equal and those named in ``finite`` have neither NaN nor infinity.
     """
@@ -98,6 +94,6 @@ def misfits(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], finit
 
 
 def shown(value: Any) -> str:
-    """A value from a file in one line of bounded length, without control characters."""
+    """Word a value from a file in one line of bounded length, without control characters."""
     text = "".join(filter(str.isprintable, value if isinstance(value, str) else repr(value)))
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"

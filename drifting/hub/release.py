@@ -1,7 +1,7 @@
-"""The official release's artifacts (lambertae/drifting): ``ema_params.msgpack`` beside ``metadata.json``.
+"""Read and write artifacts of the official release (lambertae/drifting): ``ema_params.msgpack``, ``metadata.json``.
 
-Both kinds of model, both ways: ``model_config`` to and from our constructors' arguments, and the release's arrays as
-views of our parameters (flax has matrices ``[in, out]``, ours are ``[out, in]``, and so on).
+The release's ``model_config`` becomes our constructors' arguments and the other way around, and its arrays are views of
+our parameters: flax has matrices ``[in, out]``, ours are ``[out, in]``, and so on.
 """
 
 import json
@@ -22,7 +22,7 @@ from .networks import build, kind_of, misfits, read_description, shown
 
 WEIGHTS, METADATA = "ema_params.msgpack", "metadata.json"
 
-# The release's names of our arguments where they differ, and the values of those that model_config may leave out.
+# These are the release's names of our arguments where they differ, and the values that model_config may leave out.
 THEIR_NAMES = {
     "style_vocab": "noise_classes", "num_style_tokens": "noise_coords", "img_size": "input_size",
     "in_chans": "in_channels", "embed_dim": "hidden_size", "out_chans": "out_channels",
@@ -46,7 +46,7 @@ EXECUTION = {  # These say how the release computes, not what.
 # The file has a matrix here, where our network has the filters of a convolution.
 PATCH_KERNEL = "LightningDiT_0/TorchLinear_0/Dense_0/kernel"
 
-# What turns the name of a module of ours into the release's path of it; flax numbers modules as they are constructed.
+# Each pattern turns a part of the name of our module into that of the release, where flax has numbered the modules.
 GENERATOR_PATHS = {
     "class_embed": "Embed_0",
     r"cfg_embed\.fc1": "TimestepEmbedder_0/TorchLinear_0",
@@ -77,7 +77,7 @@ MAE_PATHS: dict[str, Any] = {
 
 
 def read_artifact(folder: Path, kinds: Sequence[str] = tuple(MODELS)) -> tuple[DriftingDiT | MAE, dict[str, Any]]:
-    """The model in ``folder``, on the CPU in float32 and evaluation mode, and its metadata.
+    """Read the model in ``folder``, to the CPU in float32 and evaluation mode, and its metadata.
 
     Raises:
         UserError: a file is missing or malformed, the model is of none of ``kinds``, or the arrays are not those of
@@ -104,7 +104,7 @@ def read_artifact(folder: Path, kinds: Sequence[str] = tuple(MODELS)) -> tuple[D
 
 
 def _kind_by_config(metadata: dict[str, Any]) -> str:
-    """The kind that ``metadata`` need not name, for the release itself reads ``model_config`` only."""
+    """Tell the kind where ``metadata`` does not, for the release itself reads ``model_config`` only."""
     if not isinstance(metadata.get("model_config"), dict):
         raise UserError("it has no model_config")
     return "gen" if "cond_dim" in metadata["model_config"] else "mae"  # Every generator has that argument.
@@ -129,10 +129,9 @@ def write_artifact(folder: Path, model: DriftingDiT | MAE, metadata: dict[str, A
 
 
 def our_config(kind: str, model_config: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of :class:`DriftingDiT` or :class:`MAE` from the release's ``model_config``.
+    """Turn the release's ``model_config`` into arguments of :class:`DriftingDiT` or :class:`MAE`.
 
-    Raises:
-        UserError: a key that the release does not have, or ``cond_dim`` missing, which has no default.
+    It raises :class:`UserError` for keys that the release does not have, and without ``cond_dim``.
     """
     theirs = {ours: THEIR_NAMES.get(ours, ours) for ours in DEFAULTS[kind]}
     unknown = sorted(model_config.keys() - set(theirs.values()) - EXECUTION[kind].keys())
@@ -147,7 +146,7 @@ def our_config(kind: str, model_config: dict[str, Any]) -> dict[str, Any]:
 
 
 def release_config(model: DriftingDiT | MAE) -> dict[str, Any]:
-    """The release's ``model_config`` of ``model``."""
+    """Return the release's ``model_config`` of ``model``."""
     kind, config = kind_of(model), dict(model.config)
     if isinstance(model, DriftingDiT):
         config |= {"cond_dim": model.class_embed.embedding_dim, "out_chans": model.out_chans}
@@ -156,7 +155,7 @@ def release_config(model: DriftingDiT | MAE) -> dict[str, Any]:
 
 
 def release_arrays(model: DriftingDiT | MAE) -> dict[str, Tensor]:
-    """The release's arrays by path, each a view of a parameter of ``model`` (``PATCH_KERNEL`` with its rows apart)."""
+    """Return the release's arrays by path, each a view of a parameter; that of ``PATCH_KERNEL`` has four dimensions."""
     paths = MAE_PATHS
     arrays: dict[str, Tensor] = {}
     if isinstance(model, DriftingDiT):
@@ -172,14 +171,14 @@ def release_arrays(model: DriftingDiT | MAE) -> dict[str, Tensor]:
 
 
 def stored_arrays(model: DriftingDiT | MAE) -> dict[str, Tensor]:
-    """The release's arrays in the shapes that they have in its files."""
+    """Return the release's arrays in the shapes that they have in its files."""
     arrays = {name: view.detach() for name, view in release_arrays(model).items()}
     return arrays | {name: arrays[name].flatten(0, 2) for name in arrays if name == PATCH_KERNEL}
 
 
 def _module_arrays(path: str, module: nn.Module) -> dict[str, Tensor]:
-    """Arrays of one module at ``path``, as views of its parameters in flax's layout."""
-    if "TorchLinear" in path:  # The release wraps a Dense.
+    """Return the parameters of one module as views in flax's layout, by their paths below ``path``."""
+    if "TorchLinear" in path:  # The release's TorchLinear wraps a Dense.
         path += "/Dense_0"
     arrays: dict[str, Tensor | None] = {}
     if isinstance(module, (nn.Linear, nn.Conv2d)):

@@ -1,4 +1,4 @@
-"""The files of a run: where they are, and the network among them."""
+"""This module says where the files of a run are, and writes and reads the network among them."""
 
 import errno
 import json
@@ -26,11 +26,11 @@ LOCK_SECONDS = 6  # Data-loader workers of a killed process may hold its lock fo
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 MOST_PROBLEMS = 4  # This many of the tensors that do not fit are named.
 
-Model = nn.Module | Callable[..., nn.Module] | None  # A user's own network, or what builds it.
+Model = nn.Module | Callable[..., nn.Module] | None  # This is a user's own network or what builds it.
 
 
 class RunDirectory:
-    """Paths inside the folder of a run."""
+    """Each attribute is a path inside the folder of a run."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -43,12 +43,12 @@ class RunDirectory:
 
     @property
     def best(self) -> "RunDirectory":
-        """The run as it was at its best evaluation: network and configuration."""
+        """This is where network and configuration are kept as they were at the best evaluation."""
         return RunDirectory(self.path / "best")
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Inside, no other process can have this lock; it is gone with the process, however that ends.
+        """Keep other processes from having this lock; it is gone with the process, however that ends.
 
         Raises:
             UserError: another process has it, or the folder cannot be written.
@@ -75,7 +75,7 @@ class RunDirectory:
 
 
 def _holder(path: Path) -> str:
-    """What the process that has the lock wrote there."""
+    """Return what the process that has the lock wrote there."""
     try:
         return shown(path.read_text(errors="replace")) or "just started"
     except OSError as error:
@@ -85,7 +85,7 @@ def _holder(path: Path) -> str:
 def save_generator(
     run: RunDirectory, generator: Generator, quality: dict[str, float] | None = None, **more: Any
 ) -> None:
-    """Write ``model.safetensors`` and ``model.json``, all that sampling needs; and ``quality`` if it was measured.
+    """Write ``model.safetensors`` and ``model.json``, which are all that sampling needs, with ``quality`` if measured.
 
     Raises:
         UserError: a file cannot be written, or the network's state has something else than tensors.
@@ -114,14 +114,14 @@ def write_model(run: RunDirectory, network: nn.Module, description: dict[str, An
 
 
 def read_classifier(path: Path) -> Classifier:
-    """The classifier in ``path``; otherwise as :func:`read_any`."""
+    """Read the classifier in ``path`` as :func:`read_any` does."""
     classifier, _ = read_any(path, None, ["classifier"])
     assert isinstance(classifier, Classifier)
     return classifier
 
 
 def read_any(path: Path, model: Model = None, kinds: Sequence[str] = (*KINDS, OWN)) -> tuple[nn.Module, dict[str, Any]]:
-    """The network of the run in ``path``, in evaluation mode, and what its ``model.json`` says.
+    """Read the network of the run in ``path``, in evaluation mode, and what its ``model.json`` says.
 
     Args:
         path: the folder of the run.

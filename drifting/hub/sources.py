@@ -1,4 +1,4 @@
-"""Trained models from wherever they are: the official release on the Hugging Face hub, its artifacts, or our own runs.
+"""Load trained models from wherever they are: the Hugging Face hub, artifacts of the release, or our own runs.
 
 A source is ``hf://NAME`` (``hf://latent_L_sota``), a directory with the release's ``ema_params.msgpack`` and
 ``metadata.json`` or with a ``params_ema`` directory that has them, or a run directory of our own.
@@ -6,7 +6,7 @@ A source is ``hf://NAME`` (``hf://latent_L_sota``), a directory with the release
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,14 @@ from ..errors import UserError, reason, require
 from ..generation import Generator
 from ..models import MAE, MODELS, DriftingDiT
 from ..utils.files import is_count
-from .networks import OWN, shown
+from .networks import GENERATORS, shown
 from .release import WEIGHTS, read_artifact
 from .run_directory import Model, read_any
 from .vae import LATENT_CHANNELS
 
 REPOSITORY = "Goodeat/drifting"
 HUB = "hf://"
+FACTS = ("model", "name", "data", "latent", "noise_shape", "sample_shape", "class_names", "pixel_range")
 HUB_SECONDS = 10  # The hub has this long to answer.
 RELEASE_DATA, RELEASE_PIXEL_RANGE = "imagenet", (-1.0, 1.0)
 MOST_PIXEL = 2**16  # The values that stand for black and white are at most so large.
@@ -31,7 +32,7 @@ MOST_DIMENSIONS, MOST_NUMBERS = 32, 2**31  # These bound the shapes of noise and
 
 
 def load_generator(source: str | Path, model: Model = None) -> Generator:
-    """The generator of ``source``, in evaluation mode; of ours, on the CPU.
+    """Load the generator of ``source``, in evaluation mode; networks of ours are on the CPU.
 
     Args:
         source: ``hf://NAME``, an artifact of the release, or a run directory.
@@ -42,11 +43,11 @@ def load_generator(source: str | Path, model: Model = None) -> Generator:
         UserError: nothing is there, or no generator; files that are damaged or do not fit the network; or a network
             of the user's own without ``model``.
     """
-    return as_generator(source, *open_model(source, ("gen", OWN), model))
+    return as_generator(source, *open_model(source, GENERATORS, model))
 
 
 def load_mae(source: str | Path) -> MAE:
-    """The masked autoencoder of ``source``, on the CPU in evaluation mode; it raises as :func:`load_generator`."""
+    """Load the masked autoencoder of ``source``, to the CPU in evaluation mode, as :func:`load_generator` does."""
     mae, _ = open_model(source, ["mae"])
     assert isinstance(mae, MAE)
     return mae
@@ -55,7 +56,7 @@ def load_mae(source: str | Path) -> MAE:
 def open_model(
     source: str | Path, kinds: Sequence[str] = tuple(MODELS), model: Model = None
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The network of ``source``, which is of one of ``kinds``, with its ``metadata.json`` or ``model.json``."""
+    """Load the network of ``source``, which is of one of ``kinds``, and its ``metadata.json`` or ``model.json``."""
     folder = locate(source, kinds)
     if not is_artifact(folder):
         return read_any(folder, model, kinds)
@@ -65,10 +66,9 @@ def open_model(
 
 
 def as_generator(source: str | Path, network: nn.Module, description: dict[str, Any]) -> Generator:
-    """The network of ``source`` with what its ``description`` says; runs of earlier versions and the release said less.
+    """Join the network of ``source`` and its ``description``; the release and earlier versions of ours say less there.
 
-    Raises:
-        UserError: something in the description is not as it should be.
+    It raises :class:`UserError` where something in the description is not as it should be.
     """
     facts = dict(description)
     if isinstance(network, DriftingDiT):
@@ -80,46 +80,33 @@ def as_generator(source: str | Path, network: nn.Module, description: dict[str, 
         sample_shape = [network.out_chans, network.img_size, network.img_size]
         facts |= {"noise_shape": list(network.noise_shape), "sample_shape": sample_shape}
         facts |= {"name": "drifting_dit", "model": network.config}
-    for key, is_right in CHECKS.items():
-        if not is_right(facts.get(key)):
+    for key in FACTS:
+        if not _is_right(key, facts.get(key)):
             raise UserError(f"{source}: its {key} is {shown(facts.get(key))}, which no training of ours writes")
     if isinstance(network, DriftingDiT) and len(facts["class_names"]) > network.num_classes:
         raise UserError(f"{source} has {len(facts['class_names'])} class_names, its network {network.num_classes}")
     known: dict[str, Any] = {key: tuple(facts[key]) for key in ("noise_shape", "sample_shape", "class_names")}
-    known["pixel_range"] = None if facts["pixel_range"] is None else tuple(facts["pixel_range"])
     known |= {key: facts[key] for key in ("name", "data", "latent", "step")}
-    return Generator(network, arguments=facts["model"], **known)
+    pixel_range = facts.get("pixel_range") and tuple(facts["pixel_range"])
+    return Generator(network, pixel_range=pixel_range, arguments=facts["model"], **known)
 
 
-def _is_shape(value: Any) -> bool:
-    is_list = isinstance(value, list) and len(value) <= MOST_DIMENSIONS
-    return is_list and all(is_count(size, 1) for size in value) and math.prod(value) <= MOST_NUMBERS
-
-
-def _are(*types: type) -> Callable[[Any], bool]:
-    """A predicate: whether a value is a list, not empty, that holds values of these types alone."""
-    return lambda value: isinstance(value, (list, tuple)) and bool(value) and all(type(one) in types for one in value)
-
-
-def _is_range(value: Any) -> bool:
-    numbers = _are(int, float)(value) and len(value) == 2
-    return value is None or (numbers and -MOST_PIXEL <= value[0] < value[1] <= MOST_PIXEL)
-
-
-CHECKS: dict[str, Callable[[Any], bool]] = {
-    "model": lambda value: isinstance(value, dict),
-    "name": lambda value: isinstance(value, str),
-    "data": lambda value: isinstance(value, str),
-    "latent": lambda value: isinstance(value, bool),
-    "noise_shape": _is_shape,
-    "sample_shape": _is_shape,
-    "class_names": _are(int, str),
-    "pixel_range": _is_range,
-}
+def _is_right(key: str, value: Any) -> bool:
+    """Tell whether ``value`` may be what a description says of ``key``."""
+    items = value if isinstance(value, (list, tuple)) else ()
+    if key in ("noise_shape", "sample_shape"):
+        sizes = isinstance(value, list) and len(items) <= MOST_DIMENSIONS and all(is_count(size, 1) for size in items)
+        return sizes and math.prod(items) <= MOST_NUMBERS
+    if key == "class_names":
+        return bool(items) and all(type(name) in (int, str) for name in items)
+    if key == "pixel_range":
+        numbers = len(items) == 2 and all(type(number) in (int, float) for number in items)
+        return value is None or (numbers and -MOST_PIXEL <= items[0] < items[1] <= MOST_PIXEL)
+    return isinstance(value, {"model": dict, "latent": bool}.get(key, str))
 
 
 def locate(source: str | Path, kinds: Sequence[str] = tuple(MODELS)) -> Path:
-    """The directory with the files of ``source``, downloaded where it names a model of the hub of one of ``kinds``."""
+    """Find the folder of ``source``, which is downloaded where it names a model of the hub of one of ``kinds``."""
     if isinstance(source, str) and source.startswith(HUB):
         return _download(source.removeprefix(HUB), [kind for kind in kinds if kind in MODELS])
     folder = Path(source)
@@ -127,12 +114,12 @@ def locate(source: str | Path, kinds: Sequence[str] = tuple(MODELS)) -> Path:
 
 
 def is_artifact(folder: Path) -> bool:
-    """Whether ``folder`` has weights in the release's format; run directories of our own have not."""
+    """Tell whether ``folder`` has weights in the release's format; run directories of our own have not."""
     return (folder / WEIGHTS).is_file()
 
 
 def _download(name: str, kinds: Sequence[str]) -> Path:
-    """The folder of a model in the cache of the hub, where it is brought if need be."""
+    """Bring a model to the cache of the hub, if it is not there, and return its folder."""
     if not re.fullmatch(r"[\w.-]+", name):
         raise UserError(f"{HUB}{name}: expected {HUB}NAME, such as {HUB}latent_L_sota")
     hub = require("huggingface_hub", f"{HUB}{name}", "imagenet")

@@ -1,4 +1,4 @@
-"""The Stable Diffusion VAE between images and the latents of the release's latent generators, through diffusers."""
+"""Encode images to latents of the Stable Diffusion VAE, and decode them, through diffusers."""
 
 from functools import cache
 from typing import Any
@@ -12,7 +12,7 @@ VAE = "stabilityai/sd-vae-ft-mse"
 LATENT_CHANNELS = 4
 LATENT_SCALE = 0.18215  # It gives stored latents about unit variance.
 DECODE_BATCH = 16  # This many images are decoded at once.
-ENCODE_BATCH = 64
+ENCODE_BATCH = 64  # This many images are encoded at once.
 
 
 def require_vae(device: torch.device) -> None:

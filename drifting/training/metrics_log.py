@@ -12,8 +12,7 @@ from torch import Tensor, stack
 from torch.utils.tensorboard import SummaryWriter
 
 from ..errors import UserError, reason
-from ..utils.files import atomic_write
-from ..utils.json_file import is_count
+from ..utils.files import atomic_write, is_count
 
 
 class MetricsLog:

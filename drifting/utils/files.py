@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, also in a crash or on a full disk, and JSON from files of any content."""
+"""Write files whole or not at all, also in a crash or on a full disk, and read JSON from files of any content."""
 
 import hashlib
 import json
@@ -12,13 +12,13 @@ from safetensors import SafetensorError
 
 from ..errors import UserError, reason
 
-BLOCK = 2**20  # bytes read at once
-MOST_JSON = 2**28  # bytes of a JSON file; the index of ImageNet's latents has about 10 MB
+BLOCK = 2**20  # So many bytes are read at once.
+MOST_JSON = 2**28  # A JSON file has at most so many bytes; the index of ImageNet's latents has about 10 MB.
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Gives a temporary path beside ``path``; what the block wrote there is synced to disk, then moved to ``path``.
+    """Give a temporary path beside ``path``; what the block wrote there is synced to disk, then moved to ``path``.
 
     The folder is made if it is not there.
 
@@ -49,7 +49,7 @@ def sync(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of the file's content as hexadecimal digits."""
+    """Return the SHA-256 of the file's content as hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(BLOCK):
@@ -58,7 +58,7 @@ def sha256(path: Path) -> str:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in the file ``path``.
+    """Read the JSON object in the file ``path``.
 
     Raises:
         ValueError: the file is too large, no JSON (NaN and Infinity are none), or holds another value.
@@ -76,7 +76,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def is_count(value: Any, least: int = 0) -> bool:
-    """Whether a value of JSON is an integer of at least ``least``; true and false are none."""
+    """Tell whether a value of JSON is an integer of at least ``least``; true and false are none."""
     return type(value) is int and value >= least
 
 
