@@ -105,7 +105,7 @@ def cache_latents(
             return before
         _write_json(destination / INDEX, {"complete": False, "settings": settings})
         shards = [
-            Shard(name, range(start, min(start + shard_size, size)), destination / name / f"{start // shard_size:05d}.npy")
+            Shard(name, range(size)[start : start + shard_size], destination / name / f"{start // shard_size:05d}.npy")
             for name, size in sizes.items()
             for start in range(0, size, shard_size)
         ]

@@ -19,6 +19,7 @@ from drifting.config.schema import DataConfig
 from drifting.data import Draw, open_dataset, training_batches
 from drifting.data.latents import INDEX
 from drifting.errors import UserError
+from drifting.evaluation import drawing
 from drifting.hub import vae
 from drifting.training import run_evaluation
 
@@ -236,7 +237,7 @@ def fake_vae(monkeypatch):
         return F.interpolate(latents[:, :3], scale_factor=2).clamp(-1, 1)
 
     monkeypatch.setattr(caching, "encode_images", fake_encode)
-    for module in (run_evaluation, sample):
+    for module in (run_evaluation, drawing):
         monkeypatch.setattr(module, "decode_latents", decode)
     monkeypatch.setattr(sample, "require_vae", lambda device: None)
 

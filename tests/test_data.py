@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from drifting.config.schema import DataConfig
 from drifting.data import Draw, Split, load_digits, open_dataset, training_batches
-from drifting.data.image_split import ImageSplit, ImageError, ImageTransform, centre_crop, decode_image, random_crop
+from drifting.data.image_split import ImageError, ImageSplit, ImageTransform, centre_crop, decode_image, random_crop
 from drifting.errors import UserError
 
 ROOMY = 28

@@ -168,11 +168,11 @@ class Call:
     [
         (lambda folder: Call(Path.touch, folder / "ran"), "refers to .*, which no image needs"),
         (lambda folder: {b"data": Call(eval, f"open({str(folder / 'ran')!r}, 'w')")}, "refers to .*eval"),
-        (lambda folder: {b"data": np.empty((1, 3072), object), b"labels": [0]}, r"object \[1, 3072\] as data, expected uint8"),
+        (lambda folder: {b"data": np.empty((1, 3072), object), b"labels": [0]}, r"object \[1, 3072\] as data"),
         (lambda folder: {b"data": Call(np.ndarray, (2**50,)), b"labels": [0]}, "no batch of CIFAR-10"),
         (lambda folder: {b"data": np.zeros((2, 3072), np.float64), b"labels": [0, 1]}, r"float64 \[2, 3072\] as data"),
-        (lambda folder: {b"data": np.zeros((2, 3071), np.uint8), b"labels": [0, 1]}, r"uint8 \[2, 3071\] as data, expected uint8 \[2, 3072\]"),
-        (lambda folder: {b"data": np.zeros((2, 3072), np.uint8), b"labels": [0]}, r"uint8 \[2, 3072\] as data, expected uint8 \[1, 3072\]"),
+        (lambda folder: {b"data": np.zeros((2, 3071), np.uint8), b"labels": [0, 1]}, r"\[2, 3071\] as data, .* \[2, 3072\]"),
+        (lambda folder: {b"data": np.zeros((2, 3072), np.uint8), b"labels": [0]}, r"\[2, 3072\] as data, .* \[1, 3072\]"),
         (lambda folder: {b"data": np.zeros((2, 3072), np.uint8), b"labels": [0, 10]}, "from 0 to 10, expected 0 to 9"),
         (lambda folder: {b"labels": [0, 1]}, "expected an array of bytes as data"),
         (lambda folder: [1, 2], "expected an array of bytes as data"),
@@ -269,7 +269,7 @@ def test_folder_without_images(tmp_path, names):
 
 def test_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
-    with pytest.raises(UserError, match=r"needs datasets, which is not installed: pip install 'drifting\[huggingface\]'"):
+    with pytest.raises(UserError, match=r"datasets, which is not installed: pip install 'drifting\[huggingface\]'"):
         open_dataset(DataConfig("huggingface", path="x", image_size=8))
 
 
@@ -317,7 +317,7 @@ def test_huggingface_without_images_or_labels_in_some_rows(tmp_path):
     values = {"text": ["a", None] * 15, "number": [0.5] * 30, "kind": [0, None] * 15}
     table = hub_table(30, **{name: (kind, values[name]) for name, kind in kinds.items()})
     table.save_to_disk(tmp_path / "a")
-    for column, expected in (("text", "a label is None"), ("number", "a label is 0.5"), ("kind", "rows without a known class")):
+    for column, expected in (("text", "holds None"), ("number", "holds 0.5"), ("kind", "rows without a known class")):
         with pytest.raises(UserError, match=f"column '{column}' .*{expected}"):
             open_dataset(hub(tmp_path / "a", label_column=column))
     features = datasets.Features({"picture": datasets.Image(), "label": datasets.Value("int64")})

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drifting.data import endless_shuffle, SampleQueue
+from drifting.data import SampleQueue, endless_shuffle
 
 CLASSES = 3
 

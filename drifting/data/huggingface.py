@@ -111,13 +111,13 @@ def _number_labels(tables: tuple[Any, Any], column: str) -> tuple[tuple[str, ...
     values: list[list[Any]] = [list(table[column]) for table in tables]
     names = getattr(tables[0].features[column], "names", None)
     if names is None:
-        try:
-            labels = number_labels(set(values[0]))
-        except UserError as error:
-            raise UserError(f"column {column!r} of the split {tables[0].split}: {error}") from error
-        names, number = list(map(str, labels)), {label: number for number, label in enumerate(labels)}
+        for value in values[0]:
+            if not isinstance(value, (int, str)):
+                raise UserError(f"column {column!r} holds {value!r}, expected a class in each row: an integer or text")
+        names = number_labels(set(values[0]))
+        number = {label: number for number, label in enumerate(names)}
         values = [[number.get(value) for value in of_table] for of_table in values]
     for table, of_table in zip(tables, values, strict=True):
         if any(value is None or value < 0 for value in of_table):
             raise UserError(f"column {column!r} of the split {table.split} has rows without a known class")
-    return tuple(names), values
+    return tuple(map(str, names)), values

@@ -79,7 +79,7 @@ def load_own(config: DataConfig) -> Dataset:
 
 
 def _dataset(name: str, made: Any) -> Dataset:
-    sources = made if isinstance(made, tuple) and len(made) == 2 else (made,)
+    sources: tuple[Any, ...] = made if isinstance(made, tuple) and len(made) == 2 else (made,)
     for source in sources:
         if not hasattr(source, "__len__") or not hasattr(source, "__getitem__"):
             raise UserError(f"it gives a {type(source).__name__}, expected a map-style data set or a pair of them")
