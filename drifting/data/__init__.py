@@ -12,7 +12,7 @@ from .dataset import Dataset, Draw, Split, endless_shuffle, training_batches
 from .digits import load_digits
 from .folder import load_folder
 from .huggingface import load_huggingface
-from .idx import load_fashion_mnist, load_mnist
+from .idx import FASHION_MNIST, MNIST
 from .latents import load_latents
 from .own import load_own
 from .sample_queue import SampleQueue
@@ -31,8 +31,8 @@ SIZE = {"image_size": "the size to bring the images to, for example 256"}
 CACHE = {"path": "a folder that `python -m drifting.cache_latents` has written"}
 DATASETS = {
     "digits": Source(load_digits, ("path", "subset", "label_column")),
-    "mnist": Source(load_mnist),
-    "fashion_mnist": Source(load_fashion_mnist),
+    "mnist": Source(MNIST.load),
+    "fashion_mnist": Source(FASHION_MNIST.load),
     "cifar10": Source(load_cifar10),
     "folder": Source(load_folder, needed={"path": "the folder of the images"} | SIZE),
     "huggingface": Source(load_huggingface, (), {"path": "a folder or the name of a data set on the hub"} | SIZE),

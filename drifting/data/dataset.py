@@ -110,8 +110,7 @@ def training_batches(
     workers: int = 0,
     part: slice = slice(None),  # noqa: B008
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of samples ``[B, *sample_shape]`` and labels ``[B]`` in the order of :func:`endless_shuffle`, without
-    end.
+    """Batches of samples ``[B, *sample_shape]`` and labels ``[B]`` without end, ordered by :func:`endless_shuffle`.
 
     They depend on ``seed`` and ``start`` (the number of samples drawn before) but not on ``workers``. Only the ``part``
     of each batch is read. Raises as :func:`load_batches`.
@@ -127,12 +126,7 @@ def worker_settings(workers: int) -> dict[str, Any]:
 
 
 def load_batches(loader: DataLoader[Any]) -> Iterator[Any]:
-    """The batches of ``loader``.
-
-    Raises:
-        UserError: a sample cannot be read, or a worker died. The message is one line, whether a worker read the sample
-            or this process.
-    """
+    """The batches of ``loader``; raises :class:`UserError`, in one line, if a sample cannot be read or a worker died."""
     try:
         with telling_of_dead_workers():
             yield from loader
