@@ -89,9 +89,7 @@ def cache_latents(
         destination: folder, made if need be.
         origin: what ``dataset`` and ``encode`` are, kept in the index. Latents of another origin are not added to.
         encode: from images in [-1, 1] to mean and standard deviation of their scaled latents.
-        batch_size: images encoded at once.
-        shard_size: images a file.
-        workers: processes that read images.
+        batch_size, shard_size, workers: images encoded at once, images a file, processes that read images.
 
     Raises:
         UserError: ``destination`` holds latents of another origin or cannot be written; not one image can be decoded.
@@ -125,9 +123,7 @@ def _earlier_index(destination: Path, settings: dict[str, Any]) -> dict[str, Any
     made = settings if before is None else before["settings"]
     changed = [f"{key}: {made.get(key)}, now {value}" for key, value in settings.items() if made.get(key) != value]
     if changed:
-        raise UserError(
-            f"{destination} holds latents that were made otherwise ({'; '.join(changed)}): choose another DST"
-        )
+        raise UserError(f"{destination} holds latents made otherwise ({'; '.join(changed)}): choose another DST")
     return before or {}
 
 
@@ -139,10 +135,9 @@ def _cache_split(
     done = len(content["labels"]) + len(content["skipped"])
     with tqdm(total=len(split), initial=done, unit="img", desc=f"encoding {name}", mininterval=0.5) as bar:
         for start in range(done, len(split), size):
-            chosen: Any = range(len(split))[start : start + size]
-            settings = worker_settings(workers)
-            loader = DataLoader(_Attempts(split), batch_size, sampler=chosen, collate_fn=_collate, **settings)
-            latents = []
+            latents, some = [], range(len(split))[start : start + size]
+            settings = worker_settings(workers) | {"sampler": some, "collate_fn": _collate}
+            loader: DataLoader[Any] = DataLoader(_Attempts(split), batch_size, **settings)
             for images, numbers, labels, skipped in load_batches(loader):
                 if numbers:
                     latents.append(_draw_latents(images, numbers, encode))
@@ -152,7 +147,11 @@ def _cache_split(
                     bar.write(f"skipped: {why}", file=sys.stderr)
                 bar.update(len(labels) + len(skipped))
             if latents:
-                _write_shard(destination, index, content, f"{name}/{start // size:05d}.npy", np.concatenate(latents))
+                file = f"{name}/{start // size:05d}.npy"
+                with atomic_write(destination / file) as part, part.open("wb") as opened:
+                    np.save(opened, np.concatenate(latents))
+                content["shards"].append({"file": file, "count": sum(map(len, latents))})
+                index["shape"] = list(latents[0].shape[2:])
             _write_index(destination, index)
     if not content["labels"]:
         raise UserError(f"not one {name} image can be decoded, see above")
@@ -186,15 +185,6 @@ def _draw_latents(images: Tensor, indices: list[int], encode: Encoder) -> NDArra
     shape = mean.shape[2:]
     noise = np.stack([np.random.default_rng(index).standard_normal(shape, np.float32) for index in indices])
     return (mean + std * torch.from_numpy(noise)).transpose(0, 1).numpy().astype(DTYPE)
-
-
-def _write_shard(
-    destination: Path, index: dict[str, Any], content: dict[str, Any], file: str, latents: NDArray[np.float16]
-) -> None:
-    with atomic_write(destination / file) as part, part.open("wb") as opened:
-        np.save(opened, latents)
-    content["shards"].append({"file": file, "count": len(latents)})
-    index["shape"] = list(latents.shape[2:])
 
 
 def _write_index(destination: Path, index: dict[str, Any]) -> None:

@@ -465,7 +465,7 @@ def test_latents_are_read_from_their_own_folder_only(tmp_path, file):
         "splits": {"train": split, "test": split},
     }
     (tmp_path / "in" / INDEX).write_text(json.dumps(index))
-    with pytest.raises(UserError, match="is damaged .*the shards of train are not files in its folder.*: empty it and run"):
+    with pytest.raises(UserError, match="is damaged .*shards of train are not files in its folder.*: empty it"):
         open_dataset(DataConfig("latents", path=str(tmp_path / "in")))
 
 

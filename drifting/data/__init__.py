@@ -19,8 +19,7 @@ from .sample_queue import SampleQueue
 
 
 class Source(NamedTuple):
-    """How a kind of data set is loaded, the keys of ``data`` that mean nothing to it, and those that it cannot do
-    without, each with what it should be."""
+    """How a kind of data set is loaded, which keys of ``data`` mean nothing to it, and what those that it needs are."""
 
     load: Callable[[DataConfig, int], Dataset]
     unused: tuple[str, ...] = ("subset", "label_column")
@@ -44,8 +43,7 @@ def open_dataset(config: DataConfig, seed: int = 0) -> Dataset:
     """The data set that ``config`` describes, one of ours or the user's own; ``seed`` decides on flips and crops.
 
     Raises:
-        UserError: the data set is unknown, is not there, cannot be read or needs a package that is not installed; or a
-            key is set that it has no use for, or a key is not set that it needs.
+        UserError: it is unknown, is not there, cannot be read or needs a package; or a key is set in vain, or missing.
     """
     if is_own(config.name):
         return load_own(config)
