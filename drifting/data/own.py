@@ -98,7 +98,7 @@ def _dataset(name: str, made: Any) -> Dataset:
 
 def _number_labels(train: OwnSplit, test: OwnSplit) -> tuple[str, ...]:
     """Set the labels of both splits to class numbers; returns the names of the classes."""
-    labels = []
+    labels: list[list[Any]] = []
     for split in (train, test):
         of_split = [label.tolist() if hasattr(label, "tolist") else label for label in all_labels(split.items)]
         if len(of_split) != len(split) and (of_split or any(labels)):
