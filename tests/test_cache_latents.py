@@ -19,6 +19,7 @@ from drifting.config.schema import DataConfig
 from drifting.data import Draw, open_dataset, training_batches
 from drifting.data.latents import INDEX
 from drifting.errors import UserError
+from drifting.evaluation import drawing
 from drifting.hub import vae
 from drifting.training import run_evaluation
 
@@ -80,9 +81,8 @@ def test_latents_are_those_of_the_images(source, tmp_path):
     index = cache(source, tmp_path / "out")
     images, latents = images_of(source), latents_of(tmp_path / "out")
     assert latents.latent and latents.sample_shape == (4, 8, 8) and latents.class_names == ("cat", "dog")
-    assert index == json.loads((tmp_path / "out" / INDEX).read_text()) | {
-        "shape": (4, 8, 8), "class_names": ("cat", "dog")
-    }  # fmt: skip
+    assert index == json.loads((tmp_path / "out" / INDEX).read_text())
+    assert index["shape"] == [4, 8, 8] and index["class_names"] == ["cat", "dog"] and index["complete"]
     assert index["dtype"] == "float16" and index["scaling_factor"] == vae.LATENT_SCALE
     assert [shard["count"] for shard in index["splits"]["train"]["shards"]] == [5, 5, 5, 2]
     for ours, theirs in ((latents.train, images.train), (latents.test, images.test)):
@@ -236,7 +236,7 @@ def fake_vae(monkeypatch):
         return F.interpolate(latents[:, :3], scale_factor=2).clamp(-1, 1)
 
     monkeypatch.setattr(caching, "encode_images", fake_encode)
-    for module in (run_evaluation, sample):
+    for module in (run_evaluation, drawing):
         monkeypatch.setattr(module, "decode_latents", decode)
     monkeypatch.setattr(sample, "require_vae", lambda device: None)
 

@@ -13,7 +13,7 @@ from PIL import Image
 from drifting.config.schema import DataConfig
 from drifting.data import open_dataset
 from drifting.data.cifar10 import read_batch
-from drifting.data.idx import FASHION_MNIST, MOST_BYTES, read_idx
+from drifting.data.idx import FASHION_MNIST, read_idx
 from drifting.data.image_split import ImageError
 from drifting.errors import UserError
 
@@ -75,8 +75,8 @@ def test_fashion_mnist_of_debian():
     [
         (b"", "does not begin"), (b"text", "does not begin"), (bytes([0, 0, 13, 1]) + bytes(8), "does not begin"),
         (idx_bytes(np.zeros((4, 5), np.uint8))[:-1], "speaks of 20 values, it holds 19"),
-        (idx_bytes(np.zeros((4, 5), np.uint8)) + b"x", "speaks of 20 values, it holds more"),
-        (bytes([0, 0, 8, 3]) + b"\xff" * 12, f"expected at most {MOST_BYTES}"),
+        (idx_bytes(np.zeros((4, 5), np.uint8)) + b"x", "speaks of 20 values, it holds 21"),
+        (bytes([0, 0, 8, 3]) + b"\xff" * 12, "speaks of 79228162458924105385300197375 values, it holds 0"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("compressed", [False, True])
@@ -168,11 +168,11 @@ class Call:
     [
         (lambda folder: Call(Path.touch, folder / "ran"), "refers to .*, which no image needs"),
         (lambda folder: {b"data": Call(eval, f"open({str(folder / 'ran')!r}, 'w')")}, "refers to .*eval"),
-        (lambda folder: {b"data": np.empty((1, 3072), object), b"labels": [0]}, "an array of type 'O8'"),
+        (lambda folder: {b"data": np.empty((1, 3072), object), b"labels": [0]}, r"object \[1, 3072\] as data"),
         (lambda folder: {b"data": Call(np.ndarray, (2**50,)), b"labels": [0]}, "no batch of CIFAR-10"),
-        (lambda folder: {b"data": np.zeros((2, 3072), np.float64), b"labels": [0, 1]}, "an array of type 'f8'"),
-        (lambda folder: {b"data": np.zeros((2, 3071), np.uint8), b"labels": [0, 1]}, r"images \[2, 3071\]"),
-        (lambda folder: {b"data": np.zeros((2, 3072), np.uint8), b"labels": [0]}, r"labels \[1\]"),
+        (lambda folder: {b"data": np.zeros((2, 3072), np.float64), b"labels": [0, 1]}, r"float64 \[2, 3072\] as data"),
+        (lambda folder: {b"data": np.zeros((2, 3071), np.uint8), b"labels": [0, 1]}, r"\[2, 3071\] .* \[2, 3072\]"),
+        (lambda folder: {b"data": np.zeros((2, 3072), np.uint8), b"labels": [0]}, r"\[2, 3072\] .* \[1, 3072\]"),
         (lambda folder: {b"data": np.zeros((2, 3072), np.uint8), b"labels": [0, 10]}, "from 0 to 10, expected 0 to 9"),
         (lambda folder: {b"labels": [0, 1]}, "expected an array of bytes as data"),
         (lambda folder: [1, 2], "expected an array of bytes as data"),
@@ -235,9 +235,9 @@ def test_folder_without_splits_holds_out_some_for_good(tmp_path):
     assert 8 <= len(before.test) <= 35 and len(before.train) + len(before.test) == 200
     write_images(tmp_path, {"emu": 50})
     after = open_dataset(folder(tmp_path))
-    held = [split.files[split.labels < 2].tolist() for split in (before.test, after.test)]
+    held = [split.images.names[split.labels.numpy() < 2].tolist() for split in (before.test, after.test)]
     assert held[0] == held[1]
-    assert not set(after.train.files.tolist()) & set(after.test.files.tolist())
+    assert not set(after.train.images.names.tolist()) & set(after.test.images.names.tolist())
 
 
 def test_folder_names_broken_images_and_classes_out_of_place(tmp_path):
@@ -269,7 +269,7 @@ def test_folder_without_images(tmp_path, names):
 
 def test_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
-    with pytest.raises(UserError, match=r"needs the package datasets: `pip install 'drifting\[huggingface\]'`"):
+    with pytest.raises(UserError, match=r"datasets, which is not installed: pip install 'drifting\[huggingface\]'"):
         open_dataset(DataConfig("huggingface", path="x", image_size=8))
 
 

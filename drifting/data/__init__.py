@@ -12,15 +12,14 @@ from .dataset import Dataset, Draw, Split, endless_shuffle, training_batches
 from .digits import load_digits
 from .folder import load_folder
 from .huggingface import load_huggingface
-from .idx import load_fashion_mnist, load_mnist
+from .idx import FASHION_MNIST, MNIST
 from .latents import load_latents
 from .own import load_own
 from .sample_queue import SampleQueue
 
 
 class Source(NamedTuple):
-    """How a kind of data set is loaded, the keys of ``data`` that mean nothing to it, and those that it cannot do
-    without, each with what it should be."""
+    """How a kind of data set is loaded, which keys of ``data`` mean nothing to it, and what those that it needs are."""
 
     load: Callable[[DataConfig, int], Dataset]
     unused: tuple[str, ...] = ("subset", "label_column")
@@ -31,8 +30,8 @@ SIZE = {"image_size": "the size to bring the images to, for example 256"}
 CACHE = {"path": "a folder that `python -m drifting.cache_latents` has written"}
 DATASETS = {
     "digits": Source(load_digits, ("path", "subset", "label_column")),
-    "mnist": Source(load_mnist),
-    "fashion_mnist": Source(load_fashion_mnist),
+    "mnist": Source(MNIST.load),
+    "fashion_mnist": Source(FASHION_MNIST.load),
     "cifar10": Source(load_cifar10),
     "folder": Source(load_folder, needed={"path": "the folder of the images"} | SIZE),
     "huggingface": Source(load_huggingface, (), {"path": "a folder or the name of a data set on the hub"} | SIZE),
@@ -44,8 +43,7 @@ def open_dataset(config: DataConfig, seed: int = 0) -> Dataset:
     """The data set that ``config`` describes, one of ours or the user's own; ``seed`` decides on flips and crops.
 
     Raises:
-        UserError: the data set is unknown, is not there, cannot be read or needs a package that is not installed; or a
-            key is set that it has no use for, or a key is not set that it needs.
+        UserError: it is unknown, is not there, cannot be read or needs a package; or a key is set in vain, or missing.
     """
     if is_own(config.name):
         return load_own(config)

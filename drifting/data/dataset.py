@@ -60,9 +60,8 @@ class Split(data.Dataset[tuple[Tensor, int]], ABC):
 class Dataset:
     """Training and test samples of classes ``0 … num_classes - 1``; samples without labels have one class, "all".
 
-    Samples may have any shape. ``pixel_range`` holds the two values that stand for black and white in images
-    ``[C, H, W]``; it is None where samples are no images. Where ``latent`` is true the samples are latents of the
-    Stable Diffusion VAE, and the images that they decode to have this range.
+    ``pixel_range`` holds the values of black and white in images ``[C, H, W]``; it is None where samples are no images.
+    Where ``latent`` is true, samples are latents of the Stable Diffusion VAE, which decode to images of this range.
     """
 
     name: str
@@ -110,8 +109,7 @@ def training_batches(
     workers: int = 0,
     part: slice = slice(None),  # noqa: B008
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of samples ``[B, *sample_shape]`` and labels ``[B]`` in the order of :func:`endless_shuffle`, without
-    end.
+    """Batches of samples ``[B, *sample_shape]`` and labels ``[B]`` without end, ordered by :func:`endless_shuffle`.
 
     They depend on ``seed`` and ``start`` (the number of samples drawn before) but not on ``workers``. Only the ``part``
     of each batch is read. Raises as :func:`load_batches`.
@@ -127,12 +125,7 @@ def worker_settings(workers: int) -> dict[str, Any]:
 
 
 def load_batches(loader: DataLoader[Any]) -> Iterator[Any]:
-    """The batches of ``loader``.
-
-    Raises:
-        UserError: a sample cannot be read, or a worker died. The message is one line, whether a worker read the sample
-            or this process.
-    """
+    """The batches of ``loader``; raises :class:`UserError` in one line if a sample cannot be read or a worker dies."""
     try:
         with telling_of_dead_workers():
             yield from loader

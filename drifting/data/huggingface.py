@@ -10,7 +10,7 @@ from ..config.schema import DataConfig
 from ..errors import UserError, reason, require
 from .dataset import Dataset, hold_out
 from .image_split import ImageError, decode_image, image_dataset, read_image
-from .labels import number_labels
+from .labels import number_splits
 
 TEST_SPLITS = ("validation", "valid", "val", "test")  # ImageNet and others keep the labels of "test" to themselves.
 
@@ -44,20 +44,16 @@ def load_huggingface(config: DataConfig, seed: int = 0) -> Dataset:
     datasets = require("datasets", "data.name=huggingface", "huggingface")
     origin = f"data.path is {config.path}"
     tables = _splits(_load_tables(datasets, config), origin)
-    columns = _columns(tables[0], datasets.Image)
+    names, columns = tables[0].column_names, _columns(tables[0], datasets.Image)
     if len(columns) != 1:
-        raise UserError(
-            f"{origin}, which has {len(columns)} columns of images among {tables[0].column_names}, expected one"
-        )
-    labels = config.label_column or _label_column(tables[0], datasets.ClassLabel, origin)
-    if labels not in tables[0].column_names:
-        raise UserError(f"data.label_column is {labels}, expected one of: {', '.join(tables[0].column_names)}")
-    class_names, numbers = _number_labels(tables, labels)
-    undecoded = [table.cast_column(columns[0], datasets.Image(decode=False)) for table in tables]
-    train, test = (
-        (Rows(table.select_columns(columns), columns[0]), of_table)
-        for table, of_table in zip(undecoded, numbers, strict=True)
-    )
+        raise UserError(f"{origin}, which has {len(columns)} columns of images among {names}, expected one")
+    label_column = config.label_column or _label_column(tables[0], datasets.ClassLabel, origin)
+    if label_column not in names:
+        raise UserError(f"data.label_column is {label_column}, expected one of: {', '.join(names)}")
+    class_names, labels = _number_labels(tables, label_column)
+    undecoded = (table.cast_column(columns[0], datasets.Image(decode=False)) for table in tables)
+    pictures = (Rows(table.select_columns(columns), columns[0]) for table in undecoded)
+    train, test = zip(pictures, labels, strict=True)
     return image_dataset(config, seed, train, test, class_names, 3)
 
 
@@ -105,19 +101,14 @@ def _label_column(table: Any, class_label: type, origin: str) -> str:
     )
 
 
-def _number_labels(tables: tuple[Any, Any], column: str) -> tuple[tuple[str, ...], list[list[int]]]:
+def _number_labels(tables: tuple[Any, Any], column: str) -> tuple[tuple[str, ...], tuple[list[int], list[int]]]:
     """The names of the classes, which the column's type gives or which are its values in order, and the class numbers
     of the rows of each table."""
-    values: list[list[Any]] = [list(table[column]) for table in tables]
+    train, test = (list(table[column]) for table in tables)
     names = getattr(tables[0].features[column], "names", None)
     if names is None:
-        try:
-            labels = number_labels(set(values[0]))
-        except UserError as error:
-            raise UserError(f"column {column!r} of the split {tables[0].split}: {error}") from error
-        names, number = list(map(str, labels)), {label: number for number, label in enumerate(labels)}
-        values = [[number.get(value) for value in of_table] for of_table in values]
-    for table, of_table in zip(tables, values, strict=True):
-        if any(value is None or value < 0 for value in of_table):
+        names, train, test = number_splits(train, test, f"column {column!r} holds")
+    for table, labels in zip(tables, (train, test), strict=True):
+        if any(label is None or label < 0 for label in labels):
             raise UserError(f"column {column!r} of the split {table.split} has rows without a known class")
-    return tuple(names), values
+    return tuple(map(str, names)), (train, test)

@@ -16,9 +16,7 @@ from .image_split import image_dataset
 UINT8 = 8  # The format's code of the only type that these data sets use.
 MOST_BYTES = 2**30  # The training images of MNIST have 47 MB, uncompressed.
 MOST_DIMENSIONS = 4
-
-IMAGES, LABELS = "{}-images-idx3-ubyte", "{}-labels-idx1-ubyte"
-TRAIN, TEST = "train", "t10k"
+FILES = [f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
 
 
 class IdxFiles(NamedTuple):
@@ -27,6 +25,22 @@ class IdxFiles(NamedTuple):
     class_names: tuple[str, ...]
     folders: tuple[str, ...]
     remedy: str
+
+    def load(self, config: DataConfig, seed: int = 0) -> Dataset:
+        """The data set; 60,000 training and 10,000 test images are published."""
+        folders = [Path(folder) for folder in ((config.path,) if config.path else self.folders)]
+        found = [[_file(folder / name) for name in FILES] for folder in folders]
+        files = next(([file for file in files if file] for files in found if all(files)), None)
+        if files is None:
+            raise UserError(
+                f"data.name is {config.name}, but {', '.join(FILES)} (or .gz) are not in "
+                f"{' or '.join(map(str, folders))}: {self.remedy}"
+            )
+        train, test = (_read_split(files[at], files[at + 1], len(self.class_names)) for at in (0, 2))
+        height, width = train[0].shape[1:]
+        if height != width and config.image_size is None:
+            raise UserError(f"the images in {files[0]} are {height} × {width}: set data.image_size")
+        return image_dataset(config, seed, train, test, self.class_names, 1, height)
 
 
 MNIST = IdxFiles(
@@ -39,16 +53,6 @@ FASHION_MNIST = IdxFiles(
     ("data/fashion_mnist", "data/FashionMNIST/raw", "/usr/share/datasets/fashion-mnist"),
     "install the Debian package dataset-fashion-mnist, or set data.path to the folder that holds them",
 )
-
-
-def load_mnist(config: DataConfig, seed: int = 0) -> Dataset:
-    """MNIST: 60,000 training and 10,000 test images."""
-    return _load(MNIST, config, seed)
-
-
-def load_fashion_mnist(config: DataConfig, seed: int = 0) -> Dataset:
-    """Fashion-MNIST: 60,000 training and 10,000 test images."""
-    return _load(FASHION_MNIST, config, seed)
 
 
 def read_idx(path: Path) -> NDArray[np.uint8]:
@@ -73,35 +77,20 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
         raise UserError(f"{path} cannot be read as an IDX file: {reason(error)}") from error
 
 
-def _load(files: IdxFiles, config: DataConfig, seed: int) -> Dataset:
-    folders = [Path(folder) for folder in ((config.path,) if config.path else files.folders)]
-    names = [name.format(split) for split in (TRAIN, TEST) for name in (IMAGES, LABELS)]
-    folder = next((folder for folder in folders if all(_file(folder, name) for name in names)), None)
-    if folder is None:
-        looked = " or ".join(map(str, folders))
-        raise UserError(
-            f"data.name is {config.name}, but {', '.join(names)} (or .gz) are not in {looked}: {files.remedy}"
-        )
-    train, test = (_read_split(folder, split, len(files.class_names)) for split in (TRAIN, TEST))
-    height, width = train[0].shape[1:]
-    if height != width and config.image_size is None:
-        raise UserError(f"the images in {folder} are {height} × {width}: set data.image_size")
-    return image_dataset(config, seed, train, test, files.class_names, 1, height)
+def _file(path: Path) -> Path | None:
+    return next((file for file in (path, path.with_name(f"{path.name}.gz")) if file.is_file()), None)
 
 
-def _file(folder: Path, name: str) -> Path | None:
-    return next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
-
-
-def _read_split(folder: Path, split: str, num_classes: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+def _read_split(
+    images_file: Path, labels_file: Path, num_classes: int
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """Images ``[N, H, W]`` and labels ``[N]``."""
-    paths = [_file(folder, name.format(split)) for name in (IMAGES, LABELS)]
-    images, labels = (read_idx(path) for path in paths if path is not None)
+    images, labels = read_idx(images_file), read_idx(labels_file)
     if images.ndim != 3 or labels.shape != images.shape[:1] or not images.size:
         raise UserError(
-            f"{paths[0]} holds {list(images.shape)} values and {paths[1]} {list(labels.shape)}, expected [N, H, W] "
-            "and [N]"
+            f"{images_file} holds {list(images.shape)} values and {labels_file} {list(labels.shape)}, expected "
+            "[N, H, W] and [N]"
         )
     if labels.max() >= num_classes:
-        raise UserError(f"{paths[1]} holds the label {labels.max()}, expected labels from 0 to {num_classes - 1}")
+        raise UserError(f"{labels_file} holds the label {labels.max()}, expected labels from 0 to {num_classes - 1}")
     return images, labels

@@ -6,10 +6,9 @@ generator: each is a function of (seed, epoch, index), so that a resumed run see
 
 import io
 import math
-import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,20 +32,12 @@ MOST_PIXELS = 2**26
 MOST_ASPECT = 16  # Of an image longer than that, the middle is resized.
 
 Picture = Image.Image | NDArray[np.uint8]  # An array is [H, W] or [H, W, 3].
+Pictures = Any  # An array of them, or an object that has one for each index.
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 class ImageError(UserError):
     """An image that cannot be decoded; the message names it."""
-
-
-class Pictures(Protocol):
-    """Images by their index, grey or RGB; one that cannot be decoded raises :class:`ImageError`.
-
-    An array uint8 ``[N, H, W]`` or ``[N, H, W, 3]`` is one of them.
-    """
-
-    def __getitem__(self, index: int, /) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -106,15 +97,12 @@ def image_dataset(
 
 
 def read_image(path: Path) -> Image.Image:
-    """The image file in RGB.
+    """The image file in RGB; raises :class:`ImageError` if it cannot be decoded.
 
-    Raises:
-        ImageError: it cannot be decoded.
-        UserError: it cannot be read, which need not be the image's fault.
+    It raises another :class:`UserError` if the file cannot be read, which need not be the image's fault.
     """
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode) or status.st_size > MOST_BYTES:
+        if not path.is_file() and path.exists() or path.stat().st_size > MOST_BYTES:
             raise ImageError(f"{path} is no file of at most {MOST_BYTES} bytes: delete it")
         content = path.read_bytes()
     except OSError as error:
@@ -123,11 +111,9 @@ def read_image(path: Path) -> Image.Image:
 
 
 def decode_image(content: bytes, origin: str) -> Image.Image:
-    """The image file with that ``content`` in RGB, as it is stored: as is usual for ImageNet, Exif's orientation is
-    left alone.
+    """The image file with that ``content`` in RGB, or :class:`ImageError`, which names its ``origin``.
 
-    Raises:
-        ImageError: it cannot be decoded; the message names ``origin``.
+    Exif's orientation is left alone, as is usual for ImageNet.
     """
     try:
         image = Image.open(io.BytesIO(content), formats=FORMATS)

@@ -17,8 +17,8 @@ MOST_NAMED = 10  # This many labels are named in a message.
 def distinct_labels(source: Iterable[Any] | Dataset[Any]) -> set[Any] | None:
     """The labels that occur in a data set, in the one of a DataLoader, or in a list of batches.
 
-    Where the data set does not tell them, it is read once. The set is empty where samples have no labels. It is None for
-    what can be read only once, or has no end.
+    Where the data set does not tell them, it is read once. The set is empty where samples have no labels. It is None
+    for what can be read only once, or has no end.
     """
     if isinstance(source, DataLoader):
         return distinct_labels(source.dataset)
@@ -65,6 +65,26 @@ def number_labels(labels: set[Any]) -> tuple[int | str, ...]:
     if wrong is not None:
         raise UserError(f"a label is {wrong!r}, expected integers or text")
     return tuple(sorted(labels, key=lambda label: (isinstance(label, str), label))) or ALL
+
+
+def number_splits(
+    labels: Sequence[Any], test_labels: Sequence[Any], found: str
+) -> tuple[tuple[int | str, ...], list[int], list[int]]:
+    """The labels in the order of their class numbers, and the class numbers of training and of test samples.
+
+    Raises:
+        UserError: a label is neither an integer nor text, or is one of the test samples alone; the message begins with
+            the words ``found``.
+    """
+    wrong = [label for label in (*labels, *test_labels) if not isinstance(label, (int, str))]
+    if wrong:
+        raise UserError(f"{found} {wrong[0]!r:.80}, expected an integer or text")
+    names = number_labels(set(labels))
+    number = {label: place for place, label in enumerate(names)}
+    lacking = [label for label in test_labels if label not in number]
+    if lacking:
+        raise UserError(f"{found} {lacking[0]!r} in the test data, which the training data lack")
+    return names, [number[label] for label in labels], [number[label] for label in test_labels]
 
 
 def tell_numbers(names: tuple[int | str, ...]) -> None:

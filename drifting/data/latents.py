@@ -66,9 +66,8 @@ class LatentSplit(Split):
                 raise ValueError(f"{file} is missing")
             shard = np.load(file, mmap_mode="r", allow_pickle=False)
             if shard.dtype != np.float16 or shard.shape[1:] != self.shape:
-                raise ValueError(
-                    f"{file} holds {shard.dtype} {list(shard.shape)}, expected float16 [N, {str(self.shape)[1:-1]}]"
-                )
+                expected = f"float16 [N, {str(self.shape)[1:-1]}]"
+                raise ValueError(f"{file} holds {shard.dtype} {list(shard.shape)}, expected {expected}")
             self.shards[number] = shard
         return self.shards[number]
 

@@ -12,7 +12,7 @@ from ..config.schema import DataConfig
 from ..errors import UserError, reason
 from ..utils.named import check_arguments, import_named
 from .dataset import Dataset, Draw, Split, hold_out
-from .labels import all_labels, number_labels, sample_of, tell_numbers
+from .labels import all_labels, number_splits, sample_of, tell_numbers
 
 PROBED = 1000  # At most so many training samples tell the range of pixels.
 PIXEL_RANGES = ((0.0, 1.0), (-1.0, 1.0))  # The first that holds all values is that of images.
@@ -79,7 +79,7 @@ def load_own(config: DataConfig) -> Dataset:
 
 
 def _dataset(name: str, made: Any) -> Dataset:
-    sources = made if isinstance(made, tuple) and len(made) == 2 else (made,)
+    sources: tuple[Any, ...] = made if isinstance(made, tuple) and len(made) == 2 else (made,)
     for source in sources:
         if not hasattr(source, "__len__") or not hasattr(source, "__getitem__"):
             raise UserError(f"it gives a {type(source).__name__}, expected a map-style data set or a pair of them")
@@ -98,31 +98,17 @@ def _dataset(name: str, made: Any) -> Dataset:
 
 def _number_labels(train: OwnSplit, test: OwnSplit) -> tuple[str, ...]:
     """Set the labels of both splits to class numbers; returns the names of the classes."""
-    labels, test_labels = _labels(train), _labels(test)
-    names = number_labels(set(labels))
-    if labels or test_labels:
-        numbers = {label: number for number, label in enumerate(names if labels else ())}
-        lacking = [label for label in test_labels if label not in numbers]
-        if lacking or not test_labels:
-            raise UserError(
-                f"there are test samples {f'with the label {lacking[0]!r}' if lacking else 'without labels'}, "
-                f"expected a label of the training data: {', '.join(map(str, numbers)) or 'there are none'}"
-            )
-        train.labels = torch.tensor([numbers[label] for label in labels])
-        test.labels = torch.tensor([numbers[label] for label in test_labels])
+    labels: list[list[Any]] = []
+    for split in (train, test):
+        of_split = [label.tolist() if hasattr(label, "tolist") else label for label in all_labels(split.items)]
+        if len(of_split) != len(split) and (of_split or any(labels)):
+            raise UserError(f"it has {len(of_split)} labels of {len(split)} {split.name} samples, expected one of each")
+        labels.append(of_split)
+    names, numbers, test_numbers = number_splits(labels[0], labels[1], "it has the label")
+    if labels[0]:
+        train.labels, test.labels = torch.tensor(numbers), torch.tensor(test_numbers)
         tell_numbers(names)
     return tuple(map(str, names))
-
-
-def _labels(split: OwnSplit) -> list[int | str]:
-    """The label of each sample, or none at all."""
-    labels = [label.tolist() if hasattr(label, "tolist") else label for label in all_labels(split.items)]
-    for label in labels:
-        if not isinstance(label, (int, str)):
-            raise UserError(f"a label of the {split.name} data is {label!r:.80}, expected an integer or text")
-    if len(labels) not in (0, len(split)):
-        raise UserError(f"there are {len(labels)} labels of {len(split)} {split.name} samples, expected one of each")
-    return labels
 
 
 def _pixel_range(train: OwnSplit, said: Any) -> Range | None:

@@ -58,7 +58,7 @@ class RingBuffers:
 
 
 class SampleQueue:
-    """The newest real samples of every class, and of all classes together.
+    """The newest real samples of every class, and of all classes together; raises ValueError for a size below 1.
 
     Class queues supply the positives of a label, the queue over all classes the unconditional negatives.
 
@@ -68,9 +68,6 @@ class SampleQueue:
         latent_shape: shape of one sample, of any rank; ``()`` for numbers.
         device: where the samples are kept.
         unconditional_queue_size: samples kept of all classes together.
-
-    Raises:
-        ValueError: a size below 1.
     """
 
     def __init__(
@@ -102,8 +99,7 @@ class SampleQueue:
     def add(self, samples: Tensor, labels: Tensor) -> None:
         """Put ``samples [B, *latent_shape]`` with integer ``labels [B]`` into their class queues and the common one.
 
-        Raises:
-            ValueError: samples of another shape, another number of labels than of samples, a label out of range.
+        Other shapes, and labels out of range, raise ValueError.
         """
         if samples.shape[1:] != self.latent_shape or labels.shape != samples.shape[:1]:
             raise ValueError(
@@ -119,16 +115,14 @@ class SampleQueue:
     ) -> Tensor:
         """Samples ``[L, num_samples, *latent_shape]`` of the classes ``labels [L]``, without replacement.
 
-        A class that holds fewer than ``num_samples`` repeats its samples, each equally often up to one.
+        A class that holds fewer than ``num_samples`` repeats its samples, each equally often up to one. A label that
+        occurs twice is drawn for twice, independently. A label out of range, or without a sample, raises ValueError.
 
         Args:
-            labels: integer labels; one that occurs twice is drawn for twice, independently.
+            labels: integer labels.
             num_samples: how many of each.
             generator: CPU generator of the choice.
             part: of the labels whose samples are returned; they are chosen for all.
-
-        Raises:
-            ValueError: a label out of range, or one that has no sample yet.
         """
         labels = self._checked(labels)
         empty = labels[self.by_class.count[labels] == 0]
@@ -140,11 +134,7 @@ class SampleQueue:
         self, num_samples: int, generator: torch.Generator | None = None, part: slice = ALL
     ) -> Tensor:
         """Samples ``[num_samples, *latent_shape]`` of any class, without replacement while they last, or the ``part``
-        of them.
-
-        Raises:
-            ValueError: the queue is empty.
-        """
+        of them; raises ValueError if the queue is empty."""
         if not self.unconditional.count.item():
             raise ValueError("the queue is empty: add() samples before drawing from it")
         return self.unconditional.draw(torch.zeros(1, dtype=torch.long), num_samples, generator, ALL)[0, part]
