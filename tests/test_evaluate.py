@@ -285,6 +285,10 @@ def test_what_cannot_be_measured_is_told():
         assert open_evaluator(EvaluationConfig(), data) is None
     with pytest.raises(UserError, match="evaluation.features is inception, but samples of blobs are no images"):
         open_evaluator(EvaluationConfig("inception"), blobs((2,)))
+    broken = blobs((2,))
+    broken.train.values[7] = float("nan")
+    with pytest.raises(UserError, match="the data set has samples with NaN or infinity"):
+        open_evaluator(EvaluationConfig(), broken)
     evaluator = open_evaluator(EvaluationConfig(), blobs((2,)))
     for samples, message in (
         (np.zeros((1, 2), np.float32), r"received 1 samples float32 \[2\], expected at least 2 float32 \[2\]"),

@@ -23,6 +23,7 @@ SAMPLES, LABELS = "arr_0", "arr_1"
 STATISTICS = (("mu", "sigma"), ("ref_mu", "ref_sigma"))
 SPATIAL_STATISTICS = (("mu_s", "sigma_s"),)
 MOST_BYTES = 3 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4  # All arrays of a file fit into these.
+MOST_HEADER = 1000  # An array's header has about 100 bytes; Python takes long to read damaged ones of many more.
 MOST_STATISTIC = 1e30  # Products of greater means and covariances could overflow.
 
 Samples = NDArray[Any]  # uint8 images [N, H, W, C], or float32 [N, *sample_shape]
@@ -93,7 +94,7 @@ def _read(path: Path, keys: Collection[str]) -> tuple[Arrays, str]:
     try:
         if not is_zipfile(path):
             raise UserError("expected a zip archive of arrays, as numpy.savez writes it")
-        with np.load(path, allow_pickle=False) as archive:
+        with np.load(path, allow_pickle=False, max_header_size=MOST_HEADER) as archive:
             size = sum(entry.file_size for entry in archive.zip.infolist())
             if size > MOST_BYTES:
                 raise UserError(f"its arrays take {size} bytes, expected at most {MOST_BYTES} on this machine")

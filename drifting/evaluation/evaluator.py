@@ -274,6 +274,8 @@ class FlatEvaluator(Evaluator):
         """Points ``[N, D]`` and labels ``[N]``; the values of an image are in the order ``[H, W, C]``."""
         indices = _spread(len(split), MOST_REAL)
         samples = split.samples(indices).double()
+        if not samples.isfinite().all():
+            raise UserError("the data set has samples with NaN or infinity, expected finite ones")
         if self.pixel_range is not None:
             low, high = self.pixel_range
             samples = (samples.movedim(1, -1) - low) * (PIXEL_MAX / (high - low))
