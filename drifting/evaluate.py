@@ -21,8 +21,14 @@ from .errors import UserError
 from .evaluation.archives import Labels, Samples, read_samples, write_samples
 from .evaluation.drawing import spread_labels
 from .evaluation.evaluator import (
-    Evaluator, Quality, best_quality, check_evaluation, evaluate_model, open_evaluator, warn_of_few,
-)  # fmt: skip
+    Evaluator,
+    Quality,
+    best_quality,
+    check_evaluation,
+    evaluate_model,
+    open_evaluator,
+    warn_of_few,
+)
 from .hub.run_directory import RunDirectory
 from .hub.sources import HUB, load_generator
 from .sample import check_sampling
