@@ -28,7 +28,6 @@ from .evaluation.evaluator import (
     evaluate_model,
     open_evaluator,
     warn_of_few,
-    why_unmeasured,
 )
 from .hub.run_directory import RunDirectory
 from .hub.sources import HUB, load_generator
@@ -44,11 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         report = _evaluate_archive(arguments)
     else:
         report, samples, labels = _evaluate_generator(arguments)
-    try:
-        if arguments.save_npz is not None:
-            write_samples(arguments.save_npz, samples, labels)
-    finally:  # What was measured is told in any case.
-        print(json.dumps(report, indent=2))
+    print(json.dumps(report, indent=2))
+    if arguments.save_npz is not None:
+        write_samples(arguments.save_npz, samples, labels)
     return 0
 
 
@@ -126,7 +123,9 @@ def _evaluate_generator(arguments: Any) -> tuple[dict[str, Any], Samples, Labels
         if len(scales) > 1:
             print(f"cfg_scale {scale:g}: {evaluator.distance} {quality[evaluator.distance]:.4g}", file=sys.stderr)
     report = {"source": arguments.source, "step": trained.step, "seed": arguments.seed, "num_samples": num} | best
-    return report | ({"sweep": qualities} if len(scales) > 1 else {}), best_samples, numbers.numpy()
+    if len(scales) > 1:
+        report |= {"sweep": qualities}
+    return report, best_samples, numbers.numpy()
 
 
 def _open_evaluator(arguments: Any) -> Evaluator:
@@ -145,8 +144,10 @@ def _open_evaluator(arguments: Any) -> Evaluator:
         dataset = None if evaluation.reference else _open_dataset(config, arguments.data)
     evaluator = open_evaluator(evaluation, dataset)
     if evaluator is None:
-        assert dataset is not None  # Files can always be compared with.
-        raise UserError(f"{dataset.name}: {why_unmeasured(dataset)}; name --features or --reference")
+        raise UserError(
+            f"{arguments.source} cannot be measured as it is, its samples are latents, too large, or have too few "
+            "real ones to compare with: name --features or --reference"
+        )
     return evaluator
 
 

@@ -62,7 +62,9 @@ def test_measures_are_those_of_its_features(evaluator, trained, digits):
     assert evaluator(noise, digits.train.labels.numpy())["frechet_ratio"] > 5
     one_class = images[digits.train.labels.numpy() == 3]
     assert evaluator(one_class, np.full(len(one_class), 3))["frechet_ratio"] > 5
-    with pytest.raises(ValueError, match=r"received 3 samples uint8 \[8, 4, 1\], expected at least 2 uint8 \[8, 8, 1\]"):
+    with pytest.raises(
+        ValueError, match=r"received 3 samples uint8 \[8, 4, 1\], expected at least 2 uint8 \[8, 8, 1\]"
+    ):
         evaluator(images[:3, :, :4], np.zeros(3, np.int64))
 
 

@@ -1,14 +1,22 @@
 """Measures of generated images against what they are by definition."""
 
+import json
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from scipy.linalg import sqrtm
+from torch import nn
 
-from drifting.data import load_digits
+from drifting import evaluate
+from drifting.config.schema import Config, DataConfig, EvaluationConfig
+from drifting.data import Dataset, Split, load_digits
+from drifting.errors import UserError
+from drifting.evaluation.archives import read_reference, read_samples, write_samples
 from drifting.evaluation.drawing import draw_samples, spread_labels
-from drifting.evaluation.evaluator import FlatEvaluator
+from drifting.evaluation.evaluator import FlatEvaluator, check_evaluation, open_evaluator
 from drifting.evaluation.measures import Manifold, fit_gaussian, frechet_distance, inception_score, nearest_distance
 from drifting.generation import Generator
 from drifting.models import DriftingDiT
@@ -164,7 +172,9 @@ def test_wrong_labels_and_noise_are_noticed(digits, evaluator):
     noise = np.random.default_rng(0).integers(0, 256, images.shape).astype(np.uint8)
     quality = evaluator(noise, labels)
     assert quality["frechet_ratio"] > 20 and quality["nearest_ratio"] > 1.5
-    with pytest.raises(ValueError, match=r"received 1 samples uint8 \[8, 8, 1\], expected at least 2 uint8 \[8, 8, 1\]"):
+    with pytest.raises(
+        ValueError, match=r"received 1 samples uint8 \[8, 8, 1\], expected at least 2 uint8 \[8, 8, 1\]"
+    ):
         evaluator(images[:1], labels[:1])
 
 
@@ -200,3 +210,157 @@ def test_samples_of_several_batches(monkeypatch):
     images = draw_samples(generator, torch.arange(7) % 5)
     assert images.shape == (7, 8, 8, 1) and len(np.unique(images.reshape(7, -1), axis=0)) == 7
     assert (images[:6] == draw_samples(generator, torch.arange(6) % 5)).all()
+
+
+# ------------------------------------------------------------------------------------- samples that are no grey images
+
+
+class Blobs(Split):
+    """Samples of any shape: in each class they lie around a centre of its own."""
+
+    def __init__(self, count: int, shape: tuple[int, ...], classes: int, seed: int) -> None:
+        super().__init__(torch.arange(count) % classes)
+        centres = 6 * torch.randn(classes, *shape, generator=torch.Generator().manual_seed(9))
+        self.values = centres[self.labels] + torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed))
+
+    def sample(self, index, draw):
+        return self.values[index]
+
+
+def blobs(shape: tuple[int, ...], classes: int = 3, counts: tuple[int, int] = (90, 60), **facts) -> Dataset:
+    train, test = (Blobs(count, shape, classes, seed) for seed, count in enumerate(counts))
+    facts = {"pixel_range": None, "class_names": ("a", "b", "c")[:classes]} | facts
+    return Dataset(name="blobs", train=train, test=test, sample_shape=shape, **facts)
+
+
+@pytest.mark.parametrize("shape", [(), (2,), (5, 3), (2, 3, 4, 2)], ids=["scalars", "vectors", "sequences", "volumes"])
+def test_samples_of_any_shape_are_measured_flattened(shape):
+    data = blobs(shape)
+    evaluator = open_evaluator(EvaluationConfig(), data)
+    train, test = (split.samples().reshape(len(split), -1).double() for split in (data.train, data.test))
+    labels = data.train.labels.numpy()
+    memorised = evaluator(data.train.samples().numpy(), labels)
+    floor = frechet_distance(fit_gaussian(train), fit_gaussian(test))
+    assert memorised["frechet_distance"] == memorised["frechet_distance_train"] == pytest.approx(floor)
+    assert memorised["frechet_ratio"] == 1 and memorised["nearest_ratio"] == pytest.approx(0, abs=1e-5)
+    assert memorised["nearest_distance_test"] == pytest.approx(float(torch.cdist(test, train).amin(1).mean()))
+    assert memorised["recognised_share"] > 0.8 and memorised["recognised_share_test"] > 0.8
+    assert evaluator(data.train.samples().numpy(), (labels + 1) % 3)["recognised_share"] < 0.2
+    shifted = evaluator((data.test.samples() + 3).numpy(), None)
+    assert "recognised_share" not in shifted
+    assert shifted["frechet_distance"] == pytest.approx(9 * train.shape[1])  # the means' difference alone
+    assert evaluator.fewest == 4 * train.shape[1]
+
+
+def test_samples_of_one_class_have_nothing_to_be_recognised_as():
+    data = blobs((2,), classes=1)
+    quality = open_evaluator(EvaluationConfig(), data)(data.test.samples().numpy(), data.test.labels.numpy())
+    assert quality["nearest_ratio"] == pytest.approx(1)
+    assert set(quality) == {
+        "frechet_distance", "frechet_ratio", "frechet_distance_train", "nearest_distance", "nearest_ratio",
+        "nearest_distance_test",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 6), (1, 8, 12)])
+def test_images_in_colour_or_not_square(shape):
+    """Their values are compared in one order: training images are their own nearest."""
+    data = blobs(shape, pixel_range=(-30.0, 30.0))
+    images = to_uint8(data.train.samples(), data.pixel_range)
+    evaluator = open_evaluator(EvaluationConfig(), data)
+    quality = evaluator(images, data.train.labels.numpy())
+    assert quality["nearest_ratio"] == pytest.approx(0, abs=0.1) and quality["recognised_share"] == 1
+    assert quality["frechet_ratio"] == pytest.approx(1, rel=0.05)
+    with pytest.raises(UserError, match="received 90 samples uint8 .*, expected at least 2 uint8 .* as the real ones"):
+        evaluator(images.transpose(0, 2, 1, 3), None)
+
+
+def test_what_cannot_be_measured_is_told():
+    for data in (
+        blobs((1025,)),
+        blobs((4, 2, 2), latent=True, pixel_range=(-1.0, 1.0)),
+        blobs((2,), counts=(90, 1)),
+        blobs((2,), counts=(0, 9)),
+    ):
+        assert open_evaluator(EvaluationConfig(), data) is None
+    with pytest.raises(UserError, match="evaluation.features is inception, but samples of blobs are no images"):
+        open_evaluator(EvaluationConfig("inception"), blobs((2,)))
+    broken = blobs((2,))
+    broken.train.values[7] = float("nan")
+    with pytest.raises(UserError, match="the data set has samples with NaN or infinity"):
+        open_evaluator(EvaluationConfig(), broken)
+    evaluator = open_evaluator(EvaluationConfig(), blobs((2,)))
+    for samples, message in (
+        (np.zeros((1, 2), np.float32), r"received 1 samples float32 \[2\], expected at least 2 float32 \[2\]"),
+        (np.zeros((5, 2)), r"received 5 samples float64 \[2\], expected at least 2 float32"),
+        (np.full((5, 2), np.inf, np.float32), "received samples with NaN or infinity"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluator(samples, None)
+
+
+def test_no_ratio_to_a_distance_of_nothing():
+    """Where the test samples are the training samples, their distances are 0 but for rounding."""
+    data = blobs((5,))
+    quality = FlatEvaluator(replace(data, test=data.train))(data.test.samples().numpy(), None)
+    assert quality["frechet_distance"] > 0 and not {"frechet_ratio", "nearest_ratio"} & set(quality)
+
+
+class Line(nn.Module):
+    """A generator of vectors that are not shaped as their noise."""
+
+    noise_shape = (3,)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, z):
+        return self.layer(z)
+
+
+def test_samples_of_a_users_network():
+    """They are drawn as they are, and those of another shape are told before much time is spent on them."""
+    generator = Generator(Line(), (3,), (2,), ("a", "b", "c"))
+    samples = draw_samples(generator, spread_labels(600, range(3)))
+    assert samples.shape == (600, 2) and samples.dtype == np.float32 and len(np.unique(samples, axis=0)) == 600
+    check_evaluation(open_evaluator(EvaluationConfig(), blobs((2,))), generator)
+    with pytest.raises(UserError, match=r"received 2 samples float32 \[2\], expected at least 2 float32 \[5, 3\]"):
+        check_evaluation(open_evaluator(EvaluationConfig(), blobs((5, 3))), generator)
+
+
+def test_samples_in_files(tmp_path, capsys, monkeypatch):
+    """Those that are no images are written and judged as they are."""
+    data = blobs((5, 3))
+    write_samples(tmp_path / "x.npz", data.train.samples().numpy(), data.train.labels.numpy())
+    samples, labels = read_samples(tmp_path / "x.npz")
+    assert (samples == data.train.samples().numpy()).all() and (labels == data.train.labels.numpy()).all()
+    with pytest.raises(UserError, match="arr_0 is float32 .*, expected uint8"):
+        read_reference(tmp_path / "x.npz")
+    monkeypatch.setattr(evaluate, "_config", lambda source: Config())
+    monkeypatch.setattr(evaluate, "open_dataset", lambda config: data)
+    assert evaluate.main([str(tmp_path / "x.npz"), "--reference", str(tmp_path)]) == 0
+    assert json.loads(capsys.readouterr().out)["frechet_ratio"] == 1
+
+
+def test_parts_of_ones_own_are_named_on_the_command_line(tmp_path, capsys, monkeypatch):
+    """A run's files never name what is imported; what the command line names is imported, and handed on."""
+    (tmp_path / "own_line.py").write_text("from test_evaluate import Line, blobs\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    generator, opened = Generator(Line(), (3,), (2,), ("a", "b", "c"), step=7), []
+    config = Config(data=DataConfig(name="absent:blobs", arguments={"classes": 3}))
+    monkeypatch.setattr(evaluate, "_config", lambda source: config)
+    monkeypatch.setattr(evaluate, "load_generator", lambda source, model: opened.append(model) or generator)
+    monkeypatch.setattr(evaluate, "open_dataset", lambda config: opened.append(config) or blobs((2,)))
+    with pytest.raises(UserError, match="^the run's data are absent:blobs: name them with --data absent:blobs$"):
+        evaluate.main([str(tmp_path)])
+    command = [str(tmp_path), "--num", "50", "--data", "own_line:blobs", "--model", "own_line:Line"]
+    assert evaluate.main(command) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["step"] == 7 and report["frechet_ratio"] > 1 and "recognised_share" in report
+    assert opened == [None, Line, DataConfig(name="own_line:blobs", arguments={"classes": 3})]
+    with pytest.raises(UserError, match="--model is own_line:Curve, but own_line has no Curve; did you mean"):
+        evaluate.main([*command[:-1], "own_line:Curve"])
+    config.data.name = "digits"
+    with pytest.raises(UserError, match="--data is own_line:blobs, the run's data are digits"):
+        evaluate.main(command)

@@ -431,6 +431,21 @@ def test_an_archive_speaks_of_more_than_it_holds(tmp_path, monkeypatch):
             read_samples(path)
 
 
+def test_a_header_that_keeps_python_busy_is_refused(tmp_path):
+    """numpy reads damaged headers with Python's tokenizer, whose time is quadratic in the spaces before a `$`."""
+    path = tmp_path / "x.npz"
+    header = "{'descr': '|u1', 'fortran_order': False, 'shape': (2, 4 4" + " " * 9900 + "$"
+    with watching("slow header", UserError) as watch:
+        for name, text in (("arr_1", header), ("other", header)):  # what nobody asks for is not read
+            with zipfile.ZipFile(path, "w") as archive:
+                archive.writestr(f"{name}.npy", npy_bytes(text, bytes(96)))
+                archive.writestr("arr_0.npy", npy_bytes(str({"descr": "|u1", "fortran_order": False,
+                                                             "shape": (2, 4, 4, 3)}) + "\n", bytes(96)))  # fmt: skip
+            _, refusal = watch.call(read_samples, path)
+            assert (refusal is not None) == (name == "arr_1")
+    assert watch.slowest < 5
+
+
 def test_an_encrypted_archive_is_told(tmp_path):
     path = tmp_path / "x.npz"
     np.savez(path, pixels(2, 4, 4, 3))

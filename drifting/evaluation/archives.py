@@ -23,6 +23,7 @@ SAMPLES, LABELS = "arr_0", "arr_1"
 STATISTICS = (("mu", "sigma"), ("ref_mu", "ref_sigma"))
 SPATIAL_STATISTICS = (("mu_s", "sigma_s"),)
 MOST_BYTES = 3 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4  # All arrays of a file fit into these.
+MOST_HEADER = 1000  # An array's header has about 100 bytes; Python takes long to read damaged ones of many more.
 MOST_STATISTIC = 1e30  # Products of greater means and covariances could overflow.
 
 Samples = NDArray[Any]  # uint8 images [N, H, W, C], or float32 [N, *sample_shape]
@@ -32,17 +33,11 @@ Arrays = dict[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class Reference:
-    """What a file holds to compare generated images with: images, statistics of the features of images, or both.
-
-    Args:
-        images: uint8 ``[N, H, W, C]``.
-        statistics: those of features, perhaps of more images than ``images``.
-        spatial_statistics: those of features before the network's pooling.
-    """
+    """What a file holds to compare generated images with: images, statistics of the features of images, or both."""
 
     images: Pixels | None
-    statistics: Gaussian | None
-    spatial_statistics: Gaussian | None = None
+    statistics: Gaussian | None  # They may be of more images than these.
+    spatial_statistics: Gaussian | None = None  # They are of features before the network's pooling.
 
 
 def write_samples(path: Path, samples: Samples, labels: Labels) -> None:
@@ -99,7 +94,7 @@ def _read(path: Path, keys: Collection[str]) -> tuple[Arrays, str]:
     try:
         if not is_zipfile(path):
             raise UserError("expected a zip archive of arrays, as numpy.savez writes it")
-        with np.load(path, allow_pickle=False) as archive:
+        with np.load(path, allow_pickle=False, max_header_size=MOST_HEADER) as archive:
             size = sum(entry.file_size for entry in archive.zip.infolist())
             if size > MOST_BYTES:
                 raise UserError(f"its arrays take {size} bytes, expected at most {MOST_BYTES} on this machine")
@@ -113,28 +108,24 @@ def _gaussian(path: Path, arrays: Arrays, mean_key: str, covariance_key: str) ->
     if covariance_key not in arrays:
         raise UserError(f"{path} holds {mean_key}, but no {covariance_key}")
     mean, covariance = arrays[mean_key], arrays[covariance_key]
-    if mean.ndim != 1 or not mean.size or covariance.shape != 2 * mean.shape:
-        raise UserError(
-            f"{path}: {mean_key} is {list(mean.shape)} and {covariance_key} {list(covariance.shape)}, "
-            "expected [D] and [D, D]"
-        )
-    for key, values in ((mean_key, mean), (covariance_key, covariance)):
-        if values.dtype.kind != "f" or not (np.abs(values) < MOST_STATISTIC).all():
-            raise UserError(f"{path}: {key} is {values.dtype} with NaN or infinity, expected finite floats")
+    for key, values, shape in ((mean_key, mean, (mean.size,)), (covariance_key, covariance, 2 * (mean.size,))):
+        is_finite = values.dtype.kind == "f" and (np.abs(values) < MOST_STATISTIC).all()
+        if values.shape != shape or not values.size or not is_finite:
+            raise UserError(f"{path}: {key} is {_kind(values)}, expected finite floats, mu [D] and sigma [D, D]")
     return Gaussian(mean.astype(np.float64), covariance.astype(np.float64))
 
 
 def _check_images(path: Path, images: NDArray[Any], otherwise: str = "") -> None:
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or not images.size:
-        raise UserError(
-            f"{path}: {SAMPLES} is {images.dtype} {list(images.shape)}, "
-            f"expected uint8 [N, H, W, C] of 1 or 3 channels{otherwise}"
-        )
+        expected = f"uint8 [N, H, W, C] of 1 or 3 channels{otherwise}"
+        raise UserError(f"{path}: {SAMPLES} is {_kind(images)}, expected {expected}")
 
 
 def _labels(path: Path, labels: NDArray[Any], count: int) -> Labels:
-    if labels.shape != (count,):
-        raise UserError(f"{path}: {LABELS} is {list(labels.shape)}, expected {[count]}, a label for each sample")
-    if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= 2**31:
-        raise UserError(f"{path}: {LABELS} is {labels.dtype}, or has labels out of range; expected integers from 0")
+    if labels.shape != (count,) or labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= 2**31:
+        raise UserError(f"{path}: {LABELS} is {_kind(labels)}, expected integers from 0 to 2147483647 [{count}]")
     return labels.astype(np.int64)
+
+
+def _kind(values: NDArray[Any]) -> str:
+    return f"{values.dtype} {list(values.shape)}"

@@ -36,27 +36,19 @@ FLAT_SAMPLES = 1300  # So many small samples are generated.
 MOST_VALUES = 1024  # Without features, measures of larger samples mean little and cost much.
 MOST_REAL = 2000  # Of a split, at most so many small samples are measured.
 PIXEL_MAX = 16  # Small images are measured on the scale of the digits, 0 … 16.
+ROUNDING = 1e-6  # Less than this share of a distance is taken for 0.
 GAMMA = 0.064  # The support vector machine's γ on that scale is this over the number of values of an image.
 
 
 class Evaluator(ABC):
-    """Judges generated samples by real ones; build it once and call it often.
+    """Judges generated samples by real ones; build it once and call it often."""
 
-    Attributes:
-        distance: the name of the measure that says how good samples are by how low it is.
-        num_samples: how many samples it is meant to be given, since Fréchet distances depend on their number.
-        fewest: how many samples a Fréchet distance needs to say much.
-        shape: the shape of a sample, ``(H, W, C)`` of an image; None where images of any shape are taken.
-        dtype: uint8 of images, float32 of other samples.
-        of_data: measures of real samples, which are told beside those of generated ones.
-    """
-
-    distance: str
-    num_samples: int
-    fewest: int
-    shape: tuple[int, ...] | None
-    dtype: str = "uint8"
-    of_data: Quality
+    distance: str  # The name of the measure that says how good samples are by how low it is.
+    num_samples: int  # It is meant to be given so many samples, since Fréchet distances depend on their number.
+    fewest: int  # A Fréchet distance of fewer samples says little.
+    shape: tuple[int, ...] | None  # That of a sample, (H, W, C) of an image; None where images of any shape are taken.
+    dtype: str = "uint8"  # The samples' type: uint8 of images, else float32.
+    of_data: Quality  # Measures of real samples, which are told beside those of generated ones.
 
     def __call__(self, samples: Samples, labels: Labels | None) -> Quality:
         """Measures of ``samples [N, *shape]`` that were generated for ``labels [N]``, and those of real samples.
@@ -87,8 +79,8 @@ class Evaluator(ABC):
 def open_evaluator(config: EvaluationConfig, dataset: Dataset | None) -> Evaluator | None:
     """The evaluator for the configured reference files and features; without files, for the data set.
 
-    Without files and features small samples are measured as they are. Then it is None where :func:`why_unmeasured`
-    says that this is not possible.
+    Without files and features small samples are measured as they are; it is None for latents, samples of more than
+    ``MOST_VALUES`` values and data of which there is not enough to compare with.
 
     Raises:
         UserError: a file or network cannot be read, or does not go with the data.
@@ -98,7 +90,9 @@ def open_evaluator(config: EvaluationConfig, dataset: Dataset | None) -> Evaluat
     if dataset is None:
         raise ValueError("received neither reference files nor a data set, expected one of them")
     if config.features is None:
-        return None if why_unmeasured(dataset) else FlatEvaluator(dataset)
+        enough = min(len(dataset.train), len(dataset.test)) > 1
+        small = not dataset.latent and prod(dataset.sample_shape) <= MOST_VALUES
+        return FlatEvaluator(dataset) if small and enough else None
     if dataset.pixel_range is None:
         raise UserError(f"evaluation.features is {config.features}, but samples of {dataset.name} are no images")
     if dataset.latent:
@@ -107,16 +101,6 @@ def open_evaluator(config: EvaluationConfig, dataset: Dataset | None) -> Evaluat
     if features.classifier is not None and features.classifier.config["num_classes"] != dataset.num_classes:
         raise UserError(f"evaluation.features is {config.features}, trained on other data")
     return _evaluator_of_data(dataset, features)
-
-
-def why_unmeasured(dataset: Dataset) -> str | None:
-    """Why samples of ``dataset`` cannot be measured without features; None if they can."""
-    values, few = prod(dataset.sample_shape), min(len(dataset.train), len(dataset.test))
-    if dataset.latent:
-        return "latents are no images"
-    if values > MOST_VALUES:
-        return f"samples have {values} values, too many to be measured as they are"
-    return f"{few} training or test samples are too few to compare with" if few < 2 else None
 
 
 def evaluate_model(
@@ -198,8 +182,7 @@ def _evaluator_of_data(dataset: Dataset, features: ImageFeatures) -> FeatureEval
     """Compares with the test images; the distance of as many training images as are generated is the floor."""
     train = _split_features(features, dataset, dataset.train, FEATURE_SAMPLES)
     test = _split_features(features, dataset, dataset.test, len(dataset.test))
-    statistics = fit_gaussian(test.points)
-    spatial = None if test.spatial is None else fit_gaussian(test.spatial)
+    statistics, spatial = _fit_both(test)
     of_data = {f"{features.distance}_train": frechet_distance(fit_gaussian(train.points), statistics)}
     if features.classifier is not None:
         share = _recognised(test.logits, dataset.test.labels.numpy())
@@ -214,26 +197,30 @@ def _evaluator_of_files(paths: Sequence[Path], source: str) -> FeatureEvaluator:
         ((r.statistics, r.spatial_statistics) for r in references if r.statistics is not None), (None, None)
     )
     images = next((r.images for r in references if r.images is not None), None)
-    features, real = open_features(source), Features(torch.empty(0))
-    if images is not None:
-        real = features(images if statistics is None else images[_spread(len(images), MANIFOLD_IMAGES)])
-    if statistics is None:
-        statistics = fit_gaussian(real.points)
-        spatial = None if real.spatial is None else fit_gaussian(real.spatial)
-    if len(statistics.mean) != features.dim:
+    features = open_features(source)
+    if statistics is not None and len(statistics.mean) != features.dim:
         dim = len(statistics.mean)
         raise UserError(f"the reference's statistics are of {dim} features, {features.name} has {features.dim}")
-    points, shape = (None, None) if images is None else (real.points, images.shape[1:])
-    return FeatureEvaluator(features, statistics, spatial, points, shape)
+    if images is None:
+        assert statistics is not None  # Each file has statistics or images.
+        return FeatureEvaluator(features, statistics, spatial)
+    real = features(images if statistics is None else images[_spread(len(images), MANIFOLD_IMAGES)])
+    if statistics is None:
+        statistics, spatial = _fit_both(real)
+    return FeatureEvaluator(features, statistics, spatial, real.points, images.shape[1:])
+
+
+def _fit_both(features: Features) -> tuple[Gaussian, Gaussian | None]:
+    """The Gaussians of features and of spatial ones, where there are any."""
+    return fit_gaussian(features.points), None if features.spatial is None else fit_gaussian(features.spatial)
 
 
 def _split_features(features: ImageFeatures, dataset: Dataset, split: Split, most: int) -> Features:
     """The features of a split's images, of evenly spaced ones where there are more than ``most``."""
     assert dataset.pixel_range is not None  # The samples are images.
-    indices = _spread(len(split), most)
-    parts = [indices[start : start + SPLIT_BATCH] for start in range(0, len(indices), SPLIT_BATCH)]
+    parts = torch.tensor(_spread(len(split), most)).split(SPLIT_BATCH)
     bar = tqdm(parts, desc="real images", unit="part", delay=1, leave=False, disable=None)
-    return concatenate([features(to_uint8(split.samples(part), dataset.pixel_range)) for part in bar])
+    return concatenate([features(to_uint8(split.samples(part.tolist()), dataset.pixel_range)) for part in bar])
 
 
 def _recognised(logits: Tensor | None, labels: Labels | None) -> Quality:
@@ -287,6 +274,8 @@ class FlatEvaluator(Evaluator):
         """Points ``[N, D]`` and labels ``[N]``; the values of an image are in the order ``[H, W, C]``."""
         indices = _spread(len(split), MOST_REAL)
         samples = split.samples(indices).double()
+        if not samples.isfinite().all():
+            raise UserError("the data set has samples with NaN or infinity, expected finite ones")
         if self.pixel_range is not None:
             low, high = self.pixel_range
             samples = (samples.movedim(1, -1) - low) * (PIXEL_MAX / (high - low))
@@ -302,8 +291,8 @@ def _shape(dataset: Dataset) -> tuple[int, ...]:
 
 
 def _ratio(name: str, value: float, floor: float | None) -> Quality:
-    """The measure ``name``, which is ``value`` over ``floor``; nothing where the latter is not known or positive."""
-    return {name: value / floor} if floor is not None and floor > 0 else {}
+    """The measure ``name``, ``value`` over ``floor``; nothing where the latter is not known or is only rounding."""
+    return {name: value / floor} if floor is not None and floor > ROUNDING * abs(value) else {}
 
 
 def _spread(count: int, most: int) -> list[int]:
