@@ -10,7 +10,7 @@ from typing import Generic, NoReturn
 from .config import AnyConfig, check_asked, read_config
 from .config.keys import key_help
 from .config.reading import read_overrides
-from .errors import Interrupted, UserError
+from .errors import Interrupted, UserError, reason
 
 INTERRUPTED = 130  # The exit status after Ctrl-C.
 
@@ -58,16 +58,19 @@ def parse_training_command(
 
 
 def run_command(command: Callable[[], int]) -> NoReturn:
-    """Exit with the status that ``command`` returns, or with one line on stderr and the status of a
-    :class:`UserError` or :class:`Interrupted`.
+    """Exit with the status that ``command`` returns.
 
-    Ctrl-C where nothing is under way that needs saving ends with one line as well.
+    A mistake of the user's, a signal, and whatever the system refuses end in one line on stderr and a status of their
+    own: nobody below puts a full disk or a missing permission into words again.
     """
     try:
         status = command()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         status = error.status
+    except OSError as error:
+        print(f"error: {error.filename or 'the system'}: {reason(error)}", file=sys.stderr)
+        status = UserError.status
     except Interrupted as interrupted:
         print(interrupted, file=sys.stderr)
         status = interrupted.status

@@ -97,7 +97,8 @@ def test_info_names_and_values():
 def test_lambda_falls_as_the_samples_approach_the_data():
     loss_fn = DriftingLoss("pixels", (0.2,))
     real = torch.randn(64, 1, 2, 2)
-    near, far = (loss_fn.loss_and_info(torch.randn(1, 64, 1, 2, 2) + shift, real.unsqueeze(0))[1] for shift in (0.0, 1.0))
+    gen = (torch.randn(1, 64, 1, 2, 2) + shift for shift in (0.0, 1.0))
+    near, far = (loss_fn.loss_and_info(of_shift, real.unsqueeze(0))[1] for of_shift in gen)
     assert near["pixels/lambda_0.2"] < 0.5 * far["pixels/lambda_0.2"]
 
 

@@ -96,8 +96,8 @@ class DriftingLoss(nn.Module):
         """The loss, a 0-d tensor, of samples of one label or of several labels: :meth:`loss_and_info`.
 
         Args:
-            x_gen: generated vectors ``[G, D]`` or images ``[G, C, H, W]`` of one label, or samples ``[L, G, *shape]`` of
-                L labels.
+            x_gen: generated vectors ``[G, D]`` or images ``[G, C, H, W]`` of one label, or samples ``[L, G, *shape]``
+                of L labels.
             x_real: real ones of the same labels, ``[P, D]``, ``[P, C, H, W]`` or ``[L, P, *shape]``.
             x_uncond, weight_uncond: see :meth:`loss_and_info`.
         """
@@ -243,7 +243,9 @@ def build_extractor(extractor: Extractor | Sequence[Extractor], in_chans: int | 
         return FunctionExtractor(extractor)
     if extractor in ("input", "pixels"):
         return InputFeatureExtractor(str(extractor))
-    of_images = {"latent": LatentFeatureExtractor, "resnet18": FeatureExtractor, "convnext_v2": load_convnext}
+    of_images: dict[str, Callable[[int], nn.Module]] = {
+        "latent": LatentFeatureExtractor, "resnet18": FeatureExtractor, "convnext_v2": load_convnext,
+    }  # fmt: skip
     if extractor not in of_images:
         raise ValueError(
             f"feature_extractor is {extractor!r}, expected 'input', {', '.join(map(repr, of_images))}, "

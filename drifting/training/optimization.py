@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -144,4 +144,5 @@ class TrainedWeights:
         """The moments by the names of the parameters, which there are none of before the first step."""
         if not self.optimizer.state:
             return {}
-        return dict(get_optimizer_state_dict(self.model, self.optimizer, options=GATHERED).get("state", {}))
+        state = get_optimizer_state_dict(self.model, self.optimizer, options=GATHERED)
+        return cast(dict[str, Any], state.get("state", {}))
