@@ -10,7 +10,7 @@ from drifting.config.reading import load_config
 from drifting.errors import UserError
 from drifting.models import InputFeatureExtractor
 from drifting.train import train
-from drifting.training.finite import FiniteGuard, NotFiniteError
+from drifting.training.metrics import check_finite
 
 TINY = [
     "model.patch_size=4", "model.embed_dim=16", "model.depth=1", "model.num_heads=2", "step.gen_per_label=4",
@@ -56,14 +56,14 @@ def test_a_step_that_is_not_finite_changes_nothing(monkeypatch, value):
     assert all(tensor.isfinite().all() for tensor in tensors_of(trainer))
     assert not all(torch.equal(a, b) for a, b in zip(before, tensors_of(trainer), strict=True))
     spared.load_state_dict(trainer.state_dict())
-    assert spared.skipped_steps == 1
+    assert spared.weights.skipped_steps == 1
 
 
 def test_the_run_ends_and_names_step_map_and_checkpoint(monkeypatch, tmp_path):
     Spoiler(monkeypatch, [4])
     message = (
         r"step 4: the loss is nan and its gradient's norm nan, in the feature map pixels; skipped so far: 1\..*"
-        rf"the last checkpoint is {tmp_path}/checkpoints/step_00000002: .*max_skipped_steps"
+        rf"the last checkpoint is {tmp_path}/checkpoints/step_00000002.pt: .*max_skipped_steps"
     )
     with pytest.raises(UserError, match=message):
         train(load_config("digits", TINY), tmp_path)
@@ -85,16 +85,15 @@ def test_some_steps_may_be_skipped(monkeypatch, tmp_path):
     assert records[1]["loss"] is None and records[2]["loss"] is not None
 
 
-def test_guard_says_what_is_not_finite():
+def test_what_is_not_finite_is_told(tmp_path):
     def metrics(skipped, **values):
         named = {"loss": 1.0, "grad_norm": float("inf"), "a/scale": 1.0, "b/scale": 2.0} | values
         tensors = {name: torch.tensor(value) for name, value in named.items()}
         return tensors | {"skipped_steps": torch.tensor(skipped)}
 
-    guard = FiniteGuard(allowed=1)
-    guard.check(7, metrics(1))
-    with pytest.raises(NotFiniteError, match="step 8: the loss is 1 and .* inf, behind the feature maps"):
-        guard.check(8, metrics(2))
-    maps = {"b/scale": float("inf"), "c/lambda_0.2": float("nan"), "c/lambda_0.5": 1.0}
-    with pytest.raises(NotFiniteError, match="in the feature maps b, c;"):
-        FiniteGuard(0).check(1, metrics(1, **maps))
+    check_finite(7, metrics(1), 1, tmp_path)
+    with pytest.raises(UserError, match="step 8: the loss is 1 and .* inf, behind the feature maps.*not there yet"):
+        check_finite(8, metrics(2), 1, tmp_path)
+    maps = {"b/scale": float("inf"), "c/scale": 1.0, "c/lambda_0.2": float("nan"), "c/lambda_0.5": 1.0}
+    with pytest.raises(UserError, match="in the feature maps b, c;"):
+        check_finite(1, metrics(1, **maps), 0, tmp_path)

@@ -8,10 +8,9 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Generic, Protocol
+from typing import Any, Generic
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from ..config import (
@@ -29,46 +28,24 @@ from ..data import Split, training_batches
 from ..data.dataset import telling_of_dead_workers
 from ..errors import Interrupted, UserError, reason
 from ..hub.run_directory import RunDirectory
-from ..utils.stopwatch import Stopwatch
 from .checkpoint import load_checkpoint, save_checkpoint
 from .distributed import Ranks
-from .finite import FiniteGuard
-from .metrics_log import MetricsLog, to_record
+from .mae_trainer import MAETrainer
+from .metrics import MetricsLog, check_finite, to_record
+from .trainer import DriftingTrainer
 
 CHANGES = "changes.json"  # In a run directory, it records what the user changed within the run.
 
 Quality = dict[str, float]
 
 
-class Trainer(Protocol):
-    """What takes the steps; ``step`` counts those taken."""
-
-    ranks: Ranks
-    stopwatch: Stopwatch
-
-    @property
-    def step(self) -> int: ...
-
-    @property
-    def images_per_step(self) -> int: ...
-
-    def train_step(self, x: Tensor, y: Tensor, /) -> dict[str, Tensor]: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
 @dataclass(frozen=True)
 class Run(Generic[AnyConfig]):
-    """A run of a training command: a trainer, its data, and what is done around its steps.
+    """A run of a training command: what takes the steps, and what is done around them.
 
     Args:
-        directory: where the run is kept.
-        config: the configuration.
-        trainer: takes the steps.
-        split: the training samples. The trainer gets them in the order of :func:`training_batches`, and each rank its
-            share of a batch.
+        directory, config: where the run is kept, and its configuration.
+        trainer, split: what takes the steps, and the training samples. Each rank gets its share of every batch.
         evaluate: measures the model and leaves a picture in the run directory; all ranks call it together.
         save_model: writes the averaged weights into the run directory; all ranks call it together.
         describe: puts into words the terms of a record and of the last measures that are worth watching.
@@ -76,7 +53,7 @@ class Run(Generic[AnyConfig]):
 
     directory: RunDirectory
     config: AnyConfig
-    trainer: Trainer
+    trainer: DriftingTrainer | MAETrainer
     split: Split
     evaluate: Callable[[], Quality]
     save_model: Callable[[], None]
@@ -103,27 +80,23 @@ def opened_run(
         asked: keys that the user changes within the run, by ``--change``.
 
     Raises:
-        UserError: it is in use, cannot be written, or holds a run with a configuration that would train something else;
-            or the ranks cannot share a batch.
+        UserError: it is in use, or holds a run with a configuration that would train something else; or the ranks
+            cannot share a batch.
     """
-    batch = config.train.batch_size
     with ExitStack() as stack:
 
-        def open_and_lock() -> AnyConfig | None:
-            if batch % ranks.size:
+        def open_and_lock() -> AnyConfig:
+            if config.train.batch_size % ranks.size:
+                batch = config.train.batch_size
                 raise UserError(f"train.batch_size is {batch}, expected a multiple of the {ranks.size} ranks")
             if not ranks.main:
-                return None
-            try:
-                run.samples.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UserError(f"cannot use {run.path} as a run directory: {reason(error)}") from error
+                return config
+            run.samples.mkdir(parents=True, exist_ok=True)
             stack.enter_context(run.lock())
             return _config_in_force(run, config, asked)
 
         with ranks.agreed():
             opened = ranks.on_all(open_and_lock)[0]
-        assert opened is not None
         yield opened
 
 
@@ -161,47 +134,42 @@ def train(run: Run[AnyConfig]) -> Quality:
         UserError: the checkpoint cannot be read or is of a later step, or loss or gradient are not finite.
         Interrupted: Ctrl-C or SIGTERM ended the run early; it is saved.
     """
-    trainer, ranks, config, directory = run.trainer, run.trainer.ranks, run.config, run.directory
-    with ranks.agreed():
-        ranks.on_all(lambda: _resume(directory, trainer))
+    trainer, config, directory = run.trainer, run.config, run.directory
+    with trainer.ranks.agreed():
+        trainer.ranks.on_all(lambda: _resume(directory, trainer))
         if trainer.step > config.train.steps:
             raise UserError(
                 f"{directory.path} is at step {trainer.step} already, expected train.steps of at least that"
             )
-    ranks.on_main(lambda: _write_config(directory, config, trainer.step))
+    trainer.ranks.on_main(lambda: _write_config(directory, config, trainer.step))
     if trainer.step == config.train.steps:
         measured = run.evaluate()
         run.save_model()  # It comes after the evaluation, which chooses among several averages.
         return measured
-    settings = dataclasses.asdict(config)
-    log = ranks.on_main(lambda: MetricsLog(directory.metrics, trainer.step, config.train.wandb, settings))
+    wandb, settings = config.train.wandb, dataclasses.asdict(config)
+    log = trainer.ranks.on_main(lambda: MetricsLog(directory.metrics, trainer.step, wandb, settings))
     try:
-        with _noting_signals(ranks) as signals:
+        with _noting_signals(trainer.ranks) as signals:
             return _train_steps(run, log, signals)
     finally:
         if log is not None:
             log.close()
 
 
-def _resume(directory: RunDirectory, trainer: Trainer) -> None:
+def _resume(directory: RunDirectory, trainer: DriftingTrainer | MAETrainer) -> None:
     """Bring the trainer to where the newest checkpoint is; every rank reads all of it."""
     state = load_checkpoint(directory.checkpoints)
-    if state is None:
-        return
     try:
-        trainer.load_state_dict(state)
+        if state is not None:
+            trainer.load_state_dict(state)
     except Exception as error:  # A state of something else makes torch and the trainer raise errors of many classes.
-        raise UserError(
-            f"the checkpoint of step {state['step']} in {directory.checkpoints} is of another trainer than this: "
-            f"{reason(error)}"
-        ) from error
+        raise UserError(f"the checkpoint in {directory.checkpoints} is of another trainer: {reason(error)}") from error
 
 
 def _train_steps(run: Run[AnyConfig], log: MetricsLog | None, signals: list[int]) -> Quality:
     """Take the remaining steps. Only rank 0 has a log."""
-    trainer, ranks, every = run.trainer, run.trainer.ranks, run.config.train
+    trainer, ranks, every, checkpoints = run.trainer, run.trainer.ranks, run.config.train, run.directory.checkpoints
     quality: Quality = {}
-    guard = FiniteGuard(every.max_skipped_steps, run.directory.checkpoints)
     trainer.stopwatch.take()
     trainer.stopwatch.enter("data")
     logged = trainer.step
@@ -209,22 +177,27 @@ def _train_steps(run: Run[AnyConfig], log: MetricsLog | None, signals: list[int]
         run.split, every.batch_size, run.config.seed, trainer.step * every.batch_size, run.config.data.workers,
         ranks.share(every.batch_size),
     )  # fmt: skip
-    with _progress(every.steps, trainer) as bar, telling_of_dead_workers():
+    interval = 0.5 if sys.stderr.isatty() else 10
+    bar = tqdm(total=every.steps, initial=trainer.step, unit="step", mininterval=interval, disable=not ranks.main)
+    with bar, telling_of_dead_workers():
         for samples, labels in islice(batches, every.steps - trainer.step):
             metrics = trainer.train_step(samples, labels)
             step, last = trainer.step, trainer.step == every.steps
             received = max(ranks.on_all(lambda: max(signals, default=0)))
             evaluating = last or (every.eval_every and step % every.eval_every == 0)
             saving = last or received or step % every.save_every == 0
-            with ranks.agreed():
-                guard.check(step, metrics, wait=bool(evaluating or saving))
-            logging = log is not None and (evaluating or step % every.log_every == 0)
+            logging = evaluating or step % every.log_every == 0
+            if logging or saving or not metrics["skipped_steps"].is_cuda:  # A GPU is not waited for more often.
+                with ranks.agreed():
+                    check_finite(step, metrics, every.max_skipped_steps, checkpoints)
             timing = trainer.stopwatch.read(step - logged, trainer.images_per_step) if logging else {}
             trainer.stopwatch.enter("evaluation")
             if evaluating:
                 quality = run.evaluate()
+            if logging:
+                logged = step
             if log is not None and logging:
-                record, logged = {"step": step} | to_record(metrics) | {"timing": timing}, step
+                record = {"step": step} | to_record(metrics) | {"timing": timing}
                 bar.set_postfix_str(run.describe(record, quality), refresh=False)
                 log.write(record | (quality if evaluating else {}))
             bar.update()
@@ -232,26 +205,17 @@ def _train_steps(run: Run[AnyConfig], log: MetricsLog | None, signals: list[int]
                 _save(run)
             trainer.stopwatch.enter("data")
             if received and not last:
-                place = run.directory.checkpoints
+                message = f"interrupted at step {step}, saved in {checkpoints}: the same command again goes on"
                 with ranks.agreed():
-                    raise Interrupted(
-                        f"interrupted at step {step}, saved in {place}: the same command again goes on", received
-                    )
+                    raise Interrupted(message, received)
     return quality
 
 
 def _save(run: Run[AnyConfig]) -> None:
-    """Write checkpoint and model; all ranks gather their parts, and rank 0 writes."""
+    """Write checkpoint and model: all ranks gather their parts, and rank 0 writes."""
     state = run.trainer.state_dict()
     run.trainer.ranks.on_main(lambda: save_checkpoint(run.directory.checkpoints, state))
     run.save_model()
-
-
-def _progress(steps: int, trainer: Trainer) -> Any:
-    """The bar over all steps, on rank 0."""
-    interval = 0.5 if sys.stderr.isatty() else 10
-    silent = not trainer.ranks.main
-    return tqdm(total=steps, initial=trainer.step, unit="step", mininterval=interval, disable=silent)
 
 
 @contextmanager

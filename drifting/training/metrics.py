@@ -1,4 +1,4 @@
-"""One record a logged step, in ``metrics.jsonl``, as TensorBoard events and, if asked for, in Weights & Biases."""
+"""The metrics of a run's steps: as numbers, on disk, and as what ends the run when they are not finite."""
 
 import hashlib
 import json
@@ -11,40 +11,38 @@ from typing import Any
 from torch import Tensor, stack
 from torch.utils.tensorboard import SummaryWriter
 
-from ..errors import UserError, reason
-from ..utils.files import atomic_write, is_count
+from ..errors import UserError, reason, require
+from ..utils.files import atomic_write
+from .checkpoint import checkpoints_in
 
 
 class MetricsLog:
-    """Appends records to ``path`` and writes them beside it as events; records after ``step`` are dropped first.
+    """Appends records to ``path`` and writes them beside it as TensorBoard events; records after ``step`` are dropped.
 
     Args:
         path: ``metrics.jsonl`` in a run directory.
-        step: that training goes on from.
-        wandb_project: of Weights & Biases, which gets the records too, as a run of the directory's name.
-        settings: that W&B shows.
-
-    Raises:
-        UserError: also by its methods: something cannot be written; wandb is not installed or refuses.
+        step: the step that training goes on from.
+        wandb_project: a project of Weights & Biases, which gets the records too, as a run of the directory's name.
+        settings: what W&B shows of the configuration.
     """
 
     def __init__(self, path: Path, step: int, wandb_project: str | None = None, settings: Any = None) -> None:
         self.path = path
         self.wandb = None if wandb_project is None else _open_wandb(wandb_project, path.parent, settings)
-        with _writing(path):
-            if path.exists():
-                with atomic_write(path) as part:
-                    part.write_bytes(b"".join(_lines_up_to(path, step)))
-            self.file = path.open("ab", buffering=0)
-            self.events = SummaryWriter(str(path.parent), purge_step=step + 1)
+        if path.exists():
+            with atomic_write(path) as part:
+                part.write_bytes(b"".join(_lines_up_to(path, step)))
+        self.file = path.open("ab", buffering=0)
+        self.events = SummaryWriter(str(path.parent), purge_step=step + 1)
 
     def write(self, record: dict[str, Any]) -> None:
+        """Write one record, whose values are numbers or dictionaries of them, and its ``step``."""
         line = memoryview(f"{json.dumps(_finite(record))}\n".encode())
-        with _writing(self.path):
+        with _naming(self.path):
             while line:
                 line = line[self.file.write(line) :]
         scalars = {name: value for name, value in _flat(record).items() if name != "step"}
-        with _writing(Path(self.events.log_dir)):
+        with _naming(Path(self.events.log_dir)):
             for name, value in scalars.items():
                 self.events.add_scalar(name, value, record["step"])
         if self.wandb is not None:
@@ -52,7 +50,7 @@ class MetricsLog:
 
     def close(self) -> None:
         self.file.close()
-        with suppress(OSError):  # of events that are not written yet; ``path`` has the records, and close ends a run
+        with suppress(OSError):  # The last events may be lost; ``path`` has their records.
             self.events.close()
         if self.wandb is not None:
             self.wandb.finish()
@@ -60,10 +58,7 @@ class MetricsLog:
 
 def _open_wandb(project: str, run: Path, settings: dict[str, Any]) -> Any:
     """The run of W&B that belongs to that directory: a resumed one goes on in it."""
-    try:
-        import wandb
-    except ImportError as error:
-        raise UserError("train.wandb is set and wandb not installed: pip install 'drifting[wandb]'") from error
+    wandb = require("wandb", "train.wandb", "wandb")
     identifier = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]
     try:
         return wandb.init(
@@ -74,11 +69,13 @@ def _open_wandb(project: str, run: Path, settings: dict[str, Any]) -> Any:
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def _naming(path: Path) -> Iterator[None]:
+    """Inside, what the system refuses to write names ``path``."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot write {error.filename or path}: {reason(error)}") from error
+        error.filename = error.filename or str(path)
+        raise
 
 
 def to_record(metrics: dict[str, Tensor]) -> dict[str, Any]:
@@ -99,23 +96,42 @@ def to_record(metrics: dict[str, Tensor]) -> dict[str, Any]:
     return record
 
 
+def check_finite(step: int, metrics: dict[str, Tensor], allowed: int, checkpoints: Path) -> None:
+    """Raise once a run has skipped more than ``allowed`` steps because their loss or gradient was not finite.
+
+    Raises:
+        UserError: it names the step, the feature maps that are not finite, and the newest file in ``checkpoints``.
+    """
+    if metrics["skipped_steps"] <= allowed:
+        return
+    record = to_record(metrics)
+    scales, lambdas = record.get("scale", {}), record.get("lambda", {})
+    maps = [name for name in scales if not all(map(math.isfinite, [scales[name], *lambdas.get(name, {}).values()]))]
+    where = "behind the feature maps, which are finite" if scales else "in the model"
+    if maps:
+        rest = f" and {len(maps) - 3} more" if len(maps) > 3 else ""
+        where = f"in the feature map{'s' * (len(maps) > 1)} {', '.join(maps[:3])}{rest}"
+    newest = [str(path) for path in checkpoints_in(checkpoints)][-1:] or ["not there yet"]
+    raise UserError(
+        f"step {step}: the loss is {record['loss']:g} and its gradient's norm {record['grad_norm']:g}, {where}; "
+        f"skipped so far: {record['skipped_steps']}. These steps left the weights as they were; the last checkpoint is "
+        f"{newest[0]}: look at the data, lower optimizer.learning_rate, or let train.max_skipped_steps such steps pass"
+    )
+
+
 def _finite(value: Any) -> Any:
-    """The record with None, as JSON has nothing else, for numbers that are not finite."""
+    """The record with None for numbers that are not finite, as JSON has nothing else for them."""
     if isinstance(value, dict):
         return {name: _finite(entry) for name, entry in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _lines_up_to(path: Path, step: int) -> list[bytes]:
-    """The lines of ``path`` whose step is at most ``step``; one cut short by a crash is left out."""
     kept = []
     for line in path.read_bytes().splitlines(keepends=True):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(record, dict) and is_count(record.get("step")) and record["step"] <= step:
-            kept.append(line)
+        with suppress(ValueError, RecursionError, KeyError, TypeError):  # A crash may have cut a line short.
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
     return kept
 
 
