@@ -86,17 +86,16 @@ def profile(config: Config, device: str, seconds: float) -> dict[str, Any]:
     stopwatch = trainer.stopwatch
     step, (channels, size, classes) = config.step, SAMPLES[config.data.name]
     labels = torch.arange(min(classes, step.labels_per_step)).repeat(step.queue_size)
-    trainer.sample_queue.add(torch.randn(len(labels), channels, size, size, device=device), labels)
-    labels = labels[: config.train.batch_size]
     images = torch.randn(len(labels), channels, size, size, device=device)
 
-    def take_step() -> tuple[dict[str, float], dict[str, Tensor]]:
+    def take_step(num: int) -> tuple[dict[str, float], dict[str, Tensor]]:
         stopwatch.take()
-        metrics = trainer.train_step(images, labels)
+        metrics = trainer.train_step(images[:num], labels[:num])
         seconds = stopwatch.take()
         return {phase: 1e3 * seconds.get(phase, 0.0) for phase in PHASES}, metrics
 
-    _, metrics = take_step()
+    _, metrics = take_step(len(labels))  # The first step fills the queue.
+    images, labels = images[: config.train.batch_size].clone(), labels[: config.train.batch_size]
     if not all(metrics[name].isfinite() for name in ("loss", "grad_norm")):
         raise RuntimeError(f"a step has loss {metrics['loss'].item()} and gradient {metrics['grad_norm'].item()}")
     if device != "cpu":
@@ -104,7 +103,7 @@ def profile(config: Config, device: str, seconds: float) -> dict[str, Any]:
     steps: list[dict[str, float]] = []
     end = time.monotonic() + seconds
     while not steps or time.monotonic() < end:
-        steps.append(take_step()[0])
+        steps.append(take_step(config.train.batch_size)[0])
     totals = [sum(of_step.values()) for of_step in steps]
     return {
         "maps": sum(name.endswith("/scale") for name in metrics),
