@@ -187,9 +187,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dataset", choices=("all", "bimodal", "checkerboard", "swiss_roll"), default="all")
     options = parser.parse_args(argv)
-    for name, value, least in (("--steps", options.steps, 1), ("--seed", options.seed, 0)):
-        if not least <= value < 2**63:
-            raise UserError(f"{name} is {value}, expected {least} or more, below 2**63")
+    if options.steps < 1:
+        raise UserError(f"--steps is {options.steps}, expected 1 or more")
+    if not 0 <= options.seed < 2**63:
+        raise UserError(f"--seed is {options.seed}, expected 0 or more, below 2**63")
     cases = [case for case in CASES if options.dataset in ("all", case.target.__name__)]
     torch.set_num_threads(1)  # Two threads would be slower on matrices this small.
     try:
