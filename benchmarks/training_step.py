@@ -17,9 +17,8 @@ import yaml
 from torch import Tensor, nn
 
 from drifting.config.schema import Config, PretrainConfig
-from drifting.models import MAE, DriftingDiT, FeatureStack
+from drifting.models import MAE, DriftingDiT
 from drifting.models.convnext import ConvNeXtFeatureExtractor
-from drifting.models.drifting_loss import build_extractor
 from drifting.training import DriftingTrainer, create_trainer
 
 from .machine import ROOT, describe_machine, slug
@@ -39,7 +38,7 @@ MAES = {  # sources of loss.mae and the configurations that they were trained wi
 
 
 def read_config(name: str, schema: type) -> Any:
-    """One of our configurations; unlike :mod:`drifting.config` this needs no omegaconf."""
+    """Read one of our configurations without the checks of :mod:`drifting.config`."""
     values = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
     config = schema()
     if isinstance(values["data"], str):
@@ -63,21 +62,21 @@ def build_trainer(config: Config, device: str) -> DriftingTrainer:
     """
     channels, size, classes = SAMPLES[config.data.name]
     torch.manual_seed(config.seed)
-    model = DriftingDiT(img_size=size, in_chans=channels, num_classes=classes, **vars(config.model))
+    arguments = {key: value for key, value in vars(config.model).items() if key not in ("name", "arguments")}
+    model = DriftingDiT(img_size=size, in_chans=channels, num_classes=classes, **arguments)
     nn.init.normal_(model.final.proj.weight, std=config.model.embed_dim**-0.5)
     names = config.loss.feature_extractor
-    extractors: dict[str, nn.Module] = {}
+    extractors: list[str | nn.Module] = []
     for name in [names] if isinstance(names, str) else names:
         if name == "mae":
             mae: PretrainConfig = read_config(MAES[str(config.loss.mae)], PretrainConfig)
-            extractors[name] = MAE(channels, num_classes=classes, **vars(mae.model)).feature_extractor()
-        elif name == "convnext_v2":
-            extractors[name] = random_convnext()
+            extractors.append(MAE(channels, num_classes=classes, **vars(mae.model)).feature_extractor())
         else:
-            extractors[name] = build_extractor(name, channels)
+            extractors.append(random_convnext() if name == "convnext_v2" else name)
     settings: dict[str, Any] = vars(config.loss) | vars(config.step) | vars(config.guidance) | vars(config.optimizer)
-    del settings["mae"], settings["cosine_decay"], settings["clamp"]
-    settings["feature_extractor"] = FeatureStack(extractors) if len(extractors) > 1 else next(iter(extractors.values()))
+    for key in ("mae", "cosine_decay", "clamp"):
+        del settings[key]
+    settings["feature_extractor"] = extractors if len(extractors) > 1 else extractors[0]
     return create_trainer(model, device=device, seed=config.seed, **settings)
 
 
@@ -87,17 +86,16 @@ def profile(config: Config, device: str, seconds: float) -> dict[str, Any]:
     stopwatch = trainer.stopwatch
     step, (channels, size, classes) = config.step, SAMPLES[config.data.name]
     labels = torch.arange(min(classes, step.labels_per_step)).repeat(step.queue_size)
-    trainer.sample_queue.add(torch.randn(len(labels), channels, size, size, device=device), labels)
-    labels = labels[: config.train.batch_size]
     images = torch.randn(len(labels), channels, size, size, device=device)
 
-    def take_step() -> tuple[dict[str, float], dict[str, Tensor]]:
+    def take_step(num: int) -> tuple[dict[str, float], dict[str, Tensor]]:
         stopwatch.take()
-        metrics = trainer.train_step(images, labels)
+        metrics = trainer.train_step(images[:num], labels[:num])
         seconds = stopwatch.take()
         return {phase: 1e3 * seconds.get(phase, 0.0) for phase in PHASES}, metrics
 
-    _, metrics = take_step()
+    _, metrics = take_step(len(labels))  # The first step fills the queue.
+    images, labels = images[: config.train.batch_size].clone(), labels[: config.train.batch_size]
     if not all(metrics[name].isfinite() for name in ("loss", "grad_norm")):
         raise RuntimeError(f"a step has loss {metrics['loss'].item()} and gradient {metrics['grad_norm'].item()}")
     if device != "cpu":
@@ -105,7 +103,7 @@ def profile(config: Config, device: str, seconds: float) -> dict[str, Any]:
     steps: list[dict[str, float]] = []
     end = time.monotonic() + seconds
     while not steps or time.monotonic() < end:
-        steps.append(take_step()[0])
+        steps.append(take_step(config.train.batch_size)[0])
     totals = [sum(of_step.values()) for of_step in steps]
     return {
         "maps": sum(name.endswith("/scale") for name in metrics),
