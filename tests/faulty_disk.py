@@ -43,7 +43,8 @@ class Disk:
             if self.error is None:
                 self.dead = True
                 raise Died
-            raise OSError(self.error, os.strerror(self.error))
+            place = () if name == "write" else (path,)  # The system names the file of all calls but this one.
+            raise OSError(self.error, os.strerror(self.error), *place)
 
     @contextmanager
     def active(self) -> Iterator[None]:

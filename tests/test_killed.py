@@ -82,7 +82,7 @@ def test_a_run_that_is_killed_ends_as_one_that_is_not(tmp_path):
         assert files_of(out)[name] == content, name
     assert files_of(out).keys() == files_of(whole).keys()
     names = [sorted(path.name for path in (run / "checkpoints").iterdir()) for run in (whole, out)]
-    assert names[0] == names[1] == [f"step_{step:08d}" for step in (STEPS - 2, STEPS)]
+    assert names[0] == names[1] == [f"step_{step:08d}.pt" for step in (STEPS - 2, STEPS)]
     for name in names[0]:
         assert same_checkpoints(whole / "checkpoints" / name, out / "checkpoints" / name)
 

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 import yaml
-from checkpoint_cases import content_of, read_tensors, same_checkpoints
+from checkpoint_cases import read, same_checkpoints
 from run_records import read_records
 from safetensors.torch import load_file
 
@@ -32,28 +32,28 @@ def finished(tmp_path_factory):
 def test_resumed_run_equals_an_uninterrupted_one(finished, tmp_path):
     out = tmp_path / "resumed"
     shutil.copytree(finished, out)
-    shutil.rmtree(out / "checkpoints" / "step_00000006")
+    (out / "checkpoints" / "step_00000006.pt").unlink()
     (out / "model.safetensors").unlink()
     with (out / "metrics.jsonl").open("ab") as file:
         file.write(b'7\n[1]\n{"step": "x"}\n\x00\xff\n{"step": 7, "los')  # not records; the last cut short by a crash
     train(load_config("digits", TINY), out)
     assert read_records(out) == read_records(finished)
     assert (out / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
-    last = [folder / "checkpoints" / "step_00000006" for folder in (finished, out)]
+    last = [folder / "checkpoints" / "step_00000006.pt" for folder in (finished, out)]
     assert same_checkpoints(*last)
-    assert "sample_queue/by_class/samples" in read_tensors(last[0])
+    assert "samples" in read(last[0])["groups"]["queue"]["by_class"]
 
 
 def test_goes_on_from_the_one_before_a_damaged_checkpoint(finished, tmp_path, capfd):
     out = tmp_path / "damaged"
     shutil.copytree(finished, out)
-    file = out / "checkpoints" / "step_00000006" / "__0_0.distcp"
+    file = out / "checkpoints" / "step_00000006.pt"
     file.write_bytes(file.read_bytes()[:-1])
     train(load_config("digits", TINY), out)
-    assert "step_00000006 is damaged and left out: __0_0.distcp has " in capfd.readouterr().err
-    assert same_checkpoints(*(folder / "checkpoints" / "step_00000006" for folder in (finished, out)))
+    assert "step_00000006.pt is damaged and left out: " in capfd.readouterr().err
+    assert same_checkpoints(*(folder / "checkpoints" / "step_00000006.pt" for folder in (finished, out)))
     for checkpoint in (out / "checkpoints").iterdir():
-        (checkpoint / "checkpoint.json").write_text("{}")
+        checkpoint.write_text("{}")
     with pytest.raises(UserError, match="put one back from a copy, or delete .*checkpoints to begin anew"):
         train(load_config("digits", TINY), out)
 
@@ -84,7 +84,7 @@ def test_resumes_a_run_of_a_version_with_fewer_keys(finished, tmp_path):
         del values["step"][key]
     (out / "config.yaml").write_text(yaml.safe_dump(values))
     train(load_config("digits", [*TINY, "train.steps=7"]), out)
-    assert (out / "checkpoints" / "step_00000007").is_dir()
+    assert (out / "checkpoints" / "step_00000007.pt").is_file()
     with pytest.raises(UserError, match=r"optimizer.ema_decay: \[0.99\], now \[0.9, 0.99\]"):
         train(load_config("digits", [*TINY, "train.steps=7", "optimizer.ema_decay=[0.9,0.99]"]), out)
 
@@ -100,21 +100,19 @@ def test_evaluation_chooses_among_averages(tmp_path, monkeypatch):
         def __call__(self, images, labels):
             return {"frechet_distance": distances.pop(0)}
 
-    monkeypatch.setattr("drifting.run_evaluation.open_evaluator", lambda config, dataset: Evaluator())
+    monkeypatch.setattr("drifting.training.run_evaluation.open_evaluator", lambda config, dataset: Evaluator())
     config = load_config("digits", [*TINY, "optimizer.ema_decay=[0.5,0.75]", "train.steps=3"])
     train(config, tmp_path)
     record = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert not distances and (record["ema_decay"], record["frechet_distance"]) == (0.5, 1.0)
-    checkpoint = tmp_path / "checkpoints" / "step_00000003"
-    state = read_tensors(checkpoint)
-    assert {name.split("/")[1] for name in state if name.startswith("averages/")} == {"0.5", "0.75"}
-    assert content_of(checkpoint)["values"]["best_decay"] == 0.5
+    state = read(tmp_path / "checkpoints" / "step_00000003.pt")
+    assert set(state["averages"]) == {"0.5", "0.75"} and state["best_decay"] == 0.5
 
     distances[:] = [9.0, 0.8, 0.5]
     train(config, tmp_path)  # a finished run is evaluated again
     for folder in (tmp_path, tmp_path / "best"):
         weights = load_file(folder / "model.safetensors")
-        assert all(torch.equal(weight, state[f"averages/0.75/module.{name}"]) for name, weight in weights.items())
+        assert all(torch.equal(w, state["averages"]["0.75"]["weights"][name]) for name, w in weights.items())
     assert json.loads((tmp_path / "best" / "model.json").read_text())["quality"]["ema_decay"] == 0.75
 
 
@@ -129,7 +127,7 @@ def test_length_and_intervals_may_change(finished, tmp_path):
     out = tmp_path / "longer"
     shutil.copytree(finished, out)
     train(load_config("digits", [*TINY, "train.steps=8", "train.log_every=2"]), out)
-    assert (out / "checkpoints" / "step_00000008").is_dir()
+    assert (out / "checkpoints" / "step_00000008.pt").is_file()
     assert load_config(str(out / "config.yaml")).train.steps == 8
     steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4, 5, 6, 8]

@@ -39,16 +39,15 @@ def save_checkpoint(folder: Path, state: dict[str, Any], keep: int = 2) -> Path:
     try:
         with atomic_write(path) as part, part.open("wb") as file:
             torch.save(state, file)
-        later = [other for other in checkpoints_in(folder) if step_of(other) > state["step"]]  # Those are damaged.
-        for other in [*later, *checkpoints_in(folder)[:-keep]]:
-            other.unlink(missing_ok=True)
+        for old in [other for other in checkpoints_in(folder) if step_of(other) <= state["step"]][:-keep]:
+            old.unlink(missing_ok=True)  # Later ones are damaged, and are replaced when their step comes again.
     except (OSError, RuntimeError, UserError) as error:
-        # PyTorch's writer may hide the system's refusal behind an error of its own.
-        hidden = isinstance(error, RuntimeError) and isinstance(error.__context__, OSError)
-        cause = error.__context__ if hidden and error.__context__ else error
-        kept = [other for other in checkpoints_in(folder) if other != path]
+        # What the system refused may be hidden behind an error of PyTorch's writer or of ours.
+        causes = (error, error.__cause__, error.__context__)
+        cause = next((cause for cause in causes if isinstance(cause, OSError)), error)
+        kept = checkpoints_in(folder)
         left = f"the checkpoint {kept[-1]} is intact" if kept else "there is no earlier checkpoint"
-        raise UserError(f"cannot save the checkpoint {path.name}: {reason(cause)}; {left}") from error
+        raise UserError(f"cannot save the checkpoint {path}: {reason(cause)}; {left}") from error
     return path
 
 
