@@ -30,6 +30,7 @@ PIECES = {
     "numpy.dtype": lambda name, *_: np.dtype(name, copy=True),  # What follows in the file changes a copy only.
     "_codecs.encode": lambda text, _: text.encode("latin1"),  # Python 3 writes bytes for Python 2 in this way.
 }
+REFUSED = (pickle.BYTEARRAY8[0], pickle.DUP[0])  # Neither instruction is one of an array's.
 
 
 def load_cifar10(config: DataConfig, seed: int = 0) -> Dataset:
@@ -44,13 +45,26 @@ def load_cifar10(config: DataConfig, seed: int = 0) -> Dataset:
     return image_dataset(config, seed, _read_split(folder, TRAIN), _read_split(folder, TEST), CLASS_NAMES, 3, SIZE)
 
 
+class Memo(dict[int, Any]):
+    """The values that a pickle uses again. Nested values that hold each other twice would take 2**depth steps."""
+
+    def __getitem__(self, key: int) -> Any:
+        if isinstance(value := super().__getitem__(key), (tuple, list, dict, set, frozenset)):
+            raise pickle.UnpicklingError(f"uses a {type(value).__name__} twice, which no image needs")
+        return value
+
+
 class ArrayUnpickler(pickle._Unpickler):
     """Reads plain data and arrays. A pickle can call whatever it refers to, so everything else is refused.
 
     The unpickler in C takes as much memory as a few bytes of a file ask it to; this one in Python only for bytearrays.
     """
 
-    dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]}
+    dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items() if code not in REFUSED}
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file, encoding="bytes")
+        self.memo = Memo()
 
     def find_class(self, module: str, name: str) -> Any:
         if f"{module}.{name}" not in PIECES:
@@ -67,7 +81,7 @@ def read_batch(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     try:
         if path.stat().st_size > MOST_BYTES:
             raise ValueError(f"it has {path.stat().st_size} bytes, expected at most {MOST_BYTES}")
-        batch = ArrayUnpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
+        batch = ArrayUnpickler(io.BytesIO(path.read_bytes())).load()
         content = batch if isinstance(batch, dict) else {}
         pixels, numbers = content.get(b"data"), content.get(b"labels")
         if not isinstance(pixels, np.ndarray) or type(numbers) is not list or {*map(type, numbers)} != {int}:
