@@ -53,7 +53,7 @@ def _dtype(name: str | bytes, *_: Any) -> Bytes:
     return Bytes()
 
 
-PIECES = {  # What the pickle of an array refers to, and what stands for it.
+PIECES: dict[str, Any] = {  # What the pickle of an array refers to, and what stands for it.
     "numpy.core.multiarray._reconstruct": lambda *_: Bytes(),
     "numpy._core.multiarray._reconstruct": lambda *_: Bytes(),
     "numpy.ndarray": Bytes,
