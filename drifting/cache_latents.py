@@ -105,6 +105,8 @@ def cache_latents(
     try:
         destination.mkdir(parents=True, exist_ok=True)
         index |= _earlier_index(destination, index["settings"])
+        if index["complete"]:
+            return index
         _write_index(destination, index)
         for name, split in splits.items():
             _cache_split(destination, index, name, split, encode, batch_size, workers)

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import sys
 from itertools import islice
 from pathlib import Path
@@ -265,7 +266,8 @@ def test_training_does_without_the_vae(source, tmp_path, monkeypatch, capsys):
     cache(source, tmp_path / "out")
     monkeypatch.setitem(sys.modules, "diffusers", None)
     assert training.main(["--out", str(tmp_path / "run"), f"data.path={tmp_path / 'out'}", *TINY]) == 0
-    assert "no picture at step 2: latents need the Stable Diffusion VAE" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert re.search(r"no picture at step 2: .*diffusers, which is not installed.*drifting\[imagenet\]", told)
     assert (tmp_path / "run" / "model.safetensors").is_file()
 
 
@@ -297,8 +299,9 @@ def test_a_broken_diffusers_is_told_in_one_line(monkeypatch):
 
     vae._load_vae.cache_clear()
     monkeypatch.setitem(sys.modules, "diffusers", Diffusers())
-    with pytest.raises(UserError, match=r"cannot be imported: .*drifting\[imagenet\].*torchvision::nms does not exist"):
+    with pytest.raises(UserError, match="VAE .*torchvision::nms does not exist") as caught:
         vae.encode_images(torch.zeros(1, 3, 8, 8))
+    assert "\n" not in str(caught.value)
 
 
 def test_the_vae_is_applied_as_published(monkeypatch):

@@ -175,7 +175,8 @@ def test_a_broken_image_is_told_in_one_line(workers):
     assert str(caught.value) == "there.jpg cannot be decoded"
 
 
-def test_a_dead_worker_is_reported():
+def test_a_dead_worker_is_reported(monkeypatch):
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)  # Five seconds are waited otherwise.
     with pytest.raises(UserError, match="a process that reads data died .*worker.*(killed|exited)"):
         next(training_batches(Faulty(lambda: os.kill(os.getpid(), signal.SIGKILL)), 5, seed=0, workers=1))
 

@@ -554,6 +554,11 @@ batches = st.builds(
 )
 
 
+def nested_tuples(depth: int) -> bytes:
+    """A dictionary with a key of ``depth`` tuples, each twice in the next: its hash takes 2**depth steps."""
+    return b"\x80\x02}(K\x01" + b"2\x86" * depth + b"K\x01u."
+
+
 def test_cifar10(tmp_path):
     path = tmp_path / "batch"
     write_batch(path, pixels(2, 32, 32, 3), [3, 9])
@@ -563,6 +568,8 @@ def test_cifar10(tmp_path):
         @fuzzed
         @given(st.one_of(st.just(content), batches.map(pickled)), changes)
         @example(b"\x80\x02]r\xff\xff\xff\x7f.", [])  # a memo of 2³¹ entries: 34 GB in Python's unpickler
+        @example(nested_tuples(64), [])
+        @example(b"\x80\x02}(" + b"K\x01" + b"q\x00h\x00\x86" * 64 + b"K\x01u.", [])  # the same by way of the memo
         @example(b"\x80\x02Nt.", [])  # a tuple from a mark that is not there
         @example(b"\x80\x04\x8e\xff\xff\xff\xff\x07\x00\x00\x00x.", [])  # 34 GB of bytes announced
         @example(b"\x80\x05\x96\xff\xff\xff\xff\x07\x00\x00\x00x.", [])  # and of mutable ones

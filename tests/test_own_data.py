@@ -222,7 +222,7 @@ WRONG = {
     "float": ((labelled(0.5), labelled(0.5)), "it has the label 0.5, expected an integer or text"),
     "vectors": ((TensorDataset(points(2, 2), points(2, 2)), labelled(1)), r"it has the label \[.*, expected an int"),
     "some labels": ((labelled(1, None, 2), labelled(1)), "it has 2 labels of 3 training samples, expected one of each"),
-    "range": (Items([X] * 50, pixel_range=(0, 1)), r"pixel_range is \(0, 1\) of samples \[2\], expected two numbers"),
+    "range": (Items([X] * 50, pixel_range=(0, 1)), r"pixel_range is \(0, 1\), expected \(black, white\)"),
     "broken": ((Items({5: X}), Items([X])), "sample 0 of the training data cannot be used: KeyError: 0"),
 }  # fmt: skip
 

@@ -89,6 +89,30 @@ def test_state_dict_restores_contents_and_order():
         SampleQueue(4, CLASSES, (1, 2, 2)).load_state_dict(queue.state_dict())
 
 
+@pytest.mark.parametrize("shape", [(), (5,), (2, 3, 4, 5)], ids=str)
+def test_samples_of_any_shape(shape):
+    queue = SampleQueue(4, 2, shape, unconditional_queue_size=6)
+    samples = torch.randn(7, *shape)
+    queue.add(samples, torch.tensor([0, 1, 0, 0, 1, 0, 0]))
+    drawn = queue.sample(torch.tensor([1, 0]), 4)
+    assert drawn.shape == (2, 4, *shape) and queue.sample_unconditional(3).shape == (3, *shape)
+    for row, held in zip(drawn.flatten(2) if shape else drawn[..., None], ([1, 4], [2, 3, 5, 6]), strict=True):
+        assert all(any(torch.equal(x, samples[i].flatten()) for i in held) for x in row)
+
+
+def test_a_part_of_the_labels_is_drawn_as_in_the_whole():
+    """Ranks draw for all labels and take their own."""
+    queue, _ = filled(6, [[0, 1, 2, 0, 1, 0]])
+    labels = torch.tensor([0, 1, 2, 0])
+
+    def draw(part: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        generator = torch.Generator().manual_seed(3)
+        return queue.sample(labels, 3, generator, part), queue.sample_unconditional(4, generator, part)
+
+    whole, half = draw(slice(None)), draw(slice(2, 4))
+    assert all(torch.equal(w[2:4], h) for w, h in zip(whole, half, strict=True))
+
+
 def test_errors_name_what_is_wrong():
     queue, _ = filled(3, [[0, 0]])
     with pytest.raises(ValueError, match="no samples of class 2"):

@@ -1,6 +1,5 @@
 """A user's own data set, by the name ``module:Name``, as one of ours."""
 
-from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -16,10 +15,8 @@ from .labels import all_labels, number_splits, sample_of, tell_numbers
 
 PROBED = 1000  # At most so many training samples tell the range of pixels.
 PIXEL_RANGES = ((0.0, 1.0), (-1.0, 1.0))  # The first that holds all values is that of images.
-PARTS = ("training", "test")
 UNSAID = object()
 PASSED_ON = ("path", "image_size", "flip", "crop", "subset", "label_column")
-Range = tuple[float, float]
 
 
 class OwnSplit(Split):
@@ -89,7 +86,7 @@ def _dataset(name: str, made: Any) -> Dataset:
         if not len(parts[1]):
             raise UserError(f"{len(made)} samples are too few to test with some: give a pair (training, test)")
         sources = tuple(Subset(made, part.tolist()) for part in parts)
-    train, test = (OwnSplit(source, part) for source, part in zip(sources, PARTS, strict=True))
+    train, test = (OwnSplit(source, part) for source, part in zip(sources, ("training", "test"), strict=True))
     if train.shape != test.shape:
         raise UserError(f"training samples have the shape {list(train.shape)}, test samples {list(test.shape)}")
     class_names = _number_labels(train, test)
@@ -111,18 +108,20 @@ def _number_labels(train: OwnSplit, test: OwnSplit) -> tuple[str, ...]:
     return tuple(map(str, names))
 
 
-def _pixel_range(train: OwnSplit, said: Any) -> Range | None:
-    """The values of black and white if samples are images ``[C, H, W]``, or what the data set has ``said``."""
-    samples = map(train.sample, range(0, len(train), -(-len(train) // PROBED)), repeat(None))
-    lows, highs = zip(*(sample.aminmax() for sample in samples), strict=True)
+def _pixel_range(train: OwnSplit, said: Any) -> tuple[float, float] | None:
+    """The values of black and white in images ``[1 or 3, H, W]``; None of other samples.
+
+    Some samples tell it unless the data set has ``said`` it.
+    """
+    values = [train.sample(index, None).aminmax() for index in range(0, len(train), -(-len(train) // PROBED))]
+    low, high = float(min(pair.min for pair in values)), float(max(pair.max for pair in values))
     is_image = len(train.shape) == 3 and train.shape[0] in (1, 3)
-    if said is not None and said is not UNSAID:
-        low, high = said
-        if not is_image or not low < high:
-            raise UserError(
-                f"pixel_range is {said} of samples {list(train.shape)}, expected two numbers, the first of which is "
-                "less, of images [1 or 3, H, W]; or None"
-            )
-        return float(low), float(high)
-    fitting = (pair for pair in PIXEL_RANGES if pair[0] <= min(lows) and max(highs) <= pair[1])
-    return next(fitting, None) if is_image and said is UNSAID else None
+    if said is UNSAID:
+        ranges = PIXEL_RANGES if is_image else ()
+        return next((pair for pair in ranges if pair[0] <= low and high <= pair[1]), None)
+    if said is None:
+        return None
+    black, white = said
+    if not is_image or not black < white:
+        raise UserError(f"its pixel_range is {said}, expected (black, white) of images [1 or 3, H, W], or None")
+    return float(black), float(white)
