@@ -214,11 +214,6 @@ def compile_elsewhere(name: str) -> dict[str, dict[str, int]]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-# Targets lie in groups of their own, so that pytest-xdist compiles for them at the same time.
-TESTED_TARGETS = TARGETS if EVERY_KERNEL else USUAL_TARGETS
-TESTED = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in TESTED_TARGETS]
-
-
 def test_usual_cases_launch_every_kernel():
     def kernels(names: list[str]) -> set[tuple[str, str]]:
         """Regime and kernel of names such as "streaming D=2, highest, 0 statistics_kernel"."""
@@ -229,7 +224,7 @@ def test_usual_cases_launch_every_kernel():
         assert kernels(every_name) == kernels([name for name in every_name if name.startswith(USUAL_NAMES)])
 
 
-@pytest.mark.parametrize("target", TESTED)
+@pytest.mark.parametrize("target", TARGETS if EVERY_KERNEL else USUAL_TARGETS)
 def test_within_budget(target):
     budgets, found = json.loads(BUDGETS.read_text()), compile_elsewhere(target)
     budget = budgets[target]
