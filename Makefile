@@ -1,7 +1,7 @@
 # make train   set up .venv and train the digits model
 # make test    set up .venv and run the linters, the type checker and all tests
-# make test-kernels   what make test leaves out for its length: every Triton kernel, compiled for every GPU and precision
-#              (12 minutes of two cores); to be run before a change to kernels lands
+# make test-kernels   to be run before a change to kernels lands, for what make test leaves out: every kernel for every
+#              GPU and precision, what autotuning may choose, and more cases of the interpreted kernels
 # make bench   time the operator against dense PyTorch
 # make soak    what make test does a little of, at length: 10,000 cases of each fuzz test, a run killed 20 times, and one
 #              of 30 minutes, whose memory must stay flat
@@ -32,8 +32,12 @@ test: lint
 		tests/test_triton_group.py tests/test_triton_streaming.py tests/test_golden.py tests/test_operator.py \
 		-k "test_triton or (triton and not large and not 700 and (drift_loss_ or $(INTERPRETED)))"
 
+test-kernels: export DRIFT_EVERY_KERNEL := 1
 test-kernels: $(VENV)/installed-dev
-	DRIFT_EVERY_KERNEL=1 $(PYTEST) --dist load tests/test_triton_compile.py
+	$(PYTEST) --dist load tests/test_triton_compile.py
+	$(PYTEST) --dist loadfile tests/test_cuda_build.py tests/test_cuda_emulated.py tests/test_triton_autotune.py
+	TRITON_INTERPRET=1 DRIFT_OPS_REQUIRE=triton $(PYTEST) --dist worksteal \
+		tests/test_triton_group.py tests/test_triton_streaming.py
 
 lint: $(VENV)/installed-dev
 	$(RUN) -m ruff check .

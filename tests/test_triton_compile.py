@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import EVERY_KERNEL
 
 pytest.importorskip("triton")
 import triton  # noqa: E402
@@ -34,7 +35,6 @@ TARGETS = {  # and the shared memory of a program
     "gfx942": (GPUTarget("hip", "gfx942", 64), 65536),
 }
 WIDTHS = (0.5, 2.0)
-EVERY_KERNEL = os.environ.get("DRIFT_EVERY_KERNEL") == "1"
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
