@@ -1,5 +1,7 @@
 # make train   set up .venv and train the digits model
 # make test    set up .venv and run the linters, the type checker and all tests
+# make test-kernels   to be run before a change to kernels lands, for what make test leaves out: every kernel for every
+#              GPU and precision, what autotuning may choose, and more cases of the interpreted kernels
 # make bench   time the operator against dense PyTorch
 # make soak    what make test does a little of, at length: 10,000 cases of each fuzz test, a run killed 20 times, and one
 #              of 30 minutes, whose memory must stay flat
@@ -14,7 +16,10 @@ INPUTS := setup.py pyproject.toml constraints.txt $(wildcard csrc/* csrc/*/*)
 # make test and make bench fail, rather than skip, where the compiled backend cannot be used.
 export DRIFT_OPS_REQUIRE ?= cpu
 
-.PHONY: train test lint bench soak sanitize gpu-check clean
+# As many tests at a time as there are cores, each on one thread. Tests of a file share a process, and its fixtures.
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --benchmark-disable
+
+.PHONY: train test test-kernels lint bench soak sanitize gpu-check clean
 
 train: $(VENV)/installed
 	$(RUN) -m drifting.train
@@ -22,10 +27,17 @@ train: $(VENV)/installed
 # The second run has Triton's interpreter execute the kernels on the CPU.
 INTERPRETED := coinciding or origin or outlier or sharp or lone or without or finite or dtypes or lists or share
 test: lint
-	$(RUN) -m pytest
-	TRITON_INTERPRET=1 DRIFT_OPS_REQUIRE=triton $(RUN) -m pytest tests/test_triton_group.py tests/test_triton_streaming.py
-	TRITON_INTERPRET=1 DRIFT_OPS_REQUIRE=triton $(RUN) -m pytest tests/test_golden.py tests/test_operator.py \
-		-k "triton and not large and not 700 and (drift_loss_ or $(INTERPRETED))"
+	$(PYTEST) --dist loadfile --no-loadscope-reorder
+	TRITON_INTERPRET=1 DRIFT_OPS_REQUIRE=triton $(PYTEST) --dist worksteal \
+		tests/test_triton_group.py tests/test_triton_streaming.py tests/test_golden.py tests/test_operator.py \
+		-k "test_triton or (triton and not large and not 700 and (drift_loss_ or $(INTERPRETED)))"
+
+test-kernels: export DRIFT_EVERY_KERNEL := 1
+test-kernels: $(VENV)/installed-dev
+	$(PYTEST) --dist load tests/test_triton_compile.py
+	$(PYTEST) --dist loadfile tests/test_cuda_build.py tests/test_cuda_emulated.py tests/test_triton_autotune.py
+	TRITON_INTERPRET=1 DRIFT_OPS_REQUIRE=triton $(PYTEST) --dist worksteal \
+		tests/test_triton_group.py tests/test_triton_streaming.py
 
 lint: $(VENV)/installed-dev
 	$(RUN) -m ruff check .

@@ -20,7 +20,7 @@ load_error: str | None = None  # why the compiled module cannot be used
 try:
     _cuda = import_module("._cuda", __package__)
 except ImportError as error:
-    load_error = f"drift_ops._cuda cannot be imported ({error}); reinstall where nvcc is: pip install ."
+    load_error = f"drift_ops._cuda cannot be imported ({error}); reinstall where nvcc and a GPU are: pip install ."
 
 
 def why_not() -> str | None:

@@ -1,7 +1,10 @@
 """How the operator's tests make inputs, run a form on a backend and judge the error of what comes out."""
 
+import importlib.util
 import os
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -22,6 +25,7 @@ Tensors = dict[str, Tensor]
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # the Triton kernels run in Python, on CPU tensors
+EVERY_KERNEL = os.environ.get("DRIFT_EVERY_KERNEL") == "1"  # make test-kernels: what takes too long for every change
 
 
 def device_of(backend: str | None) -> str:
@@ -31,6 +35,15 @@ def device_of(backend: str | None) -> str:
 def skip_unless_served(backend: str, dtype: torch.dtype) -> None:
     if backend == "triton" and dtype == torch.float64:
         pytest.skip("the Triton kernels compute in float32")
+
+
+def load_library(path: Path) -> ModuleType:
+    """The compiled module in a file ``NAME.so``."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def points(*shape: int, shift: float = 0.0, seed: int = 0) -> Tensor:

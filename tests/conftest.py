@@ -7,7 +7,13 @@ import torch
 
 import drift_ops
 
+LONGEST = ("test_triton_compile.py", "test_cuda_build.py", "test_cuda_emulated.py")
 REQUIRED = [name for name in os.environ.get("DRIFT_OPS_REQUIRE", "").split(",") if name]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Has the longest files run first: they would keep the workers of pytest-xdist waiting at the end."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 def _backends_to_test() -> list[str]:

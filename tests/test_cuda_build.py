@@ -1,7 +1,8 @@
 """The CUDA kernels as nvcc builds them: registers and spills within tests/cuda_budgets.json, and a module that loads
 without a GPU. (Shared memory is all dynamic: the emulated device of test_cuda_emulated.py has as little as sm_80.)
 
-``python tests/test_cuda_build.py`` prints what the kernels need now, to be written to the budgets.
+``make test`` compiles for sm_90, ``make test-kernels`` for sm_80 as well. ``python tests/test_cuda_build.py`` prints
+what the kernels need now, to be written to the budgets.
 """
 
 import json
@@ -9,11 +10,15 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pybind11
 import pytest
 import torch
+from cases import EVERY_KERNEL, load_library
 
 import drift_ops
 from drift_ops import cuda
@@ -21,7 +26,11 @@ from drift_ops import cuda
 ROOT = Path(__file__).parents[1]
 BUDGETS = ROOT / "tests/cuda_budgets.json"
 NVCC = shutil.which("nvcc")
-FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xptxas", "-v", "-c", "-o", "/dev/null"]
+FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v"]
+FLAGS += [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_paths()["include"])]
+TARGETS = (80, 90) if EVERY_KERNEL else (90,)
+
+pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not on PATH")
 
 Resources = dict[str, dict[str, dict[str, int]]]  # target, kernel, resource
 
@@ -36,29 +45,51 @@ def kernel_name(mangled: str) -> str:
     return f"{name}<{', '.join(filter(None, arguments.groups()))}>" if arguments else name
 
 
-def resources() -> Resources:
-    """What ptxas says every kernel needs on sm_80 and sm_90."""
+def build(folder: Path, targets: tuple[int, ...] = TARGETS) -> tuple[Path, str]:
+    """The module, and what ptxas says about its kernels."""
+    codes = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in targets]
 
-    def compile_source(source: Path) -> str:
-        targets = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in (80, 90)]
-        done = subprocess.run([NVCC, *FLAGS, *targets, source], capture_output=True, text=True)
+    def compile_source(source: Path) -> tuple[Path, str]:
+        target = folder / f"{source.name}.o"
+        done = subprocess.run([NVCC, *FLAGS, *codes, "-c", source, "-o", target], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        return done.stderr
+        return target, done.stderr
 
+    sources = [*ROOT.glob("csrc/cuda/*.cu"), ROOT / "csrc/cuda/module.cpp"]
     with ThreadPoolExecutor(2) as pool:
-        logs = "".join(pool.map(compile_source, sorted(ROOT.glob("csrc/cuda/*.cu"))))
+        objects, logs = zip(*pool.map(compile_source, sources), strict=True)
+    subprocess.run([NVCC, "-shared", "-cudart", "static", *objects, "-o", folder / "_cuda.so"], check=True)
+    return folder / "_cuda.so", "".join(logs)
+
+
+def resources(logs: str) -> Resources:
+    """What every kernel needs on each target."""
     entry = (
         r"entry function '(\w+)' for '(sm_\d+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) reg"
     )
-    found: Resources = {"sm_80": {}, "sm_90": {}}
+    found: Resources = {}
     for mangled, target, stores, loads, registers in re.findall(entry, logs, re.DOTALL):
-        found[target][kernel_name(mangled)] = {"registers": int(registers), "spilled bytes": int(stores) + int(loads)}
+        found.setdefault(target, {})[kernel_name(mangled)] = {
+            "registers": int(registers),
+            "spilled bytes": int(stores) + int(loads),
+        }
     return found
 
 
-@pytest.mark.skipif(NVCC is None, reason="nvcc is not on PATH")
-def test_budgets():
-    budgets, needed = json.loads(BUDGETS.read_text()), resources()
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> tuple[Path, str]:
+    return build(tmp_path_factory.mktemp("cuda"))
+
+
+@pytest.fixture
+def module(built, monkeypatch):
+    """Has drift_ops use what was built, whether or not its installation left the CUDA kernels out."""
+    monkeypatch.setattr(cuda, "_cuda", load_library(built[0]))
+
+
+def test_budgets(built):
+    budgets, needed = json.loads(BUDGETS.read_text()), resources(built[1])
+    assert needed.keys() == {f"sm_{n}" for n in TARGETS}
     for target, kernels in needed.items():
         assert kernels.keys() == budgets[target].keys(), (
             f"{target}: kernels without a budget, or budgets without a kernel"
@@ -69,21 +100,20 @@ def test_budgets():
                 assert amount <= allowed, f"{kernel} on {target}: {amount} {resource}, allowed {allowed}"
 
 
-@pytest.mark.skipif(cuda.load_error is not None, reason=f"drift_ops._cuda was not built: {cuda.load_error}")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_loads_without_a_gpu():
+def test_loads_without_a_gpu(module):
     status = drift_ops.backends()["cuda"]
     assert not status.usable and status.reason == "no CUDA device"
     with pytest.raises(ValueError, match="'cuda' cannot be used here: no CUDA device"):
         drift_ops.drift_field(torch.ones(2, 3), torch.ones(2, 3), temperature=1.0, backend="cuda")
 
 
-@pytest.mark.skipif(cuda.load_error is not None, reason=f"drift_ops._cuda was not built: {cuda.load_error}")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_cuda_errors_reach_python():
+def test_cuda_errors_reach_python(module):
     with pytest.raises(RuntimeError, match="drift_ops._cuda: cudaGetDevice: "):
         cuda.affinity_sums(*[torch.ones(1, 2, 3)] * 3, None, "laplace", [1.0], 1.0, 0, False, 0.0)
 
 
 if __name__ == "__main__":
-    json.dump(resources(), sys.stdout, indent=2)
+    with tempfile.TemporaryDirectory() as folder:
+        json.dump(resources(build(Path(folder), (80, 90))[1]), sys.stdout, indent=2)

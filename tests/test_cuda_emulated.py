@@ -3,7 +3,6 @@
 csrc/cuda is compiled by a C++ compiler against tests/cuda_emulation, which runs every thread of a block as a fiber.
 """
 
-import importlib.util
 import shutil
 import subprocess
 import sysconfig
@@ -15,7 +14,17 @@ import cases
 import pybind11
 import pytest
 import torch
-from cases import check, compute_V_inputs, field_inputs, loss_inputs, points, relative_error, run, unaligned
+from cases import (
+    check,
+    compute_V_inputs,
+    field_inputs,
+    load_library,
+    loss_inputs,
+    points,
+    relative_error,
+    run,
+    unaligned,
+)
 
 import drift_ops
 from drift_ops import cuda
@@ -43,11 +52,7 @@ def emulated(tmp_path_factory):
         objects = list(pool.map(compile_source, [*ROOT.glob("csrc/cuda/*.cu"), ROOT / "csrc/cuda/module.cpp"]))
     library = folder / "_cuda.so"
     subprocess.run([COMPILER, "-shared", *objects, "-o", library], check=True)
-    spec = importlib.util.spec_from_file_location("_cuda", library)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_library(library)
 
 
 @pytest.fixture(autouse=True)

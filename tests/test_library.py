@@ -107,10 +107,11 @@ def test_compile_lists_of_maps(backend):
         torch.testing.assert_close(a, b)
 
 
-@every_form
-def test_compile_does_not_trace_how_a_backend_is_chosen(monkeypatch, function, tensors, options):
+@pytest.mark.parametrize("form", ["compute_V", "drift_field", "drift_loss"])
+def test_compile_does_not_trace_how_a_backend_is_chosen(monkeypatch, form):
     """Looking at the machine takes calls that dynamo cannot trace."""
     torch._dynamo.reset()
+    function, tensors, options = FORMS[form]
     why_not = import_module("drift_ops.backends")._WHY_NOT
     monkeypatch.setitem(why_not, "cpu", lambda: torch._dynamo.graph_break() or cpu.load_error)
     tensors = float32(tensors, "cpu")

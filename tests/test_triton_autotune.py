@@ -79,8 +79,7 @@ def observed(cache: Path, setting: str | None) -> dict[str, Any]:
     environment |= {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache), "PYTHONPATH": os.pathsep.join(sys.path)}
     environment |= {} if setting is None else {"DRIFT_OPS_AUTOTUNE": setting}
     done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment)
-    if done.returncode:
-        return {"error": done.stderr}
+    assert done.returncode == 0, done.stderr
     return {name: [tuple(event) for event in events] for name, events in json.loads(done.stdout).items()}
 
 
@@ -88,9 +87,23 @@ def used_for(what: str, events: list[tuple[str, dict[str, int]]]) -> list[dict[s
     return [used for event, used in events if event == what]
 
 
-@pytest.mark.parametrize("setting", [None, "0"])
-def test_fixed_configuration_unless_asked(tmp_path, setting):
-    assert set(map(repr, observed(tmp_path, setting).values())) == {repr([("launched", FIXED)])}
+def test_fixed_configuration_unless_asked(tmp_path):
+    assert set(map(repr, observed(tmp_path, None).values())) == {repr([("launched", FIXED)])}
+
+
+@pytest.mark.parametrize("setting", [None, "", "0", "1", "yes"])
+def test_settings(monkeypatch, setting):
+    from drift_ops.triton.autotune import wanted
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delenv("DRIFT_OPS_AUTOTUNE", raising=False)
+    if setting is not None:
+        monkeypatch.setenv("DRIFT_OPS_AUTOTUNE", setting)
+    if setting == "yes":
+        with pytest.raises(ValueError, match="DRIFT_OPS_AUTOTUNE: got 'yes', expected 0 or 1"):
+            wanted.__wrapped__()
+    else:
+        assert wanted.__wrapped__() == (setting == "1")
 
 
 def test_chooses_the_fastest_that_runs_and_keeps_it(tmp_path):
@@ -109,10 +122,6 @@ def test_chooses_the_fastest_that_runs_and_keeps_it(tmp_path):
     for name in ("first", "larger", "bfloat16", "second", "captured"):
         assert not used_for("timed", later[name]), f"{name}: not read from the disk"
         assert later[name][-1] == ("launched", FASTEST), name
-
-
-def test_unknown_setting(tmp_path):
-    assert "DRIFT_OPS_AUTOTUNE: got 'yes', expected 0 or 1" in observed(tmp_path, "yes")["error"]
 
 
 def test_neighbours():

@@ -2,6 +2,9 @@
 
 No GPU is needed: the launchers run on tensors without memory, and what they would launch is compiled. The budget is
 ``triton_budgets.json``; ``python tests/test_triton_compile.py --write`` records it anew.
+
+``make test`` compiles every kernel once for USUAL_TARGETS, by USUAL_CASES. ``make test-kernels`` sets
+DRIFT_EVERY_KERNEL=1, and compiles every case at every precision for every target, and what autotuning may choose.
 """
 
 import itertools
@@ -18,6 +21,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import EVERY_KERNEL
 
 pytest.importorskip("triton")
 import triton  # noqa: E402
@@ -97,8 +101,18 @@ EXACT_CASES: dict[str, Callable[[], None]] = {  # with products rounded as "high
 }
 
 
-NEIGHBOURS_OF = ("streaming D=256", "group loss D=256")  # whose configurations' neighbours, for autotuning, compile too
-ONE_OF = 8  # of them for each target: all would take minutes
+USUAL_TARGETS = ("sm_80", "sm_90")
+USUAL_CASES = (  # at "highest": every kernel with products, and those that take differences at few dimensions
+    "streaming D=256",
+    "streaming loss D=256",
+    "group loss D=256",
+    "group field D=256",
+    "streaming D=2",
+    "group loss D=2",
+)
+USUAL_NAMES = tuple(f"{case}, highest, " for case in USUAL_CASES)  # what their kernels' names begin with
+NEIGHBOURS_OF = ("streaming D=256", "group loss D=256")  # cases whose configurations' neighbours compile, too
+ONE_OF = 8  # neighbours is compiled for each target: all would take minutes
 
 
 class Driver:
@@ -128,22 +142,35 @@ def compile_all(name: str) -> dict[str, dict[str, int]]:
     triton.runtime.driver.set_active(Driver(target))
     limits = launch.Limits(amd, shared_bytes, tensor_memory=name == "sm_100")
     launch.limits = lambda device: limits  # type: ignore[assignment]
-    launched, found, original = [], {}, JITFunction.run
+    launched: list[tuple[str, Any]] = []
+    found: dict[str, dict[str, int]] = {}
+    measured: dict[str, dict[str, int]] = {}
+    original = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         kernel = original(self, *args, grid=grid, warmup=True, **kwargs)
         launched.append((self.__name__, kernel))
 
     JITFunction.run = compile_only
-    for precision in ("highest",) if amd else ("highest", "high"):
+    for precision, case, call in calls(amd):
         torch.set_float32_matmul_precision(precision)
-        for case, call in (CASES | (EXACT_CASES if precision == "highest" else {})).items():
-            launched.clear()
-            call()
-            for n, (kernel_name, kernel) in enumerate(launched):
-                found[f"{case}, {precision}, {n} {kernel_name}"] = resources(kernel, amd)
-    compile_neighbours(list(TARGETS).index(name), limits)
+        launched.clear()
+        call()
+        for n, (kernel_name, kernel) in enumerate(launched):
+            if kernel.hash not in measured:
+                measured[kernel.hash] = resources(kernel, amd)
+            found[f"{case}, {precision}, {n} {kernel_name}"] = measured[kernel.hash]
+    if EVERY_KERNEL:
+        compile_neighbours(list(TARGETS).index(name), limits)
     return found
+
+
+def calls(amd: bool) -> list[tuple[str, str, Callable[[], None]]]:
+    """Precision, name and call of each case to compile."""
+    exact = [("highest", case, call) for case, call in (CASES | EXACT_CASES).items()]
+    if not EVERY_KERNEL:
+        return [call for call in exact if call[1] in USUAL_CASES]
+    return exact if amd else exact + [("high", case, call) for case, call in CASES.items()]
 
 
 def compile_neighbours(turn: int, limits: Any) -> None:
@@ -187,24 +214,27 @@ def compile_elsewhere(name: str) -> dict[str, dict[str, int]]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def compile_for_all_targets() -> dict[str, dict[str, dict[str, int]]]:
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        return dict(zip(TARGETS, pool.map(compile_elsewhere, TARGETS), strict=True))
+def test_usual_cases_launch_every_kernel():
+    def kernels(names: list[str]) -> set[tuple[str, str]]:
+        """Regime and kernel of names such as "streaming D=2, highest, 0 statistics_kernel"."""
+        return {(name.split()[0], name.split()[-1]) for name in names}
+
+    for target in USUAL_TARGETS:
+        every_name = list(json.loads(BUDGETS.read_text())[target])
+        assert kernels(every_name) == kernels([name for name in every_name if name.startswith(USUAL_NAMES)])
 
 
-@pytest.fixture(scope="module")
-def found() -> dict[str, dict[str, dict[str, int]]]:
-    return compile_for_all_targets()
-
-
-@pytest.mark.parametrize("target", TARGETS)
-def test_within_budget(target, found):
-    budget = json.loads(BUDGETS.read_text())
-    assert found[target].keys() == budget[target].keys(), f"other kernels than in {BUDGETS.name}: see its docstring"
+@pytest.mark.parametrize("target", TARGETS if EVERY_KERNEL else USUAL_TARGETS)
+def test_within_budget(target):
+    budgets, found = json.loads(BUDGETS.read_text()), compile_elsewhere(target)
+    budget = budgets[target]
+    if not EVERY_KERNEL:
+        budget = {name: allowed for name, allowed in budget.items() if name.startswith(USUAL_NAMES)}
+    assert found.keys() == budget.keys(), f"other kernels than in {BUDGETS.name}: see the docstring above"
     problems = []
-    for name, used in found[target].items():
-        allowed = dict(budget[target][name])
-        if triton.__version__ != budget["triton"]:  # another compiler may use somewhat more
+    for name, used in found.items():
+        allowed = dict(budget[name])
+        if triton.__version__ != budgets["triton"]:  # another compiler may use somewhat more
             allowed |= {"registers": 512 if target == "gfx942" else 255, "shared": TARGETS[target][1]}
         allowed["shared"] = min(allowed["shared"], TARGETS[target][1])
         if any(used[what] > allowed[what] for what in used):
@@ -215,9 +245,11 @@ def test_within_budget(target, found):
 
 
 def write_budgets() -> None:
-    """One kernel a line."""
+    """Writes one kernel a line."""
     targets = []
-    for target, kernels in compile_for_all_targets().items():
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        found = dict(zip(TARGETS, pool.map(compile_elsewhere, TARGETS), strict=True))
+    for target, kernels in found.items():
         lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(used)}" for name, used in kernels.items())
         targets.append(f'  "{target}": {{\n{lines}\n  }}')
     BUDGETS.write_text(f'{{\n  "triton": "{triton.__version__}",\n' + ",\n".join(targets) + "\n}\n")
@@ -225,6 +257,7 @@ def write_budgets() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "--write":
+        os.environ["DRIFT_EVERY_KERNEL"] = "1"  # for the processes that compile
         write_budgets()
     else:
         print(json.dumps(compile_all(sys.argv[1])))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import DENSE_FACTOR, FLOOR, INTERPRETED, loss_phases, points, rms, unaligned, weights
+from cases import DENSE_FACTOR, EVERY_KERNEL, FLOOR, INTERPRETED, loss_phases, points, rms, unaligned, weights
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -17,6 +17,10 @@ if not INTERPRETED and not torch.cuda.is_available():
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 F32 = torch.float32
+NEIGHBOURS = [
+    ("BLOCK_Q", 0.5), ("BLOCK_Q", 2), ("BLOCK_K", 2), ("BLOCK_K", 0.5),
+    ("BLOCK_D", 0.5), ("BLOCK_D", 2), ("BLOCK_V", 2), ("BLOCK_V", 0.5),
+]  # fmt: skip
 LIMITS = launch.Limits(amd=False, shared_bytes=232448)
 
 
@@ -88,7 +92,9 @@ def make(G: int, N: int, M: int, D: int, weighted: bool, shared: bool) -> list[T
     return [q, k, v, *([weights(G, M, seed=4)] if weighted else [])]
 
 
-@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=20 if EVERY_KERNEL else 6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
 @given(
     G=st.sampled_from([1, 2]),
     N=st.integers(1, 24),
@@ -130,8 +136,7 @@ def test_all_dimensions_in_a_tile(monkeypatch):
     check([q, k, k], ("laplace", (1.0,), 1.0, 0, True, 0.0))
 
 
-@pytest.mark.parametrize("times", [0.5, 2])
-@pytest.mark.parametrize("block", ["BLOCK_Q", "BLOCK_K", "BLOCK_D", "BLOCK_V"])
+@pytest.mark.parametrize("block, times", NEIGHBOURS if EVERY_KERNEL else NEIGHBOURS[::2])
 def test_blocks_that_autotuning_may_choose(monkeypatch, block, times):
     def start(kernel, grid, *args, configuration, **options):
         other = configuration | {block: int(times * configuration.get(block, 0))}
