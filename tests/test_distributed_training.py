@@ -3,22 +3,26 @@
 import subprocess
 import sys
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from drifting.training.parallel import unsharded
 from run_records import read_records
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-from drifting.config.reading import load_config
+from drifting.config import PretrainConfig, load_config
+from drifting.config.schema import MAELossConfig, MAEOptimizerConfig, MAEStepConfig, TrainConfig
 from drifting.errors import UserError
 from drifting.hub.run_directory import RunDirectory
 from drifting.models import MAE, DriftingDiT
 from drifting.train import main as command_line
 from drifting.training import MAETrainer, create_trainer
+from drifting.training.checkpoint import load_checkpoint, save_checkpoint
 from drifting.training.distributed import Ranks
 from drifting.training.loop import opened_run
+from drifting.training.optimization import WHOLE
 
 STEPS, BATCH, CLASSES = 20, 16, 6
 MAE_STEPS = 2  # an encoder's ReLUs turn differences of rounding into others soon
@@ -71,8 +75,19 @@ def batch(step: int, ranks: Ranks) -> tuple[torch.Tensor, torch.Tensor]:
 def train(trainer):
     """Metrics of each step, and at the end weights, averages and queue."""
     metrics = [trainer.train_step(*batch(step, trainer.ranks)) for step in range(STEPS)]
-    weights = [dict(model.state_dict()) for model in (unsharded(trainer.model), *trainer.ema_models.values())]
-    return metrics, weights, trainer.sample_queue.state_dict()
+    return metrics, weights_of(trainer), trainer.groups.queue.state_dict()
+
+
+def weights_of(trainer):
+    """The network's weights and those of its averages, whole, on every rank."""
+    modules = [trainer.model, *(average.module for average in trainer.weights.averages.values())]
+    states = [get_model_state_dict(module, options=WHOLE) for module in modules]
+    return [{name: tensor.clone() for name, tensor in state.items()} for state in states]
+
+
+def save(trainer, folder):
+    state = trainer.state_dict()
+    trainer.ranks.on_main(lambda: save_checkpoint(Path(folder), state))
 
 
 def pretrain(trainer):
@@ -84,9 +99,13 @@ def pretrain(trainer):
 def make_mae_trainer(ranks):
     torch.manual_seed(0)
     model = MAE(2, base_channels=32, layers=(1, 1, 1, 1), num_classes=CLASSES).double()
-    settings = dict(mask_ratio_range=(0.3, 0.7), lambda_cls=0.1, learning_rate=1e-3, warmup_steps=5, device="cpu")
-    at_once = 3 if ranks.size == 2 else None
-    return MAETrainer(model, STEPS, ranks=ranks, images_at_once=at_once, **settings)
+    config = PretrainConfig(
+        loss=MAELossConfig(mask_ratio_range=[0.3, 0.7], lambda_cls=0.1),
+        step=MAEStepConfig(images_at_once=3 if ranks.size == 2 else None),
+        optimizer=MAEOptimizerConfig(learning_rate=1e-3, warmup_steps=5),
+        train=TrainConfig(steps=STEPS),
+    )
+    return MAETrainer(model, config, "cpu", ranks)
 
 
 def worker(rank: int, directory: str) -> None:
@@ -99,8 +118,19 @@ def worker(rank: int, directory: str) -> None:
             ranks = Ranks(rank, size, group, group)
             for name, (settings, sizes) in RUNS.items():
                 if size in sizes:
-                    results[name, size] = train(make_trainer(ranks, **settings))
+                    trainer = make_trainer(ranks, **settings)
+                    results[name, size] = train(trainer)
+                    if name == "fsdp":
+                        save(trainer, f"{directory}/{size}")
             results["mae", size] = pretrain(make_mae_trainer(ranks))
+    dist.barrier()
+    for size, other in ((2, 4), (4, 2)):  # A run in shards goes on at other numbers of ranks, in shards or not.
+        if rank < other:
+            ranks = Ranks(rank, other, groups[other], groups[other])
+            trainers = [make_trainer(ranks, fsdp=fsdp, seed=9) for fsdp in (True, False)]
+            for trainer in trainers:
+                trainer.load_state_dict(load_checkpoint(Path(directory) / str(size)))
+            results["loaded", size, other] = [(t.step, weights_of(t), t.train_step(*batch(0, ranks))) for t in trainers]
     torch.save(results, f"{directory}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -112,7 +142,7 @@ def of_ranks(tmp_path_factory):
     directory = tmp_path_factory.mktemp("ranks")
     torch.multiprocessing.spawn(worker, (str(directory),), nprocs=4)
     ranks = [torch.load(directory / f"{rank}.pt") for rank in range(4)]
-    return {key: [results[key] for results in ranks[: key[1]]] for key in ranks[0]}
+    return {key: [results[key] for results in ranks[: key[-1]]] for key in ranks[0]}
 
 
 def assert_same(results, expected):
@@ -138,6 +168,19 @@ def test_ranks_take_the_same_steps(of_ranks, name, size):
     assert moved.abs().max() > 1e-5 and all(any("/scale" in key for key in metrics) for metrics in expected[0])
     for results in of_ranks[name, size]:
         assert_same(results, expected)
+
+
+@pytest.mark.parametrize("size, other", [(2, 4), (4, 2)])
+def test_a_run_goes_on_at_another_number_of_ranks(of_ranks, size, other):
+    """Weights and averages are those that were saved, to the last bit, and the next step is the same."""
+    saved = of_ranks["fsdp", size][0][1]
+    for of_rank in of_ranks["loaded", size, other]:
+        for step, weights, metrics in of_rank:
+            assert step == STEPS
+            for got, want in zip(weights, saved, strict=True):
+                assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
+            torch.testing.assert_close(metrics["loss"], of_rank[0][2]["loss"], rtol=1e-5, atol=1e-7)
+            assert metrics["grad_norm"] > 0
 
 
 @pytest.mark.parametrize("size", [2, 4])

@@ -86,9 +86,6 @@ def opened_run(
     with ExitStack() as stack:
 
         def open_and_lock() -> AnyConfig:
-            if config.train.batch_size % ranks.size:
-                batch = config.train.batch_size
-                raise UserError(f"train.batch_size is {batch}, expected a multiple of the {ranks.size} ranks")
             if not ranks.main:
                 return config
             run.samples.mkdir(parents=True, exist_ok=True)
@@ -96,6 +93,9 @@ def opened_run(
             return _config_in_force(run, config, asked)
 
         with ranks.agreed():
+            if config.train.batch_size % ranks.size:
+                batch = config.train.batch_size
+                raise UserError(f"train.batch_size is {batch}, expected a multiple of the {ranks.size} ranks")
             opened = ranks.on_all(open_and_lock)[0]
         yield opened
 
