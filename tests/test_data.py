@@ -19,6 +19,8 @@ from drifting.errors import UserError
 
 ROOMY = 28
 
+torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.2  # Else five seconds are waited for a worker that is dead.
+
 
 def images(count: int = 12, shape: tuple[int, ...] = (9, 9), **transform) -> ImageSplit:
     rng = np.random.default_rng(0)
@@ -175,8 +177,7 @@ def test_a_broken_image_is_told_in_one_line(workers):
     assert str(caught.value) == "there.jpg cannot be decoded"
 
 
-def test_a_dead_worker_is_reported(monkeypatch):
-    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)  # Five seconds are waited otherwise.
+def test_a_dead_worker_is_reported():
     with pytest.raises(UserError, match="a process that reads data died .*worker.*(killed|exited)"):
         next(training_batches(Faulty(lambda: os.kill(os.getpid(), signal.SIGKILL)), 5, seed=0, workers=1))
 

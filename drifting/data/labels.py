@@ -61,9 +61,9 @@ def number_labels(labels: set[Any]) -> tuple[int | str, ...]:
     Raises:
         UserError: a label is neither an integer nor text.
     """
-    wrong = next((label for label in labels if type(label) not in (int, str)), None)
-    if wrong is not None:
-        raise UserError(f"a label is {wrong!r}, expected integers or text")
+    wrong = [label for label in labels if type(label) not in (int, str)]
+    if wrong:
+        raise UserError(f"a label is {wrong[0]!r}, expected integers or text")
     return tuple(sorted(labels, key=lambda label: (isinstance(label, str), label))) or ALL
 
 
