@@ -17,7 +17,8 @@ from .data import Dataset, open_dataset
 from .errors import UserError, reason
 from .hub.run_directory import RunDirectory
 from .hub.sources import load_mae
-from .models import NETWORKS
+from .models import NETWORKS, FeatureStack
+from .models.drifting_loss import build_extractor
 from .training import DriftingTrainer, Ranks, join_ranks, loop
 from .training.run_evaluation import RunEvaluation
 from .utils.named import facts_taken, import_named, is_own
@@ -60,10 +61,9 @@ def build_trainer(config: Config, dataset: Dataset, ranks: Ranks) -> DriftingTra
     """
     torch.manual_seed(config.seed)
     model, arguments = build_network(config, dataset)
-    extractors = [_extractor(name, config.loss, dataset) for name in config.loss.feature_extractor]
     try:
         trainer = DriftingTrainer(
-            model, config, extractors, class_names=dataset.class_names, pixel_range=dataset.pixel_range,
+            model, config, _extractor(config.loss, dataset), class_names=dataset.class_names, pixel_range=dataset.pixel_range,
             latent=dataset.latent, data=dataset.name, origin=(config.model.name, arguments), ranks=ranks,
         )  # fmt: skip
     except UserError:
@@ -100,22 +100,28 @@ def build_network(config: Config, dataset: Dataset) -> tuple[nn.Module, dict[str
     return model, {key: list(value) if isinstance(value, tuple) else value for key, value in arguments.items()}
 
 
-def _extractor(name: str, config: LossConfig, dataset: Dataset) -> Any:
-    """The extractor of that name: one of ours by its name, the configured autoencoder, or a user's own."""
-    if is_own(name):
-        own = import_named(name, "loss.feature_extractor")
-        return own() if isinstance(own, type) else own
-    if name != "mae":
-        return name
-    assert config.mae is not None
+def _extractor(config: LossConfig, dataset: Dataset) -> nn.Module:
+    """The extractors that ``loss.feature_extractor`` names: ours, the configured autoencoder's, or a user's own."""
+    in_chans = dataset.sample_shape[0] if len(dataset.sample_shape) == 3 else None
+    named: list[tuple[str, nn.Module]] = []
+    for name in config.feature_extractor:
+        extractor: Any = name
+        if is_own(name):
+            own = import_named(name, "loss.feature_extractor")
+            extractor = own() if isinstance(own, type) else own
+        elif name == "mae":
+            extractor = _autoencoder(str(config.mae), in_chans)
+        named.append((name.rpartition(":")[2], build_extractor(extractor, in_chans)))
+    return FeatureStack(named) if len(named) > 1 else named[0][1]
+
+
+def _autoencoder(source: str, in_chans: int | None) -> nn.Module:
     try:
-        mae = load_mae(config.mae)
+        mae = load_mae(source)
     except UserError as error:
         raise UserError(f"loss.mae: {error}; `python -m drifting.pretrain` trains one") from error
-    if mae.config["in_chans"] != dataset.sample_shape[0]:
-        raise UserError(
-            f"loss.mae is {config.mae}, of {mae.config['in_chans']} channels: the data have {dataset.sample_shape[0]}"
-        )
+    if mae.config["in_chans"] != in_chans:
+        raise UserError(f"loss.mae is {source}, of {mae.config['in_chans']} channels: the data have {in_chans}")
     return mae.feature_extractor()
 
 
