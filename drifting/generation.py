@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .errors import reason
+
+BY_PLACE = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 LABEL_NAMES = ("y", "label", "labels", "condition")  # An optional argument is given only where it is called so …
 SCALE_NAMES = ("cfg_scale", "scale", "guidance", "alpha")  # … or so.
 MOST_NAMED = 10  # This many labels are named in a message.
@@ -23,96 +26,74 @@ Labels = Tensor | Sequence[int] | Sequence[str]
 
 @dataclass(frozen=True)
 class Signature:
-    """How a network is called; :meth:`of` reads it, once.
-
-    Args:
-        noise_shape: the shape of the noise of one sample.
-        conditions: how many of label and guidance scale the network takes after the noise.
-    """
+    """How a network is called: the shape of one sample's noise, and how many of label and guidance scale it takes."""
 
     noise_shape: tuple[int, ...]
     conditions: int
 
     @classmethod
     def of(cls, model: nn.Module, noise_shape: Sequence[int] | None = None) -> "Signature":
-        """The signature of ``model``, whose attribute ``noise_shape`` is used where none is given.
+        """Read the signature of ``model``, whose attribute ``noise_shape`` is used where none is given.
 
         Raises:
-            ValueError: neither says the shape of the noise, or the network cannot be called with one to three tensors.
+            ValueError: neither says the shape of the noise, or the network does not take one to three tensors.
         """
-        shape = getattr(model, "noise_shape", None) if noise_shape is None else noise_shape
-        name = type(model).__name__
+        name, shape = type(model).__name__, noise_shape or getattr(model, "noise_shape", noise_shape)
         if shape is None:
             raise ValueError(
                 f"the network {name} does not say what noise it takes: give it an attribute noise_shape, "
                 "or pass noise_shape=(64,) for vectors of 64 numbers"
             )
-        return cls(tuple(shape), _count_conditions(model))
+        taken = [p for p in inspect.signature(model.forward).parameters.values() if p.kind in BY_PLACE]
+        if not taken or sum(p.default is p.empty for p in taken) > 3:
+            names = ", ".join(p.name for p in taken)
+            raise ValueError(f"the network {name} takes ({names}), expected (z), (z, y) or (z, y, cfg_scale)")
+        conditions = 0
+        for parameter, optional_names in zip(taken[1:], (LABEL_NAMES, SCALE_NAMES), strict=False):
+            if parameter.default is not parameter.empty and parameter.name not in optional_names:
+                break
+            conditions += 1
+        return cls(tuple(shape), conditions)
 
-    def call(self, model: nn.Module, z: Tensor, y: Tensor, cfg_scale: Tensor, extra: dict[str, Tensor]) -> Tensor:
-        """The samples of ``model`` for noise ``z [B, *noise_shape]``, labels ``y [B]`` and scales ``cfg_scale [B]``,
-        of which it is given those that it takes, and what else it draws."""
-        return model(z, *(y, cfg_scale)[: self.conditions], **extra)
+    def draw(self, model: nn.Module, num: int, generator: torch.Generator | None, device: Any) -> dict[str, Tensor]:
+        """Everything random that ``model`` takes for ``num`` samples: noise ``z [num, *noise_shape]``, and what its own
+        method ``draw_extra(num, generator, device)`` gives by name, such as style codes; most networks have none."""
+        drawn = {"z": torch.randn(num, *self.noise_shape, generator=generator, device=device)}
+        return drawn | model.draw_extra(num, generator, device) if hasattr(model, "draw_extra") else drawn
 
+    def call(self, model: nn.Module, drawn: dict[str, Tensor], y: Tensor, cfg_scale: Tensor) -> Tensor:
+        """The samples of ``model`` for what was drawn and, where it takes these, labels and guidance scales ``[B]``."""
+        extra = {name: values for name, values in drawn.items() if name != "z"}
+        return model(drawn["z"], *(y, cfg_scale)[: self.conditions], **extra)
 
-def _count_conditions(model: nn.Module) -> int:
-    """How many of label and guidance scale ``model.forward`` takes after the noise."""
-    places = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = list(inspect.signature(model.forward).parameters.values())
-    if any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in parameters):
-        return 2
-    taken = [parameter for parameter in parameters if parameter.kind in places]
-    needed = sum(parameter.default is inspect.Parameter.empty for parameter in taken)
-    if not taken or needed > 3:
-        names = ", ".join(parameter.name for parameter in parameters)
-        raise ValueError(
-            f"the network {type(model).__name__} takes ({names}), expected (z), (z, y) or (z, y, cfg_scale)"
-        )
-    conditions = 0
-    for parameter, names_of_optional in zip(taken[1:], (LABEL_NAMES, SCALE_NAMES), strict=False):
-        if parameter.default is not inspect.Parameter.empty and parameter.name not in names_of_optional:
-            break
-        conditions += 1
-    return conditions
+    def sample_shape(self, model: nn.Module) -> tuple[int, ...]:
+        """The shape of one sample, which two trial samples show.
 
-
-def sample_shape_of(model: nn.Module, signature: Signature) -> tuple[int, ...]:
-    """The shape of one sample: what the network makes of a noise of zeros.
-
-    Raises:
-        ValueError: the network cannot be called so, or does not return a tensor of one sample for each noise.
-    """
-    num, generator = 2, torch.Generator().manual_seed(0)
-    weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    z = torch.zeros(num, *signature.noise_shape, device=weight.device, dtype=weight.dtype)
-    y = torch.zeros(num, dtype=torch.int64, device=weight.device)
-    extra = draw_extra(model, num, generator, generator.device)
-    shown = ", ".join((f"z {list(z.shape)}", "y", "cfg_scale")[: 1 + signature.conditions])
-    try:
-        with torch.no_grad(), evaluating(model):
-            samples = signature.call(
-                model, z, y, weight.new_ones(num), {name: value.to(z.device) for name, value in extra.items()}
-            )
-    except Exception as error:  # A user's network may raise anything.
-        text = " ".join(str(error).split())
-        raise ValueError(
-            f"the network {type(model).__name__} fails when called with {shown}: {type(error).__name__}: {text}"
-        ) from error
-    if not isinstance(samples, Tensor) or samples.shape[:1] != (num,):
-        got = f"shape {list(samples.shape)}" if isinstance(samples, Tensor) else type(samples).__name__
-        raise ValueError(
-            f"the network {type(model).__name__}, called with {shown}, returns {got}, expected a tensor [{num}, …]"
-        )
-    return tuple(samples.shape[1:])
+        Raises:
+            ValueError: the network fails, or does not return a tensor of one sample for each noise.
+        """
+        weight, num = _weight_of(model), 2
+        drawn = _moved(self.draw(model, num, torch.Generator().manual_seed(0), "cpu"), weight)
+        called = f"{type(model).__name__} ({', '.join(('z', 'y', 'cfg_scale')[: 1 + self.conditions])})"
+        called += f" with z {list(drawn['z'].shape)}"
+        try:
+            with torch.no_grad(), evaluating(model):
+                samples = self.call(model, drawn, weight.new_zeros(num, dtype=torch.int64), weight.new_ones(num))
+        except Exception as error:  # A user's network may raise anything.
+            raise ValueError(f"the network {called} fails: {reason(error)}") from error
+        if not isinstance(samples, Tensor) or samples.shape[:1] != (num,):
+            got = list(samples.shape) if isinstance(samples, Tensor) else type(samples).__name__
+            raise ValueError(f"the network {called} returns {got}, expected a tensor [{num}, …]")
+        return tuple(samples.shape[1:])
 
 
-def draw_extra(
-    model: nn.Module, num: int, generator: torch.Generator | None, device: torch.device
-) -> dict[str, Tensor]:
-    """What a network needs beside Gaussian noise for ``num`` samples: keyword arguments from its own method
-    ``draw_extra(num, generator, device)``, such as style codes. None of the usual networks has that method."""
-    draw = getattr(model, "draw_extra", None)
-    return {} if draw is None else draw(num, generator, device)
+def _weight_of(model: nn.Module) -> Tensor:
+    """A tensor of the dtype and on the device that ``model`` computes with."""
+    return next((p.detach() for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+
+
+def _moved(drawn: dict[str, Tensor], weight: Tensor) -> dict[str, Tensor]:
+    return {name: v.to(weight) if v.is_floating_point() else v.to(weight.device) for name, v in drawn.items()}
 
 
 @torch.no_grad()
@@ -125,7 +106,7 @@ def generate(
     generator: torch.Generator | None = None,
     noise_shape: Sequence[int] | None = None,
 ) -> Tensor:
-    """Draw noise and generate samples in one forward pass, in evaluation mode.
+    """Draw noise and generate samples ``[B, *sample_shape]`` in one forward pass, in evaluation mode.
 
     Args:
         model: the network.
@@ -137,45 +118,31 @@ def generate(
             the same samples on every device.
         noise_shape: shape of the noise of one sample, where the network has no attribute of that name.
 
-    Returns:
-        Samples ``[B, *sample_shape]`` on ``device``.
-
     Raises:
         ValueError: the network does not say its noise shape, or takes labels and neither these nor their number are
             known; or ``y`` or ``cfg_scale`` has another shape.
     """
     if device is not None:
         model.to(device)
-    signature = Signature.of(model, noise_shape)
-    weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    signature, weight = Signature.of(model, noise_shape), _weight_of(model)
     source = weight.device if generator is None else generator.device
-    z = torch.randn(batch_size, *signature.noise_shape, generator=generator, device=source).to(weight)
-    extra = draw_extra(model, batch_size, generator, torch.device(source))
+    drawn = signature.draw(model, batch_size, generator, source)
     if y is None:
-        y = _draw_labels(model, signature, batch_size, generator, torch.device(source))
+        num_classes = getattr(model, "num_classes", None if signature.conditions else 1)
+        if num_classes is None:
+            raise ValueError(f"the network {type(model).__name__} takes labels and has no num_classes: give labels y")
+        y = torch.randint(num_classes, (batch_size,), generator=generator, device=source)
     scale = torch.as_tensor(cfg_scale, dtype=torch.float32, device=weight.device)
     for name, value, shapes in (("y", y, [(batch_size,)]), ("cfg_scale", scale, [(), (batch_size,)])):
         if value.shape not in shapes:
             raise ValueError(f"{name} has shape {list(value.shape)}, expected [{batch_size}], one for each sample")
     with evaluating(model):
-        return signature.call(
-            model, z, y.to(weight.device), scale.expand(batch_size),
-            {name: value.to(weight.device) for name, value in extra.items()},
-        )  # fmt: skip
-
-
-def _draw_labels(
-    model: nn.Module, signature: Signature, num: int, generator: torch.Generator | None, source: torch.device
-) -> Tensor:
-    num_classes = getattr(model, "num_classes", None if signature.conditions else 1)
-    if num_classes is None:
-        raise ValueError(f"the network {type(model).__name__} takes labels and has no num_classes: give it labels y")
-    return torch.randint(num_classes, (num,), generator=generator, device=source)
+        return signature.call(model, _moved(drawn, weight), y.to(weight.device), scale.expand(batch_size))
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, ``model`` and each of its parts is in evaluation mode; afterwards each is in the mode it was in."""
+    """Inside, ``model`` is in evaluation mode; afterwards each of its parts is in the mode that it was in."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -187,20 +154,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Generator:
-    """A trained network and what is known of its samples.
+    """A trained network, in evaluation mode, and what is known of its samples.
 
     Args:
-        model: the network, in evaluation mode.
-        noise_shape: the shape of the noise of one sample.
-        sample_shape: the shape of one sample.
+        model: the network.
+        noise_shape, sample_shape: the shapes of the noise and of one sample.
         class_names: the names of the labels 0, 1, …; integers where those are what labels were called in training.
         pixel_range: the values of samples, or of the images that latents decode to, that are black and white; None
             where samples are no images. Images are clamped to it.
         latent: whether samples are latents of the Stable Diffusion VAE.
-        data: the name of the data set.
-        step: how many steps the network was trained for.
-        name: what builds the network: a name of ours, or ``module:Name``.
-        arguments: what it was built with, as far as is known; values of JSON.
+        data, step: the name of the data set, and how many steps the network was trained for.
+        name, arguments: what builds the network, a name of ours or ``module:Name``, and of which values of JSON.
     """
 
     model: nn.Module
@@ -216,7 +180,7 @@ class Generator:
 
     @property
     def makes_images(self) -> bool:
-        """Whether samples are images or decode to them, and not any other tensors."""
+        """Whether samples are images or decode to them."""
         return self.pixel_range is not None
 
     def generate(
@@ -234,15 +198,15 @@ class Generator:
         """
         if y is None:
             source = None if generator is None else generator.device
-            number = torch.randint(len(self.class_names), (batch_size,), generator=generator, device=source)
+            numbers = torch.randint(len(self.class_names), (batch_size,), generator=generator, device=source)
         else:
-            number = class_numbers(y, self.class_names)
-        samples = generate(self.model, batch_size, number, cfg_scale, device, generator, self.noise_shape)
+            numbers = class_numbers(y, self.class_names)
+        samples = generate(self.model, batch_size, numbers, cfg_scale, device, generator, self.noise_shape)
         return samples if self.latent or self.pixel_range is None else samples.clamp(*self.pixel_range)
 
 
 def class_numbers(labels: Labels, names: ClassNames) -> Tensor:
-    """Labels as they are called as numbers from 0 on, int64 ``[B]``: places in ``names``.
+    """Class numbers, int64 ``[B]``, of labels as they are called: their places in ``names``.
 
     Integers are looked up where names are integers, and are numbers already where these are text.
 
@@ -257,5 +221,4 @@ def class_numbers(labels: Labels, names: ClassNames) -> Tensor:
     if unknown is not None:
         shown = ", ".join(map(str, called[:MOST_NAMED])) + (", …" if len(called) > MOST_NAMED else "")
         raise ValueError(f"there is no label {unknown!r}, expected one of: {shown}")
-    device = labels.device if isinstance(labels, Tensor) else None
-    return torch.tensor([place[value] for value in values], dtype=torch.int64, device=device)
+    return torch.tensor([place[value] for value in values], dtype=torch.int64)

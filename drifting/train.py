@@ -14,7 +14,8 @@ from torch import nn
 from .cli import parse_training_command, run_command
 from .config import Config, LossConfig
 from .data import Dataset, open_dataset
-from .errors import UserError, reason
+from .errors import UserError
+from .hub.networks import build
 from .hub.run_directory import RunDirectory
 from .hub.sources import load_mae
 from .models import NETWORKS, FeatureStack
@@ -56,53 +57,37 @@ def train(config: Config, out: Path, ranks: Ranks = Ranks(), asked: Collection[s
 def build_trainer(config: Config, dataset: Dataset, ranks: Ranks) -> DriftingTrainer:
     """The trainer of a configuration, with the network and the feature extractors that it names.
 
+    The network gets the arguments of the section ``model`` and, of what the data say, those that it takes:
+    ``num_classes``, ``sample_shape`` and, of square images, ``img_size`` and ``in_chans``.
+
     Raises:
         UserError: network, extractor and data do not fit each other.
     """
+    name, shape = config.model.name, dataset.sample_shape
+    target = import_named(name, "model.name") if is_own(name) else NETWORKS[name]
+    facts: dict[str, Any] = {"num_classes": dataset.num_classes, "sample_shape": list(shape)}
+    if len(shape) == 3:
+        facts |= {"in_chans": shape[0]} | ({"img_size": shape[1]} if shape[1] == shape[2] else {})
+    arguments = facts_taken(target, facts) | config.model.keywords()
     torch.manual_seed(config.seed)
-    model, arguments = build_network(config, dataset)
+    model, extractor = build(target, arguments, "cpu"), _extractor(config.loss, shape)
     try:
         trainer = DriftingTrainer(
-            model, config, _extractor(config.loss, dataset), class_names=dataset.class_names, pixel_range=dataset.pixel_range,
-            latent=dataset.latent, data=dataset.name, origin=(config.model.name, arguments), ranks=ranks,
+            model, config, extractor, class_names=dataset.class_names, pixel_range=dataset.pixel_range,
+            latent=dataset.latent, data=dataset.name, origin=(name, arguments), ranks=ranks,
         )  # fmt: skip
-    except UserError:
-        raise
     except ValueError as error:
-        raise UserError(f"model.name={config.model.name}: {error}") from error
-    if trainer.sample_shape != dataset.sample_shape:
-        raise UserError(
-            f"the network {config.model.name} makes samples {list(trainer.sample_shape)}, the data {dataset.name} have "
-            f"{list(dataset.sample_shape)}: the two must be alike"
-        )
+        raise UserError(str(error)) from error
+    if trainer.sample_shape != shape:
+        made = list(trainer.sample_shape)
+        raise UserError(f"model.name is {name}, which makes samples {made}, but the data have {list(shape)}: set its "
+                        "arguments so that the two are alike")  # fmt: skip
     return trainer
 
 
-def build_network(config: Config, dataset: Dataset) -> tuple[nn.Module, dict[str, Any]]:
-    """The network that the section ``model`` names, and the arguments that it was built with.
-
-    It gets the arguments of the section and, of what the data say, those that it takes: ``num_classes``,
-    ``sample_shape`` and, of square images, ``img_size`` and ``in_chans``.
-    """
-    name, section = config.model.name, config.model
-    target = import_named(name, "model.name") if is_own(name) else NETWORKS[name]
-    facts: dict[str, Any] = {"num_classes": dataset.num_classes, "sample_shape": dataset.sample_shape}
-    if len(dataset.sample_shape) == 3:
-        channels, height, width = dataset.sample_shape
-        facts |= {"in_chans": channels} | ({"img_size": height} if height == width else {})
-    arguments = facts_taken(target, facts) | section.keywords()
-    try:
-        model = target(**arguments)
-    except Exception as error:  # A user's network may raise anything.
-        raise UserError(f"model: {name} cannot be built: {reason(error)}") from error
-    if not isinstance(model, nn.Module):
-        raise UserError(f"model.name is {name}, which gives a {type(model).__name__}, expected a torch.nn.Module")
-    return model, {key: list(value) if isinstance(value, tuple) else value for key, value in arguments.items()}
-
-
-def _extractor(config: LossConfig, dataset: Dataset) -> nn.Module:
+def _extractor(config: LossConfig, shape: tuple[int, ...]) -> nn.Module:
     """The extractors that ``loss.feature_extractor`` names: ours, the configured autoencoder's, or a user's own."""
-    in_chans = dataset.sample_shape[0] if len(dataset.sample_shape) == 3 else None
+    in_chans = shape[0] if len(shape) == 3 else None
     named: list[tuple[str, nn.Module]] = []
     for name in config.feature_extractor:
         extractor: Any = name

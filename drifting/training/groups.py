@@ -68,6 +68,13 @@ class ClassGroups:
         labelled: bool,
         num_classes: int | None,
     ) -> None:
+        L = config.step.labels_per_step
+        if L < ranks.size:  # Each rank needs a label.
+            raise ValueError(f"labels_per_step is {L}, expected at least the {ranks.size} ranks")
+        if config.step.labels_at_once is not None and L % ranks.size:  # All ranks meet in each part.
+            raise ValueError(
+                f"labels_per_step is {L}, expected a multiple of the {ranks.size} ranks with labels_at_once"
+            )
         self.config, self.sample_shape, self.ranks, self.device = config, sample_shape, ranks, device
         self.labelled, self.num_classes = labelled, num_classes
         self.class_names = class_names if labelled else ALL

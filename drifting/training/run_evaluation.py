@@ -25,6 +25,7 @@ from ..hub.run_directory import RunDirectory, save_generator
 from ..hub.vae import decode_latents
 from ..utils.files import read_object
 from ..utils.images import save_panels, to_uint8
+from ..utils.named import is_own
 from .trainer import DriftingTrainer
 
 ROWS, COLUMNS = 10, 10  # A picture has these many classes, and images of each.
@@ -93,9 +94,10 @@ class RunEvaluation:
             if best.get(self.evaluator.distance, math.inf) < quality[self.evaluator.distance]:
                 distance = best[self.evaluator.distance]
                 print(f"\nbest: {distance:.2f} at step {best['step']}, kept in {self.run.best.path}")
-        path, out = self.run.path, "samples.png" if self._pictured else "samples.npz"
+        path, out, name = self.run.path, "samples.png" if self._pictured else "samples.npz", self.config.model.name
         print(f"\nsamples: {self.run.samples}" if self._pictured else "")
-        print(f"more:    python -m drifting.sample {path} --num 100 --out {out}")
+        own = f" --model {name}" if is_own(name) else ""
+        print(f"more:    python -m drifting.sample {path} --num 100 --out {out}{own}")
 
     @property
     def _pictured(self) -> bool:

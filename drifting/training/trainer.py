@@ -1,7 +1,7 @@
 """The training step of Algorithm 1 of the paper (arXiv 2602.04770), and the trainer around it."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,18 +11,17 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..config import Config
-from ..config.reading import check_values
+from ..config.reading import check_values, set_value
 from ..data.labels import label_of, sample_of
-from ..generation import ClassNames, Generator, Labels, Signature, draw_extra, sample_shape_of
+from ..generation import ClassNames, Generator, Labels, Signature
 from ..hub.run_directory import RunDirectory, save_generator
 from ..models import DriftingDiT, DriftingLoss
+from ..models.drifting_loss import Extractor
 from ..utils.stopwatch import Stopwatch
 from .accumulation import backward_in_parts
 from .distributed import Ranks, averaging_gradients
 from .groups import ClassGroups, Groups
 from .optimization import TrainedWeights
-
-Extractor = str | nn.Module | Callable[[Tensor], Any]
 
 
 class DriftingTrainer:
@@ -35,14 +34,12 @@ class DriftingTrainer:
     Args:
         model: the network, called as ``model(z)``, ``model(z, y)`` or ``model(z, y, cfg_scale)``.
         config: the sections ``loss``, ``step``, ``guidance`` and ``optimizer``, the seed, and the length of the run.
-        feature_extractor: where samples are compared, see :class:`DriftingLoss`; by default what ``config.loss`` names.
+        feature_extractor: where samples are compared, see :class:`DriftingLoss`.
         device: where to train; by default on CUDA if there is one, else on the CPU.
         noise_shape: shape of one sample's noise, where ``model`` has no attribute of that name.
         class_names: the labels, by class number; by default they are learnt from the data.
-        pixel_range: the values of samples that are black and white, or None where they are no images.
-        latent: whether samples are latents.
-        data: name of the data set.
-        origin: the name and the arguments that ``model`` was built with, as ``model.json`` keeps them.
+        pixel_range, latent, data, origin: what :class:`Generator` says of the samples and of the network's name and
+            arguments.
         ranks: the processes that take each step together, each for its share of the labels. The step is the same at any
             number of them, up to rounding: statistics, gradients and queues are those of all.
 
@@ -59,7 +56,7 @@ class DriftingTrainer:
         self,
         model: nn.Module,
         config: Config,
-        feature_extractor: Extractor | Sequence[Extractor] | None = None,
+        feature_extractor: Extractor | Sequence[Extractor],
         *,
         device: torch.device | str | None = None,
         noise_shape: Sequence[int] | None = None,
@@ -71,24 +68,26 @@ class DriftingTrainer:
         ranks: Ranks | None = None,
     ) -> None:
         self.config, self.ranks = config, ranks or Ranks()
-        self._check_ranks()
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model, self.signature = model.to(self.device), Signature.of(model, noise_shape)
-        self.sample_shape = sample_shape_of(model, self.signature)
+        self.sample_shape = self.signature.sample_shape(model)
         self.pixel_range, self.latent, self.data, self.origin = pixel_range, latent, data, origin
         self.groups = ClassGroups(
             config, self.sample_shape, self.ranks, self.device, class_names,
             labelled=self.signature.conditions > 0, num_classes=getattr(model, "num_classes", None),
         )  # fmt: skip
-        step, optimizer = config.step, config.optimizer
+        step, loss, optimizer = config.step, config.loss, config.optimizer
         self.loss_fn = DriftingLoss(
-            config.loss.feature_extractor if feature_extractor is None else feature_extractor, config.loss.temperatures,
-            affinity_floor=config.loss.affinity_floor, bf16=step.bf16,
-            in_chans=self.sample_shape[0] if len(self.sample_shape) == 3 else None,
-            process_group=self.ranks.group,
+            feature_extractor, loss.temperatures, affinity_floor=loss.affinity_floor, bf16=step.bf16,
+            in_chans=self.sample_shape[0] if len(self.sample_shape) == 3 else None, process_group=self.ranks.group,
         ).to(self.device)  # fmt: skip
-        if step.activation_checkpointing:
-            _checkpoint_activations(model)
+        if hasattr(model, "activation_checkpointing"):
+            model.activation_checkpointing = step.activation_checkpointing  # type: ignore[assignment]
+        elif step.activation_checkpointing:
+            raise ValueError(
+                f"step.activation_checkpointing is true, but {type(model).__name__} has no attribute of that name: "
+                "a network of your own has one, looks at it and calls torch.utils.checkpoint itself"
+            )
         self.weights = TrainedWeights(
             model, optimizer, optimizer.ema_decay, config.train.steps, self.ranks, self.device, step.fsdp
         )
@@ -106,7 +105,7 @@ class DriftingTrainer:
     @property
     def images_per_step(self) -> int:
         """Samples that a step generates, on all ranks."""
-        return self.config.step.labels_per_step * self.config.step.gen_per_label
+        return self.groups.size * self.config.step.gen_per_label
 
     @property
     def ema_model(self) -> nn.Module:
@@ -172,30 +171,27 @@ class DriftingTrainer:
 
     def _draw_inputs(self, groups: Groups) -> dict[str, Tensor]:
         """The noise ``z [l, G, *noise_shape]`` of each group, by its own seed, and what else the network draws."""
-        num, noise = self.config.step.gen_per_label, torch.Generator(self.device)
-        drawn: list[dict[str, Tensor]] = []
+        noise, drawn = torch.Generator(self.device), []
         for seed in groups.seeds:
             noise.manual_seed(seed)
-            z = torch.randn(num, *self.signature.noise_shape, generator=noise, device=self.device)
-            drawn.append({"z": z} | draw_extra(self.model, num, noise, self.device))
+            drawn.append(self.signature.draw(self.model, self.config.step.gen_per_label, noise, self.device))
         return {name: torch.stack([of_group[name] for of_group in drawn]) for name in drawn[0]}
 
     def _generate(self, inputs: dict[str, Tensor], groups: Groups, part: slice) -> Tensor:
         """The samples ``[l, G, *sample_shape]`` of a part of the groups."""
         self.stopwatch.enter("generator")
-        num = self.config.step.gen_per_label
+        num, step = self.config.step.gen_per_label, self.config.step
         torch.manual_seed(groups.seeds[part][0])  # A part that is generated twice drops out the same values.
-        y = groups.label[part].to(self.device).repeat_interleave(num)
-        alpha = groups.cfg_scale[part].to(self.device).repeat_interleave(num)
-        extra = {name: values[part].flatten(0, 1) for name, values in inputs.items()}
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.step.bf16):
-            samples = self.signature.call(self.weights.distributed, extra.pop("z"), y, alpha, extra).float()
+        drawn = {name: values[part].flatten(0, 1) for name, values in inputs.items()}
+        y, alpha = (t[part].to(self.device).repeat_interleave(num) for t in (groups.label, groups.cfg_scale))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=step.bf16):
+            samples = self.signature.call(self.weights.distributed, drawn, y, alpha).float()
         self.stopwatch.enter_at_gradient(samples, "generator")
-        if self.config.step.clamp and self.pixel_range is not None and not self.latent:
+        if step.clamp and self.pixel_range is not None and not self.latent:
             samples = samples.clamp(*self.pixel_range)
         return samples.unflatten(0, (-1, num))
 
-    # ------------------------------------------------------------------------------------ around the step
+    # ------------------------------------------------------------------------------------------ around the step
 
     def train_epoch(self, dataloader: Iterable[Any], use_cfg_training: bool = True) -> dict[str, float]:
         """Take one step for each batch of ``dataloader``, which yields ``x``, ``(x,)`` or ``(x, y)``.
@@ -209,8 +205,7 @@ class DriftingTrainer:
         """
         self.groups.learn_labels(dataloader)
         logged = ("loss", "grad_norm", "sample_spread")
-        sums = torch.zeros(len(logged), device=self.device)
-        num_steps = 0
+        sums, num_steps = torch.zeros(len(logged), device=self.device), 0
         for batch in tqdm(dataloader, desc="train_epoch", leave=False, disable=None):
             metrics = self.train_step(sample_of(batch), label_of(batch), use_cfg_training)
             sums += torch.stack([metrics[name] for name in logged])
@@ -236,11 +231,13 @@ class DriftingTrainer:
     def generator(self, model: nn.Module | None = None) -> Generator:
         """The averaged network, or another average of it, with what is known of its samples."""
         model = self.ema_model if model is None else model
-        name, arguments = self.origin or _origin_of(model)
         names = self.groups.class_names or tuple(range(getattr(model, "num_classes", 1)))
+        name, arguments = self.origin or ("", {})
+        if isinstance(model, DriftingDiT):
+            name, arguments = "drifting_dit", model.config
         return Generator(
-            model, self.signature.noise_shape, self.sample_shape, names, self.pixel_range,
-            self.latent, self.data, self.step, name, arguments,
+            model, self.signature.noise_shape, self.sample_shape, names, self.pixel_range, self.latent, self.data,
+            self.step, name, arguments,
         )  # fmt: skip
 
     def save(self, folder: Path | str) -> None:
@@ -260,32 +257,6 @@ class DriftingTrainer:
         self.weights.load_state_dict(state)
         self.groups.load_state_dict(state["groups"])
         self.best_decay = state["best_decay"]
-
-    def _check_ranks(self) -> None:
-        """Each rank needs a label; where labels are taken in parts, as many as the others, to meet them in each."""
-        labels, size = self.config.step.labels_per_step, self.ranks.size
-        if labels < size:
-            raise ValueError(f"labels_per_step is {labels}, expected at least the {size} ranks")
-        if self.config.step.labels_at_once is not None and labels % size:
-            raise ValueError(
-                f"labels_per_step is {labels}, expected a multiple of the {size} ranks with labels_at_once"
-            )
-
-
-def _checkpoint_activations(model: nn.Module) -> None:
-    if not hasattr(model, "activation_checkpointing"):
-        raise ValueError(
-            f"step.activation_checkpointing is true, but {type(model).__name__} has no attribute of that name: "
-            "a network of your own checks it and calls torch.utils.checkpoint itself"
-        )
-    model.activation_checkpointing = True  # type: ignore[assignment]
-
-
-def _origin_of(model: nn.Module) -> tuple[str, dict[str, Any]]:
-    """What ``model.json`` says of a network that was not built by its name."""
-    if isinstance(model, DriftingDiT):
-        return "drifting_dit", model.config
-    return f"{type(model).__module__}:{type(model).__qualname__}", {}
 
 
 # These defaults of scripts differ from the paper's, whose runs are longer and larger.
@@ -350,7 +321,10 @@ def create_trainer(
     config = Config(seed=seed)
     config.train.steps = decay_steps or config.train.steps
     for name, value in settings.items():
-        _set(config, name, value)
+        section = next((s for s in ("loss", "step", "guidance", "optimizer") if _has(getattr(config, s), name)), None)
+        if section is None:
+            raise TypeError(f"create_trainer() got an unexpected keyword argument {name!r}")
+        set_value(config, f"{section}.{name}", value)
     check_values(config)
     return DriftingTrainer(
         model, config, feature_extractor, device=device, noise_shape=noise_shape, pixel_range=pixel_range, ranks=ranks,
@@ -358,12 +332,5 @@ def create_trainer(
     )  # fmt: skip
 
 
-def _set(config: Config, name: str, value: Any) -> None:
-    """Set the key of that name in the one section that has it."""
-    sections = (config.loss, config.step, config.guidance, config.optimizer)
-    section = next((s for s in sections if name in {field.name for field in dataclasses.fields(s)}), None)
-    if section is None:
-        raise TypeError(f"create_trainer() got an unexpected keyword argument {name!r}")
-    if isinstance(getattr(section, name), list):
-        value = list(value) if isinstance(value, (list, tuple)) else [value]
-    setattr(section, name, value)
+def _has(section: Any, name: str) -> bool:
+    return name in {field.name for field in dataclasses.fields(section)}
