@@ -1,9 +1,11 @@
 """The streaming Triton kernels, interpreted: ``TRITON_INTERPRET=1 python -m pytest tests/test_triton_streaming.py``."""
 
+from functools import partial
+
 import pytest
 import torch
 from cases import DENSE_FACTOR, EVERY_KERNEL, FLOOR, INTERPRETED, loss_phases, points, rms, unaligned, weights
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -92,8 +94,11 @@ def make(G: int, N: int, M: int, D: int, weighted: bool, shared: bool) -> list[T
     return [q, k, v, *([weights(G, M, seed=4)] if weighted else [])]
 
 
+form_A, form_B = partial(example, kernel="gaussian"), partial(example, kernel="laplace")
+
+
 @settings(
-    max_examples=20 if EVERY_KERNEL else 6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    max_examples=20 if EVERY_KERNEL else 2, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
 @given(
     G=st.sampled_from([1, 2]),
@@ -107,6 +112,10 @@ def make(G: int, N: int, M: int, D: int, weighted: bool, shared: bool) -> list[T
     two_sides=st.booleans(),
     weighted=st.booleans(),
 )
+@form_B(G=2, N=17, more=14, D=24, widths=(0.5, 3.0), floor=1e-6, has_self=True, two_sides=True, weighted=True)
+@form_B(G=1, N=5, more=20, D=3, widths=(1.0,), floor=1e-2, has_self=False, two_sides=True, weighted=False)
+@form_A(G=1, N=20, more=5, D=17, widths=(1.0,), floor=0.0, has_self=False, two_sides=False, weighted=False)
+@form_A(G=2, N=3, more=1, D=1, widths=(0.5, 3.0), floor=0.0, has_self=False, two_sides=False, weighted=True)
 def test_sums_and_gradients(G, N, more, D, kernel, widths, floor, has_self, two_sides, weighted):
     split = N + more // 2 if two_sides else 0
     tensors = make(G, N, N + more, D, weighted, has_self)
