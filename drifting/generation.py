@@ -59,7 +59,8 @@ class Signature:
         """Everything random that ``model`` takes for ``num`` samples: noise ``z [num, *noise_shape]``, and what its own
         method ``draw_extra(num, generator, device)`` gives by name, such as style codes; most networks have none."""
         drawn = {"z": torch.randn(num, *self.noise_shape, generator=generator, device=device)}
-        return drawn | model.draw_extra(num, generator, device) if hasattr(model, "draw_extra") else drawn
+        draw_extra: Any = getattr(model, "draw_extra", None)
+        return drawn if draw_extra is None else drawn | draw_extra(num, generator, device)
 
     def call(self, model: nn.Module, drawn: dict[str, Tensor], y: Tensor, cfg_scale: Tensor) -> Tensor:
         """The samples of ``model`` for what was drawn and, where it takes these, labels and guidance scales ``[B]``."""

@@ -41,12 +41,14 @@ class RunEvaluation:
     def __init__(self, config: Config, run: RunDirectory, trainer: DriftingTrainer, dataset: Dataset) -> None:
         self.config, self.run, self.trainer, self.dataset = config, run, trainer, dataset
         self.ranks, model = trainer.ranks, trainer.ema_model
+        self.num_samples = 0
         self.evaluator = self.ranks.on_main(lambda: self._open(model))
 
     def _open(self, model: nn.Module) -> Evaluator | None:
         evaluator = open_evaluator(self.config.evaluation, self.dataset)
         if evaluator is not None:
-            warn_of_few(evaluator, self._num_samples(evaluator))
+            self.num_samples = self.config.evaluation.num_samples or evaluator.num_samples
+            warn_of_few(evaluator, self.num_samples)
             check_evaluation(evaluator, self.trainer.generator(model))
         return evaluator
 
@@ -59,10 +61,9 @@ class RunEvaluation:
         qualities: list[Quality] = []
         for decay in self.config.optimizer.ema_decay:
             model = self.trainer.weights.average(decay)
-            measured = self.ranks.on_main(lambda model=model: self._measure(model))  # type: ignore[misc]
-            qualities += [{"ema_decay": decay} | quality for quality in measured or []]
-        distance = "" if self.evaluator is None else self.evaluator.distance
-        best = best_quality(qualities, distance) if qualities else {}
+            measured = self.ranks.on_main(lambda model=model: self._measure(model)) or []  # type: ignore[misc]
+            qualities += [{"ema_decay": decay} | quality for quality in measured]
+        best = best_quality(qualities, self.evaluator.distance) if self.evaluator is not None else {}
         quality = self.ranks.on_all(lambda: best)[0]
         self.trainer.best_decay = quality.get("ema_decay", self.trainer.best_decay)
         model = self.trainer.ema_model
@@ -78,8 +79,7 @@ class RunEvaluation:
         maps = list(record["lambda"].values())
         text = " ".join(f"λ{R}={sum(m[R] for m in maps) / len(maps):.4f}" for R in maps[0])
         text += f" spread={record['sample_spread']:.2f}"
-        if record["skipped_steps"]:
-            text += f" skipped={record['skipped_steps']}"
+        text += f" skipped={record['skipped_steps']}" if record["skipped_steps"] else ""
         if self.evaluator is not None and quality:
             distance = self.evaluator.distance
             text += f" {'FID' if distance == 'fid' else 'Fréchet'}={quality[distance]:.2f}"
@@ -88,37 +88,29 @@ class RunEvaluation:
 
     def report(self, quality: Quality) -> None:
         """Print the closing table, and what to do next."""
+        pictured, path, name = self.dataset.pixel_range is not None, self.run.path, self.config.model.name
         if self.evaluator is not None:
-            _print_measures(quality, self.evaluator.distance, "images" if self._pictured else "samples")
-            best = _best_so_far(self.run)
-            if best.get(self.evaluator.distance, math.inf) < quality[self.evaluator.distance]:
-                distance = best[self.evaluator.distance]
-                print(f"\nbest: {distance:.2f} at step {best['step']}, kept in {self.run.best.path}")
-        path, out, name = self.run.path, "samples.png" if self._pictured else "samples.npz", self.config.model.name
-        print(f"\nsamples: {self.run.samples}" if self._pictured else "")
-        own = f" --model {name}" if is_own(name) else ""
-        print(f"more:    python -m drifting.sample {path} --num 100 --out {out}{own}")
-
-    @property
-    def _pictured(self) -> bool:
-        """Whether samples are images, or decode to them."""
-        return self.dataset.pixel_range is not None
+            distance, best = self.evaluator.distance, _best_so_far(self.run)
+            _print_measures(quality, distance, "image" if pictured else "sample")
+            if best.get(distance, math.inf) < quality[distance]:
+                print(f"\nbest: {best[distance]:.2f} at step {best['step']}, kept in {self.run.best.path}")
+        print(f"\nsamples: {self.run.samples}" if pictured else "")
+        options = f"--out samples.{'png' if pictured else 'npz'}" + (f" --model {name}" if is_own(name) else "")
+        print(f"more:    python -m drifting.sample {path} --num 100 {options}")
 
     def _measure(self, model: nn.Module) -> list[Quality]:
         """The measures of a network at each of the configured guidance scales."""
         if self.evaluator is None:
             return []
-        generator, scales = self.trainer.generator(model), self.config.evaluation.cfg_scales
-        numbers = spread_labels(self._num_samples(self.evaluator), range(len(generator.class_names)))
+        generator = self.trainer.generator(model)
+        numbers = spread_labels(self.num_samples, range(len(generator.class_names)))
+        scales = self.config.evaluation.cfg_scales
         return [evaluate_model(self.evaluator, generator, numbers, scale)[0] for scale in scales]
-
-    def _num_samples(self, evaluator: Evaluator) -> int:
-        return self.config.evaluation.num_samples or evaluator.num_samples
 
     def _keep(self, model: nn.Module, quality: Quality) -> None:
         """Leave a picture; and the weights in ``run.best``, unless those there are as good, measured alike."""
-        if self._pictured:
-            self._save_picture(model)
+        if self.dataset.pixel_range is not None:
+            self._save_picture(model, self.dataset.pixel_range)
         if self.evaluator is None:
             return
         kept, best, distance = _best_so_far(self.run), self.run.best, self.evaluator.distance
@@ -127,10 +119,9 @@ class RunEvaluation:
             save_generator(best, self.trainer.generator(model), quality)
             save_config(self.config, best.config)
 
-    def _save_picture(self, model: nn.Module) -> None:
+    def _save_picture(self, model: nn.Module, pixel_range: tuple[float, float]) -> None:
         """Generated images, a class a row, beside training images of it; without the VAE that latents need, a note."""
-        split, generator, pixel_range = self.dataset.train, self.trainer.generator(model), self.dataset.pixel_range
-        assert pixel_range is not None
+        split, generator = self.dataset.train, self.trainer.generator(model)
         present = split.labels.unique()[:ROWS].tolist()
         rows = [(split.labels == label).nonzero().flatten()[:COLUMNS].tolist() for label in present]
         real = split.samples(index for row in rows for index in islice(cycle(row), COLUMNS))
@@ -152,26 +143,26 @@ def _best_so_far(run: RunDirectory) -> Quality:
     try:
         description = read_object(run.best.description)
         return description["quality"] | {"step": description["step"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # The file may hold anything.
         path = run.best.path
         raise UserError(f"{run.best.description} cannot be read ({reason(error)}): delete {path} to go on") from error
 
 
 def _print_measures(quality: Quality, distance: str, noun: str) -> None:
     """Print what was measured of generated samples beside what real ones score."""
-    real_samples = f"test {noun}" if f"{distance}_train" in quality else "reference"
+    reference = f"test {noun}s" if f"{distance}_train" in quality else "reference"
     rows = [
-        (f"Frechet distance to the {real_samples}", distance, "8.2f", "train"),
+        (f"Frechet distance to the {reference}", distance, "8.2f", "train"),
         ("recognised as their class", "recognised_share", "8.1%", "test"),
-        (f"distance to the nearest training {noun[:-1]}", "nearest_distance", "8.2f", "test"),
+        (f"distance to the nearest training {noun}", "nearest_distance", "8.2f", "test"),
         ("sFID", "sfid", "8.2f", "train"),
         ("Inception score", "inception_score", "8.1f", "test"),
         ("precision", "precision", "8.1%", "test"),
         ("recall", "recall", "8.1%", "test"),
     ]
-    print(f"\n{f'{noun} in one step each':40} generated      real")
+    print(f"\n{f'{noun}s in one step each':40} generated      real")
     for title, measure, form, split in rows:
         if measure in quality:
             real = quality.get(f"{measure}_{split}")
-            beside = "" if real is None else f"  {real:{form}}  ({split} {noun})"
+            beside = "" if real is None else f"  {real:{form}}  ({split} {noun}s)"
             print(f"{title:40}  {quality[measure]:{form}}{beside}")
