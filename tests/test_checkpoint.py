@@ -50,7 +50,7 @@ def test_a_step_is_saved_again(tmp_path):
 def test_remainders_of_a_killed_process(tmp_path):
     """A checkpoint that is half written has no name of one."""
     save_checkpoint(tmp_path, small_state(1))
-    (tmp_path / ".step_00000002.pt.part").write_bytes((tmp_path / "step_00000001.pt").read_bytes()[:1000])
+    (tmp_path / ".step_00000003.pt.part").write_bytes((tmp_path / "step_00000001.pt").read_bytes()[:1000])
     assert bits(load_checkpoint(tmp_path)) == bits(small_state(1))
     save_checkpoint(tmp_path, small_state(2), keep=1)
     assert names(tmp_path) == ["step_00000002.pt"]
