@@ -20,14 +20,14 @@ from .hub.sources import load_mae
 from .models import NETWORKS
 from .training import DriftingTrainer, Ranks, join_ranks, loop
 from .training.run_evaluation import RunEvaluation
-from .utils.named import facts_taken, import_named, is_own
+from .utils.named import check_arguments, facts_taken, import_named, is_own
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    command = parse_training_command(argv, "train", "Train a generator.", Config, "digits")
+    config, out, asked = parse_training_command(argv, "train", "Train a generator.", Config, "digits")
     loop.leave_a_core_free()
     with join_ranks() as ranks:
-        train(command.config, command.out, ranks, command.changes)
+        train(config, out, ranks, asked)
     return 0
 
 
@@ -60,7 +60,13 @@ def build_trainer(config: Config, dataset: Dataset, ranks: Ranks) -> DriftingTra
     """
     torch.manual_seed(config.seed)
     model, arguments = build_network(config, dataset)
-    extractors = [_extractor(name, config.loss, dataset) for name in config.loss.feature_extractor]
+    loss = config.loss
+    if ("mae" in loss.feature_extractor) != (loss.mae is not None):
+        raise UserError(
+            f"loss.mae is {loss.mae} and loss.feature_extractor {loss.feature_extractor}: "
+            "expected both or neither to name a masked autoencoder"
+        )
+    extractors = [_extractor(name, loss, dataset) for name in loss.feature_extractor]
     try:
         trainer = DriftingTrainer(
             model, config, extractors, class_names=dataset.class_names, pixel_range=dataset.pixel_range,
@@ -91,6 +97,7 @@ def build_network(config: Config, dataset: Dataset) -> tuple[nn.Module, dict[str
         channels, height, width = dataset.sample_shape
         facts |= {"in_chans": channels} | ({"img_size": height} if height == width else {})
     arguments = facts_taken(target, facts) | section.keywords()
+    check_arguments(target, section.keywords(), "model")
     try:
         model = target(**arguments)
     except Exception as error:  # A user's network may raise anything.

@@ -14,17 +14,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..config import (
-    AnyConfig,
-    apply_changes,
-    changed_keys,
-    changes_made,
-    check_asked,
-    read_config,
-    record_changes,
-    recorded_changes,
-    save_config,
-)
+from ..config import AnyConfig
+from ..config.changes import config_in_force, keep_config
 from ..data import Split, training_batches
 from ..data.dataset import telling_of_dead_workers
 from ..errors import Interrupted, UserError, reason
@@ -34,8 +25,6 @@ from .checkpoint import load_checkpoint, save_checkpoint
 from .distributed import Ranks
 from .finite import FiniteGuard
 from .metrics_log import MetricsLog, to_record
-
-CHANGES = "changes.json"  # In a run directory, it records what the user changed within the run.
 
 Quality = dict[str, float]
 
@@ -119,36 +108,12 @@ def opened_run(
             except OSError as error:
                 raise UserError(f"cannot use {run.path} as a run directory: {reason(error)}") from error
             stack.enter_context(run.lock())
-            return _config_in_force(run, config, asked)
+            return config_in_force(run.config, config, asked)
 
         with ranks.agreed():
             opened = ranks.on_all(open_and_lock)[0]
         assert opened is not None
         yield opened
-
-
-def _config_in_force(run: RunDirectory, config: AnyConfig, asked: Collection[str]) -> AnyConfig:
-    """The configuration with the changes that the run has recorded; refuse one that would train something else."""
-    check_asked(asked, type(config))
-    if not run.config.exists():
-        return config
-    config = apply_changes(config, recorded_changes(run.path / CHANGES), asked)
-    changed = changed_keys(read_config(str(run.config), (), type(config), trusted=False), config, asked)
-    if changed:
-        raise UserError(
-            f"{run.path} holds a run with another configuration ({'; '.join(changed)}): choose another --out, give the "
-            "values it was started with, or say --change key=value for each"
-        )
-    return config
-
-
-def _write_config(run: RunDirectory, config: AnyConfig, step: int) -> None:
-    """Keep the configuration, and a record of what of it has changed at this step."""
-    if run.config.exists():
-        made = changes_made(read_config(str(run.config), (), type(config), trusted=False), config)
-        if made:
-            record_changes(run.path / CHANGES, [{"step": step} | change for change in made])
-    save_config(config, run.config)
 
 
 def train(run: Run[AnyConfig]) -> Quality:
@@ -168,7 +133,7 @@ def train(run: Run[AnyConfig]) -> Quality:
             raise UserError(
                 f"{directory.path} is at step {trainer.step} already, expected train.steps of at least that"
             )
-    ranks.on_main(lambda: _write_config(directory, config, trainer.step))
+    ranks.on_main(lambda: keep_config(directory.config, config, trainer.step))
     if trainer.step == config.train.steps:
         measured = run.evaluate()
         run.save_model()  # It comes after the evaluation, which chooses among several averages.

@@ -1,6 +1,5 @@
 """The training step of Algorithm 1 of the paper (arXiv 2602.04770), and the trainer around it."""
 
-import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..config import Config
-from ..config.reading import check_values
+from ..config.reading import set_value
 from ..data.labels import label_of, sample_of
 from ..generation import ClassNames, Generator, Labels, Signature, draw_extra, sample_shape_of
 from ..hub.run_directory import RunDirectory, save_generator
@@ -343,15 +342,15 @@ def create_trainer(
     """
     default_labels = 4 if Signature.of(model, noise_shape).conditions else (ranks or Ranks()).size
     settings = SCRIPTS | settings | {
-        "learning_rate": learning_rate, "queue_size": queue_size, "cfg_scale_range": list(cfg_scale_range),
+        "learning_rate": learning_rate, "queue_size": queue_size, "cfg_scale_range": cfg_scale_range,
         "uncond_prob": uncond_prob, "cosine_decay": decay_steps is not None,
         "labels_per_step": default_labels if labels_per_step is None else labels_per_step,
     }  # fmt: skip
-    config = Config(seed=seed)
-    config.train.steps = decay_steps or config.train.steps
+    config = Config()
+    set_value(config, "seed", int(seed))
+    set_value(config, "train.steps", int(decay_steps or config.train.steps))
     for name, value in settings.items():
         _set(config, name, value)
-    check_values(config)
     return DriftingTrainer(
         model, config, feature_extractor, device=device, noise_shape=noise_shape, pixel_range=pixel_range, ranks=ranks,
         class_names=None if class_names is None else tuple(class_names),
@@ -360,10 +359,8 @@ def create_trainer(
 
 def _set(config: Config, name: str, value: Any) -> None:
     """Set the key of that name in the one section that has it."""
-    sections = (config.loss, config.step, config.guidance, config.optimizer)
-    section = next((s for s in sections if name in {field.name for field in dataclasses.fields(s)}), None)
-    if section is None:
-        raise TypeError(f"create_trainer() got an unexpected keyword argument {name!r}")
-    if isinstance(getattr(section, name), list):
-        value = list(value) if isinstance(value, (list, tuple)) else [value]
-    setattr(section, name, value)
+    for section in ("loss", "step", "guidance", "optimizer"):
+        if hasattr(getattr(config, section), name):
+            set_value(config, f"{section}.{name}", value.tolist() if hasattr(value, "tolist") else value)
+            return
+    raise TypeError(f"create_trainer() got an unexpected keyword argument {name!r}")
