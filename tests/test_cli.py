@@ -59,7 +59,8 @@ def test_train_leaves_a_complete_run_directory(trained):
     assert any(name.startswith("events.out.tfevents") for name in names)
     assert [path.name for path in (trained / "samples").iterdir()] == ["step_00000004.png"]
     description = json.loads((trained / "model.json").read_text())
-    assert description["num_classes"] == 10 and description["pixel_range"] == [-1, 1] and description["step"] == 4
+    assert len(description["class_names"]) == 10
+    assert description["pixel_range"] == [-1, 1] and description["step"] == 4
 
 
 def test_sample_then_evaluate(trained, tmp_path):
@@ -111,7 +112,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, number):
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 128 + number and "Traceback" not in stderr
     reached = int(stderr.split("interrupted at step ")[1].split(",")[0])
-    assert (out / "checkpoints" / f"step_{reached:08d}").is_dir() and (out / "model.safetensors").is_file()
+    assert (out / "checkpoints" / f"step_{reached:08d}.pt").is_file() and (out / "model.safetensors").is_file()
     assert training.main(["--out", str(out), *SMALL, "train.log_every=1", f"train.steps={reached + 2}"]) == 0
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert steps == list(range(1, reached + 3))
@@ -190,8 +191,8 @@ def test_mistake_is_one_line_and_status_2(tmp_path):
         (sample, ["{run}", "--num", "x", "--out", "a.png"], "argument --num: invalid int value"),
         (sample, ["{run}", "--num", "1", "--out", "a.jpg"], "ends in .npz or .png"),
         (sample, ["{run}", "--num", "1", "--out", "{file}/a.png"], "cannot write"),
-        (sample, ["{run}", "--num", "1", "--out", "a.png", "--labels", "3,10"], "labels from 0 to 9"),
-        (sample, ["{run}", "--num", "1", "--out", "a.png", "--labels", "three"], "expected numbers"),
+        (sample, ["{run}", "--num", "1", "--out", "a.png", "--labels", "3,10"], "--labels names '10', expected 0 to 9"),
+        (sample, ["{run}", "--num", "1", "--out", "a.png", "--labels", "three"], "--labels names 'three', expected"),
         (sample, ["{run}", "--num", "1", "--out", "a.png", "--cfg-scale", "0.5"], "expected 1 or more"),
         (sample, ["{run}", "--num", "1", "--out", "a.png", "--seed", "-1"], "--seed is -1"),
         (evaluate, ["{nowhere}"], "there is no run directory"),

@@ -169,7 +169,7 @@ def test_ill_typed_value_says_what_was_expected(override, expected):
     "override, expected",
     [("train.steps=0", "train.steps is 0, expected int, 1 or more"), ("train.eval_every=-1", "expected int, 0 or more"),
      ("optimizer.learning_rate=-1", "expected float, a positive number"), ("optimizer.learning_rate=nan", "a positive"),
-     ("guidance.uncond_prob=2", "from 0 to 1"), 
+     ("guidance.uncond_prob=2", "from 0 to 1"),
      ("data=mnst", "data.name is 'mnst', expected str, one of: digits, mnist"),
      ("data.image_size=0", "1 or more"), ("data.workers=-1", "0 or more"), ("seed=-1", "0 or more"),
      ("loss.feature_extractor=pixel", r"expected list\[str\], one of: latent, input"),
