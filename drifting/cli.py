@@ -3,16 +3,14 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, NoReturn
+from typing import NoReturn
 
-from .config import AnyConfig, check_asked, read_config
+from .config import AnyConfig, read_config
+from .config.changes import resume_of
 from .config.keys import key_help
 from .config.reading import read_overrides
 from .errors import Interrupted, UserError, reason
-
-INTERRUPTED = 130  # The exit status after Ctrl-C.
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -22,22 +20,16 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message} (see `{self.prog} --help`)")
 
 
-@dataclass(frozen=True)
-class TrainingCommand(Generic[AnyConfig]):
-    """What the command line of a training asks for; ``changes`` are the keys of ``config`` that ``--change`` set."""
-
-    config: AnyConfig
-    out: Path
-    changes: tuple[str, ...]
-
-
 def parse_training_command(
     argv: Sequence[str] | None, command: str, purpose: str, schema: type[AnyConfig], default: str
-) -> TrainingCommand[AnyConfig]:
+) -> tuple[AnyConfig, Path, list[str]]:
     """Read the command line of ``python -m drifting.COMMAND``, where ``default`` names its usual configuration.
 
+    Returns:
+        The configuration, the run directory, and the keys that ``--change`` sets.
+
     Raises:
-        UserError: it has a mistake, or changes a key that cannot change within a run.
+        UserError: the command line has a mistake, or changes a key that cannot change within a run.
     """
     parser = ArgumentParser(
         prog=f"python -m drifting.{command}",
@@ -52,9 +44,11 @@ def parse_training_command(
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values over the configuration's")
     arguments = parser.parse_intermixed_args(argv)
     config = read_config(arguments.config, arguments.overrides + arguments.change, schema)
-    changes = tuple(read_overrides(arguments.change))
-    check_asked(changes, schema)
-    return TrainingCommand(config, arguments.out or Path("runs") / Path(arguments.config).stem, changes)
+    asked = list(read_overrides(arguments.change))
+    for key in asked:
+        if resume_of(key) == "never":
+            raise UserError(f"--change {key}: it cannot change within a run, start a new run in another --out")
+    return config, arguments.out or Path("runs") / Path(arguments.config).stem, asked
 
 
 def run_command(command: Callable[[], int]) -> NoReturn:
@@ -64,17 +58,14 @@ def run_command(command: Callable[[], int]) -> NoReturn:
     own: nobody below puts a full disk or a missing permission into words again.
     """
     try:
-        status = command()
+        sys.exit(command())
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        status = error.status
+        status, words = error.status, f"error: {error}"
     except OSError as error:
-        print(f"error: {error.filename or 'the system'}: {reason(error)}", file=sys.stderr)
-        status = UserError.status
+        status, words = UserError.status, f"error: {error.filename or 'the system'}: {reason(error)}"
     except Interrupted as interrupted:
-        print(interrupted, file=sys.stderr)
-        status = interrupted.status
+        status, words = interrupted.status, str(interrupted)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        status = INTERRUPTED
+        status, words = 130, "interrupted"
+    print(words, file=sys.stderr)
     sys.exit(status)

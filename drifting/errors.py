@@ -20,7 +20,7 @@ class Interrupted(Exception):
 
 
 def reason(error: BaseException) -> str:
-    """What the system or a library said, in one line; the kind of the error where it is not the system's."""
+    """Put what the system or a library said into one line, with the kind of the error where it is not the system's."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = " ".join(str(error).split())
@@ -28,28 +28,21 @@ def reason(error: BaseException) -> str:
 
 
 def require(library: str, purpose: str, extra: str) -> ModuleType:
-    """Import an optional library.
-
-    Args:
-        library: the name that is imported.
-        purpose: what needs it, the beginning of the message.
-        extra: the extra of this package that installs it.
+    """Import an optional library, which the ``extra`` of this package installs; ``purpose`` begins the message.
 
     Raises:
-        UserError: it is not installed, or it is there but broken.
+        UserError: the library is not installed, or it is there but broken.
     """
     try:
         return importlib.import_module(library)
     except Exception as error:  # A broken library, or one of those it imports, raises errors of any class.
-        root = library.partition(".")[0]
-        if importlib.util.find_spec(root) is None:
-            raise UserError(
-                f"{purpose} needs {root}, which is not installed: pip install 'drifting[{extra}]'"
-            ) from error
+        need = f"{purpose} needs {library.partition('.')[0]}, which is"
+        if importlib.util.find_spec(library.partition(".")[0]) is None:
+            raise UserError(f"{need} not installed: pip install 'drifting[{extra}]'") from error
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
         raise UserError(
-            f"{purpose} needs {root}, which is there but cannot be imported ({reason(cause)}): "
+            f"{need} there but cannot be imported ({reason(cause)}): "
             "see that torch and torchvision are of one release and one build, for the CPU or for the same CUDA"
         ) from error

@@ -26,10 +26,10 @@ from .utils.named import facts_taken, import_named, is_own
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    command = parse_training_command(argv, "train", "Train a generator.", Config, "digits")
+    config, out, asked = parse_training_command(argv, "train", "Train a generator.", Config, "digits")
     loop.leave_a_core_free()
     with join_ranks() as ranks:
-        train(command.config, command.out, ranks, command.changes)
+        train(config, out, ranks, asked)
     return 0
 
 
@@ -70,7 +70,13 @@ def build_trainer(config: Config, dataset: Dataset, ranks: Ranks) -> DriftingTra
         facts |= {"in_chans": shape[0]} | ({"img_size": shape[1]} if shape[1] == shape[2] else {})
     arguments = facts_taken(target, facts) | config.model.keywords()
     torch.manual_seed(config.seed)
-    model, extractor = build(target, arguments, "cpu"), _extractor(config.loss, shape)
+    loss = config.loss
+    if ("mae" in loss.feature_extractor) != (loss.mae is not None):
+        raise UserError(
+            f"loss.mae is {loss.mae} and loss.feature_extractor {loss.feature_extractor}: "
+            "expected both or neither to name a masked autoencoder"
+        )
+    model, extractor = build(target, arguments, "cpu"), _extractor(loss, shape)
     try:
         trainer = DriftingTrainer(
             model, config, extractor, class_names=dataset.class_names, pixel_range=dataset.pixel_range,

@@ -1,31 +1,39 @@
 """Configurations: what a mistake is answered with, and that a good one arrives."""
 
 import inspect
+import json
 import sys
 import time
+from dataclasses import fields
 
 import pytest
 import torch
 
-from drifting.config import (
-    Config,
-    DataConfig,
-    PretrainConfig,
-    apply_changes,
-    changed_keys,
-    changes_made,
-    check_asked,
-    load_config,
-    load_pretrain_config,
-    read_config,
-    record_changes,
-    recorded_changes,
-    save_config,
-)
-from drifting.config.keys import expected_of, key_help, keys_of, resume_of
+from drifting.cli import parse_training_command
+from drifting.config import Config, DataConfig, PretrainConfig, load_config, read_config, save_config
+from drifting.config.changes import FREE, NEVER, config_in_force, differences, keep_config, recorded, resume_of
+from drifting.config.keys import expected_of, key_help, keys_of
 from drifting.config.reading import CONFIG_DIR, MOST_BYTES, values_of
+from drifting.data import open_dataset
 from drifting.errors import UserError
 from drifting.models import MAE, DriftingDiT
+from drifting.train import build_trainer
+from drifting.training.distributed import Ranks
+
+
+def load_pretrain_config(name: str = "mae_fashion_mnist", overrides=()) -> PretrainConfig:
+    return read_config(name, overrides, PretrainConfig)
+
+
+def build(overrides):
+    """The trainer of the digits with these values, and what a user gets to read where it cannot be built."""
+    config = load_config("digits", ["model.embed_dim=16", "model.depth=1", "model.num_heads=2", *overrides])
+    return build_trainer(config, open_dataset(config.data), Ranks())
+
+
+def changes(old, new) -> list[str]:
+    return [f"{key}: {was}, now {now}" for key, was, now in differences(values_of(old), values_of(new))]
+
 
 GENERATORS = {  # configuration: channels, size and classes of its data, parameters
     "digits": ((1, 8, 10), None),
@@ -101,7 +109,7 @@ def test_feature_extractors_are_one_or_several():
     assert load_config("digits", several).loss.feature_extractor == ["pixels", "mae"]
     for overrides in (["loss.feature_extractor=mae"], ["loss.mae=runs/mae"]):
         with pytest.raises(UserError, match="expected both or neither to name a masked autoencoder"):
-            load_config("digits", overrides)
+            build(overrides)
 
 
 def test_the_large_ones_are_computed_as_the_release_does():
@@ -159,16 +167,18 @@ def test_ill_typed_value_says_what_was_expected(override, expected):
 
 @pytest.mark.parametrize(
     "override, expected",
-    [("train.steps=0", "train.steps is 0, expected 1 or more"), ("train.eval_every=-1", "expected 0 or more"),
-     ("optimizer.learning_rate=-1", "expected a positive number"), ("optimizer.learning_rate=nan", "a positive"),
-     ("guidance.uncond_prob=2", "from 0 to 1"), ("data=mnst", "data.name is mnst, expected one of: digits, mnist"),
+    [("train.steps=0", "train.steps is 0, expected int, 1 or more"), ("train.eval_every=-1", "expected int, 0 or more"),
+     ("optimizer.learning_rate=-1", "expected float, a positive number"), ("optimizer.learning_rate=nan", "a positive"),
+     ("guidance.uncond_prob=2", "from 0 to 1"),
+     ("data=mnst", "data.name is 'mnst', expected str, one of: digits, mnist"),
      ("data.image_size=0", "1 or more"), ("data.workers=-1", "0 or more"), ("seed=-1", "0 or more"),
-     ("loss.feature_extractor=pixel", "expected one of: latent, input"), ("loss.temperatures=[]", "a positive number"),
+     ("loss.feature_extractor=pixel", r"expected list\[str\], one of: latent, input"),
+     ("loss.temperatures=[]", "a positive number"),
      ("loss.feature_extractor=[]", "or a list of"), ("loss.feature_extractor=[pixels,pixels]", "or a list"),
      ("loss.temperatures=[0.1,0]", "a positive number"), ("guidance.cfg_scale_range=[0.5,2]", "least"),
      ("optimizer.ema_decay=[0.9,2]", "from 0 to 1"), ("optimizer.ema_decay=[0.9,0.9]", "a list of different ones"),
      ("optimizer.ema_decay=[]", "from 0 to 1"), ("guidance.cfg_scale_range=1", "least"),
-     ("guidance.cfg_scale_range=[1]", "least"), ("model.embed_dim=30", "a multiple of"),
+     ("guidance.cfg_scale_range=[1]", "least"),
      ("step.queue_device=disk", "cpu, cuda, or null"), ("train.max_skipped_steps=-1", "0 or more")],
 )  # fmt: skip
 def test_value_out_of_range_is_named(override, expected):
@@ -187,6 +197,12 @@ def test_values_of_encoders_are_checked_too(override, expected):
         load_pretrain_config("mae_fashion_mnist", [override])
 
 
+def test_sizes_of_the_network_that_do_not_fit_each_other_are_refused():
+    for overrides in (["model.embed_dim=30"], ["model.embed_dim=20", "model.num_heads=4"]):
+        with pytest.raises(UserError, match="model: drifting_dit cannot be built: ValueError: .*embed_dim"):
+            build(overrides)
+
+
 def test_mistakes_in_files_name_the_file(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("train:\n  step: 5\n")
@@ -200,7 +216,11 @@ def test_mistakes_in_files_name_the_file(tmp_path):
         load_config(str(file))
     file.write_text("")
     assert load_config(str(file)) == Config()
-    with pytest.raises(UserError, match="no configuration file"):
+    file.write_text("train:\n  steps: 0\n")
+    with pytest.raises(UserError, match="mine.yaml: train.steps is 0, expected int, 1 or more, for example 30000"):
+        load_config(str(file))
+    assert load_config(str(file), ["train.steps=5"]).train.steps == 5
+    with pytest.raises(UserError, match="there is no configuration '.*absent.yaml'"):
         load_config(str(tmp_path / "absent.yaml"))
     with pytest.raises(UserError, match="expected a .yaml file or one of: ablation, cifar10, digits"):
         load_config("digit")
@@ -210,8 +230,8 @@ def test_only_length_and_intervals_may_change():
     old = load_config("digits")
     free = ["data.path=elsewhere", "data.workers=9", "train.steps=9"]
     free += ["train.log_every=9", "train.save_every=9", "train.eval_every=9"]
-    assert changed_keys(old, load_config("digits", free)) == []
-    (change,) = changed_keys(old, load_config("digits", [*free, "step.gen_per_label=9"]))
+    assert changes(old, load_config("digits", free)) == []
+    (change,) = changes(old, load_config("digits", [*free, "step.gen_per_label=9"]))
     assert change == f"step.gen_per_label: {old.step.gen_per_label}, now 9"
 
 
@@ -230,6 +250,8 @@ def test_every_key_stands_in_the_help_with_type_default_range_and_sentence(schem
     assert max(map(len, text.splitlines())) <= 100
     words = " ".join(text.split())
     defaults = values_of(schema())
+    for section in fields(schema):
+        assert section.metadata["sentence"] in words
     for key, field in keys_of(schema).items():
         assert field.metadata["sentence"] in words and field.metadata["sentence"][-1] == "."
         assert f"({expected_of(field)})" in words and f" {key}=" in words and key in defaults
@@ -335,31 +357,28 @@ def test_another_network_starts_from_its_own_defaults(own):
      (["model=own_absent:Net"], "the module own_absent cannot be imported from .*No module named"),
      (["model=own_broken:Net"], "cannot be imported .*not_there"), (["model=own_exit:Net"], "cannot be imported"),
      (["model=:Net"], "cannot be imported"), (["loss.feature_extractor=own_of_test:Rows"], "loss.feature_extractor is"),
-     (["model=convnet"], "model.name is convnet, expected one of: drifting_dit, or module:Name"),
+     (["model=convnet", "model.width=24"], "name is 'convnet', expected str, one of: drifting_dit, or module:Name"),
      (["model.width=24"], "unknown key 'model.width'"), (["model=[a]"], "expected str")],
 )  # fmt: skip
 def test_mistakes_about_own_parts_end_in_one_line(own, overrides, expected):
     with pytest.raises(UserError, match=expected) as caught:
-        load_config("digits", overrides)
+        config = load_config("digits", overrides)
+        build_trainer(config, open_dataset(config.data), Ranks())
     assert "\n" not in str(caught.value)
 
 
-def test_nothing_is_imported_for_a_file_that_is_not_trusted(own):
+def test_nothing_is_imported_for_a_file(own):
     file = own / "config.yaml"
     file.write_text(
         "model: {name: own_exit:Net, width: 3}\ndata: own_broken:data\nloss: {feature_extractor: [own_exit:F]}\n"
     )
-    config = read_config(str(file), (), Config, trusted=False)
+    config = read_config(str(file), (), Config)
     assert config.model.name == "own_exit:Net" and config.model.arguments == {"width": 3}
     assert config.data.name == "own_broken:data" and config.loss.feature_extractor == ["own_exit:F"]
     assert not {"own_exit", "own_broken"} & set(sys.modules)
 
 
 def test_pixels_are_clamped_unless_the_configuration_says_otherwise(own):
-    from drifting.data import open_dataset
-    from drifting.train import build_trainer
-    from drifting.training.distributed import Ranks
-
     for clamp in (True, False):
         config = load_config(
             "digits",
@@ -378,25 +397,47 @@ def test_pixels_are_clamped_unless_the_configuration_says_otherwise(own):
 
 
 def test_asked_changes_are_recorded_and_stay_in_force(tmp_path):
-    path, command = tmp_path / "changes.json", load_config("digits")
-    assert recorded_changes(path) == []
-    lower = load_config("digits", ["optimizer.learning_rate=1e-3", "train.steps=900"])
-    (change,) = changes_made(command, lower)  # the number of steps is free
-    assert change == {"key": "optimizer.learning_rate", "old": 3e-3, "new": 1e-3}
-    assert changed_keys(command, lower) == ["optimizer.learning_rate: 0.003, now 0.001"]
-    assert changed_keys(command, lower, asked=["optimizer.learning_rate"]) == []
-    record_changes(path, [{"step": 40} | change])
-    record_changes(path, [{"step": 60, "key": "loss.temperatures", "old": [0.02, 0.05, 0.2], "new": [0.1]}])
-    record_changes(path, [{"step": 80, "key": "optimizer.learning_rate", "old": 1e-3, "new": 3e-3}])
-    record_changes(path, [{"step": 90, "key": "optimizer.learning_rate", "old": 3e-3, "new": 1e-4}])
-    recorded = recorded_changes(path)
-    assert [entry["step"] for entry in recorded] == [40, 60, 80, 90]
-    resumed = apply_changes(command, recorded)
+    path, command, rate = tmp_path / "config.yaml", load_config("digits"), "optimizer.learning_rate"
+    assert recorded(path) == [] and config_in_force(path, command) == command
+    keep_config(path, command, 0)
+    assert recorded(path) == []
+
+    lower = load_config("digits", [f"{rate}=1e-3", "train.steps=900"])  # the number of steps is free
+    assert changes(command, lower) == ["optimizer.learning_rate: 0.003, now 0.001"]
+    with pytest.raises(UserError, match="holds a run with another .*learning_rate: 0.003, now 0.001.*say --change"):
+        config_in_force(path, lower)
+    released, one = [0.02, 0.05, 0.2], [0.1]
+    for step, value, temperatures in ((40, 1e-3, released), (60, 1e-3, one), (80, 3e-3, one), (90, 1e-4, one)):
+        config = load_config("digits", [f"{rate}={value}", f"loss.temperatures={temperatures}"])
+        config = config_in_force(path, config, [rate, "loss.temperatures"])
+        keep_config(path, config, step)
+        assert load_config(str(path)) == config
+    assert recorded(path) == [
+        {"step": 40, "key": rate, "old": 3e-3, "new": 1e-3},
+        {"step": 60, "key": "loss.temperatures", "old": [0.02, 0.05, 0.2], "new": [0.1]},
+        {"step": 80, "key": rate, "old": 1e-3, "new": 3e-3},
+        {"step": 90, "key": rate, "old": 3e-3, "new": 1e-4},
+    ]
+
+    resumed = config_in_force(path, command)
     assert resumed.optimizer.learning_rate == 1e-4 and resumed.loss.temperatures == [0.1]
     assert command.optimizer.learning_rate == 3e-3
-    other = load_config("digits", ["optimizer.learning_rate=5"])
-    assert apply_changes(other, recorded).optimizer.learning_rate == 5
-    assert apply_changes(command, recorded, asked=["optimizer.learning_rate"]).optimizer.learning_rate == 3e-3
+    assert config_in_force(path, command, asked=[rate]).optimizer.learning_rate == 3e-3
+    with pytest.raises(UserError, match="learning_rate: 0.0001, now 5.0"):
+        config_in_force(path, load_config("digits", [f"{rate}=5"]))
+
+
+@pytest.mark.parametrize("again", [[], ["optimizer.learning_rate=1e-3"]])
+def test_a_kill_between_record_and_configuration_refuses_nothing(tmp_path, again):
+    path, command, rate = tmp_path / "config.yaml", load_config("digits"), "optimizer.learning_rate"
+    keep_config(path, command, 0)
+    before = path.read_bytes()
+    keep_config(path, load_config("digits", [f"{rate}=1e-3"]), 7)
+    path.write_bytes(before)
+    config = config_in_force(path, load_config("digits", again), [rate] if again else [])
+    keep_config(path, config, 7)
+    assert config.optimizer.learning_rate == load_config(str(path)).optimizer.learning_rate == 1e-3
+    assert recorded(path) == [{"step": 7, "key": rate, "old": 3e-3, "new": 1e-3}]
 
 
 @pytest.mark.parametrize(
@@ -404,27 +445,47 @@ def test_asked_changes_are_recorded_and_stay_in_force(tmp_path):
 )
 def test_a_damaged_record_of_changes_ends_in_one_line(tmp_path, content):
     (tmp_path / "changes.json").write_text(content)
-    with pytest.raises(UserError, match="changes.json cannot be read") as caught:
-        recorded_changes(tmp_path / "changes.json")
-    assert "\n" not in str(caught.value)
+    for function in (lambda: recorded(tmp_path / "config.yaml"),
+                     lambda: config_in_force(tmp_path / "config.yaml", load_config("digits"))):  # fmt: skip
+        with pytest.raises(UserError, match="changes.json cannot be read") as caught:
+            function()
+        assert "\n" not in str(caught.value)
 
 
-def test_recorded_values_are_checked():
-    change = {"step": 1, "key": "optimizer.learning_rate", "old": 3e-3, "new": "fast"}
-    with pytest.raises(UserError, match="a recorded change: optimizer.learning_rate is 'fast', expected float"):
-        apply_changes(load_config("digits"), [change])
-    with pytest.raises(UserError, match="expected a positive number"):
-        apply_changes(load_config("digits"), [change | {"new": -1.0}])
-    assert apply_changes(load_config("digits"), [change | {"key": ["x"]}]) == load_config("digits")
+def test_recorded_values_are_checked(tmp_path):
+    path, change = tmp_path / "config.yaml", {"step": 1, "key": "optimizer.learning_rate", "old": 3e-3, "new": "fast"}
+    save_config(load_config("digits"), path)
+    for damage, expected in (
+        ({}, "a recorded change: optimizer.learning_rate is 'fast', expected float"),
+        ({"new": -1.0}, "a recorded change: .* expected float, a positive number"),
+        ({"key": ["x"]}, "x.*: fast, now unset"),
+    ):
+        (tmp_path / "changes.json").write_text(json.dumps({"changes": [change | damage]}))
+        with pytest.raises(UserError, match=expected) as caught:
+            config_in_force(path, load_config("digits"))
+        assert "\n" not in str(caught.value)
 
 
 def test_some_keys_cannot_change_within_a_run(own):
-    for key in ("seed", "model.depth", "model.width", "data.name", "step.queue_size", "optimizer.ema_decay"):
-        assert resume_of(Config, key) == "never"
-        with pytest.raises(UserError, match=f"--change {key}: it cannot change within a run"):
-            check_asked([key], Config)
-    check_asked(["optimizer.learning_rate", "data.anything", "train.steps"], Config)
-    assert resume_of(PretrainConfig, "step.latents") == "never" and resume_of(Config, "train.batch_size") == "asked"
+    def asked(schema, key, value="1"):
+        return parse_training_command(["--change", f"{key}={value}"], "train", "", schema, default[schema])[2]
+
+    default = {Config: "digits", PretrainConfig: "mae_fashion_mnist"}
+    for key, value in (("seed", 1), ("model.depth", 1), ("data.name", "mnist"), ("step.queue_size", 1),
+                       ("optimizer.ema_decay", 1), ("model", "own_of_test:ConvNet")):  # fmt: skip
+        with pytest.raises(UserError, match=f"--change {key}.*: it cannot change within a run"):
+            asked(Config, key, value)
+    for key in ("optimizer.learning_rate", "data.flip", "train.steps", "train.batch_size"):
+        assert asked(Config, key, "true" if key == "data.flip" else 1) == [key]
+    with pytest.raises(UserError, match="--change step.latents: it cannot change within a run"):
+        asked(PretrainConfig, "step.latents", "true")
+    assert resume_of("data.anything") == resume_of("train.batch_size") == "asked"
+    assert resume_of("model.width") == "never"
     old = load_config("digits", ["model=own_of_test:ConvNet", "model.width=24"])
     new = load_config("digits", ["model=own_of_test:ConvNet", "model.path=p"])
-    assert changed_keys(old, new) == ["model.width: 24, now unset", "model.path: unset, now p"]
+    assert changes(old, new) == ["model.width: 24, now unset", "model.path: unset, now p"]
+
+
+def test_what_may_change_is_said_of_keys_that_exist():
+    keys = keys_of(Config) | keys_of(PretrainConfig)
+    assert set(FREE + NEVER) <= keys.keys() | {key.partition(".")[0] for key in keys}

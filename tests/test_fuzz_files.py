@@ -702,13 +702,13 @@ def test_configurations(tmp_path, schema, name):
             text = "".join(f"{key}: {value}\n" for key, value in lines).encode("utf-8", "replace")
             path.write_bytes(damaged(content, edits) + b"\n" + text)
             texts = [f"{key}={value}" for key, value in overrides]
-            config, refusal = watch.call(read_config, str(path), texts, schema, trusted=False)
+            config, refusal = watch.call(read_config, str(path), texts, schema)
             assert refusal is None or "\n" not in str(refusal)
             if config is not None:
                 assert type(config.train.steps) is int and config.train.steps >= 1
                 assert 0 < config.optimizer.learning_rate < float("inf")
                 save_config(config, path)
-                assert repr(read_config(str(path), (), schema, trusted=False)) == repr(config)
+                assert repr(read_config(str(path), (), schema)) == repr(config)
 
         fuzz()
 

@@ -13,7 +13,7 @@ from run_records import read_records
 from safetensors.torch import load_file
 
 from drifting import pretrain as command
-from drifting.config import PretrainConfig, load_config, load_pretrain_config
+from drifting.config import PretrainConfig, load_config, read_config
 from drifting.data import open_dataset
 from drifting.errors import UserError
 from drifting.hub import vae
@@ -46,7 +46,7 @@ def make_trainer(base_channels: int = 8, in_chans: int = 1, **settings) -> MAETr
 def finished(tmp_path_factory):
     """A run of 6 steps with checkpoints at 3 and 6."""
     out = tmp_path_factory.mktemp("runs") / "mae"
-    pretrain(load_pretrain_config("mae_fashion_mnist", TINY), out)
+    pretrain(read_config("mae_fashion_mnist", TINY, PretrainConfig), out)
     return out
 
 
@@ -64,7 +64,7 @@ def test_resumed_run_equals_an_uninterrupted_one(finished, tmp_path):
     out = tmp_path / "resumed"
     shutil.copytree(finished, out)
     (out / "checkpoints" / "step_00000006.pt").unlink()
-    pretrain(load_pretrain_config("mae_fashion_mnist", TINY), out)
+    pretrain(read_config("mae_fashion_mnist", TINY, PretrainConfig), out)
     assert read_records(out) == read_records(finished)
     expected, weights = (load_file(folder / "model.safetensors") for folder in (finished, out))
     assert all(torch.equal(expected[name], weights[name]) for name in expected)
@@ -183,7 +183,7 @@ def test_learns_latents_of_cropped_images(tmp_path, fake_vae):
         f"data.path={tmp_path}", "data.image_size=16", "data.workers=0", "model.base_channels=32",
         "model.layers=[1,1,1,1]", "train.batch_size=4", "train.steps=2", "step.images_at_once=3",
     ]  # fmt: skip
-    config = load_pretrain_config("mae_256", small)
+    config = read_config("mae_256", small, PretrainConfig)
     assert config.data.crop and config.data.flip and config.step.latents
     pretrain(config, tmp_path / "mae")
     mae = load_mae(tmp_path / "mae")
@@ -192,14 +192,14 @@ def test_learns_latents_of_cropped_images(tmp_path, fake_vae):
 
 
 def test_latents_cannot_be_encoded_again():
-    digits = dataclasses.replace(open_dataset(load_pretrain_config("mae_fashion_mnist", TINY).data), latent=True)
+    digits = dataclasses.replace(open_dataset(read_config("mae_fashion_mnist", TINY, PretrainConfig).data), latent=True)
     with pytest.raises(UserError, match="step.latents is true, but the data are latents already"):
-        build_trainer(load_pretrain_config("mae_256"), digits, Ranks())
+        build_trainer(read_config("mae_256", (), PretrainConfig), digits, Ranks())
 
 
 def test_mistakes_are_told(finished, tmp_path):
     with pytest.raises(UserError, match=r"seed: 0, now 1.*choose another --out"):
-        pretrain(load_pretrain_config("mae_fashion_mnist", [*TINY, "seed=1"]), finished)
+        pretrain(read_config("mae_fashion_mnist", [*TINY, "seed=1"], PretrainConfig), finished)
     with pytest.raises(UserError, match="model.patch_size, model.input_patch_size: images are 8 × 8"):
         command.main(["--out", str(tmp_path / "a"), *TINY, "model.patch_size=3"])
     with pytest.raises(UserError, match="loss.mae is .*, of 1 channels: the data have 3"):

@@ -1,84 +1,90 @@
 """What of a configuration may change while its run is in progress, and the record of what the user changed.
 
-A run that is resumed has the configuration in its directory, but for keys that are free. The user changes others by
-``--change key=value``. ``changes.json`` in the directory records each change with the step at which it was made, and
-the changes stay in force when the original command is given again.
+``changes.json``, beside the run's ``config.yaml``, records each change with the step at which it was made. The changes
+stay in force when the original command is given again.
 """
 
 import copy
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, reason
 from ..utils.files import atomic_write, read_object
-from .keys import resume_of
-from .reading import AnyConfig, check_values, set_value, values_of
-from .schema import Config, PretrainConfig
+from .reading import AnyConfig, read_config, save_config, set_value, values_of
 
-Change = dict[str, Any]  # ``key``, its values ``old`` and ``new``, and once recorded the ``step``
-UNSET = "unset"  # the value of an argument that a user's own network does not get
-
-
-def check_asked(keys: Collection[str], schema: type) -> None:
-    """Raise :class:`UserError` if one of the keys of ``--change`` cannot change within a run."""
-    for key in keys:
-        if resume_of(schema, key) == "never":
-            raise UserError(f"--change {key}: it cannot change within a run, start a new run in another --out")
-
-
-def changes_made(old: Config | PretrainConfig, new: Config | PretrainConfig) -> list[Change]:
-    """``key``, ``old`` and ``new`` of each value that differs and is not free to do so when a run is resumed."""
-    before, after = values_of(old), values_of(new)
-    differing = [key for key in before | after if before.get(key, UNSET) != after.get(key, UNSET)]
-    return [
-        {"key": key, "old": before.get(key, UNSET), "new": after.get(key, UNSET)}
-        for key in differing
-        if resume_of(type(new), key) != "free"
-    ]
+Values = dict[str, Any]  # A configuration, with dotted keys.
+RECORD = "changes.json"
+UNSET = "unset"  # An argument that a user's own network does not get has this value.
+NEVER = (
+    "seed", "model", "data.name", "data.image_size", "data.subset", "data.label_column", "step.queue_size",
+    "step.unconditional_queue_size", "step.latents", "optimizer.ema_decay",
+)  # fmt: skip
+FREE = (
+    "train", "evaluation", "data.path", "data.workers", "step.queue_device", "step.labels_at_once",
+    "step.images_at_once", "step.compile", "step.activation_checkpointing", "step.fsdp",
+)  # fmt: skip
+RESUME = dict.fromkeys(NEVER, "never") | dict.fromkeys(FREE, "free") | {"train.batch_size": "asked"}
 
 
-def changed_keys(old: Config | PretrainConfig, new: Config | PretrainConfig, asked: Collection[str] = ()) -> list[str]:
-    """``key: old, now new`` for each of :func:`changes_made` but those that the user ``asked`` for by ``--change``."""
-    made = [change for change in changes_made(old, new) if change["key"] not in asked]
-    return [f"{change['key']}: {change['old']}, now {change['new']}" for change in made]
+def resume_of(key: str) -> str:
+    """Tell how a key may change within a run: it is "free", must be "asked" for by ``--change``, or "never" may."""
+    return RESUME.get(key) or RESUME.get(key.partition(".")[0], "asked")
 
 
-def apply_changes(config: AnyConfig, recorded: Sequence[Change], asked: Collection[str] = ()) -> AnyConfig:
-    """``config`` after the recorded changes: one after the other, each replaces its old value where that is there.
+def differences(before: Values, after: Values) -> list[tuple[str, Any, Any]]:
+    """The key, old and new value of each difference that is not free when a run is resumed."""
+    pairs = [(key, before.get(key, UNSET), after.get(key, UNSET)) for key in before | after]
+    return [(key, old, new) for key, old, new in pairs if old != new and resume_of(key) != "free"]
+
+
+def config_in_force(path: Path, config: AnyConfig, asked: Collection[str] = ()) -> AnyConfig:
+    """Take over what the run of the configuration file ``path`` has recorded, where ``config`` has the value before it.
 
     The keys in ``asked``, which the user changes by ``--change`` now, keep their values.
 
     Raises:
-        UserError: a recorded value is ill-typed or out of its range.
+        UserError: the run has other values of keys that are neither free nor asked for, or its files are damaged.
     """
-    result = copy.deepcopy(config)
-    for change in recorded:
-        key = str(change["key"])
-        if key not in asked and values_of(result).get(key, UNSET) == change["old"]:
-            set_value(result, key, change["new"], "a recorded change: ")
-    check_values(result)
+    result, replaced = copy.deepcopy(config), [(change["key"], change["old"]) for change in recorded(path)]
+    others = []
+    for key, old, new in differences(_values_in_force(path, config), values_of(config)):
+        if (key, new) in replaced and key not in asked:
+            set_value(result, key, old, "a recorded change: ")
+        elif key not in asked:
+            others.append(f"{key}: {old}, now {new}")
+    if others:
+        raise UserError(
+            f"{path.parent} holds a run with another configuration ({'; '.join(others)}): choose another --out, give "
+            "the values it was started with, or say --change key=value for each"
+        )
     return result
 
 
-def recorded_changes(path: Path) -> list[Change]:
-    """The changes in the file ``path``, in the order in which they were made; none if there is no such file.
+def keep_config(path: Path, config: AnyConfig, step: int) -> None:
+    """Record what has changed at this step, then write the configuration to the file ``path``."""
+    made = differences(_values_in_force(path, config), values_of(config))
+    changes = recorded(path) + [{"step": step, "key": key, "old": old, "new": new} for key, old, new in made]
+    if made:
+        with atomic_write(path.with_name(RECORD)) as part:
+            part.write_text(json.dumps({"changes": changes}, indent=1) + "\n")
+    save_config(config, path)
 
-    Raises:
-        UserError: the file cannot be read or holds anything else.
-    """
-    names = ("step", "key", "old", "new")
+
+def recorded(path: Path) -> list[dict[str, Any]]:
+    """Read the changes of the run whose configuration is ``path``: ``step``, ``key``, ``old`` and ``new`` of each."""
+    record = path.with_name(RECORD)
     try:
-        return [{name: change[name] for name in names} for change in read_object(path)["changes"]]
+        changes = read_object(record)["changes"]
+        return [{name: change[name] for name in ("step", "key", "old", "new")} for change in changes]
     except FileNotFoundError:
         return []
     except Exception as error:
-        raise UserError(f"{path} cannot be read: {reason(error)}") from error
+        raise UserError(f"{record} cannot be read: {reason(error)}") from error
 
 
-def record_changes(path: Path, changes: Sequence[Change]) -> None:
-    """Add changes, each with ``step``, ``key``, ``old`` and ``new``, to those in the file ``path``."""
-    content = {"changes": recorded_changes(path) + list(changes)}
-    with atomic_write(path) as part:
-        part.write_text(json.dumps(content, indent=1) + "\n")
+def _values_in_force(path: Path, config: AnyConfig) -> Values:
+    """The values of the run so far, or of ``config`` in a new run. The record counts: a kill can follow its writing."""
+    kept = read_config(str(path), (), type(config)) if path.exists() else config
+    return values_of(kept) | {str(change["key"]): change["new"] for change in recorded(path)}

@@ -1,203 +1,174 @@
 """What can be configured: a dataclass for each section and a line for each key, whose defaults are the paper's.
 
-``--help`` shows the docstring of each section and the sentence of each key.
+``--help`` shows the sentence of each section, in :class:`Config` and :class:`PretrainConfig`, and of each key.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from math import inf
 from typing import Any
 
-from .keys import key
+from .keys import FROM_0, FROM_1, FROM_2, POSITIVE, SHARE, each, key, one_of
 
 DATA_NAMES = ("digits", "mnist", "fashion_mnist", "cifar10", "folder", "huggingface", "latents")
 DRIFTING_DIT = "drifting_dit"
 EXTRACTORS = ("latent", "input", "pixels", "resnet18", "convnext_v2", "mae")
 SEED = "All randomness of a run follows from this number."
-FREE, NEVER = {"resume": "free"}, {"resume": "never"}  # whether the keys of a section may change, see keys.key
+DATA = "The training data. If name is module:Name of your own, all other keys but workers are its arguments."
+MODEL = "The generator. If name is module:Name of your own, all other keys are its arguments."
+TRAIN = "The length of the run, and what happens when."
 
 
 @dataclass
 class DataConfig:
-    """The training data. If name is module:Name of your own, all other keys but workers are its arguments."""
-
-    name: str = key("digits", "The data set; data=NAME sets it too.", one_of=DATA_NAMES, own=True, resume="never")
-    path: str | None = key(
-        None, "This folder, or this name on the hub, has the data; null looks in the usual places.", resume="free"
-    )
-    image_size: int | None = key(None, "Images get this height and width; null keeps theirs.", least=1, resume="never")
+    name: str = key("digits", "The data set; data=NAME sets it too.", one_of(*DATA_NAMES, own=True))
+    path: str | None = key(None, "This folder, or this name on the hub, has the data; null looks in the usual places.")
+    image_size: int | None = key(None, "Images get this height and width; null keeps theirs.", FROM_1)
     flip: bool = key(False, "Every other training image, chosen at random, is mirrored.")
     crop: bool = key(False, "Training sees random resized crops instead of centre crops.")
-    workers: int = key(0, "This many processes read; 0 reads in the training process.", least=0, resume="free")
-    subset: str | None = key(None, "Hugging Face data sets are read in this configuration.", resume="never")
-    label_column: str | None = key(None, "This column of Hugging Face data holds the labels.", resume="never")
+    workers: int = key(0, "This many processes read; 0 reads in the training process.", FROM_0)
+    subset: str | None = key(None, "Hugging Face data sets are read in this configuration.")
+    label_column: str | None = key(None, "This column of Hugging Face data holds the labels.")
     arguments: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
 class ModelConfig:
-    """The generator. If name is module:Name of your own, all other keys are its arguments."""
-
-    name: str = key(DRIFTING_DIT, "This network is trained; model=NAME is the same.", one_of=(DRIFTING_DIT,), own=True)
-    patch_size: int = key(2, "A token stands for a square with this side.", least=1)
-    embed_dim: int = key(768, "A token has this many values, a multiple of 4 and of 2 * num_heads.", least=1)
-    depth: int = key(12, "The network has this many transformer blocks.", least=1)
-    num_heads: int = key(12, "Each block has this many attention heads.", least=1)
-    mlp_ratio: float = key(4.0, "Feed-forward layers are this many times as wide as a token.", positive=True)
-    num_style_tokens: int = key(32, "Each sample has this many random style codes beside its noise.", least=0)
-    style_vocab: int = key(64, "Each style code is one of this many.", least=1)
-    n_cls_tokens: int = key(16, "This many tokens carry class and guidance scale.", least=0)
+    name: str = key(DRIFTING_DIT, "This network is trained; model=NAME is the same.", one_of(DRIFTING_DIT, own=True))
+    patch_size: int = key(2, "A token stands for a square with this side.", FROM_1)
+    embed_dim: int = key(768, "A token has this many values, a multiple of 4 and of 2 * num_heads.", FROM_1)
+    depth: int = key(12, "The network has this many transformer blocks.", FROM_1)
+    num_heads: int = key(12, "Each block has this many attention heads.", FROM_1)
+    mlp_ratio: float = key(4.0, "Feed-forward layers are this many times as wide as a token.", POSITIVE)
+    num_style_tokens: int = key(32, "Each sample has this many random style codes beside its noise.", FROM_0)
+    style_vocab: int = key(64, "Each style code is one of this many.", FROM_1)
+    n_cls_tokens: int = key(16, "This many tokens carry class and guidance scale.", FROM_0)
     arguments: dict[str, Any] = field(default_factory=dict)
 
     def keywords(self) -> dict[str, Any]:
-        """The arguments of the network that the section gives: all of it but the name."""
-        if self.name != DRIFTING_DIT:
-            return dict(self.arguments)
-        return {part.name: getattr(self, part.name) for part in fields(self) if part.name not in ("name", "arguments")}
+        """The arguments of the network: all values of the section but its name."""
+        ours = {name: value for name, value in vars(self).items() if name not in ("name", "arguments")}
+        return ours if self.name == DRIFTING_DIT else dict(self.arguments)
 
 
 @dataclass
 class LossConfig:
-    """The drifting loss."""
-
     feature_extractor: list[str] = key(
         ["latent"], "Samples are compared in these features; input, once pixels, is the sample itself.",
-        one_of=EXTRACTORS, own=True,
+        each(one_of(*EXTRACTORS, own=True)),
     )  # fmt: skip
     mae: str | None = key(None, "The extractor mae is the encoder of this run directory or hf://NAME.")
-    temperatures: list[float] = key([0.02, 0.05, 0.2], "The field is summed over these temperatures.", positive=True)
-    affinity_floor: float = key(0.0, "A product of two softmaxes counts as at least this.", least=0)
+    temperatures: list[float] = key([0.02, 0.05, 0.2], "The field is summed over these temperatures.", each(POSITIVE))
+    affinity_floor: float = key(0.0, "A product of two softmaxes counts as at least this.", FROM_0)
 
 
 @dataclass
 class StepConfig:
-    """What a training step draws and how it is computed."""
-
-    labels_per_step: int = key(64, "A step draws this many labels.", least=1)
-    gen_per_label: int = key(64, "This many samples are generated for each label.", least=1)
-    pos_per_label: int = key(64, "This many real samples of the label attract them.", least=1)
-    uncond_per_label: int = key(16, "This many real samples of any label repel them, where there is guidance.", least=1)
-    queue_size: int = key(128, "This many real samples of each label are kept to draw from.", least=1, resume="never")
-    unconditional_queue_size: int = key(1000, "This many of all labels together are kept.", least=1, resume="never")
-    queue_device: str | None = key(
-        None, "Real samples are kept there; null keeps them beside the model.", one_of=("cpu", "cuda"), resume="free"
-    )
+    labels_per_step: int = key(64, "A step draws this many labels.", FROM_1)
+    gen_per_label: int = key(64, "This many samples are generated for each label.", FROM_1)
+    pos_per_label: int = key(64, "This many real samples of the label attract them.", FROM_1)
+    uncond_per_label: int = key(16, "This many real samples of any label repel them, where there is guidance.", FROM_1)
+    queue_size: int = key(128, "This many real samples of each label are kept to draw from.", FROM_1)
+    unconditional_queue_size: int = key(1000, "This many of all labels together are kept.", FROM_1)
+    queue_device: str | None = key(None, "Real samples are kept there; null: beside the model.", one_of("cpu", "cuda"))
     clamp: bool = key(True, "Generated pixels are clamped to the range of real ones.")
-    labels_at_once: int | None = key(None, "Memory holds this many labels at once; null: all.", least=1, resume="free")
+    labels_at_once: int | None = key(None, "Memory holds this many labels at once; null: all.", FROM_1)
     bf16: bool = key(False, "The networks compute in bfloat16; weights, distances and loss stay float32.")
-    compile: bool = key(False, "torch.compile makes steps faster, and delays the first ones.", resume="free")
-    activation_checkpointing: bool = key(False, "Activations are computed twice instead of kept.", resume="free")
-    fsdp: bool = key(False, "Weights, averages and optimizer are spread over the ranks.", resume="free")
+    compile: bool = key(False, "torch.compile makes steps faster, and delays the first ones.")
+    activation_checkpointing: bool = key(False, "Activations are computed twice instead of kept.")
+    fsdp: bool = key(False, "Weights, averages and optimizer are spread over the ranks.")
 
 
 @dataclass
 class GuidanceConfig:
-    """The guidance scales to train for."""
-
     cfg_scale_range: list[float] = key(
         [1.0, 4.0], "Guidance scales are drawn from this range.",
-        rule=("[least, greatest] with 1 <= least <= greatest", lambda v: len(v) == 2 and 1 <= v[0] <= v[1] < inf),
+        ("[least, greatest] with 1 <= least <= greatest", lambda v: len(v) == 2 and 1 <= v[0] <= v[1] < inf),
     )  # fmt: skip
-    cfg_exponent: float = key(3.0, "Their density falls with this power of the scale; 0 is uniform.", least=0)
-    uncond_prob: float = key(0.0, "This share of the labels is trained at scale 1 instead.", least=0, most=1)
+    cfg_exponent: float = key(3.0, "Their density falls with this power of the scale; 0 is uniform.", FROM_0)
+    uncond_prob: float = key(0.0, "This share of the labels is trained at scale 1 instead.", SHARE)
 
 
 @dataclass
 class AdamWConfig:
-    """AdamW and its schedule."""
-
-    learning_rate: float = key(2e-4, "After the warm-up, training has this learning rate.", positive=True)
-    weight_decay: float = key(0.01, "Weights decay at this rate, apart from the gradient.", least=0)
-    warmup_steps: int = key(5000, "The learning rate rises from 0 over this many steps.", least=0)
+    learning_rate: float = key(2e-4, "After the warm-up, training has this learning rate.", POSITIVE)
+    weight_decay: float = key(0.01, "Weights decay at this rate, apart from the gradient.", FROM_0)
+    warmup_steps: int = key(5000, "The learning rate rises from 0 over this many steps.", FROM_0)
     cosine_decay: bool = key(False, "The learning rate then falls along a cosine to 0 at the end.")
-    max_grad_norm: float = key(2.0, "Gradients are clipped to this norm.", positive=True)
+    max_grad_norm: float = key(2.0, "Gradients are clipped to this norm.", POSITIVE)
 
 
 @dataclass
 class OptimizerConfig(AdamWConfig):
-    """AdamW, its schedule, and the averages of the weights."""
-
-    ema_decay: list[float] = key([0.999], "Averages of the weights have these decays.", least=0, most=1, resume="never")
+    ema_decay: list[float] = key([0.999], "Averages of the weights have these decays.", each(SHARE))
 
 
 @dataclass
 class MAEOptimizerConfig(AdamWConfig):
-    """AdamW, its schedule, and the average of the weights."""
-
-    ema_decay: float = key(0.9995, "The average of the weights has this decay.", least=0, most=1, resume="never")
+    ema_decay: float = key(0.9995, "The average of the weights has this decay.", SHARE)
 
 
 @dataclass
 class TrainConfig:
-    """The length of the run, and what happens when."""
-
-    steps: int = key(30000, "Training ends after this many steps.", least=1)
-    batch_size: int = key(64, "Each step reads this many training samples.", least=1, resume="asked")
-    log_every: int = key(50, "Metrics are logged whenever this many steps have passed.", least=1)
-    save_every: int = key(2000, "A checkpoint is written whenever this many steps have passed.", least=1)
-    eval_every: int = key(0, "Evaluation comes whenever this many steps have passed; 0 is at the end only.", least=0)
-    max_skipped_steps: int = key(0, "The run ends once more steps than this had no finite loss and gradient.", least=0)
+    steps: int = key(30000, "Training ends after this many steps.", FROM_1)
+    batch_size: int = key(64, "Each step reads this many training samples.", FROM_1)
+    log_every: int = key(50, "Metrics are logged whenever this many steps have passed.", FROM_1)
+    save_every: int = key(2000, "A checkpoint is written whenever this many steps have passed.", FROM_1)
+    eval_every: int = key(0, "Evaluation comes whenever this many steps have passed; 0 is at the end only.", FROM_0)
+    max_skipped_steps: int = key(0, "The run ends once more steps than this had no finite loss and gradient.", FROM_0)
     wandb: str | None = key(None, "Metrics go to this project of Weights & Biases too.")
 
 
 @dataclass
 class EvaluationConfig:
-    """How samples are judged."""
-
     features: str | None = key(None, "Images are compared in this network's features; null compares them as they are.")
     reference: list[str] = key([], "Samples are compared with these .npz files instead of the data.")
-    num_samples: int | None = key(None, "This many are generated; null is what the measures are meant for.", least=2)
-    cfg_scales: list[float] = key([1.0], "They are generated at these guidance scales; the best counts.", least=1)
+    num_samples: int | None = key(None, "This many are generated; null is what the measures are meant for.", FROM_2)
+    cfg_scales: list[float] = key([1.0], "They are generated at these guidance scales; the best counts.", each(FROM_1))
 
 
 @dataclass
 class Config:
     """A run of :mod:`drifting.train`."""
 
-    seed: int = key(0, SEED, least=0, resume="never")
-    data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig, metadata=NEVER)
-    loss: LossConfig = field(default_factory=LossConfig)
-    step: StepConfig = field(default_factory=StepConfig)
-    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    train: TrainConfig = field(default_factory=TrainConfig, metadata=FREE)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig, metadata=FREE)
+    seed: int = key(0, SEED, FROM_0)
+    data: DataConfig = key(DataConfig, DATA)
+    model: ModelConfig = key(ModelConfig, MODEL)
+    loss: LossConfig = key(LossConfig, "The drifting loss.")
+    step: StepConfig = key(StepConfig, "What a training step draws and how it is computed.")
+    guidance: GuidanceConfig = key(GuidanceConfig, "The guidance scales to train for.")
+    optimizer: OptimizerConfig = key(OptimizerConfig, "AdamW, its schedule, and the averages of the weights.")
+    train: TrainConfig = key(TrainConfig, TRAIN)
+    evaluation: EvaluationConfig = key(EvaluationConfig, "How samples are judged.")
 
 
 @dataclass
 class MAEConfig:
-    """The masked autoencoder."""
-
-    base_channels: int = key(256, "The first stage has this many channels.", least=1)
+    base_channels: int = key(256, "The first stage has this many channels.", FROM_1)
     layers: list[int] = key(
         [3, 4, 6, 3], "The stages have these numbers of residual blocks.",
-        rule=("four numbers of 1 or more", lambda v: len(v) == 4 and min(v) >= 1),
+        ("four numbers of 1 or more", lambda v: len(v) == 4 and min(v) >= 1),
     )  # fmt: skip
-    patch_size: int = key(2, "Squares with this side are hidden or visible as a whole.", least=1)
-    input_patch_size: int = key(1, "Squares with this side are the first stage's pixels.", least=1)
-    dropout_prob: float = key(0.0, "Dropout sets this share of the values to 0.", least=0, most=1)
+    patch_size: int = key(2, "Squares with this side are hidden or visible as a whole.", FROM_1)
+    input_patch_size: int = key(1, "Squares with this side are the first stage's pixels.", FROM_1)
+    dropout_prob: float = key(0.0, "Dropout sets this share of the values to 0.", SHARE)
 
 
 @dataclass
 class MAELossConfig:
-    """What is hidden, and what weighs how much."""
-
     mask_ratio_range: list[float] = key(
         [0.5, 0.5], "An image hides a share of its squares that is drawn from this range.",
-        rule=("[least, greatest] with 0 < least <= greatest <= 1", lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 1),
+        ("[least, greatest] with 0 < least <= greatest <= 1", lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 1),
     )  # fmt: skip
-    lambda_cls: float = key(0.0, "The classification error has this weight.", least=0, most=1)
-    finetune_steps: int = key(0, "In this many steps at the end its weight rises from 0 to another.", least=0)
-    finetune_warmup_steps: int = key(1000, "The rise takes this many steps.", least=0)
-    finetune_lambda_cls: float = key(0.1, "It ends at this weight.", least=0, most=1)
+    lambda_cls: float = key(0.0, "The classification error has this weight.", SHARE)
+    finetune_steps: int = key(0, "In this many steps at the end its weight rises from 0 to another.", FROM_0)
+    finetune_warmup_steps: int = key(1000, "The rise takes this many steps.", FROM_0)
+    finetune_lambda_cls: float = key(0.1, "It ends at this weight.", SHARE)
 
 
 @dataclass
 class MAEStepConfig:
-    """What a training step sees and how it is computed."""
-
-    latents: bool = key(False, "The Stable Diffusion VAE encodes the images first.", resume="never")
-    images_at_once: int | None = key(None, "Memory holds this many images at once; null: all.", least=1, resume="free")
+    latents: bool = key(False, "The Stable Diffusion VAE encodes the images first.")
+    images_at_once: int | None = key(None, "Memory holds this many images at once; null: all.", FROM_1)
     bf16: bool = key(False, "The network computes in bfloat16; its weights and the losses stay float32.")
 
 
@@ -205,10 +176,10 @@ class MAEStepConfig:
 class PretrainConfig:
     """A run of :mod:`drifting.pretrain`."""
 
-    seed: int = key(0, SEED, least=0, resume="never")
-    data: DataConfig = field(default_factory=DataConfig)
-    model: MAEConfig = field(default_factory=MAEConfig, metadata=NEVER)
-    loss: MAELossConfig = field(default_factory=MAELossConfig)
-    step: MAEStepConfig = field(default_factory=MAEStepConfig)
-    optimizer: MAEOptimizerConfig = field(default_factory=MAEOptimizerConfig)
-    train: TrainConfig = field(default_factory=TrainConfig, metadata=FREE)
+    seed: int = key(0, SEED, FROM_0)
+    data: DataConfig = key(DataConfig, DATA)
+    model: MAEConfig = key(MAEConfig, "The masked autoencoder.")
+    loss: MAELossConfig = key(MAELossConfig, "What is hidden, and what weighs how much.")
+    step: MAEStepConfig = key(MAEStepConfig, "What a training step sees and how it is computed.")
+    optimizer: MAEOptimizerConfig = key(MAEOptimizerConfig, "AdamW, its schedule, and the average of the weights.")
+    train: TrainConfig = key(TrainConfig, TRAIN)

@@ -37,8 +37,8 @@ def save_checkpoint(folder: Path, state: dict[str, Any], keep: int = 2) -> Path:
     """
     path = folder / f"step_{state['step']:08d}.pt"
     try:
-        for left in folder.glob(".step_*.part"):  # A killed process left it.
-            left.unlink()
+        for half in folder.glob(".step_*.part"):  # A killed process left it.
+            half.unlink()
         with atomic_write(path) as part, part.open("wb") as file:
             torch.save(state, file)
         for old in [other for other in checkpoints_in(folder) if step_of(other) <= state["step"]][:-keep]:

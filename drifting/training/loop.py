@@ -13,17 +13,8 @@ from typing import Any, Generic
 import torch
 from tqdm import tqdm
 
-from ..config import (
-    AnyConfig,
-    apply_changes,
-    changed_keys,
-    changes_made,
-    check_asked,
-    read_config,
-    record_changes,
-    recorded_changes,
-    save_config,
-)
+from ..config import AnyConfig
+from ..config.changes import config_in_force, keep_config
 from ..data import Split, training_batches
 from ..data.dataset import telling_of_dead_workers
 from ..errors import Interrupted, UserError, reason
@@ -33,8 +24,6 @@ from .distributed import Ranks
 from .mae_trainer import MAETrainer
 from .metrics import MetricsLog, check_finite, to_record
 from .trainer import DriftingTrainer
-
-CHANGES = "changes.json"  # In a run directory, it records what the user changed within the run.
 
 Quality = dict[str, float]
 
@@ -90,7 +79,7 @@ def opened_run(
                 return config
             run.samples.mkdir(parents=True, exist_ok=True)
             stack.enter_context(run.lock())
-            return _config_in_force(run, config, asked)
+            return config_in_force(run.config, config, asked)
 
         with ranks.agreed():
             if config.train.batch_size % ranks.size:
@@ -98,30 +87,6 @@ def opened_run(
                 raise UserError(f"train.batch_size is {batch}, expected a multiple of the {ranks.size} ranks")
             opened = ranks.on_all(open_and_lock)[0]
         yield opened
-
-
-def _config_in_force(run: RunDirectory, config: AnyConfig, asked: Collection[str]) -> AnyConfig:
-    """The configuration with the changes that the run has recorded; refuse one that would train something else."""
-    check_asked(asked, type(config))
-    if not run.config.exists():
-        return config
-    config = apply_changes(config, recorded_changes(run.path / CHANGES), asked)
-    changed = changed_keys(read_config(str(run.config), (), type(config), trusted=False), config, asked)
-    if changed:
-        raise UserError(
-            f"{run.path} holds a run with another configuration ({'; '.join(changed)}): choose another --out, give the "
-            "values it was started with, or say --change key=value for each"
-        )
-    return config
-
-
-def _write_config(run: RunDirectory, config: AnyConfig, step: int) -> None:
-    """Keep the configuration, and a record of what of it has changed at this step."""
-    if run.config.exists():
-        made = changes_made(read_config(str(run.config), (), type(config), trusted=False), config)
-        if made:
-            record_changes(run.path / CHANGES, [{"step": step} | change for change in made])
-    save_config(config, run.config)
 
 
 def train(run: Run[AnyConfig]) -> Quality:
@@ -141,7 +106,7 @@ def train(run: Run[AnyConfig]) -> Quality:
             raise UserError(
                 f"{directory.path} is at step {trainer.step} already, expected train.steps of at least that"
             )
-    trainer.ranks.on_main(lambda: _write_config(directory, config, trainer.step))
+    trainer.ranks.on_main(lambda: keep_config(directory.config, config, trainer.step))
     if trainer.step == config.train.steps:
         measured = run.evaluate()
         run.save_model()  # It comes after the evaluation, which chooses among several averages.

@@ -114,7 +114,7 @@ class RunEvaluation:
         if self.evaluator is None:
             return
         kept, best, distance = _best_so_far(self.run), self.run.best, self.evaluator.distance
-        alike = kept and read_config(str(best.config), (), Config, trusted=False).evaluation == self.config.evaluation
+        alike = kept and read_config(str(best.config), (), Config).evaluation == self.config.evaluation
         if not alike or quality[distance] < kept.get(distance, math.inf):
             save_generator(best, self.trainer.generator(model), quality)
             save_config(self.config, best.config)

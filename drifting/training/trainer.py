@@ -1,6 +1,5 @@
 """The training step of Algorithm 1 of the paper (arXiv 2602.04770), and the trainer around it."""
 
-import dataclasses
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..config import Config
-from ..config.reading import check_values, set_value
+from ..config.reading import set_value
 from ..data.labels import label_of, sample_of
 from ..generation import ClassNames, Generator, Labels, Signature
 from ..hub.run_directory import RunDirectory, save_generator
@@ -259,6 +258,8 @@ class DriftingTrainer:
         self.best_decay = state["best_decay"]
 
 
+SECTIONS = ("loss", "step", "guidance", "optimizer")  # Their keys are arguments of create_trainer.
+
 # These defaults of scripts differ from the paper's, whose runs are longer and larger.
 SCRIPTS = {"gen_per_label": 32, "pos_per_label": 32, "warmup_steps": 1000, "ema_decay": 0.99}
 
@@ -314,23 +315,19 @@ def create_trainer(
     """
     default_labels = 4 if Signature.of(model, noise_shape).conditions else (ranks or Ranks()).size
     settings = SCRIPTS | settings | {
-        "learning_rate": learning_rate, "queue_size": queue_size, "cfg_scale_range": list(cfg_scale_range),
+        "learning_rate": learning_rate, "queue_size": queue_size, "cfg_scale_range": cfg_scale_range,
         "uncond_prob": uncond_prob, "cosine_decay": decay_steps is not None,
         "labels_per_step": default_labels if labels_per_step is None else labels_per_step,
     }  # fmt: skip
-    config = Config(seed=seed)
-    config.train.steps = decay_steps or config.train.steps
+    config = Config()
+    set_value(config, "seed", int(seed))
+    set_value(config, "train.steps", int(decay_steps or config.train.steps))
     for name, value in settings.items():
-        section = next((s for s in ("loss", "step", "guidance", "optimizer") if _has(getattr(config, s), name)), None)
+        section = next((part for part in SECTIONS if hasattr(getattr(config, part), name)), None)
         if section is None:
             raise TypeError(f"create_trainer() got an unexpected keyword argument {name!r}")
-        set_value(config, f"{section}.{name}", value)
-    check_values(config)
+        set_value(config, f"{section}.{name}", value.tolist() if hasattr(value, "tolist") else value)
     return DriftingTrainer(
         model, config, feature_extractor, device=device, noise_shape=noise_shape, pixel_range=pixel_range, ranks=ranks,
         class_names=None if class_names is None else tuple(class_names),
     )  # fmt: skip
-
-
-def _has(section: Any, name: str) -> bool:
-    return name in {field.name for field in dataclasses.fields(section)}
