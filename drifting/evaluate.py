@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from .cli import ArgumentParser, run_command
@@ -15,7 +14,7 @@ from .config import Config, EvaluationConfig, read_config
 from .data import Dataset, open_dataset
 from .errors import UserError
 from .evaluation import evaluator as evaluation
-from .evaluation.archives import Samples, read_samples, write_samples
+from .evaluation.archives import read_samples, write_samples
 from .evaluation.drawing import check_drawing, spread_labels
 from .hub.run_directory import RunDirectory
 from .hub.sources import HUB, load_generator
@@ -39,15 +38,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse(argv: Sequence[str] | None) -> Any:
     description = "Measure generated samples, as JSON. What no option says is as in the run's training."
     parser = ArgumentParser(prog="python -m drifting.evaluate", description=description)
-    for name, metavar, text in (
-        ("source", "SOURCE", "run directory, hf://NAME, artifact of the release, or .npz file of samples"),
-        ("--features", "NAME|PATH", "inception, dinov2, Inception's weights (.pth), or a directory with a network"),
-        ("--model", "module:Name", "the run's network, where it is your own"),
-        ("--data", "module:Name", "the run's data set, where it is your own"),
-    ):
-        parser.add_argument(name, metavar=metavar, help=text)
+    parser.add_argument("source", metavar="SOURCE", help="run directory, hf://NAME, artifact of the release, or .npz")
     text = "a run, whose data are meant, or files of statistics (mu, sigma), images (arr_0) or both"
     parser.add_argument("--reference", nargs="+", metavar="RUN|FILE.npz", default=[], help=text)
+    text = "inception, dinov2, Inception's weights (.pth), or a directory of a classifier, an autoencoder or a DINOv2"
+    parser.add_argument("--features", metavar="NAME|PATH", help=text)
+    parser.add_argument("--model", metavar="module:Name", help="the run's network, where it is your own")
+    parser.add_argument("--data", metavar="module:Name", help="the run's data set, where it is your own")
     parser.add_argument("--num", type=int, help="how many samples to generate")
     text = "guidance scales, 1 or more; of several, the best is reported"
     parser.add_argument("--cfg-scale", "--cfg", type=float, nargs="+", metavar="SCALE", default=[], help=text)
@@ -82,7 +79,6 @@ def _judge_generator(arguments: Any) -> int:
     generator.model.to("cuda" if torch.cuda.is_available() else "cpu")
     evaluation.check_evaluation(evaluator, generator)
     qualities: list[evaluation.Quality] = []
-    best_samples: Samples = np.empty(0)
     for scale in scales:
         quality, samples = evaluation.evaluate_model(evaluator, generator, numbers, scale, arguments.seed)
         qualities.append(quality)

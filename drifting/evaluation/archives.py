@@ -22,7 +22,6 @@ from .measures import Gaussian
 MOST_BYTES = 3 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4  # All arrays of a file fit into these.
 MOST_HEADER = 1000  # An array's header has about 100 bytes; Python takes long to read damaged ones of many more.
 MOST_STATISTIC = 1e30  # Products of greater means and covariances could overflow.
-IMAGES = "uint8 [N, H, W, C] of 1 or 3 channels"
 
 Samples = NDArray[Any]  # uint8 images [N, H, W, C], or float32 [N, *sample_shape]
 Labels = NDArray[np.int64]  # [N]
@@ -47,15 +46,13 @@ def read_samples(path: Path) -> tuple[Samples, Labels | None]:
     """The samples of ``path``, and their labels if it has them; UserError if it holds no samples."""
     arrays = _read(path, ("arr_0", "arr_1"), "samples arr_0")
     samples, labels = arrays["arr_0"], arrays.get("arr_1")
-    are_others = samples.dtype == np.float32 and samples.ndim > 0 and samples.size > 0
-    others = ", or float32 [N, ...] of samples that are no images"
-    _check(path, "arr_0", samples, are_others or _are_images(samples), IMAGES + others)
-    if labels is None:
-        return samples, None
-    is_right = labels.shape == (len(samples),) and labels.dtype.kind in "iu"
-    is_right = is_right and bool(labels.min() >= 0 and labels.max() < 2**31)
-    _check(path, "arr_1", labels, is_right, f"integers from 0 to 2147483647 [{len(samples)}]")
-    return samples, labels.astype(np.int64)
+    if samples.dtype != np.float32 or not samples.ndim or not samples.size:
+        _check_images(path, samples, ", or float32 [N, ...] of samples that are no images")
+    if labels is not None:
+        is_right = labels.shape == (len(samples),) and labels.dtype.kind in "iu"
+        is_right = is_right and bool(labels.min() >= 0 and labels.max() < 2**31)
+        _check(path, "arr_1", labels, is_right, f"integers from 0 to 2147483647 [{len(samples)}]")
+    return samples, None if labels is None else labels.astype(np.int64)
 
 
 def read_reference(path: Path) -> Reference:
@@ -64,7 +61,7 @@ def read_reference(path: Path) -> Reference:
     arrays = _read(path, keys, "statistics (mu and sigma), images (arr_0), or both")
     images = arrays.get("arr_0")
     if images is not None:
-        _check(path, "arr_0", images, _are_images(images), IMAGES)
+        _check_images(path, images)
     statistics = _gaussian(path, arrays, "mu", "sigma") or _gaussian(path, arrays, "ref_mu", "ref_sigma")
     return Reference(images, statistics, _gaussian(path, arrays, "mu_s", "sigma_s"))
 
@@ -102,8 +99,9 @@ def _gaussian(path: Path, arrays: dict[str, NDArray[Any]], mean_key: str, covari
     return Gaussian(mean.astype(np.float64), covariance.astype(np.float64))
 
 
-def _are_images(samples: Samples) -> bool:
-    return samples.dtype == np.uint8 and samples.ndim == 4 and samples.shape[3] in (1, 3) and samples.size > 0
+def _check_images(path: Path, images: NDArray[Any], otherwise: str = "") -> None:
+    is_right = images.dtype == np.uint8 and images.ndim == 4 and images.shape[3] in (1, 3) and images.size > 0
+    _check(path, "arr_0", images, is_right, f"uint8 [N, H, W, C] of 1 or 3 channels{otherwise}")
 
 
 def _check(path: Path, key: str, values: NDArray[Any], is_right: bool, expected: str) -> None:

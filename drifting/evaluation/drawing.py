@@ -34,11 +34,10 @@ def spread_labels(num: int, choices: Sequence[int]) -> Tensor:
 
 
 def draw_samples(generator: Generator, numbers: Tensor, cfg_scale: float = 1.0, seed: int = 0) -> NDArray[Any]:
-    """Samples for the classes ``numbers [N]``, in batches; ``seed`` fixes them on any device.
+    """Samples for the classes ``numbers [N]``; ``seed`` fixes them on any device.
 
-    Returns:
-        Images as uint8 ``[N, H, W, C]``, decoded where the generator makes latents; other samples as float32
-        ``[N, *sample_shape]``. Latents are generated and decoded in bfloat16 on GPUs.
+    They are images, uint8 ``[N, H, W, C]``, which latents are decoded to, or else float32 ``[N, *sample_shape]``.
+    Latents are generated and decoded in bfloat16 on GPUs.
     """
     model, latent, pixel_range = generator.model, generator.latent, generator.pixel_range
     source = torch.Generator().manual_seed(seed)

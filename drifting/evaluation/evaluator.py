@@ -96,13 +96,12 @@ class Evaluator:
 def open_evaluator(config: EvaluationConfig, dataset: Dataset | None) -> Evaluator | None:
     """The evaluator for the configured reference files and features; without files, for the data set.
 
-    Without files and features small samples are measured as they are; it is None for latents, samples of more than
-    ``MOST_VALUES`` values and data of which there is not enough to compare with.
+    Without both, samples are measured as they are: it is None for latents, for samples of more than ``MOST_VALUES``
+    values, and where there is not enough data to compare with.
     """
     if config.reference:
         return _evaluator_of_files(config.reference, config.features or INCEPTION)
-    if dataset is None:
-        raise ValueError("received neither reference files nor a data set, expected one of them")
+    assert dataset is not None
     if config.features is None:
         enough = min(len(dataset.train), len(dataset.test)) > 1
         small = not dataset.latent and prod(dataset.sample_shape) <= MOST_VALUES
@@ -184,7 +183,7 @@ def _evaluator_of_data(dataset: Dataset, features: ImageFeatures | Values) -> Ev
         evaluator.train = train.numpy()
         of_data["nearest_distance_test"] = nearest_distance(test.points.numpy(), evaluator.train)
     else:
-        evaluator.real = Manifold(test.points[_spread(len(test.points), MANIFOLD_IMAGES)])
+        evaluator.real = _manifold(test)
     if test.classes is not None:
         of_data["recognised_share_test"] = float((test.classes.cpu().numpy() == labels).mean())
     evaluator.of_data = of_data
@@ -216,15 +215,18 @@ def _evaluator_of_files(paths: Sequence[str], source: str) -> Evaluator:
         raise UserError(f"the reference's statistics are of {dim} features, {features.name} has {features.dim}")
     if images is None:
         return Evaluator(features, *given[0])
-    chosen = images[_spread(len(images), MANIFOLD_IMAGES)] if given else images
-    seen = features(chosen)
-    real = Manifold(seen.points[_spread(len(chosen), MANIFOLD_IMAGES)])
-    return Evaluator(features, *(given[0] if given else _fit_both(seen)), real, shape=images.shape[1:])
+    seen = features(images[_spread(len(images), MANIFOLD_IMAGES)] if given else images)
+    gaussians = given[0] if given else _fit_both(seen)
+    return Evaluator(features, *gaussians, real=_manifold(seen), shape=images.shape[1:])
 
 
 def _fit_both(features: Features) -> tuple[Gaussian, Gaussian | None]:
     """The Gaussians of features and of spatial ones, where there are any."""
     return fit_gaussian(features.points), None if features.spatial is None else fit_gaussian(features.spatial)
+
+
+def _manifold(features: Features) -> Manifold:
+    return Manifold(features.points[_spread(len(features.points), MANIFOLD_IMAGES)])
 
 
 def _spread(count: int, most: int) -> list[int]:

@@ -79,8 +79,8 @@ def open_features(source: str) -> ImageFeatures:
     if source == DINOV2 or (path / "config.json").is_file():
         return _load_dinov2(DINOV2_MODEL if source == DINOV2 else source, device)
     if not RunDirectory(path).description.is_file():
-        folders = "a directory of `python -m drifting.train_classifier` or `drifting.pretrain`"
-        expected = f"{INCEPTION}, {DINOV2}, a .pth file of Inception's weights, or {folders}"
+        expected = f"{INCEPTION}, {DINOV2}, a .pth file of Inception's weights, or a directory of "
+        expected += "`python -m drifting.train_classifier` or `drifting.pretrain`"
         raise UserError(f"there are no features {source}: expected {expected}")
     return _load_own(path, device)
 
@@ -153,8 +153,7 @@ def _load_dinov2(source: str, device: torch.device) -> ImageFeatures:
     mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
 
     def network(images: Tensor) -> Features:
-        size = (DINOV2_SIZE, DINOV2_SIZE)
-        x = F.interpolate(images.expand(-1, 3, -1, -1).float(), size, mode="bicubic", antialias=True)
+        x = F.interpolate(images.expand(-1, 3, -1, -1).float(), 2 * (DINOV2_SIZE,), mode="bicubic", antialias=True)
         return Features(model((x / 255 - mean) / std).pooler_output)
 
     return ImageFeatures(DINOV2, model.config.hidden_size, network, device, BATCH, "fd_dinov2")
