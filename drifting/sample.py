@@ -12,7 +12,7 @@ import torch
 from .cli import ArgumentParser, run_command
 from .errors import UserError
 from .evaluation.archives import write_samples
-from .evaluation.drawing import draw_samples, spread_labels
+from .evaluation.drawing import check_drawing, draw_samples, spread_labels
 from .generation import ClassNames
 from .hub.sources import load_generator
 from .hub.vae import require_vae
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--num is {arguments.num}, expected 1 or more")
     if arguments.out.suffix not in SUFFIXES:
         raise UserError(f"--out is {arguments.out}, expected a file that ends in {' or '.join(SUFFIXES)}")
-    check_sampling(arguments.cfg_scale, arguments.seed)
+    check_drawing(arguments.cfg_scale, arguments.seed)
     generator = load_generator(arguments.source, arguments.model and import_named(arguments.model, "--model"))
     if arguments.out.suffix == ".png" and not generator.makes_images:
         shape = list(generator.sample_shape)
@@ -56,14 +56,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     labels = [generator.class_names[number] for number in sorted(set(numbers.tolist()))]
     print(f"wrote {len(samples)} samples of labels {', '.join(map(str, labels))} to {arguments.out}")
     return 0
-
-
-def check_sampling(cfg_scale: float, seed: int) -> None:
-    """Raise :class:`UserError` for a guidance scale or seed out of range."""
-    if not 1 <= cfg_scale < math.inf:
-        raise UserError(f"--cfg-scale is {cfg_scale}, expected 1 or more")
-    if not 0 <= seed < 2**63:
-        raise UserError(f"--seed is {seed}, expected 0 or more, below 2**63")
 
 
 def parse_labels(text: str | None, names: ClassNames) -> dict[int, int]:

@@ -12,7 +12,8 @@ from drifting.config.reading import load_config
 from drifting.config.schema import EvaluationConfig
 from drifting.data import load_digits
 from drifting.errors import UserError
-from drifting.evaluation.evaluator import FEATURE_SAMPLES, FeatureEvaluator, FlatEvaluator, open_evaluator
+from drifting.evaluation.evaluator import FEATURE_SAMPLES, Values, open_evaluator
+from drifting.evaluation.features import ImageFeatures
 from drifting.evaluation.measures import fit_gaussian, frechet_distance
 from drifting.hub.run_directory import read_classifier
 from drifting.hub.sources import load_generator
@@ -69,9 +70,9 @@ def test_measures_are_those_of_its_features(evaluator, trained, digits):
 
 
 def test_configuration_chooses_the_evaluator(trained, digits):
-    assert isinstance(open_evaluator(EvaluationConfig(), digits), FlatEvaluator)
+    assert isinstance(open_evaluator(EvaluationConfig(), digits).features, Values)
     config = EvaluationConfig(features=str(trained))
-    assert isinstance(open_evaluator(config, digits), FeatureEvaluator)
+    assert isinstance(open_evaluator(config, digits).features, ImageFeatures)
     with pytest.raises(UserError, match="trained on other data"):
         open_evaluator(config, replace(digits, class_names=("zero", "one")))
     assert open_evaluator(EvaluationConfig(), replace(digits, latent=True)) is None

@@ -16,7 +16,7 @@ from drifting.data import Dataset, Split, load_digits
 from drifting.errors import UserError
 from drifting.evaluation.archives import read_reference, read_samples, write_samples
 from drifting.evaluation.drawing import draw_samples, spread_labels
-from drifting.evaluation.evaluator import FlatEvaluator, check_evaluation, open_evaluator
+from drifting.evaluation.evaluator import check_evaluation, evaluate_model, open_evaluator
 from drifting.evaluation.measures import Manifold, fit_gaussian, frechet_distance, inception_score, nearest_distance
 from drifting.generation import Generator
 from drifting.models import DriftingDiT
@@ -32,7 +32,7 @@ def digits():
 
 @pytest.fixture(scope="module")
 def evaluator(digits):
-    return FlatEvaluator(digits)
+    return open_evaluator(EvaluationConfig(), digits)
 
 
 def frechet(a: np.ndarray, b: np.ndarray) -> float:
@@ -302,7 +302,7 @@ def test_what_cannot_be_measured_is_told():
 def test_no_ratio_to_a_distance_of_nothing():
     """Where the test samples are the training samples, their distances are 0 but for rounding."""
     data = blobs((5,))
-    quality = FlatEvaluator(replace(data, test=data.train))(data.test.samples().numpy(), None)
+    quality = open_evaluator(EvaluationConfig(), replace(data, test=data.train))(data.test.samples().numpy(), None)
     assert quality["frechet_distance"] > 0 and not {"frechet_ratio", "nearest_ratio"} & set(quality)
 
 
@@ -327,6 +327,15 @@ def test_samples_of_a_users_network():
     check_evaluation(open_evaluator(EvaluationConfig(), blobs((2,))), generator)
     with pytest.raises(UserError, match=r"received 2 samples float32 \[2\], expected at least 2 float32 \[5, 3\]"):
         check_evaluation(open_evaluator(EvaluationConfig(), blobs((5, 3))), generator)
+
+
+def test_generator_of_one_class_has_nothing_to_be_recognised_as():
+    """Though the data that it is compared with have several."""
+    evaluator = open_evaluator(EvaluationConfig(), blobs((2,)))
+    for names in (("all",), ("a", "b", "c")):
+        generator = Generator(Line(), (3,), (2,), names)
+        quality, samples = evaluate_model(evaluator, generator, spread_labels(9, range(len(names))), 1.0)
+        assert ("recognised_share" in quality) == (len(names) > 1) and samples.shape == (9, 2)
 
 
 def test_samples_in_files(tmp_path, capsys, monkeypatch):

@@ -82,16 +82,17 @@ def report(capsys, *arguments: object) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
-def spatial_by_hand(network: nn.Module, images: np.ndarray, channels: int = 7) -> torch.Tensor:
-    """ADM's spatial features ``[N, 17 · 17 · channels]``: the first channels of what a block's branches give."""
+def by_hand(network: nn.Module, images: np.ndarray, channels: int) -> list[torch.Tensor]:
+    """Inception's features, logits, and ADM's spatial features ``[N, 17 · 17 · channels]``: the first channels of what
+    a block's branches give."""
     caught = []
     handle = network.Mixed_6e.register_forward_pre_hook(lambda module, inputs: caught.append(inputs[0]))
     with torch.no_grad():
-        network(torch.from_numpy(images).permute(0, 3, 1, 2))
+        points, logits = network(torch.from_numpy(images).permute(0, 3, 1, 2))
     handle.remove()
     first = caught[0].permute(0, 2, 3, 1).numpy()[..., :channels]  # of the 1 × 1 convolution
     assert first.shape == (len(images), 17, 17, channels)
-    return torch.from_numpy(first.reshape(len(images), -1).copy())
+    return [points, logits, torch.from_numpy(first.reshape(len(images), -1).copy())]
 
 
 def distance_of_few(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -105,20 +106,17 @@ def test_inception_measures(inception, tmp_path, capsys, monkeypatch):
     """On the command line, against an ADM-style batch with statistics of more images than it holds."""
     network, weights = inception
     monkeypatch.setattr(evaluation_features, "SPATIAL_CHANNELS", 1)  # takes a fraction of the time of all seven
-    real, generated = pictures(7, 0), pictures(5, 1)
-    with torch.no_grad():
-        real_points, _ = network(torch.from_numpy(real).permute(0, 3, 1, 2))
-        points, logits = network(torch.from_numpy(generated).permute(0, 3, 1, 2))
+    real_points, _, real_spatial = by_hand(network, pictures(4, 0), 1)
+    points, logits, spatial = by_hand(network, pictures(3, 1), 1)
     assert points.std(0).mean() > 1e-3 * points.abs().mean() > 0  # random weights tell the images apart
-    real_spatial, spatial = spatial_by_hand(network, real, 1), spatial_by_hand(network, generated, 1)
     whole, of_space = (fit_gaussian(part.double().numpy()) for part in (real_points, real_spatial))
     np.savez(
-        tmp_path / "adm.npz", arr_0=real[:4], mu=whole.mean, sigma=whole.covariance, mu_s=of_space.mean,
+        tmp_path / "adm.npz", arr_0=pictures(4, 0)[:2], mu=whole.mean, sigma=whole.covariance, mu_s=of_space.mean,
         sigma_s=of_space.covariance,
     )  # fmt: skip
-    np.savez(tmp_path / "samples.npz", generated)
+    np.savez(tmp_path / "samples.npz", pictures(3, 1))
     measures = report(capsys, tmp_path / "samples.npz", "--reference", tmp_path / "adm.npz", "--features", weights)
-    assert measures["num_samples"] == 5
+    assert measures["num_samples"] == 3
     assert measures["fid"] == pytest.approx(distance_of_few(points, real_points), rel=1e-4)
     assert measures["sfid"] == pytest.approx(distance_of_few(spatial, real_spatial), rel=1e-4)
     assert measures["inception_score"] == pytest.approx(inception_score(logits)[0], rel=1e-4)
@@ -139,7 +137,7 @@ def test_spatial_features_are_adms(inception, monkeypatch):
     monkeypatch.undo()
     images = pictures(3, 0, size=20)
     seen = features(images)
-    expected = spatial_by_hand(network, images)
+    *_, expected = by_hand(network, images, 7)
     assert seen.spatial.shape == (3, 2023) and seen.points.shape == (3, features.dim)
     torch.testing.assert_close(seen.spatial, expected, rtol=1e-4, atol=1e-5)
     assert expected.std(1).min() > 0.1 * expected.abs().mean() > 0
@@ -156,7 +154,7 @@ def test_dinov2_class_token(tmp_path, torchvision):
     features = open_features(str(tmp_path))
     assert features.distance == "fd_dinov2" and features.dim == 24
     constant = np.full((1, 32, 32, 3), 51, np.uint8)  # which resizing leaves as it is
-    points, logits, _ = features(constant)
+    points, logits, *_ = features(constant)
     pixels = (0.2 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
     with torch.no_grad():
         hidden = model(pixels.view(1, 3, 1, 1).expand(1, 3, 224, 224)).last_hidden_state
@@ -195,7 +193,7 @@ def test_dinov2_is_given_normalised_images(monkeypatch):
     monkeypatch.setitem(sys.modules, module, SimpleNamespace(Dinov2Model=BrightestPixels))
     features = open_features("dinov2")
     bright = np.array([255, 51, 0], np.uint8) * np.ones((60, 7, 7, 1), np.uint8)  # more than a batch
-    points, logits, _ = features(bright)
+    points, logits, *_ = features(bright)
     assert points.shape == (60, features.dim) and logits is None and features.distance == "fd_dinov2"
     assert points[59].tolist() == pytest.approx([(1 - 0.485) / 0.229, (0.2 - 0.456) / 0.224, -0.406 / 0.225], abs=1e-4)
 
@@ -205,8 +203,8 @@ def test_features_of_an_autoencoder(tmp_path):
     write_model(RunDirectory(tmp_path), mae, {"data": "digits", "step": 1})
     features = open_features(str(tmp_path))
     images = pictures(3, 0, channels=1)
-    points, logits, spatial = features(images)
-    assert points.shape == (3, features.dim) and logits is spatial is features.classifier is None
+    points, *others = features(images)
+    assert points.shape == (3, features.dim) and others == [None, None, None] and features.num_classes is None
     x = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
     with torch.no_grad():
         result = mae(x, torch.arange(3), torch.zeros(3, 1, 8, 8))["cls_loss"]

@@ -1,7 +1,7 @@
 """Samples as people look at them and evaluators measure them: images as bytes, latents decoded, others as they are."""
 
-from collections.abc import Iterator, Sequence
-from math import prod
+from collections.abc import Sequence
+from math import inf, prod
 from typing import Any
 
 import numpy as np
@@ -10,12 +10,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from ..errors import UserError
 from ..generation import Generator, generate
-from ..hub.vae import DECODE_BATCH, decode_latents
+from ..hub.vae import decode_latents
 from ..utils.images import to_uint8
 
 BATCH = 500  # This many samples are generated at once …
 BATCH_VALUES = 2**21  # … unless they have more values than this together.
+
+
+def check_drawing(cfg_scale: float, seed: int) -> None:
+    """Raise :class:`UserError` for a guidance scale or seed that a command is given, if it is out of range."""
+    if not 1 <= cfg_scale < inf:
+        raise UserError(f"--cfg-scale is {cfg_scale}, expected 1 or more")
+    if not 0 <= seed < 2**63:
+        raise UserError(f"--seed is {seed}, expected 0 or more, below 2**63")
 
 
 def spread_labels(num: int, choices: Sequence[int]) -> Tensor:
@@ -25,34 +34,23 @@ def spread_labels(num: int, choices: Sequence[int]) -> Tensor:
 
 
 def draw_samples(generator: Generator, numbers: Tensor, cfg_scale: float = 1.0, seed: int = 0) -> NDArray[Any]:
-    """Samples for the classes ``numbers [N]``, in batches; ``seed`` fixes them on any device.
+    """Samples for the classes ``numbers [N]``; ``seed`` fixes them on any device.
 
-    Returns:
-        Images as uint8 ``[N, H, W, C]``, decoded where the generator makes latents; other samples as float32
-        ``[N, *sample_shape]``. Latents are generated and decoded in bfloat16 on GPUs.
+    They are images, uint8 ``[N, H, W, C]``, which latents are decoded to, or else float32 ``[N, *sample_shape]``.
+    Latents are generated and decoded in bfloat16 on GPUs.
     """
-    samples, count = np.empty(0), 0
-    with tqdm(total=len(numbers), desc="generate", unit="sample", delay=1, leave=False, disable=None) as bar:
-        for part in _draw_parts(generator, numbers, cfg_scale, seed):
-            if not count:  # 50,000 images of ImageNet are 10 GB, which concatenation would hold twice.
-                samples = np.empty((len(numbers), *part.shape[1:]), part.dtype)
-            samples[count : count + len(part)] = part
-            count += len(part)
-            bar.update(len(part))
-    return samples
-
-
-def _draw_parts(generator: Generator, numbers: Tensor, cfg_scale: float, seed: int) -> Iterator[NDArray[Any]]:
-    """The samples in order; a part holds as many as are generated together or, of latents, decoded together."""
+    model, latent, pixel_range = generator.model, generator.latent, generator.pixel_range
     source = torch.Generator().manual_seed(seed)
     size = max(1, min(BATCH, BATCH_VALUES // max(1, prod(generator.sample_shape))))
-    weight = next(generator.model.parameters(), torch.empty(0))
-    half = generator.latent and weight.is_cuda
-    for number in numbers.split(size):
-        with torch.autocast(weight.device.type, torch.bfloat16, enabled=half):
-            samples = generate(
-                generator.model, len(number), number, cfg_scale, None, source, generator.noise_shape
-            ).float()
-        for part in samples.split(DECODE_BATCH if generator.latent else size):
-            part = decode_latents(part) if generator.latent else part
-            yield part.cpu().numpy() if generator.pixel_range is None else to_uint8(part, generator.pixel_range)
+    weight = next(model.parameters(), torch.empty(0))
+    samples, count = np.empty(0), 0
+    for number in tqdm(numbers.split(size), desc="generate", unit="batch", delay=1, leave=False, disable=None):
+        with torch.autocast(weight.device.type, torch.bfloat16, enabled=latent and weight.is_cuda):
+            batch = generate(model, len(number), number, cfg_scale, None, source, generator.noise_shape).float()
+        batch = decode_latents(batch) if latent else batch
+        values = batch.cpu().numpy() if pixel_range is None else to_uint8(batch, pixel_range)
+        if not count:  # 50,000 images of ImageNet are 10 GB, which concatenation would hold twice.
+            samples = np.empty((len(numbers), *values.shape[1:]), values.dtype)
+        samples[count : count + len(values)] = values
+        count += len(values)
+    return samples

@@ -1,7 +1,6 @@
 """How close generated samples are to real ones: images in the features of a network, small samples as they are."""
 
 import sys
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -9,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from sklearn.svm import SVC
 from torch import Tensor
 from tqdm import tqdm
@@ -18,10 +16,9 @@ from ..config.schema import EvaluationConfig
 from ..data import Dataset, Split
 from ..errors import UserError
 from ..generation import Generator
-from ..utils.images import to_uint8
 from .archives import Labels, Samples, read_reference
 from .drawing import draw_samples
-from .features import INCEPTION, Features, ImageFeatures, concatenate, open_features
+from .features import FRECHET_DISTANCE, INCEPTION, Features, ImageFeatures, concatenate, open_features
 from .measures import Gaussian, Manifold, Points, fit_gaussian, frechet_distance, inception_score, nearest_distance
 
 Quality = dict[str, float]
@@ -40,65 +37,81 @@ ROUNDING = 1e-6  # Less than this share of a distance is taken for 0.
 GAMMA = 0.064  # The support vector machine's γ on that scale is this over the number of values of an image.
 
 
-class Evaluator(ABC):
-    """Judges generated samples by real ones; build it once and call it often."""
+@dataclass
+class Evaluator:
+    """Judges generated samples by real ones; build it once and call it often.
 
-    distance: str  # The name of the measure that says how good samples are by how low it is.
-    num_samples: int  # It is meant to be given so many samples, since Fréchet distances depend on their number.
-    fewest: int  # A Fréchet distance of fewer samples says little.
-    shape: tuple[int, ...] | None  # That of a sample, (H, W, C) of an image; None where images of any shape are taken.
-    dtype: str = "uint8"  # The samples' type: uint8 of images, else float32.
-    of_data: Quality  # Measures of real samples, which are told beside those of generated ones.
+    It measures the Fréchet distance of the samples' points, and ``sfid`` of spatial features; Inception's score; the
+    improved ``precision`` and ``recall`` of Kynkäänniemi et al.; ``nearest_distance``, the mean distance to the nearest
+    training sample; and ``recognised_share``, the share that a classifier of the data takes for their label. It leaves
+    out what its features or the real samples do not have. ``frechet_ratio`` is relative to the Fréchet distance of
+    training samples, and ``nearest_ratio`` to the test samples: near 0, the generator has memorised.
+    """
+
+    features: "ImageFeatures | Values"
+    statistics: Gaussian  # They describe the points of real samples …
+    spatial: Gaussian | None = None  # … and these their spatial features.
+    real: Manifold | None = None  # Precision and recall need the points of real samples …
+    train: Points | None = None  # … and the nearest distance those of training samples.
+    shape: tuple[int, ...] | None = None  # That of a sample, (H, W, C) of an image; None takes images of any shape.
+    dtype: str = "uint8"  # Images are uint8, other samples float32.
+    num_samples: int = REFERENCE_SAMPLES  # This many are meant to be judged: Fréchet distances depend on their number.
+    of_data: Quality = field(default_factory=dict)  # Measures of real samples are told beside those of generated ones.
+
+    def __post_init__(self) -> None:
+        self.distance = self.features.distance  # The name of the Fréchet distance, which is low for good samples.
+        self.fewest = PER_FEATURE * len(self.statistics.mean)
 
     def __call__(self, samples: Samples, labels: Labels | None) -> Quality:
-        """Measures of ``samples [N, *shape]`` that were generated for ``labels [N]``, and those of real samples.
-
-        ``frechet_ratio`` is the Fréchet distance over that of training samples, where the latter is known. Without
-        labels, measures that need them are left out.
-
-        Raises:
-            UserError: there are fewer than 2 samples, they have another shape or type, or they are not finite.
-        """
+        """Measures of ``samples [N, *shape]``, which were generated for ``labels [N]`` if these are known."""
         if len(samples) < 2 or samples.dtype != self.dtype or self.shape not in (None, samples.shape[1:]):
+            received = f"{len(samples)} samples {samples.dtype} {list(samples.shape[1:])}"
             expected = "[H, W, C]" if self.shape is None else f"{list(self.shape)}, as the real ones"
-            raise UserError(
-                f"received {len(samples)} samples {samples.dtype} {list(samples.shape[1:])}, "
-                f"expected at least 2 {self.dtype} {expected}"
-            )
+            raise UserError(f"received {received}, expected at least 2 {self.dtype} {expected}")
         if self.dtype == "float32" and not np.isfinite(samples).all():
             raise UserError("received samples with NaN or infinity, expected finite ones")
-        quality = self.measure(samples, labels)
-        quality |= _ratio("frechet_ratio", quality[self.distance], self.of_data.get(f"{self.distance}_train"))
+        seen = self.features(samples)
+        quality = {self.distance: frechet_distance(fit_gaussian(seen.points), self.statistics)}
+        if self.spatial is not None and seen.spatial is not None:
+            quality["sfid"] = frechet_distance(fit_gaussian(seen.spatial), self.spatial)
+        if seen.logits is not None:
+            quality["inception_score"], quality["inception_score_std"] = inception_score(seen.logits.cpu())
+        if self.real is not None:
+            quality["precision"] = self.real.share_inside(seen.points)
+            quality["recall"] = Manifold(seen.points).share_inside(self.real.points)
+        if self.train is not None:
+            quality["nearest_distance"] = nearest_distance(seen.points.numpy(), self.train)
+        if seen.classes is not None and labels is not None:
+            quality["recognised_share"] = float((seen.classes.cpu().numpy() == labels).mean())
+        for name, measure, of_real in (
+            ("frechet_ratio", self.distance, f"{self.distance}_train"),
+            ("nearest_ratio", "nearest_distance", "nearest_distance_test"),
+        ):
+            value, floor = quality.get(measure, 0.0), self.of_data.get(of_real, 0.0)
+            if floor > ROUNDING * abs(value):
+                quality[name] = value / floor
         return quality | self.of_data
-
-    @abstractmethod
-    def measure(self, samples: Samples, labels: Labels | None) -> Quality:
-        """The measures of samples of the right shape and type."""
 
 
 def open_evaluator(config: EvaluationConfig, dataset: Dataset | None) -> Evaluator | None:
     """The evaluator for the configured reference files and features; without files, for the data set.
 
-    Without files and features small samples are measured as they are; it is None for latents, samples of more than
-    ``MOST_VALUES`` values and data of which there is not enough to compare with.
-
-    Raises:
-        UserError: a file or network cannot be read, or does not go with the data.
+    Without both, samples are measured as they are: it is None for latents, for samples of more than ``MOST_VALUES``
+    values, and where there is not enough data to compare with.
     """
     if config.reference:
-        return _evaluator_of_files([Path(path) for path in config.reference], config.features or INCEPTION)
-    if dataset is None:
-        raise ValueError("received neither reference files nor a data set, expected one of them")
+        return _evaluator_of_files(config.reference, config.features or INCEPTION)
+    assert dataset is not None
     if config.features is None:
         enough = min(len(dataset.train), len(dataset.test)) > 1
         small = not dataset.latent and prod(dataset.sample_shape) <= MOST_VALUES
-        return FlatEvaluator(dataset) if small and enough else None
+        return _evaluator_of_data(dataset, Values(dataset)) if small and enough else None
     if dataset.pixel_range is None:
         raise UserError(f"evaluation.features is {config.features}, but samples of {dataset.name} are no images")
     if dataset.latent:
         raise UserError("latents have no images to compare with: evaluation.reference must name a file of them")
     features = open_features(config.features)
-    if features.classifier is not None and features.classifier.config["num_classes"] != dataset.num_classes:
+    if features.num_classes not in (None, dataset.num_classes):
         raise UserError(f"evaluation.features is {config.features}, trained on other data")
     return _evaluator_of_data(dataset, features)
 
@@ -111,7 +124,8 @@ def evaluate_model(
     50,000 images of ImageNet are 10 GB: let go of them before the next call.
     """
     samples = draw_samples(generator, numbers, cfg_scale, seed)
-    return {"cfg_scale": cfg_scale} | evaluator(samples, numbers.numpy()), samples
+    labels = numbers.numpy() if len(generator.class_names) > 1 else None  # One label says nothing of the samples.
+    return {"cfg_scale": cfg_scale} | evaluator(samples, labels), samples
 
 
 def check_evaluation(evaluator: Evaluator, generator: Generator) -> None:
@@ -122,11 +136,8 @@ def check_evaluation(evaluator: Evaluator, generator: Generator) -> None:
 def warn_of_few(evaluator: Evaluator, num: int) -> None:
     """Say on stderr if ``num`` samples are so few that their number matters."""
     if num < evaluator.fewest:
-        print(
-            f"warning: {num} samples are few, {evaluator.distance} is too high with fewer than {evaluator.fewest}: "
-            "compare equal numbers only",
-            file=sys.stderr,
-        )
+        warning = f"{num} samples are few, {evaluator.distance} is too high with fewer than {evaluator.fewest}"
+        print(f"warning: {warning}: compare equal numbers only", file=sys.stderr)
 
 
 def best_quality(qualities: Sequence[Quality], distance: str) -> Quality:
@@ -134,80 +145,79 @@ def best_quality(qualities: Sequence[Quality], distance: str) -> Quality:
     return min(qualities, key=lambda quality: quality[distance])
 
 
-@dataclass
-class FeatureEvaluator(Evaluator):
-    """An :class:`Evaluator` of images in the features of a network.
+class Values:
+    """Small samples as points, in place of features: images on a scale of 0 … 16, others as they are.
 
-    The Fréchet distance is ``fid`` in Inception's features, ``fd_dinov2`` in DINOv2's and else ``frechet_distance``.
-    ``precision`` and ``recall`` are the improved ones of Kynkäänniemi et al.; Inception gives its score too, and
-    ``sfid``, the distance in its spatial features; a classifier of the data gives ``recognised_share``, the share that
-    it takes for their label.
-
-    Args:
-        features: the network.
-        statistics: the Gaussian of real images' features.
-        spatial: the Gaussian of their spatial features; without it there is no ``sfid``.
-        points: features ``[M, D]`` of some of the real images; without them there is no precision and recall.
+    Where there are several classes, a support vector machine fitted on the training samples recognises them.
     """
 
-    features: ImageFeatures
-    statistics: Gaussian
-    spatial: Gaussian | None = None
-    points: Tensor | None = None
-    shape: tuple[int, ...] | None = None
-    num_samples: int = REFERENCE_SAMPLES
-    of_data: Quality = field(default_factory=dict)
+    distance = FRECHET_DISTANCE
 
-    def __post_init__(self) -> None:
-        self.distance, self.fewest = self.features.distance, PER_FEATURE * len(self.statistics.mean)
-        self.points = None if self.points is None else self.points[_spread(len(self.points), MANIFOLD_IMAGES)]
-        self.real = None if self.points is None else Manifold(self.points)
+    def __init__(self, dataset: Dataset) -> None:
+        size, is_image = prod(dataset.sample_shape), dataset.pixel_range is not None
+        self.scale, gamma = (PIXEL_MAX / 255, GAMMA / size) if is_image else (1.0, "scale")
+        self.classifier = None
+        train, labels = _real(self, dataset, dataset.train, MOST_REAL)
+        if len(np.unique(labels)) > 1:
+            self.classifier = SVC(gamma=gamma, C=10).fit(train.points, labels)
 
-    def measure(self, samples: Samples, labels: Labels | None) -> Quality:
-        points, logits, spatial = self.features(samples)
-        quality = {self.distance: frechet_distance(fit_gaussian(points), self.statistics)}
-        if self.spatial is not None and spatial is not None:
-            quality["sfid"] = frechet_distance(fit_gaussian(spatial), self.spatial)
-        if self.features.classifier is not None:
-            quality |= _recognised(logits, labels)
-        elif logits is not None:
-            quality["inception_score"], quality["inception_score_std"] = inception_score(logits.cpu())
-        if self.points is not None and self.real is not None:
-            quality["precision"] = self.real.share_inside(points)
-            quality["recall"] = Manifold(points).share_inside(self.points)
-        return quality
+    def __call__(self, samples: Samples) -> Features:
+        points = samples.reshape(len(samples), -1).astype(np.float64) * self.scale
+        classes = None if self.classifier is None else torch.from_numpy(self.classifier.predict(points))
+        return Features(torch.from_numpy(points), classes=classes)
 
 
-def _evaluator_of_data(dataset: Dataset, features: ImageFeatures) -> FeatureEvaluator:
-    """Compares with the test images; the distance of as many training images as are generated is the floor."""
-    train = _split_features(features, dataset, dataset.train, FEATURE_SAMPLES)
-    test = _split_features(features, dataset, dataset.test, len(dataset.test))
-    statistics, spatial = _fit_both(test)
-    of_data = {f"{features.distance}_train": frechet_distance(fit_gaussian(train.points), statistics)}
-    if features.classifier is not None:
-        share = _recognised(test.logits, dataset.test.labels.numpy())
-        of_data["recognised_share_test"] = share["recognised_share"]
-    return FeatureEvaluator(features, statistics, spatial, test.points, _shape(dataset), FEATURE_SAMPLES, of_data)
+def _evaluator_of_data(dataset: Dataset, features: ImageFeatures | Values) -> Evaluator:
+    """Compares with the test samples; the distance of training samples to these is the floor."""
+    small, is_image, shape = isinstance(features, Values), dataset.pixel_range is not None, dataset.sample_shape
+    train = _real(features, dataset, dataset.train, MOST_REAL if small else FEATURE_SAMPLES)[0].points
+    test, labels = _real(features, dataset, dataset.test, MOST_REAL if small else len(dataset.test))
+    evaluator = Evaluator(
+        features, *_fit_both(test),
+        shape=(*shape[1:], shape[0]) if is_image else shape,
+        dtype="uint8" if is_image else "float32",
+        num_samples=FLAT_SAMPLES if small else FEATURE_SAMPLES,
+    )  # fmt: skip
+    of_data = {f"{features.distance}_train": frechet_distance(fit_gaussian(train), evaluator.statistics)}
+    if small:
+        evaluator.train = train.numpy()
+        of_data["nearest_distance_test"] = nearest_distance(test.points.numpy(), evaluator.train)
+    else:
+        evaluator.real = _manifold(test)
+    if test.classes is not None:
+        of_data["recognised_share_test"] = float((test.classes.cpu().numpy() == labels).mean())
+    evaluator.of_data = of_data
+    return evaluator
 
 
-def _evaluator_of_files(paths: Sequence[Path], source: str) -> FeatureEvaluator:
+def _real(features: ImageFeatures | Values, dataset: Dataset, split: Split, most: int) -> tuple[Features, Labels]:
+    """Features and labels of a split's samples, of evenly spaced ones where there are more than ``most``."""
+    indices, parts = torch.tensor(_spread(len(split), most)), []
+    for part in tqdm(indices.split(SPLIT_BATCH), desc="real samples", unit="part", delay=1, leave=False, disable=None):
+        samples = split.samples(part.tolist()).float()
+        if not samples.isfinite().all():
+            raise UserError("the data set has samples with NaN or infinity, expected finite ones")
+        if dataset.pixel_range is not None:
+            low, high = dataset.pixel_range
+            samples = ((samples - low) * (255 / (high - low))).movedim(1, -1)
+        parts.append(features(samples.numpy()))
+    return concatenate(parts), split.labels[indices].numpy()
+
+
+def _evaluator_of_files(paths: Sequence[str], source: str) -> Evaluator:
     """Compares with the first of ``paths`` that has statistics, or else images; precision and recall need images."""
-    references = [read_reference(path) for path in paths]
-    statistics, spatial = next(
-        ((r.statistics, r.spatial_statistics) for r in references if r.statistics is not None), (None, None)
-    )
+    references = [read_reference(Path(path)) for path in paths]
+    given = [(r.statistics, r.spatial_statistics) for r in references if r.statistics is not None]
     images = next((r.images for r in references if r.images is not None), None)
     features = open_features(source)
-    if statistics is not None and len(statistics.mean) != features.dim:
-        dim = len(statistics.mean)
+    if given and len(given[0][0].mean) != features.dim:
+        dim = len(given[0][0].mean)
         raise UserError(f"the reference's statistics are of {dim} features, {features.name} has {features.dim}")
     if images is None:
-        assert statistics is not None  # Each file has statistics or images.
-        return FeatureEvaluator(features, statistics, spatial)
-    real = features(images if statistics is None else images[_spread(len(images), MANIFOLD_IMAGES)])
-    if statistics is None:
-        statistics, spatial = _fit_both(real)
-    return FeatureEvaluator(features, statistics, spatial, real.points, images.shape[1:])
+        return Evaluator(features, *given[0])
+    seen = features(images[_spread(len(images), MANIFOLD_IMAGES)] if given else images)
+    gaussians = given[0] if given else _fit_both(seen)
+    return Evaluator(features, *gaussians, real=_manifold(seen), shape=images.shape[1:])
 
 
 def _fit_both(features: Features) -> tuple[Gaussian, Gaussian | None]:
@@ -215,84 +225,8 @@ def _fit_both(features: Features) -> tuple[Gaussian, Gaussian | None]:
     return fit_gaussian(features.points), None if features.spatial is None else fit_gaussian(features.spatial)
 
 
-def _split_features(features: ImageFeatures, dataset: Dataset, split: Split, most: int) -> Features:
-    """The features of a split's images, of evenly spaced ones where there are more than ``most``."""
-    assert dataset.pixel_range is not None  # The samples are images.
-    parts = torch.tensor(_spread(len(split), most)).split(SPLIT_BATCH)
-    bar = tqdm(parts, desc="real images", unit="part", delay=1, leave=False, disable=None)
-    return concatenate([features(to_uint8(split.samples(part.tolist()), dataset.pixel_range)) for part in bar])
-
-
-def _recognised(logits: Tensor | None, labels: Labels | None) -> Quality:
-    if logits is None or labels is None:
-        return {}
-    return {"recognised_share": float((logits.argmax(1).cpu().numpy() == labels).mean())}
-
-
-class FlatEvaluator(Evaluator):
-    """An :class:`Evaluator` of small samples as points: images in pixels on a scale of 0 … 16, others on their own.
-
-    ``frechet_distance`` is the distance to the test samples and ``frechet_distance_train`` that of the training samples
-    to these, the floor. ``nearest_distance`` is the mean distance to the nearest training sample and ``nearest_ratio``
-    is this over the same of the test samples: near 0, the generator has memorised. Where there are several classes,
-    ``recognised_share`` is the share of samples that a support vector machine fitted on the training samples takes for
-    their label. Of a split with more than ``MOST_REAL`` samples, evenly spaced ones are taken.
-    """
-
-    distance, num_samples = "frechet_distance", FLAT_SAMPLES
-
-    def __init__(self, dataset: Dataset) -> None:
-        self.shape, self.pixel_range = _shape(dataset), dataset.pixel_range
-        self.dtype = "float32" if self.pixel_range is None else "uint8"
-        self.train, train_labels = self._real_points(dataset.train)
-        self.test, test_labels = self._real_points(dataset.test)
-        values = self.train.shape[1]
-        self.fewest, self.statistics = PER_FEATURE * values, fit_gaussian(self.test)
-        self.of_data = {
-            "frechet_distance_train": frechet_distance(fit_gaussian(self.train), self.statistics),
-            "nearest_distance_test": nearest_distance(self.test, self.train),
-        }
-        self.classifier = None
-        if len(np.unique(train_labels)) > 1:
-            gamma = "scale" if self.pixel_range is None else GAMMA / values
-            self.classifier = SVC(gamma=gamma, C=10).fit(self.train, train_labels)
-            self.of_data["recognised_share_test"] = float(self.classifier.score(self.test, test_labels))
-
-    def measure(self, samples: Samples, labels: Labels | None) -> Quality:
-        scale = 1 if self.pixel_range is None else PIXEL_MAX / 255
-        points = samples.reshape(len(samples), -1).astype(np.float64) * scale
-        nearest = nearest_distance(points, self.train)
-        quality = {
-            "frechet_distance": frechet_distance(fit_gaussian(points), self.statistics),
-            "nearest_distance": nearest,
-        } | _ratio("nearest_ratio", nearest, self.of_data["nearest_distance_test"])
-        if self.classifier is not None and labels is not None:
-            quality["recognised_share"] = float((self.classifier.predict(points) == labels).mean())
-        return quality
-
-    def _real_points(self, split: Split) -> tuple[Points, NDArray[np.int64]]:
-        """Points ``[N, D]`` and labels ``[N]``; the values of an image are in the order ``[H, W, C]``."""
-        indices = _spread(len(split), MOST_REAL)
-        samples = split.samples(indices).double()
-        if not samples.isfinite().all():
-            raise UserError("the data set has samples with NaN or infinity, expected finite ones")
-        if self.pixel_range is not None:
-            low, high = self.pixel_range
-            samples = (samples.movedim(1, -1) - low) * (PIXEL_MAX / (high - low))
-        return samples.reshape(len(indices), -1).numpy(), split.labels[indices].numpy()
-
-
-def _shape(dataset: Dataset) -> tuple[int, ...]:
-    """The shape of a sample as it is measured: ``(H, W, C)`` of an image."""
-    if dataset.pixel_range is None:
-        return dataset.sample_shape
-    channels, *size = dataset.sample_shape
-    return (*size, channels)
-
-
-def _ratio(name: str, value: float, floor: float | None) -> Quality:
-    """The measure ``name``, ``value`` over ``floor``; nothing where the latter is not known or is only rounding."""
-    return {name: value / floor} if floor is not None and floor > ROUNDING * abs(value) else {}
+def _manifold(features: Features) -> Manifold:
+    return Manifold(features.points[_spread(len(features.points), MANIFOLD_IMAGES)])
 
 
 def _spread(count: int, most: int) -> list[int]:

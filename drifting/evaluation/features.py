@@ -15,11 +15,12 @@ from ..errors import UserError, reason, require
 from ..hub.run_directory import RunDirectory, read_any
 from ..models import MAE, Classifier
 from ..models.feature_extractor import IMAGENET_MEAN, IMAGENET_STD
-from ..utils.images import Pixels
+from .archives import Samples
 
 INCEPTION, DINOV2 = "inception", "dinov2"
-DISTANCES = {INCEPTION: "fid", DINOV2: "fd_dinov2"}  # In other features it has no name of its own.
+FRECHET_DISTANCE = "frechet_distance"  # It has names of its own in Inception's and DINOv2's features only.
 INCEPTION_DIM = 2048
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth of torch-fidelity's release 0.2.0"
 SPATIAL_CHANNELS = 7  # At 17 × 17 locations these are 2023 values, nearly as many as there are features.
 DINOV2_MODEL = "facebook/dinov2-large"  # ViT-L/14, as Stein et al. (arXiv 2306.04675) recommend.
 DINOV2_SIZE = 224
@@ -28,103 +29,79 @@ DOWNLOAD_SECONDS = 30  # A download is given up when no bytes came for so long.
 
 
 class Features(NamedTuple):
-    """What a network makes of images.
+    """What is compared of N samples; all but ``points`` is None where the network does not have it."""
 
-    ``points [N, D]`` are compared; ``logits [N, K]`` come from networks that classify, and ``spatial [N, 2023]`` from
-    Inception, before it pools. They are None where a network has none.
-    """
-
-    points: Tensor
-    logits: Tensor | None = None
-    spatial: Tensor | None = None
-
-
-Network = Callable[[Tensor], Features]
+    points: Tensor  # [N, D]
+    logits: Tensor | None = None  # [N, K], for Inception's score
+    spatial: Tensor | None = None  # [N, 2023], Inception's before it pools
+    classes: Tensor | None = None  # [N], what a classifier of the data takes the samples for
 
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """A network and how it is used.
-
-    Args:
-        name: what kind of network it is.
-        dim: how many features an image has.
-        network: gives the features of uint8 images ``[B, C, H, W]`` on ``device``.
-        device: where it computes.
-        batch: how many images it is given at once.
-        classifier: set where its classes are those of the images.
-    """
+    """A network and how it is used."""
 
     name: str
-    dim: int
-    network: Network
+    dim: int  # An image has this many features.
+    network: Callable[[Tensor], Features]  # It gives those of uint8 images [B, C, H, W] on the device.
     device: torch.device
-    batch: int = BATCH
-    classifier: Classifier | None = None
-
-    @property
-    def distance(self) -> str:
-        """What the Fréchet distance in these features is called."""
-        return DISTANCES.get(self.name, "frechet_distance")
+    batch: int = BATCH  # It is given this many images at once.
+    distance: str = FRECHET_DISTANCE  # The Fréchet distance in these features is called so.
+    num_classes: int | None = None  # A classifier of the data tells this many classes apart.
 
     @torch.no_grad()
-    def __call__(self, images: Pixels) -> Features:
-        """Features of images ``[N, H, W, C]``, float32."""
-        batches = torch.from_numpy(images).split(self.batch)
-        bar = tqdm(batches, desc=self.name, unit="batch", delay=1, leave=False, disable=None)
+    def __call__(self, images: Samples) -> Features:
+        """Features, float32, of images ``[N, H, W, C]`` from 0 to 255, uint8 or float32 that is rounded."""
+        batches, parts = torch.from_numpy(images).split(self.batch), []
         with torch.backends.cudnn.flags(allow_tf32=False):
-            return concatenate([self.network(batch.permute(0, 3, 1, 2).to(self.device)) for batch in bar])
+            for batch in tqdm(batches, desc=self.name, unit="batch", delay=1, leave=False, disable=None):
+                pixels = batch.permute(0, 3, 1, 2).round().clamp(0, 255).to(self.device, torch.uint8)
+                parts.append(self.network(pixels))
+        return concatenate(parts)
 
 
 def concatenate(parts: Sequence[Features]) -> Features:
-    """The features of the images of all parts."""
+    """The features of the samples of all parts."""
     fields = zip(*parts, strict=True)
     return Features._make(None if field[0] is None else torch.cat(field) for field in fields)
 
 
 def open_features(source: str) -> ImageFeatures:
-    """The network that ``source`` names.
+    """The network that ``source`` names; UserError if there is none or it cannot be loaded.
 
     torch-fidelity downloads ``inception`` once, and transformers ``dinov2``. A file that ends in ``.pth`` holds
     Inception's weights; a directory holds a classifier of :mod:`drifting.train_classifier`, a masked autoencoder of
     :mod:`drifting.pretrain`, or a DINOv2 in the format of transformers.
-
-    Raises:
-        UserError: there is no such network, its library is not installed, or it cannot be loaded.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    path = Path(source)
+    device, path = torch.device("cuda" if torch.cuda.is_available() else "cpu"), Path(source)
     if source == INCEPTION or path.suffix == ".pth":
         return _load_inception(None if source == INCEPTION else path, device)
     if source == DINOV2 or (path / "config.json").is_file():
         return _load_dinov2(DINOV2_MODEL if source == DINOV2 else source, device)
     if not RunDirectory(path).description.is_file():
-        raise UserError(
-            f"there are no features {source}: expected {INCEPTION}, {DINOV2}, a .pth file of Inception's weights, or a "
-            "directory of `python -m drifting.train_classifier` or `drifting.pretrain`"
-        )
-    model, _ = read_any(path)
-    if not isinstance(model, (Classifier, MAE)):
-        raise UserError(f"{source} holds a generator, not a classifier or masked autoencoder")
-    name, classifier = ("classifier", model) if isinstance(model, Classifier) else ("mae", None)
-    return ImageFeatures(name, model.fc.in_features, _own_network(model.to(device)), device, OWN_BATCH, classifier)
+        expected = f"{INCEPTION}, {DINOV2}, a .pth file of Inception's weights, or a directory of "
+        expected += "`python -m drifting.train_classifier` or `drifting.pretrain`"
+        raise UserError(f"there are no features {source}: expected {expected}")
+    return _load_own(path, device)
 
 
-def _own_network(model: Classifier | MAE) -> Network:
-    """A classifier's pooled features and logits, or the mean over the last stage of an autoencoder's encoder, which is
-    what the autoencoder's own classifier sees."""
+def _load_own(path: Path, device: torch.device) -> ImageFeatures:
+    """A classifier's pooled features, or those of an autoencoder's last stage that its own classifier sees."""
+    model = read_any(path, kinds=("classifier", "mae"))[0].to(device)
+    assert isinstance(model, (Classifier, MAE))
+    channels = model.config["in_chans"]
 
     def network(images: Tensor) -> Features:
-        channels = model.config["in_chans"]
         if images.shape[1] != channels:
             raise UserError(f"received images of {images.shape[1]} channels, the features are of {channels}")
         x = images / 127.5 - 1
         if isinstance(model, MAE):
             return Features(model.encoder(model.encoder.patchify(x))["layer4"].mean((2, 3)))
         points = model.features(x)
-        return Features(points, model.fc(points))
+        return Features(points, classes=model.fc(points).argmax(1))
 
-    return network
+    name, num_classes = ("mae", None) if isinstance(model, MAE) else ("classifier", model.config["num_classes"])
+    return ImageFeatures(name, model.fc.in_features, network, device, OWN_BATCH, num_classes=num_classes)
 
 
 def _load_inception(weights: Path | None, device: torch.device) -> ImageFeatures:
@@ -143,23 +120,21 @@ def _load_inception(weights: Path | None, device: torch.device) -> ImageFeatures
             "inception-v3-compat", ["2048", "logits_unbiased"], weights and str(weights), verbose=False
         ).to(device)
     except Exception as error:  # Downloads and weights of something else raise errors of many classes.
-        raise UserError(
-            f"cannot load Inception's weights from {weights or 'the web'} ({reason(error)}): where they cannot be "
-            "downloaded, name the file weights-inception-2015-12-05-6726825d.pth of torch-fidelity's release 0.2.0 as "
-            f"features; if one in {torch.hub.get_dir()}/checkpoints was cut short, delete it"
-        ) from error
+        whence = weights or "the web"
+        advice = f"where they cannot be downloaded, name the file {INCEPTION_FILE} as features; "
+        advice += f"if one in {torch.hub.get_dir()}/checkpoints was cut short, delete it"
+        raise UserError(f"cannot load Inception's weights from {whence} ({reason(error)}): {advice}") from error
     finally:
         socket.setdefaulttimeout(patience)
-
     branches: list[Tensor] = []
     extractor.Mixed_6d.branch1x1.register_forward_hook(lambda module, inputs, output: branches.append(output))
 
     def network(images: Tensor) -> Features:
-        points, logits = extractor(_in_colour(images))
+        points, logits = extractor(images.expand(-1, 3, -1, -1))
         spatial = branches.pop()[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1)  # [B, 17, 17, 7]
         return Features(points, logits, spatial.flatten(1))
 
-    return ImageFeatures(INCEPTION, INCEPTION_DIM, network, device)
+    return ImageFeatures(INCEPTION, INCEPTION_DIM, network, device, BATCH, "fid")
 
 
 def _load_dinov2(source: str, device: torch.device) -> ImageFeatures:
@@ -168,10 +143,9 @@ def _load_dinov2(source: str, device: torch.device) -> ImageFeatures:
     try:
         model, info = library.Dinov2Model.from_pretrained(source, output_loading_info=True)
     except Exception as error:  # The hub, its cache and broken files raise errors of many classes.
-        raise UserError(
-            f"cannot load DINOv2 {source} ({reason(error)}): where the hub is out of reach, name a directory that "
-            f"`hf download {DINOV2_MODEL} --local-dir DIR` filled elsewhere"
-        ) from error
+        download = f"`hf download {DINOV2_MODEL} --local-dir DIR`"
+        advice = f"where the hub is out of reach, name a directory that {download} filled elsewhere"
+        raise UserError(f"cannot load DINOv2 {source} ({reason(error)}): {advice}") from error
     odd = {*info["missing_keys"], *info["unexpected_keys"]} - {"classifier.weight", "classifier.bias"}
     if odd:  # transformers would leave these random, or out.
         raise UserError(f"{source} holds no DINOv2 in the format of transformers: {min(odd)} is missing or left over")
@@ -179,12 +153,7 @@ def _load_dinov2(source: str, device: torch.device) -> ImageFeatures:
     mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
 
     def network(images: Tensor) -> Features:
-        size = (DINOV2_SIZE, DINOV2_SIZE)
-        x = F.interpolate(_in_colour(images).float(), size, mode="bicubic", antialias=True)
+        x = F.interpolate(images.expand(-1, 3, -1, -1).float(), 2 * (DINOV2_SIZE,), mode="bicubic", antialias=True)
         return Features(model((x / 255 - mean) / std).pooler_output)
 
-    return ImageFeatures(DINOV2, model.config.hidden_size, network, device)
-
-
-def _in_colour(images: Tensor) -> Tensor:
-    return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
+    return ImageFeatures(DINOV2, model.config.hidden_size, network, device, BATCH, "fd_dinov2")

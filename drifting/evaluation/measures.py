@@ -1,6 +1,6 @@
 """Measures of generated samples as points ``[N, D]``, each as the field defines it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -36,31 +36,20 @@ class Gaussian:
 
 
 def fit_gaussian(points: Tensor | Points) -> Gaussian:
-    """Sample mean and covariance of ``points [N, D]``, computed in float64.
-
-    Raises:
-        UserError: there are fewer than 2 points.
-    """
+    """Sample mean and covariance of ``points [N, D]``, computed in float64; UserError for fewer than 2."""
     if len(points) < 2:
         raise UserError(f"received {len(points)} real or generated samples, expected at least 2 to compare")
-    points = torch.as_tensor(points)
-    mean = points.new_zeros(points.shape[1], dtype=torch.float64)
-    for block in points.split(BLOCK):
-        mean += block.double().sum(0) / len(points)
-    covariance = mean.new_zeros(len(mean), len(mean))
-    for block in points.split(BLOCK):
-        centred = block.double() - mean
-        covariance += centred.T @ centred / (len(points) - 1)
+    blocks, zero = torch.as_tensor(points).split(BLOCK), torch.zeros((), dtype=torch.float64)
+    mean = sum((block.double().sum(0) / len(points) for block in blocks), zero)
+    centred = (block.double() - mean for block in blocks)
+    covariance = sum((block.T @ block / (len(points) - 1) for block in centred), zero)
     return Gaussian(mean.cpu().numpy(), covariance.cpu().numpy())
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
-    """Squared Fréchet distance (Heusel et al., arXiv 1706.08500, eq. 6), also of singular covariances.
+    """Squared Fréchet distance (Heusel et al., arXiv 1706.08500, eq. 6) to the real ``b``, also if one is singular.
 
     It is ‖μ_a − μ_b‖² + tr(Σ_a + Σ_b − 2 (Σ_b^½ Σ_a Σ_b^½)^½). The product here is symmetric, unlike Σ_a Σ_b.
-
-    Raises:
-        UserError: ``a`` and ``b``, the real one, are of different numbers of features.
     """
     if len(a.mean) != len(b.mean):
         raise UserError(f"received {len(a.mean)} features, but the reference's statistics are of {len(b.mean)}")
@@ -80,15 +69,13 @@ def inception_score(logits: Tensor) -> tuple[float, float]:
 
     Images usually come class by class, so ``logits [N, K]`` are shuffled before they are split.
     """
-    order = np.random.RandomState(SCORE_SEED).permutation(len(logits))
-    parts = np.array_split(order, min(SCORE_SPLITS, len(logits)))
-    scores = [_score(logits[torch.from_numpy(part)].double().log_softmax(1)) for part in parts]
+    order = torch.from_numpy(np.random.RandomState(SCORE_SEED).permutation(len(logits)))
+    scores = []
+    for part in order.tensor_split(min(SCORE_SPLITS, len(logits))):
+        log_p = logits[part].double().log_softmax(1)
+        log_marginal = log_p.logsumexp(0) - np.log(len(log_p))  # [K]
+        scores.append(float((log_p.exp() * (log_p - log_marginal)).sum(1).mean().exp()))
     return float(np.mean(scores)), float(np.std(scores))
-
-
-def _score(log_p: Tensor) -> float:
-    log_marginal = log_p.logsumexp(0) - np.log(len(log_p))  # [K]
-    return float((log_p.exp() * (log_p - log_marginal)).sum(1).mean().exp())
 
 
 class Manifold:
@@ -100,18 +87,17 @@ class Manifold:
 
     def __init__(self, points: Tensor) -> None:
         self.points = points.float()
-        self.centre = self.points.mean(0)  # Distances far from the origin lose digits.
-        self.points = self.points - self.centre
         rank = min(NEIGHBOURS + 1, len(points))  # A point is its own nearest.
-        rows = [torch.cdist(block, self.points).kthvalue(rank, dim=1).values for block in _blocks(self.points)]
-        self.radii = torch.cat(rows)
+        self.radii = torch.cat([block.kthvalue(rank, dim=1).values for block in self._distances(self.points)])
 
     def share_inside(self, points: Tensor) -> float:
         """Share of ``points [M, D]`` that lie inside."""
-        blocks = _blocks(points.float() - self.centre)
-        inside = [(torch.cdist(block, self.points) <= self.radii).any(1) for block in blocks]
+        inside = [(block <= self.radii).any(1) for block in self._distances(points.float())]
         return float(torch.cat(inside).double().mean())
 
-
-def _blocks(points: Tensor) -> Iterable[Tensor]:
-    return tqdm(points.split(BLOCK), desc="neighbours", unit="block", delay=1, leave=False, disable=None)
+    def _distances(self, points: Tensor) -> Iterator[Tensor]:
+        """Distances of blocks of ``points`` to the centres of the balls. Far from the origin they would lose digits."""
+        centre = self.points.mean(0)
+        centres = self.points - centre
+        for block in tqdm(points.split(BLOCK), desc="neighbours", unit="block", delay=1, leave=False, disable=None):
+            yield torch.cdist(block - centre, centres)
