@@ -68,6 +68,7 @@ def build_trainer(config: Config, dataset: Dataset, ranks: Ranks) -> DriftingTra
     facts: dict[str, Any] = {"num_classes": dataset.num_classes, "sample_shape": list(shape)}
     if len(shape) == 3:
         facts |= {"in_chans": shape[0]} | ({"img_size": shape[1]} if shape[1] == shape[2] else {})
+    check_arguments(target, config.model.keywords(), "model")
     arguments = facts_taken(target, facts) | config.model.keywords()
     torch.manual_seed(config.seed)
     loss = config.loss

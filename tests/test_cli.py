@@ -176,7 +176,7 @@ def test_mistake_is_one_line_and_status_2(tmp_path):
     [
         (training, ["--config", "nope"], "there is no configuration 'nope'"),
         (training, ["--nope"], "unrecognized arguments: --nope"),
-        (training, ["--out", "{file}"], "cannot use .* as a run directory"),
+        (training, ["--out", "{file}"], "file/samples: Not a directory"),
         (training, ["--out", "{empty}", "data=mnist", "data.path={nowhere}"], "not in .*nowhere: set data.path to"),
         (training, ["evaluation.features={nowhere}", "--out", "run"], "there are no features .*nowhere: exp"),
         (training, ["evaluation.reference={nowhere}", "--out", "run"], "there is no file"),

@@ -199,7 +199,7 @@ def test_values_of_encoders_are_checked_too(override, expected):
 
 def test_sizes_of_the_network_that_do_not_fit_each_other_are_refused():
     for overrides in (["model.embed_dim=30"], ["model.embed_dim=20", "model.num_heads=4"]):
-        with pytest.raises(UserError, match="model: drifting_dit cannot be built: ValueError: .*embed_dim"):
+        with pytest.raises(UserError, match="there is no DriftingDiT of the arguments .*: ValueError: .*embed_dim"):
             build(overrides)
 
 
