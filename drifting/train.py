@@ -22,7 +22,7 @@ from .models import NETWORKS, FeatureStack
 from .models.drifting_loss import build_extractor
 from .training import DriftingTrainer, Ranks, join_ranks, loop
 from .training.run_evaluation import RunEvaluation
-from .utils.named import facts_taken, import_named, is_own
+from .utils.named import check_arguments, facts_taken, import_named, is_own
 
 
 def main(argv: Sequence[str] | None = None) -> int:
