@@ -8,7 +8,7 @@ import importlib.metadata
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,19 +22,11 @@ from .cli import ArgumentParser, run_command
 SECONDS = 10.0  # The check of a backend begins nothing new after half of them.
 TOLERANCE = 1e-3  # A kernel that computes anything else is off by far more, as relative RMS error in float32.
 
-PACKAGES = (
-    "torch", "triton", "numpy", "pyyaml", "safetensors", "msgpack", "pillow", "scikit-learn", "matplotlib",
-    "tensorboard",
-)  # fmt: skip
-OPTIONAL_PACKAGES = (
-    "torchvision", "huggingface_hub", "diffusers", "torch-fidelity", "transformers", "datasets", "wandb",
-)  # fmt: skip
+PACKAGES = "torch triton numpy pyyaml safetensors msgpack pillow scikit-learn matplotlib tensorboard".split()
+OPTIONAL = "torchvision huggingface_hub diffusers torch-fidelity transformers datasets wandb".split()
 
-Form = tuple[
-    Callable[..., Any], dict[str, tuple[int, ...]], dict[str, Any]
-]  # These are function, shapes of tensors and options.
-LARGE = "drift_field of 600 points"  # This takes minutes in Triton's interpreter.
-FORMS: dict[str, Form] = {  # The last is large enough for the kernels that stream.
+LARGE = "drift_field of 600 points"  # The kernels that stream serve it, and Triton's interpreter takes minutes.
+FORMS: dict[str, Any] = {  # These are function, shapes of tensors and options.
     "compute_V": (drift_ops.compute_V, {"x": (24, 12), "x_data": (20, 12), "x_gen": (9, 12)}, {"sigma": 3.0}),
     "drift_field": (
         drift_ops.drift_field, {"x": (4, 24, 12), "pos": (4, 20, 12), "neg": (4, 9, 12)}, {"temperature": (0.5, 2.0)},
@@ -54,15 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"  {name:<18}{value}" if value else name)
     failures = 0
     for name, status in drift_ops.backends().items():
-        if not status.usable:
-            print(f"  {name:<18}not usable: {status.reason}")
-            continue
         started = time.perf_counter()
-        problems, unchecked = check_backend(name)
-        failures += bool(problems)
-        verdict = "FAILED: " + "; ".join(problems) if problems else "agrees with the reference"
+        problems, unchecked = check_backend(name) if status.usable else ([], [])
+        failures += len(problems)
+        verdict = "usable, " + ("FAILED: " + "; ".join(problems) if problems else "agrees with the reference")
         verdict += f", no time for {', '.join(unchecked)}: run it again" if unchecked else ""
-        print(f"  {name:<18}usable, {verdict} ({time.perf_counter() - started:.1f} s)")
+        verdict += f" ({time.perf_counter() - started:.1f} s)"
+        print(f"  {name:<18}{verdict if status.usable else f'not usable: {status.reason}'}")
     print("FAILED: a usable backend is wrong" if failures else "all checks passed")
     return int(failures > 0)
 
@@ -74,29 +64,27 @@ def check_backend(name: str) -> tuple[list[str], list[str]]:
     device = torch.device("cuda" if on_gpu and not interpreted else "cpu")
     started = time.perf_counter()
     problems, unchecked = [], []
-    for label, form in FORMS.items():
+    for label in FORMS:
         if time.perf_counter() - started > SECONDS / 2 or (interpreted and label == LARGE):
             unchecked.append(label)
             continue
         try:
-            expected = _run(form, "reference", torch.device("cpu"), torch.float64)
-            got = _run(form, name, device, torch.float32)
+            expected = _run(label, "reference", torch.device("cpu"), torch.float64)
+            for what, value in _run(label, name, device, torch.float32).items():
+                off = float((value.cpu().double() - expected[what]).norm() / expected[what].norm())
+                if not off <= TOLERANCE:
+                    problems.append(f"{label}: {what} is off by {off:.1e}")
         except Exception as error:  # Drivers and compilers raise errors of any class.
             problems.append(f"{label}: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
-            continue
-        for what, value in got.items():
-            off = float((value.cpu().double() - expected[what]).norm() / expected[what].norm())
-            if not off <= TOLERANCE:
-                problems.append(f"{label}: {what} is off by {off:.1e}")
     return problems, unchecked
 
 
-def _run(form: Form, backend: str, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+def _run(label: str, backend: str, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
     """Compute output and gradients of a form on a backend."""
-    function, shapes, options = form
+    function, shapes, options = FORMS[label]
     generator = torch.Generator().manual_seed(0)
-    tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    leaves = {name: t.to(device, dtype).requires_grad_() for name, t in tensors.items()}
+    values = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    leaves = {name: value.to(device, dtype).requires_grad_() for name, value in values.items()}
     result = function(**leaves, **options, backend=backend)
     output = result[0] if isinstance(result, tuple) else result
     incoming = torch.randn(output.shape, generator=generator).to(device, dtype)
@@ -108,11 +96,10 @@ def _run(form: Form, backend: str, device: torch.device, dtype: torch.dtype) -> 
 def _facts() -> Iterator[tuple[str, str]]:
     """Name what there is on this machine, with its value; headings have none."""
     yield "versions", ""
-    yield "drifting", _version("drifting", "not installed: run from its folder")
     yield "python", f"{platform.python_version()} on {platform.platform()}"
-    for name in PACKAGES:
-        yield name, _version(name, "not installed")
-    yield "optional", ", ".join(f"{name} {_version(name, 'absent')}" for name in OPTIONAL_PACKAGES)
+    for name in ("drifting", *PACKAGES):
+        yield name, _version(name)
+    yield "optional", ", ".join(f"{name} {_version(name)}" for name in OPTIONAL)
     yield "devices", ""
     kernels = "no instruction set: they are not built" if cpu.load_error or cpu._cpu is None else cpu._cpu.chosen()
     yield "cpu", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, kernels for {kernels}"
@@ -123,11 +110,11 @@ def _facts() -> Iterator[tuple[str, str]]:
     yield "backends", ""
 
 
-def _version(package: str, otherwise: str) -> str:
+def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return otherwise
+        return "not installed"
 
 
 if __name__ == "__main__":

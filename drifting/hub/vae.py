@@ -22,11 +22,7 @@ def require_vae(device: torch.device) -> None:
 
 @torch.no_grad()
 def decode_latents(latents: Tensor) -> Tensor:
-    """Decode latents ``[B, 4, h, w]`` to float32 images ``[B, 3, 8h, 8w]`` in [-1, 1], in bfloat16 on GPUs.
-
-    Raises:
-        UserError: diffusers is not installed, or the VAE cannot be downloaded.
-    """
+    """Decode latents ``[B, 4, h, w]`` to float32 images ``[B, 3, 8h, 8w]`` in [-1, 1], in bfloat16 on GPUs."""
     vae = _load_vae(latents.device)
     parts = latents.div(LATENT_SCALE).to(vae.dtype).split(DECODE_BATCH)
     return torch.cat([vae.decode(part).sample.float() for part in parts])
@@ -34,11 +30,9 @@ def decode_latents(latents: Tensor) -> Tensor:
 
 @torch.no_grad()
 def encode_images(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Encode images ``[B, 3, H, W]``, or grey ones ``[B, 1, H, W]``, in [-1, 1]; it raises as :func:`decode_latents`.
+    """Encode images ``[B, 3, H, W]``, or grey ones ``[B, 1, H, W]``, in [-1, 1], in bfloat16 on GPUs.
 
-    Returns:
-        Mean and standard deviation of the latents, float32 ``[B, 4, H/8, W/8]`` each, both multiplied by
-        ``LATENT_SCALE``; they are computed in bfloat16 on GPUs.
+    It returns mean and standard deviation of the latents times ``LATENT_SCALE``, float32 ``[B, 4, H/8, W/8]`` each.
     """
     vae = _load_vae(images.device)
     parts = images.expand(-1, 3, -1, -1).to(vae.dtype).split(ENCODE_BATCH)
