@@ -21,9 +21,10 @@ from .cli import ArgumentParser, run_command
 
 SECONDS = 10.0  # The check of a backend begins nothing new after half of them.
 TOLERANCE = 1e-3  # A kernel that computes anything else is off by far more, as relative RMS error in float32.
-
-PACKAGES = "torch triton numpy pyyaml safetensors msgpack pillow scikit-learn matplotlib tensorboard".split()
-OPTIONAL = "torchvision huggingface_hub diffusers torch-fidelity transformers datasets wandb".split()
+PACKAGES = (
+    "drifting", "torch", "triton", "numpy", "pyyaml", "safetensors", "msgpack", "pillow", "scikit-learn", "matplotlib",
+    "tensorboard", "torchvision", "huggingface_hub", "diffusers", "torch-fidelity", "transformers", "datasets", "wandb",
+)  # fmt: skip
 
 LARGE = "drift_field of 600 points"  # The kernels that stream serve it, and Triton's interpreter takes minutes.
 FORMS: dict[str, Any] = {  # These are function, shapes of tensors and options.
@@ -40,28 +41,41 @@ FORMS: dict[str, Any] = {  # These are function, shapes of tensors and options.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    description = "What this machine has, and whether it works."
-    ArgumentParser(prog="python -m drifting.doctor", description=description).parse_args(argv)
+    purpose = "What this machine has, and whether it works."
+    ArgumentParser(prog="python -m drifting.doctor", description=purpose).parse_args(argv)
+    verdicts = []
     for name, value in _facts():
         print(f"  {name:<18}{value}" if value else name)
-    failures = 0
     for name, status in drift_ops.backends().items():
-        started = time.perf_counter()
-        problems, unchecked = check_backend(name) if status.usable else ([], [])
-        failures += len(problems)
-        verdict = "usable, " + ("FAILED: " + "; ".join(problems) if problems else "agrees with the reference")
-        verdict += f", no time for {', '.join(unchecked)}: run it again" if unchecked else ""
-        verdict += f" ({time.perf_counter() - started:.1f} s)"
-        print(f"  {name:<18}{verdict if status.usable else f'not usable: {status.reason}'}")
-    print("FAILED: a usable backend is wrong" if failures else "all checks passed")
-    return int(failures > 0)
+        verdicts.append(_check(name) if status.usable else f"not usable: {status.reason}")
+        print(f"  {name:<18}{verdicts[-1]}")
+    failed = any(verdict.startswith("usable, FAILED") for verdict in verdicts)
+    print("FAILED: a usable backend is wrong" if failed else "all checks passed")
+    return int(failed)
 
 
-def check_backend(name: str) -> tuple[list[str], list[str]]:
-    """Find out what is wrong with a usable backend, and list the forms that there was no time for."""
+def _facts() -> Iterator[tuple[str, str]]:
+    """Name what there is on this machine, with its value; headings have none."""
+    yield "versions", ""
+    yield "python", f"{platform.python_version()} on {platform.platform()}"
+    for package in PACKAGES:
+        try:
+            yield package, importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            yield package, "not installed"
+    yield "devices", ""
+    kernels = "no instruction set: they are not built" if cpu.load_error or cpu._cpu is None else cpu._cpu.chosen()
+    yield "cpu", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, kernels for {kernels}"
+    yield "cuda", f"of torch: {torch.version.cuda or torch.version.hip or 'none, this torch is for CPUs'}"
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        yield f"cuda:{index}", f"{device.name}, {device.major}.{device.minor}, {device.total_memory / 2**30:.0f} GiB"
+    yield "backends", ""
+
+
+def _check(name: str) -> str:
+    """Say whether a usable backend agrees with the reference, and for which forms there was no time."""
     interpreted = name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    on_gpu = name in ("triton", "cuda") or (name == "reference" and torch.cuda.is_available())
-    device = torch.device("cuda" if on_gpu and not interpreted else "cpu")
     started = time.perf_counter()
     problems, unchecked = [], []
     for label in FORMS:
@@ -69,17 +83,20 @@ def check_backend(name: str) -> tuple[list[str], list[str]]:
             unchecked.append(label)
             continue
         try:
-            expected = _run(label, "reference", torch.device("cpu"), torch.float64)
-            for what, value in _run(label, name, device, torch.float32).items():
+            expected = _run(label, "reference", "cpu", torch.float64)
+            on_gpu = name in ("triton", "cuda") or (name == "reference" and torch.cuda.is_available())
+            got = _run(label, name, "cuda" if on_gpu and not interpreted else "cpu", torch.float32)
+            for what, value in got.items():
                 off = float((value.cpu().double() - expected[what]).norm() / expected[what].norm())
-                if not off <= TOLERANCE:
-                    problems.append(f"{label}: {what} is off by {off:.1e}")
+                problems += [] if off <= TOLERANCE else [f"{label}: {what} is off by {off:.1e}"]
         except Exception as error:  # Drivers and compilers raise errors of any class.
             problems.append(f"{label}: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
-    return problems, unchecked
+    verdict = f"FAILED: {'; '.join(problems)}" if problems else "agrees with the reference"
+    verdict += f", no time for {', '.join(unchecked)}: run it again" if unchecked else ""
+    return f"usable, {verdict} ({time.perf_counter() - started:.1f} s)"
 
 
-def _run(label: str, backend: str, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+def _run(label: str, backend: str, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """Compute output and gradients of a form on a backend."""
     function, shapes, options = FORMS[label]
     generator = torch.Generator().manual_seed(0)
@@ -91,30 +108,6 @@ def _run(label: str, backend: str, device: torch.device, dtype: torch.dtype) -> 
     gradients = torch.autograd.grad(output, list(leaves.values()), incoming, allow_unused=True)
     named = {f"gradient of {name}": g for name, g in zip(leaves, gradients, strict=True) if g is not None}
     return {"output": output.detach()} | named
-
-
-def _facts() -> Iterator[tuple[str, str]]:
-    """Name what there is on this machine, with its value; headings have none."""
-    yield "versions", ""
-    yield "python", f"{platform.python_version()} on {platform.platform()}"
-    for name in ("drifting", *PACKAGES):
-        yield name, _version(name)
-    yield "optional", ", ".join(f"{name} {_version(name)}" for name in OPTIONAL)
-    yield "devices", ""
-    kernels = "no instruction set: they are not built" if cpu.load_error or cpu._cpu is None else cpu._cpu.chosen()
-    yield "cpu", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, kernels for {kernels}"
-    yield "cuda", f"of torch: {torch.version.cuda or torch.version.hip or 'none, this torch is for CPUs'}"
-    for index in range(torch.cuda.device_count()):
-        device = torch.cuda.get_device_properties(index)
-        yield f"cuda:{index}", f"{device.name}, {device.major}.{device.minor}, {device.total_memory / 2**30:.0f} GiB"
-    yield "backends", ""
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 if __name__ == "__main__":

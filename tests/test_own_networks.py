@@ -281,9 +281,7 @@ def test_numbers_that_are_no_weights(tmp_path, run, dtype):
         lambda: save_generator(RunDirectory(tmp_path / "odd"), Generator(Odd(), **FACTS)),
         lambda: load_generator(run[0], model=Odd),
     ):
-        with pytest.raises(
-            UserError, match=f"odd of Odd is a {dtype}, expected .*neither complex"
-        ) as caught:
+        with pytest.raises(UserError, match=f"odd of Odd is a {dtype}, expected .*neither complex") as caught:
             act()
         assert "\n" not in str(caught.value)
 

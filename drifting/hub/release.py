@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import UserError
 from ..models import MAE, MODELS, DriftingDiT
-from ..models.drifting_dit import RMSNorm
 from ..utils.files import atomic_write
 from .flax_msgpack import read_arrays, write_arrays
 from .run_directory import build, misfits, read_description, shown
@@ -43,28 +42,25 @@ EXECUTION = {  # These say how the release computes, not what.
     "gen": {"use_bf16": False, "attn_fp32": True, "use_remat": False},
     "mae": {"use_bf16": False},
 }
-WEIGHT_NAMES: dict[type[nn.Module], str] = {
-    nn.Linear: "kernel", nn.Conv2d: "kernel", nn.Embedding: "embedding",
-    RMSNorm: "weight", nn.GroupNorm: "scale", nn.LayerNorm: "scale",
-}  # fmt: skip
-
 # The file has a matrix here, where our network has the filters of a convolution.
 PATCH_KERNEL = "LightningDiT_0/TorchLinear_0/Dense_0/kernel"
 
-# Each pattern turns a part of the name of our module into the release's, where flax has numbered the modules.
+# Each pattern turns a part of the name of our parameter into the release's, where flax has numbered the modules.
 GENERATOR_PATHS = {
-    "class_embed": "Embed_0", r"cfg_embed\.norm": "RMSNorm_0",
-    r"cfg_embed\.fc1": "TimestepEmbedder_0/TorchLinear_0", r"cfg_embed\.fc2": "TimestepEmbedder_0/TorchLinear_1",
-    "patch_embed": "LightningDiT_0/TorchLinear_0", "cls_proj": "LightningDiT_0/TorchLinear_1",
-    r"final\.norm": "LightningDiT_0/FinalLayer_0/RMSNorm_0",
+    "^(pos_embed|cls_embed)": r"LightningDiT_0/\1", r"class_embed\.weight": "Embed_0/embedding",
+    r"cfg_embed\.norm": "RMSNorm_0", r"cfg_embed\.fc1": "TimestepEmbedder_0/TorchLinear_0",
+    r"cfg_embed\.fc2": "TimestepEmbedder_0/TorchLinear_1", "patch_embed": "LightningDiT_0/TorchLinear_0",
+    "cls_proj": "LightningDiT_0/TorchLinear_1", r"final\.norm": "LightningDiT_0/FinalLayer_0/RMSNorm_0",
     r"final\.modulation": "LightningDiT_0/FinalLayer_0/TorchLinear_0",
     r"final\.proj": "LightningDiT_0/FinalLayer_0/TorchLinear_1",
-    r"blocks\.(\d+)\.": r"LightningDiT_0/blocks_\1/", "norm1": "RMSNorm_0", "norm2": "RMSNorm_1",
+    r"blocks\.(\d+)": r"LightningDiT_0/blocks_\1", "norm1": "RMSNorm_0", "norm2": "RMSNorm_1",
     "modulation": "TorchLinear_0", r"attn\.qkv": "Attention_0/TorchLinear_0",
     r"attn\.proj": "Attention_0/TorchLinear_1", r"attn\.": "Attention_0/",
 }  # fmt: skip
 SWIGLU_PATHS = {rf"mlp\.{ours}": f"SwiGLUFFN_0/TorchLinear_{index}" for index, ours in enumerate(("w1", "w3", "w2"))}
 GELU_PATHS = {rf"mlp\.{ours}": f"StandardMLP_0/TorchLinear_{index}" for index, ours in enumerate(("w1", "w2"))}
+LAYER_NORM_PATHS = {r"(q_norm|k_norm)\.weight": r"\1/scale"}
+DENSE_PATHS = {r"(TorchLinear_\d)": r"\1/Dense_0"}  # The release's TorchLinear wraps a Dense.
 MAE_PATHS: dict[str, Any] = {
     r"stage_norms\.(\d)": lambda match: f"layer{int(match[1]) + 1}_norm", r"(up\d\d)\.norm": r"\1/concat_norm_fn",
     r"stages\.(\d)\.(\d+)": r"stages_\1/layers_\2", r"shortcut\.0": "proj_conv", r"shortcut\.1": "proj_gn",
@@ -129,23 +125,22 @@ def our_config(kind: str, model_config: Any) -> dict[str, Any]:
 
 def release_arrays(model: DriftingDiT | MAE) -> dict[str, Tensor]:
     """Return the release's arrays by path, each a view of a parameter; that of ``PATCH_KERNEL`` has four dimensions."""
-    paths = MAE_PATHS
+    paths, vector_name = MAE_PATHS, "scale"
     arrays: dict[str, Tensor] = {}
     if isinstance(model, DriftingDiT):
-        paths = GENERATOR_PATHS | (SWIGLU_PATHS if model.config["use_swiglu"] else GELU_PATHS)
-        arrays = {"LightningDiT_0/pos_embed": model.pos_embed}
-        arrays |= {"LightningDiT_0/cls_embed": model.cls_embed} if model.n_cls_tokens else {}
+        paths, vector_name = GENERATOR_PATHS | (SWIGLU_PATHS if model.config["use_swiglu"] else GELU_PATHS), "weight"
+        paths |= DENSE_PATHS | ({} if model.config["use_rmsnorm"] else LAYER_NORM_PATHS)
         arrays |= {f"noise_embeds_{n}/embedding": model.style_codebooks[n] for n in range(model.num_style_tokens)}
-    for path, module in model.named_modules():
+    for name, parameter in model.named_parameters():
+        if name == "style_codebooks":
+            continue
         for ours, theirs in paths.items():
-            path = re.sub(ours, theirs, path)
-        path = path.replace(".", "/") + ("/Dense_0" if "TorchLinear" in path else "")  # TorchLinear wraps a Dense.
-        weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-        if isinstance(weight, Tensor):
-            name = next(name for kind, name in WEIGHT_NAMES.items() if isinstance(module, kind))
-            arrays[f"{path}/{name}"] = weight.permute(*range(2, weight.ndim), 1, 0) if name == "kernel" else weight
-        if isinstance(bias, Tensor):
-            arrays[f"{path}/bias"] = bias
+            name = re.sub(ours, theirs, name)
+        path, _, leaf = name.replace(".", "/").rpartition("/")
+        if leaf == "weight" and parameter.ndim > 1:
+            arrays[f"{path}/kernel"] = parameter.permute(*range(2, parameter.ndim), 1, 0)
+        else:
+            arrays[f"{path}/{vector_name if leaf == 'weight' else leaf}"] = parameter
     return arrays
 
 

@@ -33,8 +33,8 @@ MOST_DIMENSIONS, MOST_NUMBERS = 32, 2**31  # These bound the shapes of noise and
 def load_generator(source: str | Path, model: Model = None) -> Generator:
     """Load the generator of ``source``, in evaluation mode; networks of ours are on the CPU.
 
-    A network of the user's own needs ``model``: an ``nn.Module``, which gets the trained weights, or a class or function
-    that builds it from the arguments of its training.
+    A network of the user's own needs ``model``: an ``nn.Module``, which gets the trained weights, or what builds one of
+    the arguments of its training.
     """
     return as_generator(source, *open_model(source, GENERATORS, model))
 
@@ -60,7 +60,7 @@ def open_model(
 
 
 def as_generator(source: str | Path, network: nn.Module, description: dict[str, Any]) -> Generator:
-    """Join the network of ``source`` and its ``description``, in which the release and earlier runs of ours say less."""
+    """Join the network of ``source`` and its ``description``, where the release and earlier runs say less."""
     facts: dict[str, Any] = {"pixel_range": None} | description
     if isinstance(network, DriftingDiT):
         data = description.get("data", RELEASE_DATA)
@@ -96,8 +96,7 @@ def _is_right(key: str, value: Any) -> bool:
 
 
 def locate(source: str | Path, kinds: Sequence[str] = tuple(MODELS)) -> tuple[Path, bool]:
-    """Find the folder of ``source``, and tell whether it has an artifact of the release; a model of the hub of one of
-    ``kinds`` is downloaded."""
+    """Find the folder of ``source``, and tell whether an artifact is there; a model of the hub is downloaded."""
     if isinstance(source, str) and source.startswith(HUB):
         source = _download(source.removeprefix(HUB), kinds)
     for folder in (Path(source), Path(source) / "params_ema"):

@@ -11,8 +11,7 @@ from ..errors import UserError, reason, require
 VAE = "stabilityai/sd-vae-ft-mse"
 LATENT_CHANNELS = 4
 LATENT_SCALE = 0.18215  # It gives stored latents about unit variance.
-DECODE_BATCH = 16  # This many images are decoded at once.
-ENCODE_BATCH = 64  # This many images are encoded at once.
+DECODE_BATCH, ENCODE_BATCH = 16, 64  # This many images are decoded, or encoded, at once.
 
 
 def require_vae(device: torch.device) -> None:
