@@ -1,8 +1,4 @@
-"""``python -m drifting.convert SRC DST`` converts the official release's artifacts to our files, or back.
-
-An artifact, or ``hf://NAME``, becomes ``model.safetensors`` and ``model.json``, which every command takes for a run
-directory; a run directory becomes ``ema_params.msgpack`` and ``metadata.json``, which the release loads.
-"""
+"""``python -m drifting.convert SRC DST`` converts the official release's artifacts to run directories, or back."""
 
 from collections.abc import Sequence
 from pathlib import Path

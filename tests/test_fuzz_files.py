@@ -155,7 +155,7 @@ def test_weights_must_be_what_the_model_has(tmp_path):
         with pytest.raises(UserError, match=f"class_embed.weight {message}"):
             read_any(tmp_path)
     write_model(run, tiny_generator().half(), {"step": 1})
-    with pytest.raises(UserError, match=r"is float16 \[.*\], expected float32 \["):
+    with pytest.raises(UserError, match=r"is torch.float16 \[.*\], expected torch.float32 \["):
         read_any(tmp_path)
 
 

@@ -1,7 +1,6 @@
-"""Read and write trees of arrays in the msgpack format of ``flax.serialization``, without flax.
+"""Read and write trees of arrays in the msgpack format of ``flax.serialization``, without flax. Nothing is unpickled.
 
-Arrays are msgpack extensions of type 1 around (shape, dtype name, bytes); those above 2³⁰ bytes are split in chunks,
-dictionaries marked ``__msgpack_chunked_array__``. Nothing is unpickled: a file can hold numbers, text and arrays only.
+Arrays are msgpack extensions of type 1 around (shape, dtype name, bytes); those above 2³⁰ bytes are split in chunks.
 """
 
 import mmap

@@ -111,11 +111,9 @@ def our_config(kind: str, model_config: Any) -> dict[str, Any]:
     """Turn the release's ``model_config`` into arguments of :class:`DriftingDiT` or :class:`MAE`."""
     if not isinstance(model_config, dict):
         raise UserError(f"{METADATA} has no model_config")
-    theirs = {ours: THEIR_NAMES.get(ours, ours) for ours in DEFAULTS[kind]}
-    unknown = sorted(model_config.keys() - set(theirs.values()) - EXECUTION[kind].keys())
-    if unknown:
-        raise UserError(f"model_config has unknown keys: {shown(', '.join(unknown))}")
-    config = {ours: model_config.get(theirs[ours], default) for ours, default in DEFAULTS[kind].items()}
+    our_names = {theirs: ours for ours, theirs in THEIR_NAMES.items()}
+    config = dict(DEFAULTS[kind])  # The network refuses keys that neither it nor the release has.
+    config |= {str(our_names.get(key, key)): value for key, value in model_config.items() if key not in EXECUTION[kind]}
     if kind == "gen" and config["cond_dim"] is None:
         raise UserError("model_config has no cond_dim")
     if kind == "gen" and not config["style_vocab"]:

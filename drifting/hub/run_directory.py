@@ -24,6 +24,8 @@ from ..utils.files import atomic_write, is_count, read_object
 LOCK_SECONDS = 6  # Data-loader workers of a killed process may hold its lock for the five that they take to notice.
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 SHOWN, PROBLEMS_SHOWN = 200, 600  # This many characters of what a file says stand in a message.
+# Files hold no other tensors than these, whose dtypes begin otherwise.
+WEIGHTS, NO_WEIGHTS = "real numbers of 16 bits or more", ("torch.complex", "torch.float8", "torch.float4")
 
 OWN = "own"  # Every network that is none of ours is of this kind.
 GENERATORS = ("gen", OWN)
@@ -54,12 +56,11 @@ class RunDirectory:
     def lock(self) -> Iterator[None]:
         """Keep other processes from having this lock; it is gone with the process, however that ends."""
         path = self.path / ".lock"
-        lock = FileLock(path)
-        owner = f"process {os.getpid()} on {platform.node()}, since {datetime.now():%Y-%m-%d %H:%M:%S}\n"
+        lock, now = FileLock(path), f"{datetime.now():%Y-%m-%d %H:%M:%S}"
         try:
             try:
                 lock.acquire(timeout=LOCK_SECONDS)
-                path.write_text(owner)
+                path.write_text(f"process {os.getpid()} on {platform.node()}, since {now}\n")
             except Timeout as error:
                 holder = shown(path.read_text(errors="replace")) or "just started"
                 raise UserError(
@@ -74,9 +75,7 @@ class RunDirectory:
             lock.release()
 
 
-def save_generator(
-    run: RunDirectory, generator: Generator, quality: dict[str, float] | None = None, **more: Any
-) -> None:
+def save_generator(run: RunDirectory, generator: Generator, quality: dict | None = None, **more: Any) -> None:
     """Write ``model.safetensors`` and ``model.json``, all that sampling needs, with ``quality`` if measured."""
     facts = dict(vars(generator))
     network, arguments = facts.pop("model"), dict(facts.pop("arguments"))
@@ -150,11 +149,11 @@ def read_description(file: Path, kinds: Sequence[str]) -> dict[str, Any]:
     is_mae = isinstance(release_config, dict) and "cond_dim" not in release_config
     description = {"kind": "mae" if is_mae else "gen", "step": 0} | content
     kind, step = description["kind"], description["step"]
-    if kind not in list(NOUNS) or not is_count(step):
-        expected = f"expected {', '.join(NOUNS)} and a count"
-        raise UserError(f"{file}: kind is {shown(kind)} and step {shown(step)}, {expected}")
-    if kind not in kinds:
-        raise UserError(f"{file.parent} holds a {NOUNS[kind]}, not a {' or '.join(NOUNS[one] for one in kinds)}")
+    if kind not in list(kinds):
+        noun = NOUNS.get(str(kind), f"network of kind {shown(kind)}")
+        raise UserError(f"{file.parent} holds a {noun}, not a {' or '.join(NOUNS[kind] for kind in kinds)}")
+    if not is_count(step):
+        raise UserError(f"{file}: step is {shown(step)}, expected the number of steps of the training")
     return description
 
 
@@ -178,12 +177,9 @@ def _stored_state(network: nn.Module) -> dict[str, Tensor]:
     """Return the tensors that the file of a network has; tied weights, which have several names, are there once."""
     state = network.state_dict(keep_vars=True)
     for name, tensor in state.items():
-        form = str(tensor.dtype) if isinstance(tensor, Tensor) else type(tensor).__name__
-        if not isinstance(tensor, Tensor) or form.startswith(("torch.complex", "torch.float8", "torch.float4")):
-            raise UserError(
-                f"{name} of {type(network).__name__} is a {form}, expected tensors only, neither complex nor of 8-bit "
-                "floats: convert it, or leave it out of the network's state"
-            )
+        kind = str(tensor.dtype) if isinstance(tensor, Tensor) else type(tensor).__name__
+        if not isinstance(tensor, Tensor) or kind.startswith(NO_WEIGHTS):
+            raise UserError(f"{name} of {type(network).__name__} is a {kind}, expected tensors only, of {WEIGHTS}")
     named = {id(tensor): (name, tensor) for name, tensor in reversed(state.items())}
     return dict(named.values())
 
@@ -195,16 +191,13 @@ def misfits(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], finit
     """
     problems = []
     for name in sorted(expected.keys() | tensors.keys()):
-        got, like = _form(tensors.get(name)), _form(expected.get(name))
+        pair = tensors.get(name), expected.get(name)
+        got, like = (f"{tensor.dtype} {list(tensor.shape)}" if tensor is not None else "nothing" for tensor in pair)
         if got != like:
             problems.append(f"{name} is {got}, expected {like}")
         elif name in finite and not tensors[name].isfinite().all():
             problems.append(f"{name} has NaN or infinity")
     return shown("; ".join(problems), PROBLEMS_SHOWN)
-
-
-def _form(tensor: Tensor | None) -> str:
-    return "nothing" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
 def shown(value: Any, most: int = SHOWN) -> str:
