@@ -11,7 +11,7 @@ import msgpack
 import torch
 from torch import Tensor
 
-from ..errors import UserError, reason
+from ..errors import UserError, explained, shown
 from ..utils.files import atomic_write
 
 ARRAY, SCALAR = 1, 3  # These are extension types; SCALAR is a numpy scalar, written like an array.
@@ -25,15 +25,13 @@ DTYPES = {name: getattr(torch, name) for name in NAMES}
 def read_arrays(path: Path) -> dict[str, Tensor]:
     """Read the arrays of a file; their names are paths in its tree, such as ``encoder/conv1/kernel``."""
     hooks = {"ext_hook": _unpack_array, "object_hook": _flatten}
-    try:
+    with explained(f"{path} is no tree of arrays in flax's msgpack format"):
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             # Without the limit, a file of nested lists that announce a million items each would fill the memory.
             arrays = msgpack.unpackb(content, max_array_len=MOST_DIMENSIONS, **hooks)
         for name, array in (arrays if isinstance(arrays, dict) else {"all of it": arrays}).items():
             if not isinstance(array, Tensor):
-                raise UserError(f"{name} is {type(array).__name__}, expected arrays in dictionaries")
-    except Exception as error:  # msgpack, mmap and torch raise errors of many classes.
-        raise UserError(f"{path} is no tree of arrays in flax's msgpack format: {reason(error)}") from error
+                raise UserError(f"{shown(name)} is {type(array).__name__}, expected arrays in dictionaries")
     return arrays
 
 
@@ -42,7 +40,7 @@ def _unpack_array(code: int, data: bytes) -> Tensor:
         raise UserError(f"extension type {code}, expected arrays ({ARRAY}) and scalars ({SCALAR}) only")
     shape, name, content = msgpack.unpackb(data, max_array_len=MOST_DIMENSIONS)
     if name not in DTYPES:
-        raise UserError(f"an array of dtype {name!r}, expected one of: {', '.join(DTYPES)}")
+        raise UserError(f"an array of dtype {shown(repr(name))}, expected one of: {', '.join(DTYPES)}")
     dtype = DTYPES[name]
     values = torch.frombuffer(bytearray(content), dtype=dtype) if content else torch.empty(0, dtype=dtype)
     return values.reshape(shape)
@@ -59,7 +57,7 @@ def _flatten(node: dict[str, Any]) -> Any:
     for key, child in node.items():
         inner = {f"{key}/{name}": item for name, item in child.items()} if isinstance(child, dict) else {key: child}
         if items.keys() & inner.keys():
-            raise UserError(f"two arrays are called {min(items.keys() & inner.keys())}")
+            raise UserError(f"two arrays are called {shown(min(items.keys() & inner.keys()))}")
         items |= inner
     return items
 

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, explained, shown
 from ..models import MAE, MODELS, DriftingDiT
 from ..utils.files import atomic_write
 from .flax_msgpack import read_arrays, write_arrays
-from .run_directory import build, misfits, read_description, shown
+from .run_directory import build, misfits, read_description
 
 WEIGHTS, METADATA = "ema_params.msgpack", "metadata.json"
 
@@ -70,11 +70,9 @@ MAE_PATHS: dict[str, Any] = {
 def read_artifact(folder: Path, kinds: Sequence[str] = tuple(MODELS)) -> tuple[DriftingDiT | MAE, dict[str, Any]]:
     """Read the model in ``folder``, to the CPU in float32 and evaluation mode, and its metadata."""
     metadata = read_description(folder / METADATA, kinds)
-    try:
+    with explained(f"the artifact in {folder} cannot be read"):
         model: Any = build(MODELS[metadata["kind"]], our_config(metadata["kind"], metadata.get("model_config")))
         arrays = read_arrays(folder / WEIGHTS)
-    except UserError as error:
-        raise UserError(f"the artifact in {folder} cannot be read: {error}") from error
     arrays = {name.removeprefix("params/"): a.float() if a.is_floating_point() else a for name, a in arrays.items()}
     problems = misfits(arrays, stored_arrays(model), arrays)
     if problems:

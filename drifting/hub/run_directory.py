@@ -16,14 +16,13 @@ from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..errors import UserError, reason
+from ..errors import MOST_SHOWN, UserError, explained, reason, shown
 from ..generation import Generator
 from ..models import MODELS, Classifier
 from ..utils.files import atomic_write, is_count, read_object
 
 LOCK_SECONDS = 6  # Data-loader workers of a killed process may hold its lock for the five that they take to notice.
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
-SHOWN, PROBLEMS_SHOWN = 200, 600  # This many characters of what a file says stand in a message.
 # Files hold no other tensors than these, whose dtypes begin otherwise.
 WEIGHTS, NO_WEIGHTS = "real numbers of 16 bits or more", ("torch.complex", "torch.float8", "torch.float4")
 
@@ -124,15 +123,13 @@ def read_any(path: Path, model: Model = None, kinds: Sequence[str] = tuple(NOUNS
         )
     if not isinstance(model, nn.Module):
         model = build(model or KINDS[kind], description.get("model"), "cpu" if kind == OWN else "meta")
-    try:
+    with explained(f"{run.weights} cannot be loaded"):
         weights = load_file(run.weights)
         # A buffer of a user's own network may hold infinities, as attention masks do.
         finite = dict(model.named_parameters(remove_duplicate=False)) if kind == OWN else weights
         problems = misfits(weights, _stored_state(model), finite)
         if not problems:  # Of tied weights, one name is in the file, which is not strict then.
             model.load_state_dict(weights, strict=False, assign=kind != OWN)
-    except Exception as error:  # safetensors, torch and a user's network raise errors of many classes.
-        raise UserError(f"{run.weights} cannot be loaded: {shown(reason(error))}") from error
     if problems:
         raise UserError(f"{run.weights} does not fit {type(model).__name__}: {problems}")
     return model.eval(), description
@@ -140,10 +137,8 @@ def read_any(path: Path, model: Model = None, kinds: Sequence[str] = tuple(NOUNS
 
 def read_description(file: Path, kinds: Sequence[str]) -> dict[str, Any]:
     """Read what ``file`` says of the network beside it: its ``kind``, which is one of ``kinds``, ``step`` and more."""
-    try:
+    with explained(f"{file} cannot be read, and only it tells what the weights are of"):
         content = read_object(file)
-    except (ValueError, OSError) as error:
-        raise UserError(f"{file} cannot be read, and only it tells what the weights are of: {reason(error)}") from error
     # The release may leave out the kind. Every generator of it has cond_dim.
     release_config = content.get("model_config")
     is_mae = isinstance(release_config, dict) and "cond_dim" not in release_config
@@ -163,11 +158,8 @@ def build(network: Callable[..., nn.Module], arguments: Any, device: str = "meta
     Whatever a file may give as ``arguments``, it raises nothing but :class:`UserError`.
     """
     name = getattr(network, "__name__", type(network).__name__)
-    try:
-        with torch.device(device):
-            built = network(**arguments)
-    except Exception as error:  # Python, torch and a user's code raise errors of many classes.
-        raise UserError(f"there is no {name} of the arguments {shown(arguments)}: {shown(reason(error))}") from error
+    with explained(f"there is no {name} of the arguments {shown(arguments)}"), torch.device(device):
+        built = network(**arguments)
     if not isinstance(built, nn.Module):
         raise UserError(f"{name} returns a {type(built).__name__}, expected a torch.nn.Module")
     return built
@@ -197,10 +189,4 @@ def misfits(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], finit
             problems.append(f"{name} is {got}, expected {like}")
         elif name in finite and not tensors[name].isfinite().all():
             problems.append(f"{name} has NaN or infinity")
-    return shown("; ".join(problems), PROBLEMS_SHOWN)
-
-
-def shown(value: Any, most: int = SHOWN) -> str:
-    """Word a value from a file in one line of bounded length, without control characters."""
-    text = "".join(filter(str.isprintable, value if isinstance(value, str) else repr(value)))
-    return text if len(text) <= most else f"{text[:most]}…"
+    return shown("; ".join(problems), MOST_SHOWN)

@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import UserError, reason, require
+from ..errors import UserError, explained, require, shown
 from ..generation import Generator
 from ..models import MAE, MODELS, DriftingDiT
 from ..utils.files import is_count
 from .release import WEIGHTS, read_artifact
-from .run_directory import GENERATORS, Model, read_any, shown
+from .run_directory import GENERATORS, Model, read_any
 from .vae import LATENT_CHANNELS
 
 REPOSITORY = "Goodeat/drifting"
@@ -111,21 +111,20 @@ def _download(name: str, kinds: Sequence[str]) -> Path:
         raise UserError(f"{HUB}{name}: expected {HUB}NAME, such as {HUB}latent_L_sota")
     hub = require("huggingface_hub", f"{HUB}{name}", "imagenet")
     folders = [f"models/{kind}/jax/{name}" for kind in kinds]
-    try:  # snapshot_download asks the same, but would wait for an answer for ever.
-        files = [file.rfilename for file in hub.model_info(REPOSITORY, timeout=HUB_SECONDS).siblings or ()]
-        for folder in folders:
-            if f"{folder}/{WEIGHTS}" in files:
-                return Path(hub.snapshot_download(REPOSITORY, allow_patterns=[f"{folder}/*"])) / folder
-    except Exception as error:  # Being offline, without access or with a broken cache have no base class in common.
-        for folder in folders:
-            with suppress(Exception):  # It may have been downloaded before.
-                cache = hub.snapshot_download(REPOSITORY, allow_patterns=[f"{folder}/*"], local_files_only=True)
-                if (Path(cache) / folder / WEIGHTS).is_file():
-                    return Path(cache) / folder
-        raise UserError(
-            f"cannot download {HUB}{name} from huggingface.co/{REPOSITORY} ({reason(error)}): where that is out of "
-            f"reach, copy its folder {' or '.join(folders)} here, and name that"
-        ) from error
+    advice = f"copy its folder {' or '.join(folders)} here and name that, or try again"
+    with explained(f"cannot download {HUB}{name} from huggingface.co/{REPOSITORY}: {advice}"):
+        try:  # snapshot_download asks the same, but would wait for an answer for ever.
+            files = [file.rfilename for file in hub.model_info(REPOSITORY, timeout=HUB_SECONDS).siblings or ()]
+            for folder in folders:
+                if f"{folder}/{WEIGHTS}" in files:
+                    return Path(hub.snapshot_download(REPOSITORY, allow_patterns=[f"{folder}/*"])) / folder
+        except Exception:  # Being offline, without access or with a broken cache have no base class in common.
+            for folder in folders:
+                with suppress(Exception):  # It may have been downloaded before.
+                    cache = hub.snapshot_download(REPOSITORY, allow_patterns=[f"{folder}/*"], local_files_only=True)
+                    if (Path(cache) / folder / WEIGHTS).is_file():
+                        return Path(cache) / folder
+            raise
     stored = re.compile(rf"models/(?:{'|'.join(kinds)})/jax/([^/]+)/{WEIGHTS}")
     names = ", ".join(sorted(set(stored.findall("\n".join(files))))) or "none"
     raise UserError(f"{REPOSITORY} has no model {name!r}; it has: {names}")

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UserError, reason, require
+from ..errors import explained, require
 
 VAE = "stabilityai/sd-vae-ft-mse"
 LATENT_CHANNELS = 4
@@ -19,10 +19,8 @@ def require_vae(device: torch.device) -> Any:
     """Load the VAE; commands call this before they spend minutes on latents that could not be decoded."""
     diffusers = require("diffusers", "making or decoding latents", "imagenet")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    try:
+    with explained(f"cannot load the VAE {VAE} from huggingface.co or its cache"):
         vae = diffusers.AutoencoderKL.from_pretrained(VAE, torch_dtype=dtype)
-    except Exception as error:  # Being offline, without access or with a broken cache have no base class in common.
-        raise UserError(f"cannot load the VAE {VAE} from huggingface.co or its cache: {reason(error)}") from error
     return vae.to(device).requires_grad_(False).eval()
 
 
