@@ -32,6 +32,7 @@ KINDS: dict[str, type[nn.Module]] = {**MODELS, "classifier": Classifier}
 NOUNS = {"gen": "generator", "mae": "masked autoencoder", "classifier": "classifier", OWN: "network of your own"}
 
 Model = nn.Module | Callable[..., nn.Module] | None  # This is a user's own network or what builds it.
+Described = tuple[nn.Module, dict[str, Any]]  # This is a network and what the file beside its weights says.
 
 
 class RunDirectory:
@@ -100,7 +101,7 @@ def write_model(run: RunDirectory, network: nn.Module, description: dict[str, An
         part.write_text(json.dumps(content, indent=2, default=str) + "\n")
 
 
-def read_any(path: Path, model: Model = None, kinds: Sequence[str] = tuple(NOUNS)) -> tuple[nn.Module, dict[str, Any]]:
+def read_any(path: Path, model: Model = None, kinds: Sequence[str] = tuple(NOUNS)) -> Described:
     """Read the network of the run in ``path``, in evaluation mode, and what its ``model.json`` says.
 
     A user's own network is ``model``, which gets the weights, or what ``model`` builds of the arguments in that file.

@@ -15,7 +15,7 @@ from ..generation import Generator
 from ..models import MAE, MODELS, DriftingDiT
 from ..utils.files import is_count
 from .release import WEIGHTS, read_artifact
-from .run_directory import GENERATORS, Model, read_any
+from .run_directory import GENERATORS, Described, Model, read_any
 from .vae import LATENT_CHANNELS
 
 REPOSITORY = "Goodeat/drifting"
@@ -46,9 +46,7 @@ def load_mae(source: str | Path) -> MAE:
     return mae
 
 
-def open_model(
-    source: str | Path, kinds: Sequence[str] = tuple(MODELS), model: Model = None
-) -> tuple[nn.Module, dict[str, Any]]:
+def open_model(source: str | Path, kinds: Sequence[str] = tuple(MODELS), model: Model = None) -> Described:
     """Load the network of ``source``, which is of one of ``kinds``, and its ``metadata.json`` or ``model.json``."""
     of_release = [kind for kind in kinds if kind in MODELS]
     folder, is_artifact = locate(source, of_release)

@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from ..errors import UserError, reason
+from ..errors import UserError, explained, reason
 
 MOST_JSON = 2**28  # A JSON file has at most so many bytes; the index of ImageNet's latents has about 10 MB.
 
@@ -47,10 +47,9 @@ def read_object(path: Path) -> dict[str, Any]:
     """Read the JSON object in the file ``path``; it raises ValueError for a file that is anything else."""
     if path.stat().st_size > MOST_JSON or not path.is_file():
         raise ValueError(f"it is no regular file of at most {MOST_JSON} bytes")
-    try:
-        content = json.loads(path.read_bytes(), parse_constant=int)  # NaN and Infinity are no JSON, and no int.
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
+    text = path.read_bytes()
+    with explained("it is no JSON"):
+        content = json.loads(text, parse_constant=int)  # NaN and Infinity are no JSON, and no int.
     if not isinstance(content, dict):
         raise ValueError(f"it holds a {type(content).__name__}, expected an object")
     return content
