@@ -292,6 +292,7 @@ def test_weights_in_msgpack(tmp_path):
         @fuzzed
         @given(st.one_of(st.just(content), trees.map(packed)), changes)
         @example(packed({"a": msgpack.ExtType(1, packed(([2**62, 2**62, 0], "float32", b"")))}), [])  # RuntimeError
+        @example(packed(msgpack.ExtType(1, packed(([0], "float32", b"")))), [])  # an array in no dictionary
         @example(b"\xdd\x00\x10\x00\x00" * 500 + bytes(2**20), [])  # lists of 2²⁰ in one another: 4 GB of them
         @example(
             packed(

@@ -28,8 +28,9 @@ def read_arrays(path: Path) -> dict[str, Tensor]:
     with explained(f"{path} is no tree of arrays in flax's msgpack format"):
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             # Without the limit, a file of nested lists that announce a million items each would fill the memory.
-            arrays = msgpack.unpackb(content, max_array_len=MOST_DIMENSIONS, **hooks)
-        for name, array in (arrays if isinstance(arrays, dict) else {"all of it": arrays}).items():
+            tree = msgpack.unpackb(content, max_array_len=MOST_DIMENSIONS, **hooks)
+        arrays = tree if isinstance(tree, dict) else {"all of it": tree}
+        for name, array in arrays.items():
             if not isinstance(array, Tensor):
                 raise UserError(f"{shown(name)} is {type(array).__name__}, expected arrays in dictionaries")
     return arrays
