@@ -1,8 +1,4 @@
-"""``python -m drifting.convert SRC DST`` converts the official release's artifacts to our files, or back.
-
-An artifact, or ``hf://NAME``, becomes ``model.safetensors`` and ``model.json``, which every command takes for a run
-directory; a run directory becomes ``ema_params.msgpack`` and ``metadata.json``, which the release loads.
-"""
+"""``python -m drifting.convert SRC DST`` converts the official release's artifacts to run directories, or back."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,35 +7,30 @@ from .cli import ArgumentParser, run_command
 from .errors import UserError
 from .hub.release import METADATA, WEIGHTS, write_artifact
 from .hub.run_directory import RunDirectory, save_generator, write_model
-from .hub.sources import as_generator, is_artifact, locate, open_model
+from .hub.sources import as_generator, locate, open_model
 from .models import MAE, DriftingDiT
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = ArgumentParser(
-        prog="python -m drifting.convert", description="Convert a model of the official release to ours, or back."
-    )
+    purpose = "Convert a model of the official release to ours, or back."
+    parser = ArgumentParser(prog="python -m drifting.convert", description=purpose)
     parser.add_argument("source", metavar="SRC", help="hf://NAME, directory with ema_params.msgpack, or run directory")
     parser.add_argument("destination", metavar="DST", type=Path, help="directory to write the other format to")
     arguments = parser.parse_args(argv)
 
-    folder, destination = locate(arguments.source), arguments.destination
-    to_ours, run = is_artifact(folder), RunDirectory(destination)
+    destination, run = arguments.destination, RunDirectory(arguments.destination)
+    folder, to_ours = locate(arguments.source)
     written = [run.weights, run.description] if to_ours else [destination / WEIGHTS, destination / METADATA]
     if any(file.exists() for file in written):
         raise UserError(f"{destination} has {' or '.join(file.name for file in written)} already: name another DST")
     model, description = open_model(folder)
     assert isinstance(model, (DriftingDiT, MAE))
-    if to_ours:
-        if isinstance(model, DriftingDiT):
-            save_generator(run, as_generator(folder, model, description), release=description)
-        else:
-            write_model(run, model, {"step": description["step"], "release": description})
+    if to_ours and isinstance(model, DriftingDiT):
+        save_generator(run, as_generator(folder, model, description), release=description)
+    elif to_ours:
+        write_model(run, model, {"step": description["step"], "release": description})
     else:
-        metadata = description.get("release", {"step": description["step"]})
-        if not isinstance(metadata, dict):
-            raise UserError(f"in model.json, release is {metadata!r}, expected an object")
-        write_artifact(destination, model, metadata)
+        write_artifact(destination, model, description.get("release", {"step": description["step"]}))
     count = sum(parameter.numel() for parameter in model.parameters())
     print(f"wrote {' and '.join(file.name for file in written)} to {destination}: {count:,} parameters")
     return 0

@@ -8,7 +8,7 @@ import importlib.metadata
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,20 +21,13 @@ from .cli import ArgumentParser, run_command
 
 SECONDS = 10.0  # The check of a backend begins nothing new after half of them.
 TOLERANCE = 1e-3  # A kernel that computes anything else is off by far more, as relative RMS error in float32.
-
 PACKAGES = (
-    "torch", "triton", "numpy", "pyyaml", "safetensors", "msgpack", "pillow", "scikit-learn", "matplotlib",
-    "tensorboard",
-)  # fmt: skip
-OPTIONAL_PACKAGES = (
-    "torchvision", "huggingface_hub", "diffusers", "torch-fidelity", "transformers", "datasets", "wandb",
+    "drifting", "torch", "triton", "numpy", "pyyaml", "safetensors", "msgpack", "pillow", "scikit-learn", "matplotlib",
+    "tensorboard", "torchvision", "huggingface_hub", "diffusers", "torch-fidelity", "transformers", "datasets", "wandb",
 )  # fmt: skip
 
-Form = tuple[
-    Callable[..., Any], dict[str, tuple[int, ...]], dict[str, Any]
-]  # These are function, shapes of tensors and options.
-LARGE = "drift_field of 600 points"  # This takes minutes in Triton's interpreter.
-FORMS: dict[str, Form] = {  # The last is large enough for the kernels that stream.
+LARGE = "drift_field of 600 points"  # The kernels that stream serve it, and Triton's interpreter takes minutes.
+FORMS: dict[str, Any] = {  # These are function, shapes of tensors and options.
     "compute_V": (drift_ops.compute_V, {"x": (24, 12), "x_data": (20, 12), "x_gen": (9, 12)}, {"sigma": 3.0}),
     "drift_field": (
         drift_ops.drift_field, {"x": (4, 24, 12), "pos": (4, 20, 12), "neg": (4, 9, 12)}, {"temperature": (0.5, 2.0)},
@@ -48,71 +41,28 @@ FORMS: dict[str, Form] = {  # The last is large enough for the kernels that stre
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    description = "What this machine has, and whether it works."
-    ArgumentParser(prog="python -m drifting.doctor", description=description).parse_args(argv)
+    purpose = "What this machine has, and whether it works."
+    ArgumentParser(prog="python -m drifting.doctor", description=purpose).parse_args(argv)
+    verdicts = []
     for name, value in _facts():
         print(f"  {name:<18}{value}" if value else name)
-    failures = 0
     for name, status in drift_ops.backends().items():
-        if not status.usable:
-            print(f"  {name:<18}not usable: {status.reason}")
-            continue
-        started = time.perf_counter()
-        problems, unchecked = check_backend(name)
-        failures += bool(problems)
-        verdict = "FAILED: " + "; ".join(problems) if problems else "agrees with the reference"
-        verdict += f", no time for {', '.join(unchecked)}: run it again" if unchecked else ""
-        print(f"  {name:<18}usable, {verdict} ({time.perf_counter() - started:.1f} s)")
-    print("FAILED: a usable backend is wrong" if failures else "all checks passed")
-    return int(failures > 0)
-
-
-def check_backend(name: str) -> tuple[list[str], list[str]]:
-    """Find out what is wrong with a usable backend, and list the forms that there was no time for."""
-    interpreted = name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    on_gpu = name in ("triton", "cuda") or (name == "reference" and torch.cuda.is_available())
-    device = torch.device("cuda" if on_gpu and not interpreted else "cpu")
-    started = time.perf_counter()
-    problems, unchecked = [], []
-    for label, form in FORMS.items():
-        if time.perf_counter() - started > SECONDS / 2 or (interpreted and label == LARGE):
-            unchecked.append(label)
-            continue
-        try:
-            expected = _run(form, "reference", torch.device("cpu"), torch.float64)
-            got = _run(form, name, device, torch.float32)
-        except Exception as error:  # Drivers and compilers raise errors of any class.
-            problems.append(f"{label}: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
-            continue
-        for what, value in got.items():
-            off = float((value.cpu().double() - expected[what]).norm() / expected[what].norm())
-            if not off <= TOLERANCE:
-                problems.append(f"{label}: {what} is off by {off:.1e}")
-    return problems, unchecked
-
-
-def _run(form: Form, backend: str, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Compute output and gradients of a form on a backend."""
-    function, shapes, options = form
-    generator = torch.Generator().manual_seed(0)
-    tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    leaves = {name: t.to(device, dtype).requires_grad_() for name, t in tensors.items()}
-    result = function(**leaves, **options, backend=backend)
-    output = result[0] if isinstance(result, tuple) else result
-    incoming = torch.randn(output.shape, generator=generator).to(device, dtype)
-    gradients = torch.autograd.grad(output, list(leaves.values()), incoming, allow_unused=True)
-    named = {f"gradient of {name}": g for name, g in zip(leaves, gradients, strict=True) if g is not None}
-    return {"output": output.detach()} | named
+        verdicts.append(_check(name) if status.usable else f"not usable: {status.reason}")
+        print(f"  {name:<18}{verdicts[-1]}")
+    failed = any(verdict.startswith("usable, FAILED") for verdict in verdicts)
+    print("FAILED: a usable backend is wrong" if failed else "all checks passed")
+    return int(failed)
 
 
 def _facts() -> Iterator[tuple[str, str]]:
     """Name what there is on this machine, with its value; headings have none."""
     yield "versions", ""
-    yield "drifting", _version("drifting", "not installed: run from its folder")
     yield "python", f"{platform.python_version()} on {platform.platform()}"
-    for name in PACKAGES:
-        yield name, _version(name, "not installed")
-    yield "optional", ", ".join(f"{name} {_version(name, 'absent')}" for name in OPTIONAL_PACKAGES)
+    for package in PACKAGES:
+        try:
+            yield package, importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            yield package, "not installed"
     yield "devices", ""
     kernels = "no instruction set: they are not built" if cpu.load_error or cpu._cpu is None else cpu._cpu.chosen()
     yield "cpu", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, kernels for {kernels}"
@@ -123,11 +73,41 @@ def _facts() -> Iterator[tuple[str, str]]:
     yield "backends", ""
 
 
-def _version(package: str, otherwise: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return otherwise
+def _check(name: str) -> str:
+    """Say whether a usable backend agrees with the reference, and for which forms there was no time."""
+    interpreted = name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    started = time.perf_counter()
+    problems, unchecked = [], []
+    for label in FORMS:
+        if time.perf_counter() - started > SECONDS / 2 or (interpreted and label == LARGE):
+            unchecked.append(label)
+            continue
+        try:
+            expected = _run(label, "reference", "cpu", torch.float64)
+            on_gpu = name in ("triton", "cuda") or (name == "reference" and torch.cuda.is_available())
+            got = _run(label, name, "cuda" if on_gpu and not interpreted else "cpu", torch.float32)
+            for what, value in got.items():
+                off = float((value.cpu().double() - expected[what]).norm() / expected[what].norm())
+                problems += [] if off <= TOLERANCE else [f"{label}: {what} is off by {off:.1e}"]
+        except Exception as error:  # Drivers and compilers raise errors of any class.
+            problems.append(f"{label}: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+    verdict = f"FAILED: {'; '.join(problems)}" if problems else "agrees with the reference"
+    verdict += f", no time for {', '.join(unchecked)}: run it again" if unchecked else ""
+    return f"usable, {verdict} ({time.perf_counter() - started:.1f} s)"
+
+
+def _run(label: str, backend: str, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Compute output and gradients of a form on a backend."""
+    function, shapes, options = FORMS[label]
+    generator = torch.Generator().manual_seed(0)
+    values = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    leaves = {name: value.to(device, dtype).requires_grad_() for name, value in values.items()}
+    result = function(**leaves, **options, backend=backend)
+    output = result[0] if isinstance(result, tuple) else result
+    incoming = torch.randn(output.shape, generator=generator).to(device, dtype)
+    gradients = torch.autograd.grad(output, list(leaves.values()), incoming, allow_unused=True)
+    named = {f"gradient of {name}": g for name, g in zip(leaves, gradients, strict=True) if g is not None}
+    return {"output": output.detach()} | named
 
 
 if __name__ == "__main__":

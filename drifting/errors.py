@@ -2,7 +2,12 @@
 
 import importlib
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
+from typing import Any
+
+SHOWN, MOST_SHOWN = 200, 600  # This many characters of a value, or of an error, stand in a message.
 
 
 class UserError(ValueError):
@@ -25,6 +30,21 @@ def reason(error: BaseException) -> str:
         return error.strerror
     text = " ".join(str(error).split())
     return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}".removesuffix(": ")
+
+
+def shown(value: Any, most: int = SHOWN) -> str:
+    """Word a value in one line of bounded length, without control characters."""
+    text = "".join(filter(str.isprintable, value if isinstance(value, str) else repr(value)))
+    return text if len(text) <= most else f"{text[:most]}…"
+
+
+@contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Raise any error inside as a :class:`UserError` that begins with ``what`` and goes on with its reason."""
+    try:
+        yield
+    except Exception as error:  # Libraries raise errors of many classes, in particular for damaged files.
+        raise UserError(f"{what}: {shown(reason(error), MOST_SHOWN)}") from error
 
 
 def require(library: str, purpose: str, extra: str) -> ModuleType:

@@ -297,7 +297,7 @@ def test_a_broken_diffusers_is_told_in_one_line(monkeypatch):
         def AutoencoderKL(self):
             raise RuntimeError("Failed to import diffusers.models:\noperator torchvision::nms does not exist")
 
-    vae._load_vae.cache_clear()
+    vae.require_vae.cache_clear()
     monkeypatch.setitem(sys.modules, "diffusers", Diffusers())
     with pytest.raises(UserError, match="VAE .*torchvision::nms does not exist") as caught:
         vae.encode_images(torch.zeros(1, 3, 8, 8))
@@ -317,7 +317,7 @@ def test_the_vae_is_applied_as_published(monkeypatch):
             assert images.min() == -1 and images.max() == 1
             return type("Output", (), {"latent_dist": Posterior()})
 
-    monkeypatch.setattr(vae, "_load_vae", lambda device: FakeVae())
+    monkeypatch.setattr(vae, "require_vae", lambda device: FakeVae())
     mean, std = vae.encode_images(torch.linspace(-1, 1, 2 * 3 * 16 * 16).view(2, 3, 16, 16))
     assert mean.unique().item() == pytest.approx(1.8215) and std.unique().item() == pytest.approx(0.018215)
     assert list(islice(mean.shape, 2)) == [2, 4]

@@ -51,7 +51,7 @@ def kill_somewhere(process: subprocess.Popen, out: Path, chance: random.Random) 
     """While it starts, or some steps later and in the middle of one, of a save or of an evaluation."""
     before = steps_taken(out)
     if chance.random() < STARTING:
-        wait_until(process, lambda: str(process.pid) in run_directory._holder(out / ".lock"))
+        wait_until(process, lambda: (out / ".lock").is_file() and str(process.pid) in (out / ".lock").read_text())
         time.sleep(chance.uniform(0, 1))
     else:
         steps = chance.randint(1, 8)

@@ -154,13 +154,13 @@ def test_all_that_does_not_fit_is_told_at_once(artifact):
     write_arrays(artifact / "ema_params.msgpack", arrays)
     with pytest.raises(UserError) as caught:
         load_generator(artifact)
-    assert str(caught.value).splitlines()[1:] == [
-        "  missing: LightningDiT_0/pos_embed [1, 16, 64]",
-        "  missing: RMSNorm_0/weight [64]",
-        "  left over: LightningDiT_0/blocks_2/RMSNorm_0/weight [64]",
-        "  shape: Embed_0/embedding is [10, 64], expected [11, 64]",
-        "  dtype: LightningDiT_0/cls_embed is torch.int32, expected torch.float32",
-        "  value: TimestepEmbedder_0/TorchLinear_0/Dense_0/bias has NaN or infinity",
+    assert str(caught.value).partition("model_config: ")[2].split("; ") == [
+        "Embed_0/embedding is torch.float32 [10, 64], expected torch.float32 [11, 64]",
+        "LightningDiT_0/blocks_2/RMSNorm_0/weight is torch.float32 [64], expected nothing",
+        "LightningDiT_0/cls_embed is torch.int32 [1, 4, 64], expected torch.float32 [1, 4, 64]",
+        "LightningDiT_0/pos_embed is nothing, expected torch.float32 [1, 16, 64]",
+        "RMSNorm_0/weight is nothing, expected torch.float32 [64]",
+        "TimestepEmbedder_0/TorchLinear_0/Dense_0/bias has NaN or infinity",
     ]
 
 
@@ -168,7 +168,7 @@ def test_a_huge_model_config_asks_for_no_memory(artifact):
     metadata = json.loads((artifact / "metadata.json").read_text())
     metadata["model_config"]["num_classes"] = 10**12
     (artifact / "metadata.json").write_text(json.dumps(metadata))
-    with pytest.raises(UserError, match=r"Embed_0/embedding is \[11, 64\], expected \[1000000000000, 64\]"):
+    with pytest.raises(UserError, match=r"Embed_0/embedding is .* \[11, 64\], expected .* \[1000000000000, 64\]"):
         load_generator(artifact)
 
 
@@ -187,8 +187,8 @@ def test_every_parameter_comes_from_the_file():
     "change, expected",
     [
         ({"model_config": None}, "has no model_config"),
-        ({"kind": "vae"}, "kind is vae and step .*, expected gen, mae"),
-        ({"model_config": {"cond_dim": 64, "use_moe": True, "depth": 2}}, "unknown keys: use_moe"),
+        ({"kind": "vae"}, "holds a network of kind vae, not a generator"),
+        ({"model_config": {"cond_dim": 64, "use_moe": True, "depth": 2}}, "unexpected keyword argument 'use_moe'"),
         ({"model_config": {"depth": 2}}, "no cond_dim"),
         ({"model_config": {"cond_dim": 64, "hidden_size": 63}}, "not a multiple of num_heads"),
         ({"model_config": {"cond_dim": "wide"}}, "cannot be read"),
@@ -341,7 +341,7 @@ def test_hub_out_of_reach(hub, tmp_path, monkeypatch):
     assert_same_weights(load_generator("hf://latent_tiny").model, load_generator(ARTIFACT).model)  # downloaded before
     assert convert.main(["hf://latent_tiny", str(tmp_path / "ours")]) == 0
     with pytest.raises(
-        UserError, match=r"cannot download hf://nope .*\(ConnectionError: no route and more\).*/mae/jax/nope"
+        UserError, match="cannot download hf://nope from .*/mae/jax/nope here.*: ConnectionError: no route and more$"
     ):
         load_mae("hf://nope")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
@@ -370,9 +370,9 @@ class FakeVAE(torch.nn.Module):
 
 @pytest.fixture
 def no_vae_kept():
-    vae._load_vae.cache_clear()
+    vae.require_vae.cache_clear()
     yield
-    vae._load_vae.cache_clear()
+    vae.require_vae.cache_clear()
 
 
 def test_sampling_latents(hub, tmp_path, monkeypatch, no_vae_kept):

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, explained, shown
 from ..models import MAE, MODELS, DriftingDiT
-from ..models.drifting_dit import RMSNorm
 from ..utils.files import atomic_write
 from .flax_msgpack import read_arrays, write_arrays
-from .networks import build, kind_of, misfits, read_description, shown
+from .run_directory import build, misfits, read_description
 
 WEIGHTS, METADATA = "ema_params.msgpack", "metadata.json"
 
@@ -38,64 +37,46 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "layers": (2, 2, 2, 2), "input_patch_size": 1,
     },
 }  # fmt: skip
+NO_STYLE = {"style_vocab": 0, "num_style_tokens": 1}  # The release says so that there are no style codes.
 EXECUTION = {  # These say how the release computes, not what.
     "gen": {"use_bf16": False, "attn_fp32": True, "use_remat": False},
     "mae": {"use_bf16": False},
 }
-
 # The file has a matrix here, where our network has the filters of a convolution.
 PATCH_KERNEL = "LightningDiT_0/TorchLinear_0/Dense_0/kernel"
 
-# Each pattern turns a part of the name of our module into that of the release, where flax has numbered the modules.
+# Each pattern turns a part of the name of our parameter into the release's, where flax has numbered the modules.
 GENERATOR_PATHS = {
-    "class_embed": "Embed_0",
-    r"cfg_embed\.fc1": "TimestepEmbedder_0/TorchLinear_0",
-    r"cfg_embed\.fc2": "TimestepEmbedder_0/TorchLinear_1",
-    r"cfg_embed\.norm": "RMSNorm_0",
-    "patch_embed": "LightningDiT_0/TorchLinear_0",
-    "cls_proj": "LightningDiT_0/TorchLinear_1",
-    r"final\.norm": "LightningDiT_0/FinalLayer_0/RMSNorm_0",
+    "^(pos_embed|cls_embed)": r"LightningDiT_0/\1", r"class_embed\.weight": "Embed_0/embedding",
+    r"cfg_embed\.norm": "RMSNorm_0", r"cfg_embed\.fc1": "TimestepEmbedder_0/TorchLinear_0",
+    r"cfg_embed\.fc2": "TimestepEmbedder_0/TorchLinear_1", "patch_embed": "LightningDiT_0/TorchLinear_0",
+    "cls_proj": "LightningDiT_0/TorchLinear_1", r"final\.norm": "LightningDiT_0/FinalLayer_0/RMSNorm_0",
     r"final\.modulation": "LightningDiT_0/FinalLayer_0/TorchLinear_0",
     r"final\.proj": "LightningDiT_0/FinalLayer_0/TorchLinear_1",
-    r"blocks\.(\d+)\.": r"LightningDiT_0/blocks_\1/",
-    "norm1": "RMSNorm_0",
-    "norm2": "RMSNorm_1",
-    "modulation": "TorchLinear_0",
-    r"attn\.qkv": "Attention_0/TorchLinear_0",
-    r"attn\.proj": "Attention_0/TorchLinear_1",
-    r"attn\.": "Attention_0/",
-}
+    r"blocks\.(\d+)": r"LightningDiT_0/blocks_\1", "norm1": "RMSNorm_0", "norm2": "RMSNorm_1",
+    "modulation": "TorchLinear_0", r"attn\.qkv": "Attention_0/TorchLinear_0",
+    r"attn\.proj": "Attention_0/TorchLinear_1", r"attn\.": "Attention_0/",
+}  # fmt: skip
 SWIGLU_PATHS = {rf"mlp\.{ours}": f"SwiGLUFFN_0/TorchLinear_{index}" for index, ours in enumerate(("w1", "w3", "w2"))}
 GELU_PATHS = {rf"mlp\.{ours}": f"StandardMLP_0/TorchLinear_{index}" for index, ours in enumerate(("w1", "w2"))}
+LAYER_NORM_PATHS = {r"(q_norm|k_norm)\.weight": r"\1/scale"}
+DENSE_PATHS = {r"(TorchLinear_\d)": r"\1/Dense_0"}  # The release's TorchLinear wraps a Dense.
 MAE_PATHS: dict[str, Any] = {
-    r"stage_norms\.(\d)": lambda match: f"layer{int(match[1]) + 1}_norm",
-    r"stages\.(\d)\.(\d+)": r"stages_\1/layers_\2",
-    r"shortcut\.0": "proj_conv",
-    r"shortcut\.1": "proj_gn",
-    r"(up\d\d)\.norm": r"\1/concat_norm_fn",
-}
+    r"stage_norms\.(\d)": lambda match: f"layer{int(match[1]) + 1}_norm", r"(up\d\d)\.norm": r"\1/concat_norm_fn",
+    r"stages\.(\d)\.(\d+)": r"stages_\1/layers_\2", r"shortcut\.0": "proj_conv", r"shortcut\.1": "proj_gn",
+}  # fmt: skip
 
 
 def read_artifact(folder: Path, kinds: Sequence[str] = tuple(MODELS)) -> tuple[DriftingDiT | MAE, dict[str, Any]]:
-    """Read the model in ``folder``, to the CPU in float32 and evaluation mode, and its metadata.
-
-    Raises:
-        UserError: a file is missing or malformed, the model is of none of ``kinds``, or the arrays are not those of
-            ``model_config``; the message lists all that are missing, left over, of another shape or not finite.
-    """
-    metadata = read_description(folder / METADATA, [kind for kind in kinds if kind in MODELS], _kind_by_config)
-    kind = metadata["kind"]
-    try:
-        model: Any = build(MODELS[kind], our_config(kind, metadata["model_config"]))
+    """Read the model in ``folder``, to the CPU in float32 and evaluation mode, and its metadata."""
+    metadata = read_description(folder / METADATA, kinds)
+    with explained(f"the artifact in {folder} cannot be read"):
+        model: Any = build(MODELS[metadata["kind"]], our_config(metadata["kind"], metadata.get("model_config")))
         arrays = read_arrays(folder / WEIGHTS)
-    except UserError as error:
-        raise UserError(f"the artifact in {folder} cannot be read: {error}") from error
-    arrays = {name: array.float() if array.is_floating_point() else array for name, array in arrays.items()}
-    if all(name.startswith("params/") for name in arrays):
-        arrays = {name.removeprefix("params/"): array for name, array in arrays.items()}
+    arrays = {name.removeprefix("params/"): a.float() if a.is_floating_point() else a for name, a in arrays.items()}
     problems = misfits(arrays, stored_arrays(model), arrays)
     if problems:
-        raise UserError("\n  ".join([f"the weights in {folder} do not fit its model_config:", *problems]))
+        raise UserError(f"the weights in {folder} do not fit its model_config: {problems}")
     model.to_empty(device="cpu")
     with torch.no_grad():
         for name, view in release_arrays(model).items():
@@ -103,91 +84,65 @@ def read_artifact(folder: Path, kinds: Sequence[str] = tuple(MODELS)) -> tuple[D
     return model.eval(), metadata
 
 
-def _kind_by_config(metadata: dict[str, Any]) -> str:
-    """Tell the kind where ``metadata`` does not, for the release itself reads ``model_config`` only."""
-    if not isinstance(metadata.get("model_config"), dict):
-        raise UserError("it has no model_config")
-    return "gen" if "cond_dim" in metadata["model_config"] else "mae"  # Every generator has that argument.
-
-
-def write_artifact(folder: Path, model: DriftingDiT | MAE, metadata: dict[str, Any]) -> None:
-    """Write ``model`` so that the release loads it; ``metadata`` is completed where it lacks something.
-
-    Raises:
-        UserError: the release cannot build this model, or a file cannot be written.
-    """
-    kind = kind_of(model)
-    if kind == "mae" and model.config["base_channels"] % 32:
+def write_artifact(folder: Path, model: DriftingDiT | MAE, metadata: Any) -> None:
+    """Write ``model`` so that the release loads it; ``metadata`` is completed where it lacks something."""
+    if not isinstance(metadata, dict):
+        raise UserError(f"in model.json, release is {shown(metadata)}, expected an object")
+    kind, config = "mae", dict(model.config)
+    if isinstance(model, DriftingDiT):
+        kind = "gen"
+        config |= {"cond_dim": model.class_embed.embedding_dim, "out_chans": model.out_chans}
+        config |= {} if model.num_style_tokens else NO_STYLE
+    elif config["base_channels"] % 32:
         raise UserError(
-            f"base_channels is {model.config['base_channels']}: the release builds decoders of multiples of 32 only"
+            f"base_channels is {config['base_channels']}: the release builds decoders of multiples of 32 only"
         )
-    fixed = {"format": "flax.msgpack", "kind": kind, "backend": "jax"}
-    default = {"path": f"params_ema/{WEIGHTS}", "model_config": release_config(model)}
+    model_config = {THEIR_NAMES.get(ours, ours): config[ours] for ours in DEFAULTS[kind]} | EXECUTION[kind]
     write_arrays(folder / WEIGHTS, stored_arrays(model))
+    metadata = {"path": f"params_ema/{WEIGHTS}", "model_config": model_config} | metadata
+    metadata |= {"format": "flax.msgpack", "kind": kind, "backend": "jax"}
     with atomic_write(folder / METADATA) as part:
-        part.write_text(json.dumps(fixed | default | metadata | fixed, indent=2) + "\n")
+        part.write_text(json.dumps(metadata, indent=2) + "\n")
 
 
-def our_config(kind: str, model_config: dict[str, Any]) -> dict[str, Any]:
-    """Turn the release's ``model_config`` into arguments of :class:`DriftingDiT` or :class:`MAE`.
-
-    It raises :class:`UserError` for keys that the release does not have, and without ``cond_dim``.
-    """
-    theirs = {ours: THEIR_NAMES.get(ours, ours) for ours in DEFAULTS[kind]}
-    unknown = sorted(model_config.keys() - set(theirs.values()) - EXECUTION[kind].keys())
-    if unknown:
-        raise UserError(f"model_config has unknown keys: {shown(', '.join(unknown))}")
-    config = {ours: model_config.get(theirs[ours], default) for ours, default in DEFAULTS[kind].items()}
+def our_config(kind: str, model_config: Any) -> dict[str, Any]:
+    """Turn the release's ``model_config`` into arguments of :class:`DriftingDiT` or :class:`MAE`."""
+    if not isinstance(model_config, dict):
+        raise UserError(f"{METADATA} has no model_config")
+    our_names = {theirs: ours for ours, theirs in THEIR_NAMES.items()}
+    config = dict(DEFAULTS[kind])  # The network refuses keys that neither it nor the release has.
+    config |= {str(our_names.get(key, key)): value for key, value in model_config.items() if key not in EXECUTION[kind]}
     if kind == "gen" and config["cond_dim"] is None:
         raise UserError("model_config has no cond_dim")
-    if kind == "gen" and not config["style_vocab"]:  # The release says so that there are no style codes.
+    if kind == "gen" and not config["style_vocab"]:
         config |= {"style_vocab": 1, "num_style_tokens": 0}
     return config
 
 
-def release_config(model: DriftingDiT | MAE) -> dict[str, Any]:
-    """Return the release's ``model_config`` of ``model``."""
-    kind, config = kind_of(model), dict(model.config)
-    if isinstance(model, DriftingDiT):
-        config |= {"cond_dim": model.class_embed.embedding_dim, "out_chans": model.out_chans}
-        config |= {} if model.num_style_tokens else {"style_vocab": 0, "num_style_tokens": 1}
-    return {THEIR_NAMES.get(ours, ours): config[ours] for ours in DEFAULTS[kind]} | EXECUTION[kind]
-
-
 def release_arrays(model: DriftingDiT | MAE) -> dict[str, Tensor]:
     """Return the release's arrays by path, each a view of a parameter; that of ``PATCH_KERNEL`` has four dimensions."""
-    paths = MAE_PATHS
+    paths, vector_name = MAE_PATHS, "scale"
     arrays: dict[str, Tensor] = {}
     if isinstance(model, DriftingDiT):
-        paths = GENERATOR_PATHS | (SWIGLU_PATHS if model.config["use_swiglu"] else GELU_PATHS)
-        arrays = {"LightningDiT_0/pos_embed": model.pos_embed}
-        arrays |= {"LightningDiT_0/cls_embed": model.cls_embed} if model.n_cls_tokens else {}
+        paths, vector_name = GENERATOR_PATHS | (SWIGLU_PATHS if model.config["use_swiglu"] else GELU_PATHS), "weight"
+        paths |= DENSE_PATHS | ({} if model.config["use_rmsnorm"] else LAYER_NORM_PATHS)
         arrays |= {f"noise_embeds_{n}/embedding": model.style_codebooks[n] for n in range(model.num_style_tokens)}
-    for name, module in model.named_modules():
+    for name, parameter in model.named_parameters():
+        if name == "style_codebooks":
+            continue
         for ours, theirs in paths.items():
             name = re.sub(ours, theirs, name)
-        arrays |= _module_arrays(name.replace(".", "/"), module)
+        path, _, leaf = name.replace(".", "/").rpartition("/")
+        if leaf == "weight" and parameter.ndim > 1:
+            arrays[f"{path}/kernel"] = parameter.permute(*range(2, parameter.ndim), 1, 0)
+        else:
+            arrays[f"{path}/{vector_name if leaf == 'weight' else leaf}"] = parameter
     return arrays
 
 
 def stored_arrays(model: DriftingDiT | MAE) -> dict[str, Tensor]:
     """Return the release's arrays in the shapes that they have in its files."""
     arrays = {name: view.detach() for name, view in release_arrays(model).items()}
-    return arrays | {name: arrays[name].flatten(0, 2) for name in arrays if name == PATCH_KERNEL}
-
-
-def _module_arrays(path: str, module: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters of one module as views in flax's layout, by their paths below ``path``."""
-    if "TorchLinear" in path:  # The release's TorchLinear wraps a Dense.
-        path += "/Dense_0"
-    arrays: dict[str, Tensor | None] = {}
-    if isinstance(module, (nn.Linear, nn.Conv2d)):
-        kernel = module.weight.t() if module.weight.ndim == 2 else module.weight.permute(2, 3, 1, 0)
-        arrays = {"kernel": kernel, "bias": module.bias}
-    elif isinstance(module, nn.Embedding):
-        arrays = {"embedding": module.weight}
-    elif isinstance(module, RMSNorm):
-        arrays = {"weight": module.weight}
-    elif isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
-        arrays = {"scale": module.weight, "bias": module.bias}
-    return {f"{path}/{name}": array for name, array in arrays.items() if array is not None}
+    if PATCH_KERNEL in arrays:
+        arrays[PATCH_KERNEL] = arrays[PATCH_KERNEL].flatten(0, 2)
+    return arrays

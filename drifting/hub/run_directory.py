@@ -1,32 +1,38 @@
-"""This module says where the files of a run are, and writes and reads the network among them."""
+"""Run directories: where the files of a run are, and how its network is written among them and read again."""
 
 import errno
 import json
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
-from ..errors import UserError, reason
+from ..errors import MOST_SHOWN, UserError, explained, reason, shown
 from ..generation import Generator
-from ..models import Classifier
-from ..utils.files import atomic_write
-from .networks import KINDS, OWN, build, kind_of, misfits, read_description, shown, stored_state
+from ..models import MODELS, Classifier
+from ..utils.files import atomic_write, is_count, read_object
 
 LOCK_SECONDS = 6  # Data-loader workers of a killed process may hold its lock for the five that they take to notice.
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
-MOST_PROBLEMS = 4  # This many of the tensors that do not fit are named.
+# Files hold no other tensors than these, whose dtypes begin otherwise.
+WEIGHTS, NO_WEIGHTS = "real numbers of 16 bits or more", ("torch.complex", "torch.float8", "torch.float4")
+
+OWN = "own"  # Every network that is none of ours is of this kind.
+GENERATORS = ("gen", OWN)
+KINDS: dict[str, type[nn.Module]] = {**MODELS, "classifier": Classifier}
+NOUNS = {"gen": "generator", "mae": "masked autoencoder", "classifier": "classifier", OWN: "network of your own"}
 
 Model = nn.Module | Callable[..., nn.Module] | None  # This is a user's own network or what builds it.
+Described = tuple[nn.Module, dict[str, Any]]  # This is a network and what the file beside its weights says.
 
 
 class RunDirectory:
@@ -48,53 +54,34 @@ class RunDirectory:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep other processes from having this lock; it is gone with the process, however that ends.
-
-        Raises:
-            UserError: another process has it, or the folder cannot be written.
-        """
+        """Keep other processes from having this lock; it is gone with the process, however that ends."""
         path = self.path / ".lock"
-        lock = FileLock(path)
+        lock, now = FileLock(path), f"{datetime.now():%Y-%m-%d %H:%M:%S}"
         try:
-            lock.acquire(timeout=LOCK_SECONDS)
-            path.write_text(f"process {os.getpid()} on {platform.node()}, since {datetime.now():%Y-%m-%d %H:%M:%S}\n")
-        except Timeout as error:
-            raise UserError(
-                f"{self.path} is being trained by another process ({_holder(path)}): "
-                "wait for it, or choose another --out"
-            ) from error
-        except OSError as error:
-            lock.release()
-            if error.errno not in NO_LOCKS:
-                raise UserError(f"cannot write {path}: {reason(error)}") from error
-            print(f"{self.path} is on a file system without locks: take care to train one run there", file=sys.stderr)
-        try:
+            try:
+                lock.acquire(timeout=LOCK_SECONDS)
+                path.write_text(f"process {os.getpid()} on {platform.node()}, since {now}\n")
+            except Timeout as error:
+                holder = shown(path.read_text(errors="replace")) or "just started"
+                raise UserError(
+                    f"{self.path} is being trained by another process ({holder}): wait for it, or choose another --out"
+                ) from error
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise UserError(f"cannot write {path}: {reason(error)}") from error
+                print(f"{self.path} is on a file system without locks: train only one run there", file=sys.stderr)
             yield
         finally:
             lock.release()
 
 
-def _holder(path: Path) -> str:
-    """Return what the process that has the lock wrote there."""
-    try:
-        return shown(path.read_text(errors="replace")) or "just started"
-    except OSError as error:
-        return reason(error)
-
-
-def save_generator(
-    run: RunDirectory, generator: Generator, quality: dict[str, float] | None = None, **more: Any
-) -> None:
-    """Write ``model.safetensors`` and ``model.json``, which are all that sampling needs, with ``quality`` if measured.
-
-    Raises:
-        UserError: a file cannot be written, or the network's state has something else than tensors.
-    """
-    facts = {field.name: getattr(generator, field.name) for field in fields(generator)}
-    network, arguments = facts.pop("model"), facts.pop("arguments")
+def save_generator(run: RunDirectory, generator: Generator, quality: dict | None = None, **more: Any) -> None:
+    """Write ``model.safetensors`` and ``model.json``, all that sampling needs, with ``quality`` if measured."""
+    facts = dict(vars(generator))
+    network, arguments = facts.pop("model"), dict(facts.pop("arguments"))
     name = generator.name or f"{type(network).__module__}:{type(network).__qualname__}"
     more |= {} if quality is None else {"quality": quality}
-    write_model(run, network, facts | {"name": name, "model": dict(arguments)} | more)
+    write_model(run, network, facts | {"name": name, "model": arguments} | more)
 
 
 def write_model(run: RunDirectory, network: nn.Module, description: dict[str, Any]) -> None:
@@ -102,10 +89,11 @@ def write_model(run: RunDirectory, network: nn.Module, description: dict[str, An
 
     The arguments of a network of ours are its ``config``, those of a user's own what ``description`` calls ``model``.
     """
-    kind = kind_of(network)
+    # A class derived from one of ours may compute anything: it is the user's own.
+    kind = next((kind for kind, ours in KINDS.items() if type(network) is ours), OWN)
     arguments: Any = description.get("model", {}) if kind == OWN else network.config
     # Views of one tensor share memory, which safetensors refuses; their copies do not.
-    weights = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in stored_state(network).items()}
+    weights = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in _stored_state(network).items()}
     with atomic_write(run.weights) as part:
         save_file(weights, part)
     with atomic_write(run.description) as part:
@@ -113,34 +101,19 @@ def write_model(run: RunDirectory, network: nn.Module, description: dict[str, An
         part.write_text(json.dumps(content, indent=2, default=str) + "\n")
 
 
-def read_classifier(path: Path) -> Classifier:
-    """Read the classifier in ``path`` as :func:`read_any` does."""
-    classifier, _ = read_any(path, None, ["classifier"])
-    assert isinstance(classifier, Classifier)
-    return classifier
-
-
-def read_any(path: Path, model: Model = None, kinds: Sequence[str] = (*KINDS, OWN)) -> tuple[nn.Module, dict[str, Any]]:
+def read_any(path: Path, model: Model = None, kinds: Sequence[str] = tuple(NOUNS)) -> Described:
     """Read the network of the run in ``path``, in evaluation mode, and what its ``model.json`` says.
 
-    Args:
-        path: the folder of the run.
-        model: the user's own network, which gets the weights, or what builds it from the arguments in ``model.json``.
-            That file names a class, but nothing is ever imported for it. Networks of ours are built on the CPU.
-        kinds: the kinds of network that are expected.
-
-    Raises:
-        UserError: the folder has no network, or one of another kind; its files are damaged or do not fit the network;
-            a network of the user's own is there without ``model``, or one of ours with it.
+    A user's own network is ``model``, which gets the weights, or what ``model`` builds of the arguments in that file.
+    The file names a class, but nothing is ever imported for it. Networks of ours are built on the CPU.
     """
     run = RunDirectory(path)
-    if not path.is_dir():
-        raise UserError(f"there is no run directory {path}")
     for file in (run.description, run.weights):
         if not file.is_file():
-            raise UserError(f"{path} holds no {file.name}: expected a run directory of `python -m drifting.train`")
+            problem = f"{path} holds no {file.name}" if path.is_dir() else f"there is no run directory {path}"
+            raise UserError(f"{problem}: expected a run directory of `python -m drifting.train`")
     description = read_description(run.description, kinds)
-    kind, arguments = description["kind"], description.get("model")
+    kind = description["kind"]
     if kind != OWN and model is not None:
         raise UserError(f"{path} holds a {KINDS[kind].__name__}, a network of ours: leave out --model (or model=...)")
     if kind == OWN and model is None:
@@ -150,21 +123,71 @@ def read_any(path: Path, model: Model = None, kinds: Sequence[str] = (*KINDS, OW
             "(or load_generator(folder, model=...))"
         )
     if not isinstance(model, nn.Module):
-        model = build(model or KINDS[kind], arguments, "cpu" if kind == OWN else "meta")
-    _load_weights(run, model, is_own=kind == OWN)
+        model = build(model or KINDS[kind], description.get("model"), "cpu" if kind == OWN else "meta")
+    with explained(f"{run.weights} cannot be loaded"):
+        weights = load_file(run.weights)
+        # A buffer of a user's own network may hold infinities, as attention masks do.
+        finite = dict(model.named_parameters(remove_duplicate=False)) if kind == OWN else weights
+        problems = misfits(weights, _stored_state(model), finite)
+        if not problems:  # Of tied weights, one name is in the file, which is not strict then.
+            model.load_state_dict(weights, strict=False, assign=kind != OWN)
+    if problems:
+        raise UserError(f"{run.weights} does not fit {type(model).__name__}: {problems}")
     return model.eval(), description
 
 
-def _load_weights(run: RunDirectory, network: nn.Module, is_own: bool) -> None:
-    try:
-        weights = load_file(run.weights)
-    except Exception as error:  # safetensors has errors of its own beside the system's.
-        raise UserError(f"{run.weights} cannot be read: {shown(reason(error))}") from error
-    # A buffer of a user's own network may hold infinities, as attention masks do.
-    finite = dict(network.named_parameters(remove_duplicate=False)) if is_own else weights
-    problems = misfits(weights, stored_state(network), finite)
-    if problems:
-        more = [f"and {len(problems) - MOST_PROBLEMS} more"] if len(problems) > MOST_PROBLEMS else []
-        named = "; ".join([shown(problem) for problem in problems[:MOST_PROBLEMS]] + more)
-        raise UserError(f"{run.weights} does not fit {type(network).__name__}: {named}")
-    network.load_state_dict(weights, strict=False, assign=not is_own)  # Of tied weights, one name is in the file.
+def read_description(file: Path, kinds: Sequence[str]) -> dict[str, Any]:
+    """Read what ``file`` says of the network beside it: its ``kind``, which is one of ``kinds``, ``step`` and more."""
+    with explained(f"{file} cannot be read, and only it tells what the weights are of"):
+        content = read_object(file)
+    # The release may leave out the kind. Every generator of it has cond_dim.
+    release_config = content.get("model_config")
+    is_mae = isinstance(release_config, dict) and "cond_dim" not in release_config
+    description = {"kind": "mae" if is_mae else "gen", "step": 0} | content
+    kind, step = description["kind"], description["step"]
+    if kind not in list(kinds):
+        noun = NOUNS.get(str(kind), f"network of kind {shown(kind)}")
+        raise UserError(f"{file.parent} holds a {noun}, not a {' or '.join(NOUNS[kind] for kind in kinds)}")
+    if not is_count(step):
+        raise UserError(f"{file}: step is {shown(step)}, expected the number of steps of the training")
+    return description
+
+
+def build(network: Callable[..., nn.Module], arguments: Any, device: str = "meta") -> nn.Module:
+    """Build ``network(**arguments)``, by default on the meta device, where weights of any size take no memory.
+
+    Whatever a file may give as ``arguments``, it raises nothing but :class:`UserError`.
+    """
+    name = getattr(network, "__name__", type(network).__name__)
+    with explained(f"there is no {name} of the arguments {shown(arguments)}"), torch.device(device):
+        built = network(**arguments)
+    if not isinstance(built, nn.Module):
+        raise UserError(f"{name} returns a {type(built).__name__}, expected a torch.nn.Module")
+    return built
+
+
+def _stored_state(network: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors that the file of a network has; tied weights, which have several names, are there once."""
+    state = network.state_dict(keep_vars=True)
+    for name, tensor in state.items():
+        kind = str(tensor.dtype) if isinstance(tensor, Tensor) else type(tensor).__name__
+        if not isinstance(tensor, Tensor) or kind.startswith(NO_WEIGHTS):
+            raise UserError(f"{name} of {type(network).__name__} is a {kind}, expected tensors only, of {WEIGHTS}")
+    named = {id(tensor): (name, tensor) for name, tensor in reversed(state.items())}
+    return dict(named.values())
+
+
+def misfits(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], finite: Collection[str]) -> str:
+    """Word what keeps the ``tensors`` of a file from being the ``expected`` ones of a network; nothing if they fit.
+
+    Tensors fit where names, shapes and dtypes are equal and those named in ``finite`` have neither NaN nor infinity.
+    """
+    problems = []
+    for name in sorted(expected.keys() | tensors.keys()):
+        pair = tensors.get(name), expected.get(name)
+        got, like = (f"{tensor.dtype} {list(tensor.shape)}" if tensor is not None else "nothing" for tensor in pair)
+        if got != like:
+            problems.append(f"{name} is {got}, expected {like}")
+        elif name in finite and not tensors[name].isfinite().all():
+            problems.append(f"{name} has NaN or infinity")
+    return shown("; ".join(problems), MOST_SHOWN)

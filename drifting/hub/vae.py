@@ -6,53 +6,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UserError, reason, require
+from ..errors import explained, require
 
 VAE = "stabilityai/sd-vae-ft-mse"
 LATENT_CHANNELS = 4
 LATENT_SCALE = 0.18215  # It gives stored latents about unit variance.
-DECODE_BATCH = 16  # This many images are decoded at once.
-ENCODE_BATCH = 64  # This many images are encoded at once.
+DECODE_BATCH, ENCODE_BATCH = 16, 64  # This many images are decoded, or encoded, at once.
 
 
-def require_vae(device: torch.device) -> None:
-    """Raise what :func:`decode_latents` would raise, before minutes are spent on generating latents."""
-    _load_vae(device)
+@cache
+def require_vae(device: torch.device) -> Any:
+    """Load the VAE; commands call this before they spend minutes on latents that could not be decoded."""
+    diffusers = require("diffusers", "making or decoding latents", "imagenet")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    with explained(f"cannot load the VAE {VAE} from huggingface.co or its cache"):
+        vae = diffusers.AutoencoderKL.from_pretrained(VAE, torch_dtype=dtype)
+    return vae.to(device).requires_grad_(False).eval()
 
 
 @torch.no_grad()
 def decode_latents(latents: Tensor) -> Tensor:
-    """Decode latents ``[B, 4, h, w]`` to float32 images ``[B, 3, 8h, 8w]`` in [-1, 1], in bfloat16 on GPUs.
-
-    Raises:
-        UserError: diffusers is not installed, or the VAE cannot be downloaded.
-    """
-    vae = _load_vae(latents.device)
+    """Decode latents ``[B, 4, h, w]`` to float32 images ``[B, 3, 8h, 8w]`` in [-1, 1], in bfloat16 on GPUs."""
+    vae = require_vae(latents.device)
     parts = latents.div(LATENT_SCALE).to(vae.dtype).split(DECODE_BATCH)
     return torch.cat([vae.decode(part).sample.float() for part in parts])
 
 
 @torch.no_grad()
 def encode_images(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Encode images ``[B, 3, H, W]``, or grey ones ``[B, 1, H, W]``, in [-1, 1]; it raises as :func:`decode_latents`.
+    """Encode images ``[B, 3, H, W]``, or grey ones ``[B, 1, H, W]``, in [-1, 1], in bfloat16 on GPUs.
 
-    Returns:
-        Mean and standard deviation of the latents, float32 ``[B, 4, H/8, W/8]`` each, both multiplied by
-        ``LATENT_SCALE``; they are computed in bfloat16 on GPUs.
+    It returns mean and standard deviation of the latents times ``LATENT_SCALE``, float32 ``[B, 4, H/8, W/8]`` each.
     """
-    vae = _load_vae(images.device)
+    vae = require_vae(images.device)
     parts = images.expand(-1, 3, -1, -1).to(vae.dtype).split(ENCODE_BATCH)
     posteriors = [vae.encode(part).latent_dist for part in parts]
     mean, std = (torch.cat([getattr(p, moment) for p in posteriors]).float() for moment in ("mean", "std"))
     return mean * LATENT_SCALE, std * LATENT_SCALE
-
-
-@cache
-def _load_vae(device: torch.device) -> Any:
-    diffusers = require("diffusers", "making or decoding latents", "imagenet")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    try:
-        vae = diffusers.AutoencoderKL.from_pretrained(VAE, torch_dtype=dtype)
-    except Exception as error:  # Being offline, without access or with a broken cache have no base class in common.
-        raise UserError(f"cannot load the VAE {VAE} from huggingface.co or its cache: {reason(error)}") from error
-    return vae.to(device).requires_grad_(False).eval()

@@ -230,12 +230,8 @@ class ResNetEncoder(nn.Module):
             raise ValueError(
                 f"layers is {list(layers)}, expected the block counts of four stages, each from 1 to {MOST_BLOCKS}"
             )
-        sizes = {"in_chans": in_chans, "base_channels": base_channels, "input_patch_size": input_patch_size}
-        for name, size in sizes.items():
-            if type(size) is not int or size < 1:
-                raise ValueError(f"{name} is {size!r}, expected a whole number, 1 or more")
-        if not 0 <= dropout_prob <= 1:
-            raise ValueError(f"dropout_prob is {dropout_prob}, expected a number from 0 to 1")
+        if type(input_patch_size) is not int or input_patch_size < 1:
+            raise ValueError(f"input_patch_size is {input_patch_size!r}, expected a whole number, 1 or more")
         self.in_chans, self.input_patch_size = in_chans, input_patch_size
         self.conv1 = nn.Conv2d(in_chans * input_patch_size**2, base_channels, 3, padding=1, bias=False)
         self.gn1 = group_norm(base_channels)
@@ -318,14 +314,14 @@ class BasicBlock(nn.Module):
         self.gn1 = group_norm(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         self.gn2 = group_norm(out_channels)
-        self.dropout_prob = dropout_prob
+        self.dropout = nn.Dropout(dropout_prob)
         self.shortcut = nn.Sequential()
         if stride != 1 or in_channels != out_channels:
             self.shortcut.append(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False))
             self.shortcut.append(group_norm(out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.dropout(F.relu(self.gn1(self.conv1(x))), self.dropout_prob, self.training)
+        y = self.dropout(F.relu(self.gn1(self.conv1(x))))
         return F.relu(self.gn2(self.conv2(y)) + self.shortcut(x))
 
 

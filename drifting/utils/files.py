@@ -1,18 +1,16 @@
 """Write files whole or not at all, also in a crash or on a full disk, and read JSON from files of any content."""
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from safetensors import SafetensorError
 
-from ..errors import UserError, reason
+from ..errors import UserError, explained, reason
 
-BLOCK = 2**20  # So many bytes are read at once.
 MOST_JSON = 2**28  # A JSON file has at most so many bytes; the index of ImageNet's latents has about 10 MB.
 
 
@@ -20,26 +18,23 @@ MOST_JSON = 2**28  # A JSON file has at most so many bytes; the index of ImageNe
 def atomic_write(path: Path) -> Iterator[Path]:
     """Give a temporary path beside ``path``; what the block wrote there is synced to disk, then moved to ``path``.
 
-    The folder is made if it is not there.
-
-    Raises:
-        UserError: the file cannot be written; ``path`` is then as it was before.
+    The folder is made if it is not there. Where anything fails, ``path`` stays as it was before.
     """
     part = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part
-        sync(part)
+        _sync(part)
         os.replace(part, path)
-        sync(path.parent)
-    except (OSError, SafetensorError) as error:
+        _sync(path.parent)
+    except (OSError, SafetensorError) as error:  # Python does not say which file it could not write to.
         raise UserError(f"cannot write {path}: {reason(error)}") from error
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
 
 
-def sync(path: Path) -> None:
+def _sync(path: Path) -> None:
     """Have the system write the file, or what the folder lists, to disk; returns when that is done."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -48,28 +43,13 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of the file's content as hexadecimal digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def read_object(path: Path) -> dict[str, Any]:
-    """Read the JSON object in the file ``path``.
-
-    Raises:
-        ValueError: the file is too large, no JSON (NaN and Infinity are none), or holds another value.
-        OSError: the file cannot be read.
-    """
+    """Read the JSON object in the file ``path``; it raises ValueError for a file that is anything else."""
     if path.stat().st_size > MOST_JSON or not path.is_file():
         raise ValueError(f"it is no regular file of at most {MOST_JSON} bytes")
-    try:
-        content = json.loads(path.read_bytes(), parse_constant=_refuse)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
+    text = path.read_bytes()
+    with explained("it is no JSON"):
+        content = json.loads(text, parse_constant=int)  # NaN and Infinity are no JSON, and no int.
     if not isinstance(content, dict):
         raise ValueError(f"it holds a {type(content).__name__}, expected an object")
     return content
@@ -78,7 +58,3 @@ def read_object(path: Path) -> dict[str, Any]:
 def is_count(value: Any, least: int = 0) -> bool:
     """Tell whether a value of JSON is an integer of at least ``least``; true and false are none."""
     return type(value) is int and value >= least
-
-
-def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"it holds {constant}, which is no number of JSON")
