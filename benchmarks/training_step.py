@@ -13,19 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 
-from drifting.config.schema import Config, PretrainConfig
+from drifting.config import Config, PretrainConfig, read_config
 from drifting.models import MAE, DriftingDiT
 from drifting.models.convnext import ConvNeXtFeatureExtractor
-from drifting.training import DriftingTrainer, create_trainer
+from drifting.training import DriftingTrainer
 
 from .machine import ROOT, describe_machine, slug
 from .measure import default_device
 
 RESULTS = ROOT / "benchmarks" / "results"
-CONFIGS = ROOT / "drifting" / "configs"
 PHASES = ("communication", "generator", "encoder", "operator", "optimizer", "other")  # forward and backward
 SAMPLES = {  # channels, size and classes of the data sets that configurations name
     "latents": (4, 32, 1000), "folder": (3, 256, 1000), "digits": (1, 8, 10), "fashion_mnist": (1, 28, 10),
@@ -35,16 +33,6 @@ MAES = {  # sources of loss.mae and the configurations that they were trained wi
     "hf://mae_latent_256": "mae_256", "hf://mae_latent_640": "mae_640", "hf://mae_pixel_640": "mae_pixel",
     "runs/mae_fashion_mnist": "mae_fashion_mnist", "runs/mae_cifar10": "mae_cifar10",
 }  # fmt: skip
-
-
-def read_config(name: str, schema: type) -> Any:
-    """Read one of our configurations without the checks of :mod:`drifting.config`."""
-    values = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
-    config = schema()
-    if isinstance(values["data"], str):
-        values["data"] = {"name": values["data"]}
-    sections = {name: dataclasses.replace(getattr(config, name), **keys) for name, keys in values.items()}
-    return dataclasses.replace(config, **sections)
 
 
 def random_convnext() -> nn.Module:
@@ -62,22 +50,16 @@ def build_trainer(config: Config, device: str) -> DriftingTrainer:
     """
     channels, size, classes = SAMPLES[config.data.name]
     torch.manual_seed(config.seed)
-    arguments = {key: value for key, value in vars(config.model).items() if key not in ("name", "arguments")}
-    model = DriftingDiT(img_size=size, in_chans=channels, num_classes=classes, **arguments)
+    model = DriftingDiT(img_size=size, in_chans=channels, num_classes=classes, **config.model.keywords())
     nn.init.normal_(model.final.proj.weight, std=config.model.embed_dim**-0.5)
-    names = config.loss.feature_extractor
     extractors: list[str | nn.Module] = []
-    for name in [names] if isinstance(names, str) else names:
+    for name in config.loss.feature_extractor:
         if name == "mae":
-            mae: PretrainConfig = read_config(MAES[str(config.loss.mae)], PretrainConfig)
+            mae = read_config(MAES[str(config.loss.mae)], (), PretrainConfig)
             extractors.append(MAE(channels, num_classes=classes, **vars(mae.model)).feature_extractor())
         else:
             extractors.append(random_convnext() if name == "convnext_v2" else name)
-    settings: dict[str, Any] = vars(config.loss) | vars(config.step) | vars(config.guidance) | vars(config.optimizer)
-    for key in ("mae", "cosine_decay", "clamp"):
-        del settings[key]
-    settings["feature_extractor"] = extractors if len(extractors) > 1 else extractors[0]
-    return create_trainer(model, device=device, seed=config.seed, **settings)
+    return DriftingTrainer(model, config, extractors, device=device)
 
 
 def profile(config: Config, device: str, seconds: float) -> dict[str, Any]:
@@ -128,8 +110,7 @@ def table(result: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = sorted(path.stem for path in CONFIGS.glob("*.yaml") if not path.stem.startswith("mae_"))
-    parser.add_argument("config", choices=names, metavar="CONFIG", help=f"one of: {', '.join(names)}")
+    parser.add_argument("config", metavar="CONFIG", help="a configuration of drifting.train")
     parser.add_argument("--seconds", type=float, default=20, help="how long to go on after the first step (default 20)")
     parser.add_argument("--labels", type=int, help="labels a step, for less memory (default: the configuration's)")
     parser.add_argument("--labels-at-once", type=int, help="as step.labels_at_once (default: the configuration's)")
@@ -138,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="default benchmarks/results")
     arguments = parser.parse_args(argv)
 
-    config: Config = read_config(arguments.config, Config)
+    config = read_config(arguments.config, (), Config)
     step = dataclasses.replace(config.step, compile=arguments.compile and config.step.compile)
     step.activation_checkpointing |= arguments.activation_checkpointing
     if arguments.labels is not None:

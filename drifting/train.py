@@ -15,8 +15,7 @@ from .cli import parse_training_command, run_command
 from .config import Config, LossConfig
 from .data import Dataset, open_dataset
 from .errors import UserError
-from .hub.networks import build
-from .hub.run_directory import RunDirectory
+from .hub.run_directory import RunDirectory, build
 from .hub.sources import load_mae
 from .models import NETWORKS, FeatureStack
 from .models.drifting_loss import build_extractor

@@ -169,7 +169,7 @@ def test_phases_of_a_training_step(monkeypatch):
     monkeypatch.setattr(ops, "loss_gradient", recorded)
     monkeypatch.setattr(Stopwatch, "enter", recorded_enter)
     monkeypatch.setattr(training_step, "build_trainer", build)
-    config = training_step.read_config("digits", Config)
+    config = training_step.read_config("digits", (), Config)
     config.loss.feature_extractor, config.step.labels_per_step, config.step.gen_per_label = ["latent"], 2, 4
     for config.step.labels_at_once in (None, 1):
         entered.clear()
@@ -181,16 +181,17 @@ def test_phases_of_a_training_step(monkeypatch):
         assert sum(result["milliseconds"].values()) == pytest.approx(result["step_milliseconds"])
 
 
-def test_training_step_needs_no_omegaconf(tmp_path):
-    code = "import sys; sys.modules['omegaconf'] = None; from benchmarks.training_step import main; main()"
+def test_training_step_of_a_configuration(tmp_path, monkeypatch, capsys):
+    from benchmarks import training_step
+
     options = ["digits", "--seconds", "0", "--labels", "2", "--labels-at-once", "1", "--out", str(tmp_path)]
-    output = subprocess.run(
-        [sys.executable, "-c", code, *options], cwd=ROOT, check=True, capture_output=True, text=True
-    )
+    monkeypatch.setattr(sys, "argv", ["training_step", *options])
+    training_step.main()
     (file,) = tmp_path.glob("*.training-step.json")
     result = json.loads(file.read_text())
     assert result["step"]["labels_per_step"] == 2 and result["step_milliseconds"] > 0 and result["maps"] == 1
-    assert "| operator | " in output.stdout and "| generator | " in output.stdout
+    output = capsys.readouterr().out
+    assert "| operator | " in output and "| generator | " in output
 
 
 # Its report

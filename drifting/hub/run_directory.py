@@ -123,7 +123,8 @@ def read_any(path: Path, model: Model = None, kinds: Sequence[str] = tuple(NOUNS
             "(or load_generator(folder, model=...))"
         )
     if not isinstance(model, nn.Module):
-        model = build(model or KINDS[kind], description.get("model"), "cpu" if kind == OWN else "meta")
+        with explained(f"{run.description} cannot be read"):
+            model = build(model or KINDS[kind], description.get("model"), "cpu" if kind == OWN else "meta")
     with explained(f"{run.weights} cannot be loaded"):
         weights = load_file(run.weights)
         # A buffer of a user's own network may hold infinities, as attention masks do.
