@@ -203,7 +203,7 @@ class FinalLayer(nn.Module):
 
 
 class Modulation(nn.Linear):
-    """Shifts, scales and gates ``[B, 1, ·]`` of adaLN, in the weights' dtype, as a rounded one errs on all tokens."""
+    """Shifts, scales and gates ``[B, 1, ·]`` of adaLN; autocast must not round them, which would err on all tokens."""
 
     def forward(self, cond: Tensor) -> Tensor:
         device = cond.device.type
