@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import drift_ops
 from drifting.models import DriftingLoss, LatentFeatureExtractor, SimpleDriftingLoss
-from drifting.models.feature_extractor import multiscale_maps
+from drifting.models.resnet_encoder import multiscale_maps
 
 TEMPERATURES = (0.05, 0.2)
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from drifting.errors import UserError
 from drifting.models import DriftingLoss, FeatureExtractor, FeatureStack, InputFeatureExtractor, LatentFeatureExtractor
 from drifting.models.drifting_loss import build_extractor
-from drifting.models.feature_extractor import group_norm, multiscale_maps
+from drifting.models.resnet_encoder import group_norm, multiscale_maps
 
 
 @pytest.fixture(scope="module")

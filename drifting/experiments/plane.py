@@ -1,14 +1,11 @@
-"""Distributions in the plane, the distance between two sets of points, and a picture of both."""
+"""Distributions in the plane, and the distance between two sets of points."""
 
 from collections.abc import Callable
 
 import torch
-from matplotlib.axes import Axes
 from torch import Tensor
 
 Distribution = Callable[[int, torch.Generator], Tensor]  # (count, source of randomness) -> points [count, 2]
-
-NUM_SHOWN = 600  # A picture shows at most this many points of a set.
 
 
 def bimodal(count: int, generator: torch.Generator) -> Tensor:
@@ -36,13 +33,3 @@ def swiss_roll(count: int, generator: torch.Generator) -> Tensor:
 def energy_distance(x: Tensor, y: Tensor) -> float:
     """Return ``2 E‖x−y‖ − E‖x−x'‖ − E‖y−y'‖`` for ``x [N, D]`` and ``y [M, D]``: 0 for the same distribution."""
     return (2 * torch.cdist(x, y).mean() - torch.cdist(x, x).mean() - torch.cdist(y, y).mean()).item()
-
-
-def scatter(axes: Axes, target: Tensor, generated: Tensor, window: tuple[float, float]) -> None:
-    """Draw generated points ``[N, 2]`` over target points ``[M, 2]``; ``window`` limits both axes."""
-    # Okabe and Ito chose these colours for colour-blind eyes.
-    for points, color, alpha, label in ((target, "#0072B2", 0.4, "target"), (generated, "#D55E00", 0.7, "generated")):
-        x, y = points[:NUM_SHOWN].T
-        axes.scatter(x, y, s=4, c=color, alpha=alpha, linewidths=0, label=label)
-    axes.set(xlim=window, ylim=window, aspect="equal")
-    axes.tick_params(labelsize=7)

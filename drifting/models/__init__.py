@@ -11,20 +11,7 @@ NETWORKS = {"drifting_dit": DriftingDiT}  # Generators by their name in configur
 MODELS: dict[str, type[DriftingDiT] | type[MAE]] = {"gen": DriftingDiT, "mae": MAE}  # Models by their kind in files.
 
 __all__ = [
-    "MAE",
-    "MODELS",
-    "NETWORKS",
-    "Classifier",
-    "ConvNeXtFeatureExtractor",
-    "DriftingDiT",
-    "DriftingDiTBase",
-    "DriftingDiTLarge",
-    "DriftingDiTSmall",
-    "DriftingDiTXL",
-    "DriftingLoss",
-    "FeatureExtractor",
-    "FeatureStack",
-    "LatentFeatureExtractor",
-    "InputFeatureExtractor",
-    "SimpleDriftingLoss",
-]
+    "MAE", "MODELS", "NETWORKS", "Classifier", "ConvNeXtFeatureExtractor", "DriftingDiT", "DriftingDiTBase",
+    "DriftingDiTLarge", "DriftingDiTSmall", "DriftingDiTXL", "DriftingLoss", "FeatureExtractor", "FeatureStack",
+    "InputFeatureExtractor", "LatentFeatureExtractor", "SimpleDriftingLoss",
+]  # fmt: skip

@@ -9,28 +9,23 @@ MOST_STAGES = 32
 
 
 class Classifier(nn.Module):
-    """Stages of two 3 × 3 convolutions, the second of which halves the resolution; mean over locations; linear.
+    """Stages of two 3 × 3 convolutions, the first of which halves the resolution; mean over locations; linear.
 
-    Args:
-        in_chans: channels of the images.
-        num_classes: labels are ``0 … num_classes - 1``.
-        channels: width of each stage; the last is the number of features.
-
-    ``config`` holds these arguments, so that ``Classifier(**classifier.config)`` builds the same network.
+    ``channels`` are the widths of the stages, the last of which is the number of features. ``config`` holds all
+    arguments, so that ``Classifier(**classifier.config)`` builds the same network.
     """
 
     def __init__(self, in_chans: int = 1, num_classes: int = 10, channels: Sequence[int] = (24, 48, 96)) -> None:
         super().__init__()
         if not 1 <= len(channels) <= MOST_STAGES:
             raise ValueError(f"there are {len(channels)} stages, expected 1 to {MOST_STAGES}")
-        widths = [in_chans, *channels]
+        self.config: dict[str, Any] = dict(in_chans=in_chans, num_classes=num_classes, channels=list(channels))
         self.stages = nn.Sequential()
-        for before, after in zip(widths, widths[1:], strict=False):
-            self.stages.extend([*_convolution(before, after, stride=2), *_convolution(after, after, stride=1)])
+        for before, after in zip([in_chans, *channels], channels, strict=False):
+            for width, stride in ((before, 2), (after, 1)):
+                self.stages.append(nn.Conv2d(width, after, 3, stride, padding=1, bias=False))
+                self.stages.extend([nn.BatchNorm2d(after), nn.ReLU()])
         self.fc = nn.Linear(channels[-1], num_classes)
-        self.config: dict[str, Any] = {
-            "in_chans": in_chans, "num_classes": num_classes, "channels": list(channels),
-        }  # fmt: skip
 
     def features(self, x: Tensor) -> Tensor:
         """``[B, channels[-1]]`` of images ``[B, in_chans, H, W]`` in [-1, 1]."""
@@ -39,7 +34,3 @@ class Classifier(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``[B, num_classes]``."""
         return self.fc(self.features(x))
-
-
-def _convolution(before: int, after: int, stride: int) -> list[nn.Module]:
-    return [nn.Conv2d(before, after, 3, stride, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]

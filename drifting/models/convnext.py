@@ -10,27 +10,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import UserError, reason, require
-from .feature_extractor import FeatureMaps, FrozenModule, ImageNetNormalization, input_maps, multiscale_maps
+from .feature_extractor import FrozenModule, ImageNetNormalization
+from .resnet_encoder import FeatureMaps, multiscale_maps
 
-CONVNEXT = "facebook/convnextv2-base-22k-224"  # on the hub: trained on ImageNet-22k, then on ImageNet-1k
-SIZE = 224  # images are resized to this, whatever their size
-NORM_EPS = 1e-6  # of the norm of the pooled features; transformers has 1e-12 there
-SCALE_EPS = 1e-3  # added to a location's standard deviation
+CONVNEXT = "facebook/convnextv2-base-22k-224"  # The hub has it, trained on ImageNet-22k and then on ImageNet-1k.
+SIZE = 224  # Images are resized to this height and width.
+NORM_EPS = 1e-6  # The norm of the pooled features has it; transformers has 1e-12 there.
+SCALE_EPS = 1e-3  # It is added to the standard deviation of a location.
 
 
 class ConvNeXtFeatureExtractor(FrozenModule):
-    """Maps of a ConvNeXt V2, whose images are resized to 224 × 224.
+    """Maps of a ConvNeXt V2, a ``ConvNextV2Model`` of transformers, whose images are resized to 224 × 224.
 
-    ``global``, the input as :class:`LatentFeatureExtractor` has it. Of the four stages, ``stage_1`` … ``stage_3``
-    ``[B, H·W, C]`` by location and ``stage_0_mean``, ``stage_0_std`` … ``stage_3_std`` ``[B, 1, C]`` over them, all
-    after each location's features were normalised over channels. ``global_mean`` ``[B, 1, C]`` is what the network's
-    classifier takes: the mean of the last stage as it is, normalised; ``global_std`` is ``stage_3_std``.
-
-    The release has a prefix ``convenxt_`` (sic) for the stages and computes in float32 even where the rest of a
-    training step is in bfloat16.
-
-    Args:
-        network: a ``ConvNextV2Model`` of transformers; :func:`load_convnext` gives the paper's.
+    ``global`` is the input, flattened. Of the four stages, ``stage_1`` … ``stage_3`` ``[B, H·W, C]`` are by location
+    and ``stage_0_mean``, ``stage_0_std`` … ``stage_3_std`` ``[B, 1, C]`` over them, all after each location's features
+    were normalised over channels. ``global_mean`` ``[B, 1, C]`` is what the network's classifier takes, the normalised
+    mean of the last stage; ``global_std`` is ``stage_3_std``. In the release the stages have a prefix ``convenxt_``
+    (sic) and are in float32 even where the rest of a training step is in bfloat16.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -41,27 +37,22 @@ class ConvNeXtFeatureExtractor(FrozenModule):
 
     def forward(self, x: Tensor) -> FeatureMaps:
         """Maps of RGB images ``x [B, 3, H, W]`` in [-1, 1]."""
-        maps = {"global": input_maps(x)["global"]}
+        maps = {"global": x.flatten(1).unsqueeze(1)}
         x = F.interpolate(self.normalization(x), (SIZE, SIZE), mode="bilinear", antialias=True)
         x = self.network.embeddings(x)
         for index, stage in enumerate(self.network.encoder.stages):
             x = stage(x)
             maps |= multiscale_maps(f"stage_{index}", _normalized(x), (), ())
-        del maps["stage_0"]  # 56 × 56 locations, which the release leaves out
+        del maps["stage_0"]  # The release leaves out its 56 × 56 locations.
         norm = self.network.layernorm
         pooled = F.layer_norm(x.mean((2, 3)), norm.normalized_shape, norm.weight, norm.bias, NORM_EPS)
         return maps | {"global_mean": pooled.unsqueeze(1), "global_std": maps["stage_3_std"]}
 
 
 def load_convnext(in_chans: int = 3, source: str = CONVNEXT) -> ConvNeXtFeatureExtractor:
-    """The extractor with the weights of ``source``, on the CPU in float32.
+    """The extractor with the weights of ``source``, a name on the hub or a directory in the format of transformers.
 
-    Args:
-        in_chans: channels of the images to come, which must be 3.
-        source: name on the hub, downloaded once by transformers, or a directory in its format.
-
-    Raises:
-        UserError: images of other channels, transformers is not installed, or the weights cannot be had.
+    Images of other than 3 channels, or weights that cannot be had, raise :class:`UserError`.
     """
     if in_chans != 3:
         raise UserError(f"convnext_v2 takes images of 3 channels, the data have {in_chans}")

@@ -5,6 +5,7 @@ official release, so that its weights fit this class.
 """
 
 import math
+from collections import OrderedDict
 from contextlib import nullcontext
 from functools import partial
 
@@ -16,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from ..generation import generate
 
 NORM_EPS = 1e-6
-CFG_WEIGHT = 0.02  # share of the CFG-scale embedding in the condition
-INIT_STD = 0.02  # of every embedding table
+CFG_WEIGHT = 0.02  # The embedding of the guidance scale has this weight in the condition.
+INIT_STD = 0.02  # Every embedding table starts with this standard deviation.
 MOST = {"depth": 512, "num_style_tokens": 4096, "n_cls_tokens": 4096}  # These arguments go from 0 to so many.
 
 
@@ -28,67 +29,42 @@ class DriftingDiT(nn.Module):
     (adaLN-zero) by one condition vector, the sum of class embedding, style codes and CFG-scale embedding.
 
     Args:
-        img_size: height and width of noise and image; a multiple of ``patch_size``.
-        patch_size: side of a square patch, one token each.
-        in_chans: channels of the noise, and of the image unless ``out_chans`` says otherwise.
-        num_classes: labels are ``0 … num_classes - 1``.
-        embed_dim: token width; a multiple of 4 and of ``num_heads``.
-        depth: number of transformer blocks.
-        num_heads: attention heads; with RoPE the width of a head must be even.
+        embed_dim: width of a token, a multiple of 4 and of ``num_heads``; with RoPE the width of a head must be even.
         mlp_ratio: hidden width of the feed-forward over ``embed_dim`` (SwiGLU: two thirds of that, rounded up to 32).
-        num_style_tokens: style codes a sample, one from each codebook; 0 for none.
-        style_vocab: entries of each style codebook.
-        n_cls_tokens: in-context class tokens; 0 for none.
+        num_style_tokens: style codes of a sample, one from each codebook of ``style_vocab`` entries; 0 for none.
         cond_dim: width of the condition vector, ``embed_dim`` by default.
-        out_chans: channels of the image, ``in_chans`` by default.
-        use_qknorm, use_swiglu, use_rope, use_rmsnorm: the release's switches. Without them: no norm on queries and
-            keys, a GELU feed-forward, no rotary positions, LayerNorm.
+        out_chans: channels of the image, those of the noise by default.
+        use_qknorm, use_swiglu, use_rope, use_rmsnorm: the release's switches. Without them queries and keys have no
+            norm, the feed-forward has GELU, positions are not rotary, and norms are LayerNorm.
 
-    Raises:
-        ValueError: sizes that do not divide or are not positive.
-
-    ``config`` holds these arguments, so that ``DriftingDiT(**model.config)`` builds the same network. With
+    ``config`` holds all arguments, so that ``DriftingDiT(**model.config)`` builds the same network. With
     ``activation_checkpointing`` set, training keeps only what passes from block to block and computes the rest twice.
     """
 
     activation_checkpointing = False
 
     def __init__(
-        self,
-        img_size: int = 32,
-        patch_size: int = 2,
-        in_chans: int = 4,
-        num_classes: int = 1000,
-        embed_dim: int = 768,
-        depth: int = 12,
-        num_heads: int = 12,
-        mlp_ratio: float = 4.0,
-        num_style_tokens: int = 32,
-        style_vocab: int = 64,
-        n_cls_tokens: int = 16,
-        cond_dim: int | None = None,
-        out_chans: int | None = None,
-        use_qknorm: bool = True,
-        use_swiglu: bool = True,
-        use_rope: bool = True,
-        use_rmsnorm: bool = True,
-    ) -> None:
+        self, img_size: int = 32, patch_size: int = 2, in_chans: int = 4, num_classes: int = 1000,
+        embed_dim: int = 768, depth: int = 12, num_heads: int = 12, mlp_ratio: float = 4.0,
+        num_style_tokens: int = 32, style_vocab: int = 64, n_cls_tokens: int = 16,
+        cond_dim: int | None = None, out_chans: int | None = None,
+        use_qknorm: bool = True, use_swiglu: bool = True, use_rope: bool = True, use_rmsnorm: bool = True,
+    ) -> None:  # fmt: skip
         config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
         self.config = config
         _check_sizes(config)
         self.img_size, self.patch_size, self.in_chans = img_size, patch_size, in_chans
+        self.noise_shape = (in_chans, img_size, img_size)
         self.out_chans = in_chans if out_chans is None else out_chans
         self.num_classes, self.num_style_tokens, self.style_vocab = num_classes, num_style_tokens, style_vocab
         self.n_cls_tokens, self.use_rope, self.head_dim = n_cls_tokens, use_rope, embed_dim // num_heads
         self.grid = img_size // patch_size
         cond_dim = embed_dim if cond_dim is None else cond_dim
-
         self.class_embed = nn.Embedding(num_classes, cond_dim)
         if num_style_tokens:
             self.style_codebooks = nn.Parameter(torch.empty(num_style_tokens, style_vocab, cond_dim))
         self.cfg_embed = ScaleEmbedding(cond_dim)
-
         self.patch_embed = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
         self.pos_embed = nn.Parameter(torch.empty(1, self.grid**2, embed_dim))
         if n_cls_tokens:
@@ -104,45 +80,33 @@ class DriftingDiT(nn.Module):
         """Initialise as the release: Xavier, tables N(0, 0.02²), modulations and output 0 (a fresh model returns 0)."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
-                nn.init.xavier_uniform_(module.weight.flatten(1))  # a patch convolution is a linear map of its patch
+                nn.init.xavier_uniform_(module.weight.flatten(1))  # A convolution of patches is a linear map of each.
                 nn.init.zeros_(module.bias)  # type: ignore[arg-type]
-        for module in self.modules():
-            if isinstance(module, (Block, FinalLayer)):
-                nn.init.zeros_(module.modulation.weight)
+        for layer in (*self.blocks, self.final):
+            nn.init.zeros_(layer.modulation.weight)
         nn.init.zeros_(self.final.proj.weight)
-        for linear in (self.cfg_embed.fc1, self.cfg_embed.fc2):
-            nn.init.normal_(linear.weight, std=INIT_STD)
-        nn.init.normal_(self.class_embed.weight, std=INIT_STD)
-        if self.num_style_tokens:
-            nn.init.normal_(self.style_codebooks, std=INIT_STD)
-        if self.n_cls_tokens:
-            nn.init.normal_(self.cls_embed, std=INIT_STD)
+        tables = [self.cfg_embed.fc1.weight, self.cfg_embed.fc2.weight, self.class_embed.weight]
+        tables += [self.style_codebooks] if self.num_style_tokens else []
+        tables += [self.cls_embed] if self.n_cls_tokens else []
+        for table in tables:
+            nn.init.normal_(table, std=INIT_STD)
         with torch.no_grad():
             self.pos_embed.copy_(sincos_positions(self.grid, self.pos_embed.shape[-1]))
 
     def forward(self, z: Tensor, y: Tensor, cfg_scale: float | Tensor = 1.0, style: Tensor | None = None) -> Tensor:
-        """One-step generation.
+        """Images ``[B, out_chans, img_size, img_size]`` of Gaussian noise ``z [B, in_chans, img_size, img_size]``.
 
-        Args:
-            z: Gaussian noise ``[B, in_chans, img_size, img_size]``.
-            y: integer labels ``[B]`` in ``[0, num_classes)``.
-            cfg_scale: guidance scale α ≥ 1, a number or a tensor ``[B]``.
-            style: integer style codes ``[B, num_style_tokens]`` in ``[0, style_vocab)``; drawn at random if None. A
-                model without codebooks ignores it, as in the release, whose noise always has some.
+        Integer labels ``y [B]`` are from ``0`` to ``num_classes - 1``, guidance scales are 1 or more, one for all or
+        ``[B]``. Integer style codes ``[B, num_style_tokens]`` below ``style_vocab`` are drawn where they are None; a
+        model without codebooks ignores them, as in the release, whose noise always has some.
 
-        Returns:
-            Images ``[B, out_chans, img_size, img_size]``.
-
-        Raises:
-            ValueError: a wrong shape or dtype. Values out of range raise it too on the CPU; on other devices, where
-                looking at them would stall the queue, the lookup's own device-side assertion fires.
+        A wrong shape or dtype raises ValueError. So do values out of range on the CPU; on other devices, where looking
+        at them would stall the queue, the lookup's own device-side assertion fires.
         """
         B = z.shape[0]
-        if z.shape[1:] != (self.in_chans, self.img_size, self.img_size):
-            raise ValueError(
-                f"z has shape {list(z.shape)}, expected [B, {self.in_chans}, {self.img_size}, {self.img_size}]: "
-                "noise of the size this model was built for"
-            )
+        if z.shape[1:] != self.noise_shape:
+            sizes = f"[B, {self.in_chans}, {self.img_size}, {self.img_size}]"
+            raise ValueError(f"z has shape {list(z.shape)}, expected {sizes}: noise of the size of this model")
         cond = self.condition(y, cfg_scale, style, batch_size=B)  # [B, cond_dim]
         x = self.patch_embed(z).flatten(2).transpose(1, 2) + self.pos_embed  # [B, grid², embed_dim]
         if self.n_cls_tokens:
@@ -170,31 +134,23 @@ class DriftingDiT(nn.Module):
             cond = cond + F.embedding(row, self.style_codebooks.flatten(0, 1)).sum(1)
         if isinstance(cfg_scale, Tensor):
             scale = cfg_scale.to(cond.device, torch.float32)
-        else:  # filled on the device: no copy from the host
+        else:  # The device fills it, nothing is copied from the host.
             scale = torch.full((), float(cfg_scale), device=cond.device)
         if scale.shape not in ((), (batch_size,)):
             raise ValueError(f"cfg_scale has shape {list(scale.shape)}, expected a number or [{batch_size}]")
         return cond + CFG_WEIGHT * self.cfg_embed(scale.expand(batch_size))
 
-    @property
-    def noise_shape(self) -> tuple[int, ...]:
-        """The shape of one sample's noise, ``(in_chans, img_size, img_size)``."""
-        return self.in_chans, self.img_size, self.img_size
-
     def draw_extra(self, num: int, generator: torch.Generator | None, device: torch.device) -> dict[str, Tensor]:
-        """The style codes ``[num, num_style_tokens]`` of that many samples, if the model has codebooks."""
+        """Random style codes ``[num, num_style_tokens]``, if the model has codebooks."""
+        if not self.num_style_tokens:
+            return {}
         size = (num, self.num_style_tokens)
-        codes = torch.randint(self.style_vocab, size, generator=generator, device=device) if size[1] else None
-        return {} if codes is None else {"style": codes}
+        return {"style": torch.randint(self.style_vocab, size, generator=generator, device=device)}
 
     def generate(
-        self,
-        batch_size: int,
-        y: Tensor | None = None,
-        cfg_scale: float | Tensor = 1.0,
-        device: torch.device | str | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
+        self, batch_size: int, y: Tensor | None = None, cfg_scale: float | Tensor = 1.0,
+        device: torch.device | str | None = None, generator: torch.Generator | None = None,
+    ) -> Tensor:  # fmt: skip
         """Images ``[B, out_chans, img_size, img_size]`` of drawn noise and style: :func:`drifting.generate`."""
         return generate(self, batch_size, y, cfg_scale, device, generator)
 
@@ -206,10 +162,7 @@ DriftingDiTXL = partial(DriftingDiT, embed_dim=1152, depth=28, num_heads=16)
 
 
 class RMSNorm(nn.RMSNorm):
-    """``nn.RMSNorm`` with the release's epsilon and its weight in the input's dtype (else autocast runs it unfused)."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__(dim, eps=NORM_EPS)
+    """``nn.RMSNorm`` with the weight in the input's dtype, without which autocast runs it unfused."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
@@ -223,16 +176,16 @@ class Block(nn.Module):
         use_qknorm: bool, use_swiglu: bool, use_rmsnorm: bool,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.norm1 = _token_norm(dim, use_rmsnorm)
+        self.norm1 = _norm(dim, use_rmsnorm)
         self.attn = Attention(dim, num_heads, use_qknorm, use_rmsnorm)
-        self.norm2 = _token_norm(dim, use_rmsnorm)
-        self.mlp = SwiGLU(dim, mlp_ratio) if use_swiglu else GELUMLP(dim, mlp_ratio)
+        self.norm2 = _norm(dim, use_rmsnorm)
+        self.mlp = SwiGLU(dim, mlp_ratio) if use_swiglu else _gelu_mlp(dim, int(dim * mlp_ratio))
         self.modulation = Modulation(cond_dim, 6 * dim)
 
     def forward(self, x: Tensor, cond: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(cond).chunk(6, -1)
-        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), rope)
-        return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
+        x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1, rope)
+        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
 
 
 class FinalLayer(nn.Module):
@@ -240,26 +193,22 @@ class FinalLayer(nn.Module):
 
     def __init__(self, dim: int, cond_dim: int, out_dim: int, use_rmsnorm: bool) -> None:
         super().__init__()
-        self.norm = _token_norm(dim, use_rmsnorm)
+        self.norm = _norm(dim, use_rmsnorm)
         self.modulation = Modulation(cond_dim, 2 * dim)
         self.proj = nn.Linear(dim, out_dim)
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
         shift, scale = self.modulation(cond).chunk(2, -1)
-        return self.proj(modulate(self.norm(x), shift, scale))
+        return self.proj(self.norm(x) * (1 + scale) + shift)
 
 
 class Modulation(nn.Linear):
-    """Shifts, scales and gates ``[B, 1, ·]`` of adaLN, from the condition ``[B, cond_dim]``.
-
-    Autocast leaves it in the weights' dtype, as the release does under bfloat16: what is rounded here is wrong for all
-    tokens alike.
-    """
+    """Shifts, scales and gates ``[B, 1, ·]`` of adaLN; autocast must not round them, which would err on all tokens."""
 
     def forward(self, cond: Tensor) -> Tensor:
         device = cond.device.type
         exact = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
-        with exact:  # there is no autocast on the meta device
+        with exact:  # There is no autocast on the meta device.
             return super().forward(F.silu(cond.to(self.weight.dtype))).unsqueeze(1)
 
 
@@ -270,7 +219,9 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
-        self.q_norm, self.k_norm = (_head_norm(dim // num_heads, use_qknorm, use_rmsnorm) for _ in range(2))
+        self.q_norm, self.k_norm = (
+            _norm(dim // num_heads, use_rmsnorm, affine=True) if use_qknorm else nn.Identity() for _ in range(2)
+        )
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -298,39 +249,19 @@ class SwiGLU(nn.Module):
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
-class GELUMLP(nn.Module):
-    """Plain feed-forward ``W₂ gelu(W₁x)``."""
-
-    def __init__(self, dim: int, mlp_ratio: float) -> None:
-        super().__init__()
-        hidden = int(dim * mlp_ratio)
-        self.w1 = nn.Linear(dim, hidden)
-        self.w2 = nn.Linear(hidden, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.gelu(self.w1(x)))
-
-
 class ScaleEmbedding(nn.Module):
     """A scalar per sample ``[B]`` to ``[B, dim]``: 256 sinusoids, a two-layer MLP, RMSNorm."""
 
-    NUM_FREQUENCIES = 128
-
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(2 * self.NUM_FREQUENCIES, dim)
+        self.fc1 = nn.Linear(256, dim)
         self.fc2 = nn.Linear(dim, dim)
-        self.norm = RMSNorm(dim)
+        self.norm = RMSNorm(dim, NORM_EPS)
 
     def forward(self, scale: Tensor) -> Tensor:
-        angles = scale[:, None] * _frequencies(self.NUM_FREQUENCIES, scale.device)
+        angles = scale[:, None] * _frequencies(128, scale.device)
         waves = torch.cat([angles.cos(), angles.sin()], -1).to(self.fc1.weight.dtype)
         return self.norm(self.fc2(F.silu(self.fc1(waves))))
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """adaLN: ``x (1 + scale) + shift``."""
-    return x * (1 + scale) + shift
 
 
 def rotary_angles(length: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -351,9 +282,7 @@ def sincos_positions(grid: int, dim: int) -> Tensor:
     index = torch.arange(grid, dtype=torch.float64)
     angles = torch.outer(index, _frequencies(dim // 4, index.device, index.dtype))
     axis = torch.cat([angles.sin(), angles.cos()], -1)  # [grid, dim/2]
-    column = axis.expand(grid, grid, -1)
-    row = axis[:, None].expand(grid, grid, -1)
-    return torch.cat([column, row], -1).flatten(0, 1)
+    return torch.cat([axis.expand(grid, grid, -1), axis[:, None].expand(grid, grid, -1)], -1).flatten(0, 1)
 
 
 def _frequencies(count: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -361,48 +290,40 @@ def _frequencies(count: int, device: torch.device, dtype: torch.dtype = torch.fl
     return torch.exp(torch.arange(count, dtype=dtype, device=device) * (-math.log(10000) / count))
 
 
-def _token_norm(dim: int, use_rmsnorm: bool) -> nn.Module:
-    """Norm of a block's input: RMSNorm has a weight, LayerNorm none (the modulation does its work)."""
-    return RMSNorm(dim) if use_rmsnorm else nn.LayerNorm(dim, eps=NORM_EPS, elementwise_affine=False)
+def _norm(dim: int, use_rmsnorm: bool, affine: bool = False) -> nn.Module:
+    """RMSNorm always has a weight; LayerNorm has none where the modulation does its work."""
+    return RMSNorm(dim, NORM_EPS) if use_rmsnorm else nn.LayerNorm(dim, eps=NORM_EPS, elementwise_affine=affine)
 
 
-def _head_norm(head_dim: int, use_qknorm: bool, use_rmsnorm: bool) -> nn.Module:
-    """Norm of the queries or keys of a head."""
-    if not use_qknorm:
-        return nn.Identity()
-    return RMSNorm(head_dim) if use_rmsnorm else nn.LayerNorm(head_dim, eps=NORM_EPS)
+def _gelu_mlp(dim: int, hidden: int) -> nn.Module:
+    return nn.Sequential(OrderedDict(w1=nn.Linear(dim, hidden), gelu=nn.GELU(), w2=nn.Linear(hidden, dim)))
 
 
 def _check_sizes(config: dict) -> None:
     for name, value in config.items():
-        if name in MOST:
-            holds, expected = type(value) is int and 0 <= value <= MOST[name], f"a whole number from 0 to {MOST[name]}"
-        elif name.startswith("use_"):
+        least, most = (0, MOST[name]) if name in MOST else (1, math.inf)
+        holds, expected = type(value) is int and least <= value <= most, f"a whole number from {least} to {most}"
+        if name.startswith("use_"):
             holds, expected = isinstance(value, bool), "True or False"
         elif name == "mlp_ratio":
             holds, expected = type(value) in (int, float) and 0 < value < math.inf, "a positive number"
-        else:
-            is_default = value is None and name in ("cond_dim", "out_chans")
-            holds, expected = is_default or (type(value) is int and value > 0), "a whole number, 1 or more"
-        if not holds:
+        if not holds and not (value is None and name in ("cond_dim", "out_chans")):
             raise ValueError(f"{name} is {value!r}, expected {expected}")
     for whole, part in (("img_size", "patch_size"), ("embed_dim", "num_heads")):
         if config[whole] % config[part]:
             raise ValueError(f"{whole}={config[whole]} is not a multiple of {part}={config[part]}")
     if config["embed_dim"] % 4:
         raise ValueError(f"embed_dim={config['embed_dim']} is not a multiple of 4, which 2-D sin-cos positions need")
-    if config["use_rope"] and (config["embed_dim"] // config["num_heads"]) % 2:
-        width = config["embed_dim"] // config["num_heads"]
+    width = config["embed_dim"] // config["num_heads"]
+    if config["use_rope"] and width % 2:
         raise ValueError(f"a head is embed_dim/num_heads = {width} wide; RoPE needs an even width")
 
 
 def _check_indices(name: str, index: Tensor, shape: tuple[int, ...], size: int) -> None:
     if index.shape != shape or index.dtype not in (torch.int64, torch.int32):
-        raise ValueError(
-            f"{name} is {index.dtype} {list(index.shape)}, expected an integer tensor of shape {list(shape)}"
-        )
-    if index.device.type != "cpu" or torch.compiler.is_compiling() or not index.numel():
-        return
-    low, high = index.min().item(), index.max().item()
-    if low < 0 or high >= size:
-        raise ValueError(f"{name} has values from {low} to {high}, expected 0 … {size - 1}")
+        got = f"{index.dtype} {list(index.shape)}"
+        raise ValueError(f"{name} is {got}, expected an integer tensor of shape {list(shape)}")
+    if index.device.type == "cpu" and not torch.compiler.is_compiling() and index.numel():
+        low, high = index.min().item(), index.max().item()
+        if low < 0 or high >= size:
+            raise ValueError(f"{name} has values from {low} to {high}, expected 0 … {size - 1}")

@@ -11,20 +11,12 @@ import drift_ops
 from drift_ops.reference import unit_drift
 
 from ..utils.stopwatch import Stopwatch
+from . import feature_extractor as extractors
 from .convnext import load_convnext
-from .feature_extractor import (
-    FeatureExtractor,
-    FeatureMaps,
-    FeatureStack,
-    FunctionExtractor,
-    InputFeatureExtractor,
-    LatentFeatureExtractor,
-    extractor_name,
-    named_maps,
-)
+from .resnet_encoder import FeatureMaps
 
-FIELDS = ("paper", "gaussian")
 Extractor = str | nn.Module | Callable[[Tensor], Any]
+LossAndInfo = tuple[Tensor, dict[str, Tensor]]
 
 
 class DriftingLoss(nn.Module):
@@ -37,20 +29,15 @@ class DriftingLoss(nn.Module):
             a module or function from samples ``[B, *shape]`` to a tensor ``[B, D]`` or ``[B, T, D]`` or a dict of such
             maps, or several of these in a list. A module is frozen here.
         temperatures: bandwidths of the kernel, each > 0: R of the paper's field, sigma of the Gaussian one.
-        normalize_features, normalize_drift: part of the method for ``field='paper'``, where both must be True; optional
-            for ``field='gaussian'``.
-        field: 'paper', the training loss of the official release, :func:`drift_ops.drift_loss`; or 'gaussian', the
-            separate-sides Gaussian field :func:`drift_ops.compute_V_multiscale`, which draws every sample to the mean
-            of its group on feature maps of many dimensions.
+        normalize_features, normalize_drift: both are part of the paper's field, only the Gaussian one goes without.
+        field: 'paper', the release's training loss :func:`drift_ops.drift_loss`; or 'gaussian', the field
+            :func:`drift_ops.compute_V_multiscale`, which on large feature maps draws samples to their group's mean.
         affinity_floor: lower bound of the paper field's squared affinities; the release has 1e-6, 0 is the definition.
         in_chans: channels of the images, for the extractors built here; None where samples are no images.
-        backend: of :mod:`drift_ops`; None picks the best available.
+        backend: the backend of :mod:`drift_ops`; None picks the best available.
         bf16: run the extractor under bfloat16 autocast and keep its maps in bfloat16; the field stays float32.
-        process_group: of ranks that have labels each; the statistics of the paper's field are over all of them, and
-            the mean of their losses, weighted by labels, is the loss.
-
-    Raises:
-        ValueError: an unknown name, or a flag that the field does not have.
+        process_group: ranks that have labels each; the statistics of the paper's field are over all of them, and the
+            mean of their losses, weighted by labels, is the loss.
 
     With a ``stopwatch``, forward and backward enter the phases "encoder", the extractor's, and "operator".
     """
@@ -59,26 +46,16 @@ class DriftingLoss(nn.Module):
     stopwatch: Stopwatch | None = None
 
     def __init__(
-        self,
-        feature_extractor: Extractor | Sequence[Extractor] = "latent",
-        temperatures: Sequence[float] = (0.02, 0.05, 0.2),
-        normalize_features: bool = True,
-        normalize_drift: bool = True,
-        field: str = "paper",
-        affinity_floor: float = 0.0,
-        in_chans: int | None = 4,
-        backend: str | None = None,
-        bf16: bool = False,
-        process_group: dist.ProcessGroup | None = None,
-    ) -> None:
+        self, feature_extractor: Extractor | Sequence[Extractor] = "latent",
+        temperatures: Sequence[float] = (0.02, 0.05, 0.2), normalize_features: bool = True,
+        normalize_drift: bool = True, field: str = "paper", affinity_floor: float = 0.0, in_chans: int | None = 4,
+        backend: str | None = None, bf16: bool = False, process_group: dist.ProcessGroup | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
-        if field not in FIELDS:
-            raise ValueError(f"field is {field!r}, expected one of {FIELDS}")
+        if field not in ("paper", "gaussian"):
+            raise ValueError(f"field is {field!r}, expected 'paper' or 'gaussian'")
         if field == "paper" and not (normalize_features and normalize_drift):
-            raise ValueError(
-                "normalize_features and normalize_drift are part of the paper's method: leave both True, "
-                "or use field='gaussian', where they are optional"
-            )
+            raise ValueError("normalize_features and normalize_drift must be True, only field='gaussian' goes without")
         self.feature_extractor = build_extractor(feature_extractor, in_chans).requires_grad_(False).eval()
         self.temperatures = tuple(float(t) for t in temperatures)
         self.normalize_features, self.normalize_drift = normalize_features, normalize_drift
@@ -93,13 +70,9 @@ class DriftingLoss(nn.Module):
     def forward(
         self, x_gen: Tensor, x_real: Tensor, x_uncond: Tensor | None = None, weight_uncond: Tensor | None = None
     ) -> Tensor:
-        """The loss, a 0-d tensor, of samples of one label or of several labels: :meth:`loss_and_info`.
+        """The loss, a 0-d tensor, of samples as :meth:`loss_and_info` takes them.
 
-        Args:
-            x_gen: generated vectors ``[G, D]`` or images ``[G, C, H, W]`` of one label, or samples ``[L, G, *shape]``
-                of L labels.
-            x_real: real ones of the same labels, ``[P, D]``, ``[P, C, H, W]`` or ``[L, P, *shape]``.
-            x_uncond, weight_uncond: see :meth:`loss_and_info`.
+        Vectors ``[n, D]`` and images ``[n, C, H, W]`` of one label may come without the dimension of labels.
         """
         if x_gen.ndim in (2, 4) and x_real.ndim == x_gen.ndim:
             x_gen, x_real = x_gen.unsqueeze(0), x_real.unsqueeze(0)
@@ -108,29 +81,26 @@ class DriftingLoss(nn.Module):
 
     def loss_and_info(
         self, x_gen: Tensor, x_real: Tensor, x_uncond: Tensor | None = None, weight_uncond: Tensor | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    ) -> LossAndInfo:
         """Sum over feature maps (eq. 14 of the paper) of the mean loss over the map's groups, one a label and location.
 
         Args:
-            x_gen: generated samples ``[L, G, *shape]`` of L labels.
+            x_gen: generated samples ``[L, G, *shape]`` of L labels; only these get a gradient.
             x_real: real samples ``[L, P, *shape]`` of the same labels.
             x_uncond: real samples ``[L, U, *shape]`` of any label, repelling like generated ones (classifier-free
                 guidance, section 3.5 of the paper).
             weight_uncond: weight ≥ 0 of each unconditional sample relative to a generated one, ``[L]``; 1 if None.
 
         Returns:
-            The loss, whose gradient reaches ``x_gen`` only, and 0-d tensors to log. For the paper's field
+            The loss, and 0-d tensors to log. For the paper's field, whose loss itself is constant by construction,
             ``{map}/scale``, the mean distance, and ``{map}/lambda_{R}``, the RMS of the raw drift at R in units of
-            scale/√D: the loss itself is constant by construction, these fall as the distributions approach. For the
-            Gaussian field ``{map}/drift``, the RMS of the raw drift.
+            scale/√D, which falls as the distributions approach. For the Gaussian one ``{map}/drift``, that RMS itself.
 
-        Raises:
-            ValueError: shapes that do not fit each other, or unconditional samples with ``field='gaussian'``.
+        Shapes that do not fit each other raise ValueError, as do unconditional samples with ``field='gaussian'``.
         """
         if self.field == "gaussian" and x_uncond is not None:
             raise ValueError("field='gaussian' has no unconditional negatives: leave x_uncond out or use field='paper'")
-        _check_shapes(x_gen, x_real, x_uncond)
-        weight = _check_weight(weight_uncond, x_gen, x_uncond)
+        weight = _checked_weight(x_gen, x_real, x_uncond, weight_uncond)
         fixed = x_real if x_uncond is None else torch.cat([x_real, x_uncond], 1)
         with torch.no_grad():
             fixed_groups = self.groups(fixed)
@@ -139,26 +109,13 @@ class DriftingLoss(nn.Module):
             raise ValueError("no feature map has a gradient: the feature extractor must not work under torch.no_grad()")
         return self.of_groups(gen, *split_groups(fixed_groups, x_real.shape[1]), weight)
 
-    def of_groups(
-        self, gen: FeatureMaps, pos: FeatureMaps, neg: FeatureMaps, weight: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of :meth:`loss_and_info` from the :meth:`groups` of its samples.
-
-        Args:
-            gen, pos, neg: of the generated, the real, and the unconditional samples.
-            weight: ``[L, U]``, of the unconditional samples.
-        """
-        if self.stopwatch is not None:
-            self.stopwatch.enter("operator")
-        return self._gaussian(gen, pos) if self.field == "gaussian" else self._paper(gen, pos, neg, weight)
-
     def groups(self, samples: Tensor) -> FeatureMaps:
         """Maps of samples ``[L, n, *shape]`` as groups ``[L·T, n, D]``, from one forward pass of the extractor."""
         L, n = samples.shape[:2]
         if self.stopwatch is not None:
             self.stopwatch.enter("encoder")
         with torch.autocast(samples.device.type, torch.bfloat16, enabled=self.bf16):
-            maps = named_maps(self.feature_extractor(samples.flatten(0, 1)), L * n, self.feature_extractor)
+            maps = extractors.named_maps(self.feature_extractor(samples.flatten(0, 1)), L * n, self.feature_extractor)
         groups = {}
         for name, feature in maps.items():
             feature = feature.bfloat16() if self.bf16 else feature  # Autocast leaves some operations in float32.
@@ -167,11 +124,17 @@ class DriftingLoss(nn.Module):
                 self.stopwatch.enter_at_gradient(groups[name], "encoder")
         return groups
 
-    def _paper(
-        self, gen: FeatureMaps, pos: FeatureMaps, neg: FeatureMaps, weight: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        L = weight.shape[0]
-        weights = [weight.repeat_interleave(g.shape[0] // L, dim=0) for g in neg.values()]  # one row a location
+    def of_groups(self, gen: FeatureMaps, pos: FeatureMaps, neg: FeatureMaps, weight: Tensor) -> LossAndInfo:
+        """:meth:`loss_and_info` of the :meth:`groups` of generated, real and unconditional samples.
+
+        The unconditional samples have ``weight`` ``[L, U]``.
+        """
+        if self.stopwatch is not None:
+            self.stopwatch.enter("operator")
+        if self.field == "gaussian":
+            return self._gaussian(gen, pos)
+        # Every location of a map has its row of weights.
+        weights = [weight.repeat_interleave(len(groups) // len(weight), dim=0) for groups in neg.values()]
         losses, infos = drift_ops.drift_loss(
             list(gen.values()), list(pos.values()), list(neg.values()), weight_neg=weights,
             R_list=self.temperatures, affinity_floor=self.affinity_floor, process_group=self.process_group,
@@ -183,7 +146,7 @@ class DriftingLoss(nn.Module):
         info = {f"{name}/scale": info["scale"] for name, info in zip(gen, infos, strict=True)}
         return loss, info | dict(zip(names, torch.stack(squares).sqrt().unbind(), strict=True))
 
-    def _gaussian(self, gen: FeatureMaps, pos: FeatureMaps) -> tuple[Tensor, dict[str, Tensor]]:
+    def _gaussian(self, gen: FeatureMaps, pos: FeatureMaps) -> LossAndInfo:
         losses, info = [], {}
         for name, x in gen.items():
             with torch.no_grad():
@@ -198,23 +161,12 @@ class DriftingLoss(nn.Module):
 
 
 class SimpleDriftingLoss(DriftingLoss):
-    """The Gaussian field on raw vectors or pixels, without features: for toy problems.
-
-    Args:
-        sigma: bandwidth of the kernel, > 0.
-        temperature: of the two softmaxes, > 0.
-        normalize_features, normalize_drift: as in :func:`drift_ops.compute_V`.
-
-    Called with generated ``[G, D]`` and real ``[P, D]`` points, or with images as :class:`DriftingLoss`.
-    """
+    """The Gaussian field on raw vectors or pixels, for toy problems: see :func:`drift_ops.compute_V`."""
 
     def __init__(
-        self,
-        sigma: float = 1.0,
-        temperature: float = 1.0,
-        normalize_features: bool = True,
-        normalize_drift: bool = True,
-    ) -> None:
+        self, sigma: float = 1.0, temperature: float = 1.0,
+        normalize_features: bool = True, normalize_drift: bool = True,
+    ) -> None:  # fmt: skip
         super().__init__("input", (sigma,), normalize_features, normalize_drift, field="gaussian")
         self.softmax_temperature = temperature
 
@@ -225,26 +177,22 @@ def split_groups(groups: FeatureMaps, num: int) -> tuple[FeatureMaps, FeatureMap
 
 
 def build_extractor(extractor: Extractor | Sequence[Extractor], in_chans: int | None) -> nn.Module:
-    """The module that :class:`DriftingLoss` uses for that argument.
-
-    Raises:
-        ValueError: an unknown name, or one of an extractor of images where samples are none.
-    """
+    """The module that :class:`DriftingLoss` uses for that argument; what it cannot be raises ValueError."""
     if isinstance(extractor, nn.Module):
         return extractor
     if isinstance(extractor, (list, tuple)):
-        modules = [build_extractor(part, in_chans) for part in extractor]
-        named = [
-            (part if isinstance(part, str) else extractor_name(module), module)
-            for part, module in zip(extractor, modules, strict=True)
-        ]
-        return FeatureStack(named) if len(named) > 1 else named[0][1]
+        named = []
+        for part in extractor:
+            module = build_extractor(part, in_chans)
+            named.append((part if isinstance(part, str) else extractors.extractor_name(module), module))
+        return extractors.FeatureStack(named) if len(named) > 1 else named[0][1]
     if callable(extractor):
-        return FunctionExtractor(extractor)
+        return extractors.FunctionExtractor(extractor)
     if extractor in ("input", "pixels"):
-        return InputFeatureExtractor(str(extractor))
+        return extractors.InputFeatureExtractor(str(extractor))
     of_images: dict[str, Callable[[int], nn.Module]] = {
-        "latent": LatentFeatureExtractor, "resnet18": FeatureExtractor, "convnext_v2": load_convnext,
+        "latent": extractors.LatentFeatureExtractor, "resnet18": extractors.FeatureExtractor,
+        "convnext_v2": load_convnext,
     }  # fmt: skip
     if extractor not in of_images:
         raise ValueError(
@@ -256,20 +204,15 @@ def build_extractor(extractor: Extractor | Sequence[Extractor], in_chans: int | 
     return of_images[str(extractor)](in_chans)
 
 
-def _check_shapes(x_gen: Tensor, x_real: Tensor, x_uncond: Tensor | None) -> None:
+def _checked_weight(x_gen: Tensor, x_real: Tensor, x_uncond: Tensor | None, weight: Tensor | None) -> Tensor:
+    """Weights ``[L, U]`` of the unconditional samples, once all shapes were found to fit."""
     named = {"x_gen": x_gen, "x_real": x_real} | ({} if x_uncond is None else {"x_uncond": x_uncond})
     for name, x in named.items():
-        if x.ndim < 2:
-            raise ValueError(f"{name} has shape {list(x.shape)}, expected [labels, count, …]")
-        if x.shape[0] != x_gen.shape[0] or x.shape[2:] != x_gen.shape[2:]:
+        if x.ndim < 2 or (len(x), x.shape[2:]) != (len(x_gen), x_gen.shape[2:]):
             raise ValueError(
-                f"{name} has shape {list(x.shape)} but x_gen {list(x_gen.shape)} (as [labels, count, …]): "
+                f"{name} has shape {list(x.shape)} and x_gen {list(x_gen.shape)}, expected [labels, count, …]: "
                 "labels and sample shapes must agree"
             )
-
-
-def _check_weight(weight: Tensor | None, x_gen: Tensor, x_uncond: Tensor | None) -> Tensor:
-    """Weights ``[L, U]`` of the unconditional negatives."""
     L, U = x_gen.shape[0], 0 if x_uncond is None else x_uncond.shape[1]
     if weight is None:
         return x_gen.new_ones(L, U)

@@ -1,10 +1,10 @@
-"""Masked autoencoder whose encoder gives the feature maps of the drifting loss.
+"""Masked autoencoder whose encoder gives the feature maps of the drifting loss: appendix A.3 of the paper.
 
-Appendix A.3 of the paper (arXiv 2602.04770), layer by layer that of ``models/mae_model.py`` in the official release, so
-that its weights fit this class.
+It follows ``models/mae_model.py`` in the official release layer by layer, so that the release's weights fit it.
 """
 
 import math
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,36 +12,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .feature_extractor import PATCH_SIZES, FeatureMaps, LatentFeatureExtractor, ResNetEncoder, group_norm
+from .feature_extractor import LatentFeatureExtractor
+from .resnet_encoder import FeatureMaps, ResNetEncoder, group_norm
 
-TRUNCATED_STD = 0.87962566103423978  # of a standard normal cut off at ±2
+TRUNCATED_STD = 0.87962566103423978  # A standard normal cut off at ±2 has this standard deviation.
 
 
 class MAE(nn.Module):
     """ResNet encoder, U-Net decoder for the hidden part of the image, and a linear classifier on the last stage.
 
-    Args:
-        in_chans: channels of the images.
-        base_channels: width of the first stage (the release can build multiples of 32 only).
-        layers: residual blocks of the four stages.
-        num_classes: labels are ``0 … num_classes - 1``.
-        patch_size: side of the squares of the mask, on the patchified grid.
-        input_patch_size: side of the square patches of the image that become one pixel of the encoder's input.
-        dropout_prob: in the residual blocks, in training.
-
-    ``config`` holds these arguments, so that ``MAE(**mae.config)`` builds the same network.
+    ``patch_size`` is the side of the squares of the mask, on the patchified grid; the other arguments are those of
+    :class:`ResNetEncoder`. ``config`` holds all, so that ``MAE(**mae.config)`` builds the same network.
     """
 
     def __init__(
-        self,
-        in_chans: int = 4,
-        base_channels: int = 64,
-        layers: Sequence[int] = (3, 4, 6, 3),
-        num_classes: int = 1000,
-        patch_size: int = 2,
-        input_patch_size: int = 1,
-        dropout_prob: float = 0.0,
-    ) -> None:
+        self, in_chans: int = 4, base_channels: int = 64, layers: Sequence[int] = (3, 4, 6, 3), num_classes: int = 1000,
+        patch_size: int = 2, input_patch_size: int = 1, dropout_prob: float = 0.0,
+    ) -> None:  # fmt: skip
+        config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
         if type(patch_size) is not int or patch_size < 1:
             raise ValueError(f"patch_size is {patch_size!r}, expected a whole number, 1 or more")
@@ -49,15 +37,7 @@ class MAE(nn.Module):
         self.decoder = UNetDecoder(base_channels, in_chans * input_patch_size**2)
         self.fc = nn.Linear(8 * base_channels, num_classes)
         self.patch_size = patch_size
-        self.config: dict[str, Any] = {
-            "in_chans": in_chans,
-            "base_channels": base_channels,
-            "layers": list(layers),
-            "num_classes": num_classes,
-            "patch_size": patch_size,
-            "input_patch_size": input_patch_size,
-            "dropout_prob": dropout_prob,
-        }
+        self.config: dict[str, Any] = config | {"layers": list(layers)}
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -70,25 +50,15 @@ class MAE(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor, labels: Tensor, mask: Tensor, lambda_cls: float | Tensor = 0.0) -> dict[str, Tensor]:
-        """The training losses of each image.
+        """The three losses ``[B]`` of images ``x [B, in_chans, H, W]`` with integer ``labels [B]``.
 
-        Args:
-            x: images ``[B, in_chans, H, W]``.
-            labels: integers ``[B]``.
-            mask: ``[B, 1, H', W']`` on the patchified grid, 1 where the image is hidden from the encoder, else 0.
-            lambda_cls: share of the classification loss, from 0 to 1.
-
-        Returns:
-            ``[B]`` each: ``recon_loss``, the squared error summed over channels, mean over the hidden locations;
-            ``cls_loss``, the cross-entropy of the label; ``loss``, their mean weighted by ``lambda_cls``.
-
-        Raises:
-            ValueError: a wrong shape.
+        ``recon_loss`` is the squared error summed over channels, its mean over the hidden locations. There ``mask``
+        ``[B, 1, H', W']``, on the patchified grid, is 1, elsewhere 0. ``cls_loss`` is the cross-entropy of the label,
+        and ``loss`` is ``lambda_cls · cls_loss + (1 - lambda_cls) · recon_loss``, with ``lambda_cls`` from 0 to 1.
         """
         target = self.encoder.patchify(x)
-        B, _, H, W = target.shape
-        if mask.shape != (B, 1, H, W):
-            raise ValueError(f"mask has shape {list(mask.shape)}, expected {[B, 1, H, W]}, the patchified grid")
+        if mask.shape != target[:, :1].shape:
+            raise ValueError(f"mask has shape {list(mask.shape)}, expected {list(target[:, :1].shape)}, as patchified")
         mask = mask.to(target.dtype)
         activations = self.encoder(target * (1 - mask))
         logits = self.fc(activations["layer4"].mean((2, 3)))
@@ -110,9 +80,6 @@ class MAE(nn.Module):
 
         Squares of side ``patch_size`` are hidden independently, each with its image's probability, which is drawn
         uniformly from ``min_ratio`` to ``max_ratio``.
-
-        Raises:
-            ValueError: sides that are no multiples of ``input_patch_size · patch_size``.
         """
         unit, B = self.encoder.input_patch_size * self.patch_size, x.shape[0]
         if x.shape[2] % unit or x.shape[3] % unit:
@@ -120,20 +87,11 @@ class MAE(nn.Module):
         rows, columns = x.shape[2] // unit, x.shape[3] // unit
         ratio = min_ratio + (max_ratio - min_ratio) * torch.rand(B, 1, 1, 1, generator=generator, device=x.device)
         hidden = torch.rand(B, 1, rows, columns, generator=generator, device=x.device) < ratio
-        mask = hidden.repeat_interleave(self.patch_size, 2).repeat_interleave(self.patch_size, 3)
-        return mask.to(x.dtype)
+        return hidden.to(x.dtype).repeat_interleave(self.patch_size, 2).repeat_interleave(self.patch_size, 3)
 
-    def features(
-        self,
-        x: Tensor,
-        patch_mean_size: Sequence[int] | None = PATCH_SIZES,
-        patch_std_size: Sequence[int] | None = PATCH_SIZES,
-        use_std: bool = True,
-        use_mean: bool = True,
-        every_k_block: float | None = 2,
-    ) -> FeatureMaps:
+    def features(self, x: Tensor, **options: Any) -> FeatureMaps:
         """Feature maps ``{name: [B, T, C]}`` of images ``[B, in_chans, H, W]``: :meth:`ResNetEncoder.features`."""
-        return self.encoder.features(x, patch_mean_size, patch_std_size, use_std, use_mean, every_k_block)
+        return self.encoder.features(x, **options)
 
     def feature_extractor(self, every_k_block: int = 2) -> LatentFeatureExtractor:
         """A frozen extractor of this MAE's feature maps for :class:`DriftingLoss`; it shares the encoder's weights."""
@@ -150,7 +108,7 @@ class UNetDecoder(nn.Module):
     def __init__(self, base_channels: int, out_channels: int) -> None:
         super().__init__()
         c = base_channels
-        self.bridge = ConvNormReLU(8 * c, 8 * c)
+        self.bridge = conv_norm_relu(8 * c, 8 * c)
         self.up43 = UpBlock(8 * c, 4 * c, 4 * c)
         self.up32 = UpBlock(4 * c, 2 * c, 2 * c)
         self.up21 = UpBlock(2 * c, c, c)
@@ -159,10 +117,8 @@ class UNetDecoder(nn.Module):
 
     def forward(self, activations: dict[str, Tensor]) -> Tensor:
         x = self.bridge(activations["layer4"])
-        x = self.up43(x, activations["layer3"])
-        x = self.up32(x, activations["layer2"])
-        x = self.up21(x, activations["layer1"])
-        x = self.up10(x, activations["conv1"])
+        for up, skip in ((self.up43, "layer3"), (self.up32, "layer2"), (self.up21, "layer1"), (self.up10, "conv1")):
+            x = up(x, activations[skip])
         return self.head(x)
 
 
@@ -172,21 +128,14 @@ class UpBlock(nn.Module):
     def __init__(self, in_channels: int, skip_channels: int, out_channels: int) -> None:
         super().__init__()
         self.norm = group_norm(in_channels + skip_channels)
-        self.proj = ConvNormReLU(in_channels + skip_channels, out_channels)
-        self.refine = ConvNormReLU(out_channels, out_channels)
+        self.proj = conv_norm_relu(in_channels + skip_channels, out_channels)
+        self.refine = conv_norm_relu(out_channels, out_channels)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         x = F.interpolate(x, size=skip.shape[2:], mode="bilinear", align_corners=False)
         return self.refine(self.proj(self.norm(torch.cat([x, skip], 1))))
 
 
-class ConvNormReLU(nn.Module):
-    """3 × 3 convolution, GroupNorm, ReLU."""
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
-        self.gn = group_norm(out_channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.gn(self.conv(x)))
+def conv_norm_relu(in_channels: int, out_channels: int) -> nn.Sequential:
+    conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
+    return nn.Sequential(OrderedDict(conv=conv, gn=group_norm(out_channels), relu=nn.ReLU()))

@@ -5,14 +5,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
 from .files import atomic_write
 
-TILE = 48  # No image in a picture is less high than this, in pixels.
-GAP = 4
-HEADER = 20
+TILE, GAP = 48, 4  # The images of a picture are at least so high and so far apart, in pixels.
 
 Pixels = NDArray[np.uint8]  # [N, H, W, C]
 
@@ -29,30 +27,24 @@ def grid(images: Pixels, columns: int) -> Image.Image:
     count, height, width, channels = images.shape
     factor = max(1, -(-TILE // height))
     step_y, step_x = height * factor + GAP, width * factor + GAP
-    rows = -(-count // columns)
-    picture = Image.new("RGB", (columns * step_x + GAP, rows * step_y + GAP), "grey")
+    picture = Image.new("RGB", (columns * step_x + GAP, -(-count // columns) * step_y + GAP), "grey")
     for index, image in enumerate(images):
-        tile = Image.fromarray(image.squeeze(-1) if channels == 1 else image)
-        tile = tile.resize((width * factor, height * factor), Image.Resampling.BICUBIC)
+        tile = ImageOps.scale(Image.fromarray(image.squeeze(-1) if channels == 1 else image), factor)
         picture.paste(tile, (GAP + index % columns * step_x, GAP + index // columns * step_y))
     return picture
 
 
 def save_grid(images: Pixels, columns: int, path: Path) -> None:
-    """Write :func:`grid` as PNG."""
-    with atomic_write(path) as part:
-        grid(images, columns).save(part, format="PNG")
+    with atomic_write(path) as file:
+        grid(images, columns).save(file, format="PNG")
 
 
 def save_panels(panels: dict[str, Pixels], columns: int, path: Path) -> None:
-    """Grids of ``columns`` columns, of as many images each, side by side under their headings, as PNG."""
-    grids = {heading: grid(images, columns) for heading, images in panels.items()}
-    width, height = next(iter(grids.values())).size
-    step = width + 5 * GAP
-    picture = Image.new("RGB", (len(grids) * step - 5 * GAP, HEADER + height), "white")
-    draw = ImageDraw.Draw(picture)
-    for index, (heading, panel) in enumerate(grids.items()):
-        draw.text((index * step + GAP, GAP), heading, fill="black")
-        picture.paste(panel, (index * step, HEADER))
-    with atomic_write(path) as part:
-        picture.save(part, format="PNG")
+    """Write grids of as many images each, side by side under their headings, as PNG."""
+    parts = []
+    for heading, images in panels.items():
+        part = ImageOps.expand(grid(images, columns), (2 * GAP, 5 * GAP, 2 * GAP, 0), "white")
+        ImageDraw.Draw(part).text((3 * GAP, GAP), heading, fill="black")
+        parts.append(np.asarray(part))
+    with atomic_write(path) as file:
+        Image.fromarray(np.concatenate(parts, axis=1)).save(file, format="PNG")
