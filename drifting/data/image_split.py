@@ -50,18 +50,25 @@ class ImageSplit(Split):
         self.images, self.size, self.white, self.flip, self.crop, self.seed = images, size, white, flip, crop, seed
 
     def sample(self, index: int, draw: Draw | None) -> Tensor:
-        picture, shape = self.images[index], (self.size, self.size)
-        image: Image.Image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
+        image, shape = self.images[index], (self.size, self.size)
         box, mirrored = None, False
         if draw is not None and (self.flip or self.crop):
             rng = np.random.default_rng([self.seed, *draw])
             mirrored = self.flip and rng.random() < 0.5
-            box = random_crop(*image.size, rng) if self.crop else None
-        image = image.resize(shape, Image.Resampling.BICUBIC, box) if box else centre_crop(image, self.size)
+            box = random_crop(*_as_image(image).size, rng) if self.crop else None
+        if box:
+            image = _as_image(image).resize(shape, Image.Resampling.BICUBIC, box)
+        elif not isinstance(image, np.ndarray) or image.shape[:2] != shape:  # Others are faster without Pillow.
+            image = centre_crop(_as_image(image), self.size)
         pixels = np.asarray(image).reshape(*shape, -1)[:, :: -1 if mirrored else 1]
         values = pixels.transpose(2, 0, 1).astype(np.float32, order="C")
         values /= self.white / 2
-        return torch.from_numpy(values).sub_(1)
+        values -= 1
+        return torch.from_numpy(values)
+
+
+def _as_image(image: Image.Image | np.ndarray) -> Image.Image:
+    return Image.fromarray(image) if isinstance(image, np.ndarray) else image
 
 
 def image_dataset(
