@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from drifting.config.schema import DataConfig
 from drifting.data import Draw, Split, load_digits, open_dataset, training_batches
-from drifting.data.image_split import ImageError, ImageSplit, ImageTransform, centre_crop, decode_image, random_crop
+from drifting.data.image_split import ImageError, ImageSplit, centre_crop, decode_image, random_crop
 from drifting.errors import UserError
 
 ROOMY = 28
@@ -25,7 +25,7 @@ torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.2  # Else five seconds are 
 def images(count: int = 12, shape: tuple[int, ...] = (9, 9), **transform) -> ImageSplit:
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (count, *shape)).astype(np.uint8)
-    return ImageSplit(pixels, np.arange(count) % 3, ImageTransform(**({"size": 9} | transform)))
+    return ImageSplit(pixels, np.arange(count) % 3, **({"size": 9} | transform))
 
 
 # ------------------------------------------------------------------------------------------------------ values
@@ -33,9 +33,9 @@ def images(count: int = 12, shape: tuple[int, ...] = (9, 9), **transform) -> Ima
 
 def test_pixels_are_normalised_on_their_own_scale():
     pixels = np.array([[[0, 4], [8, 16]]], np.uint8)
-    (sixteen,) = ImageSplit(pixels, np.zeros(1), ImageTransform(2, white=16)).samples()
+    (sixteen,) = ImageSplit(pixels, np.zeros(1), 2, white=16).samples()
     assert sixteen.tolist() == [[[-1, -0.5], [0, 1]]] and sixteen.dtype == torch.float32
-    (byte,) = ImageSplit(np.array([[[0, 255]] * 2], np.uint8), np.zeros(1), ImageTransform(2)).samples()
+    (byte,) = ImageSplit(np.array([[[0, 255]] * 2], np.uint8), np.zeros(1), 2).samples()
     assert byte.tolist() == [[[-1, 1], [-1, 1]]]
 
 
@@ -99,7 +99,7 @@ def test_random_crops_cover_area_and_aspect_evenly():
 def test_a_crop_is_resized_from_its_box():
     """A ramp from left to right stays one, between the box's edges."""
     ramp = np.tile(np.linspace(0, 250, 64).astype(np.uint8), (64, 1))[None]
-    split = ImageSplit(ramp, np.zeros(1), ImageTransform(16, crop=True))
+    split = ImageSplit(ramp, np.zeros(1), 16, crop=True)
     left, _, right, _ = random_crop(64, 64, np.random.default_rng([0, 4, 0]))
     row = (split[Draw(4, 0)][0][0, 8] + 1) * 127.5
     assert (row.diff() > 0).all()

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drifting.data import SampleQueue, endless_shuffle
+from drifting.data import SampleQueue
+from drifting.data.dataset import endless_shuffle
 
 CLASSES = 3
 

@@ -1,25 +1,26 @@
 """Data sets, the order in which they are read, and the queue that training draws its real samples from."""
 
-import difflib
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from ..config.schema import DataConfig
 from ..errors import UserError
-from ..utils.named import is_own
+from ..utils.named import is_own, nearest
 from .cifar10 import load_cifar10
-from .dataset import Dataset, Draw, Split, endless_shuffle, training_batches
+from .dataset import Dataset, Draw, Split, training_batches
 from .digits import load_digits
 from .folder import load_folder
 from .huggingface import load_huggingface
 from .idx import FASHION_MNIST, MNIST
-from .latents import load_latents
+from .latents import COMMAND, load_latents
 from .own import load_own
 from .sample_queue import SampleQueue
 
+__all__ = ["DATASETS", "Dataset", "Draw", "SampleQueue", "Split", "load_digits", "open_dataset", "training_batches"]
+
 
 class Source(NamedTuple):
-    """How a kind of data set is loaded, which keys of ``data`` mean nothing to it, and what those that it needs are."""
+    """How a data set is loaded, which keys of ``data`` mean nothing to it, and what those that it needs are."""
 
     load: Callable[[DataConfig, int], Dataset]
     unused: tuple[str, ...] = ("subset", "label_column")
@@ -27,7 +28,6 @@ class Source(NamedTuple):
 
 
 SIZE = {"image_size": "the size to bring the images to, for example 256"}
-CACHE = {"path": "a folder that `python -m drifting.cache_latents` has written"}
 DATASETS = {
     "digits": Source(load_digits, ("path", "subset", "label_column")),
     "mnist": Source(MNIST.load),
@@ -35,12 +35,14 @@ DATASETS = {
     "cifar10": Source(load_cifar10),
     "folder": Source(load_folder, needed={"path": "the folder of the images"} | SIZE),
     "huggingface": Source(load_huggingface, (), {"path": "a folder or the name of a data set on the hub"} | SIZE),
-    "latents": Source(load_latents, ("image_size", "crop", "subset", "label_column"), CACHE),
+    "latents": Source(
+        load_latents, ("image_size", "crop", "subset", "label_column"), {"path": f"a folder that {COMMAND} has written"}
+    ),
 }
 
 
 def open_dataset(config: DataConfig, seed: int = 0) -> Dataset:
-    """The data set that ``config`` describes, one of ours or the user's own; ``seed`` decides on flips and crops.
+    """Open the data set that ``config`` describes, one of ours or the user's own; ``seed`` decides on flips and crops.
 
     Raises:
         UserError: it is unknown, is not there, cannot be read or needs a package; or a key is set in vain, or missing.
@@ -48,11 +50,8 @@ def open_dataset(config: DataConfig, seed: int = 0) -> Dataset:
     if is_own(config.name):
         return load_own(config)
     if config.name not in DATASETS:
-        nearest = difflib.get_close_matches(config.name, DATASETS, n=1, cutoff=0.0)[0]
-        names = ", ".join(DATASETS)
-        raise UserError(
-            f"data.name is {config.name}, expected one of: {names}; or your own module:Name (did you mean {nearest}?)"
-        )
+        known = f"{', '.join(DATASETS)}; or your own module:Name (did you mean {nearest(config.name, DATASETS)}?)"
+        raise UserError(f"data.name is {config.name}, expected one of: {known}")
     source = DATASETS[config.name]
     for key in source.unused:
         if getattr(config, key) != getattr(DataConfig(), key):
@@ -61,9 +60,3 @@ def open_dataset(config: DataConfig, seed: int = 0) -> Dataset:
         if getattr(config, key) is None:
             raise UserError(f"data.{key} is not set, expected {expected}")
     return source.load(config, seed)
-
-
-__all__ = [
-    "DATASETS", "DataConfig", "Dataset", "Draw", "SampleQueue", "Split", "endless_shuffle", "load_digits",
-    "open_dataset", "training_batches",
-]  # fmt: skip

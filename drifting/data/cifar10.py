@@ -6,60 +6,46 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..config.schema import DataConfig
 from ..errors import UserError, reason
-from .dataset import Dataset
+from .dataset import Dataset, find_files
 from .image_split import image_dataset
 
 CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-TRAIN = [f"data_batch_{number}" for number in range(1, 6)]
-TEST = ["test_batch"]
-SIZE = 32
-ROW = 3 * SIZE * SIZE  # The bytes of an image: channels, rows, columns.
-MOST_BYTES = 64 * 2**20  # The published files have 31 MB.
+FILES = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
 FOLDERS = ("data/cifar10", "data/cifar-10-batches-py")
-
-REFUSED = (pickle.BYTEARRAY8[0], pickle.DUP[0])  # Instructions of pickles that no image needs.
+REMEDY = "unpack cifar-10-python.tar.gz of www.cs.toronto.edu/~kriz/cifar.html, and set data.path to its folder"
+SIZE = 32
+MOST_BYTES = 64 * 2**20  # The published files have 31 MB.
 
 
 def load_cifar10(config: DataConfig, seed: int = 0) -> Dataset:
-    """CIFAR-10: 50,000 training and 10,000 test images."""
-    folders = [Path(folder) for folder in ((config.path,) if config.path else FOLDERS)]
-    folder = next((f for f in folders if all((f / name).is_file() for name in TRAIN + TEST)), None)
-    if folder is None:
-        raise UserError(
-            f"data.name is cifar10, but data_batch_1 to 5 and test_batch are not in {' or '.join(map(str, folders))}: "
-            "unpack cifar-10-python.tar.gz of www.cs.toronto.edu/~kriz/cifar.html, and set data.path to its folder"
-        )
-    return image_dataset(config, seed, _read_split(folder, TRAIN), _read_split(folder, TEST), CLASS_NAMES, 3, SIZE)
+    """Load CIFAR-10: 50,000 training and 10,000 test images."""
+    files = find_files(config, FOLDERS, FILES, "data_batch_1 to 5 and test_batch", REMEDY)
+    *batches, test = map(read_batch, files)
+    images, labels = map(np.concatenate, zip(*batches, strict=True))
+    return image_dataset(config, seed, [(images, labels), test], CLASS_NAMES, 3, SIZE)
 
 
-class Bytes:
-    """Stands for an array of bytes and for its dtype in a pickle; numpy itself may crash on damaged ones."""
+class Array:
+    """Stands for numpy's arrays and their dtypes in a pickle; numpy itself may crash where one is damaged."""
 
-    array: NDArray[np.uint8] | None = None
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        if len(state) == 5:  # A dtype has more, which does not matter for bytes.
-            _, shape, _, column_order, content = state
-            self.array = np.frombuffer(content, np.uint8).reshape(shape, order="F" if column_order else "C")
-
-
-def _dtype(name: str | bytes, *_: Any) -> Bytes:
-    if name not in ("u1", b"u1"):
-        raise pickle.UnpicklingError(f"an array of type {name!r:.80}, expected bytes")
-    return Bytes()
+        if len(state) == 5:  # The state of a dtype is longer, and means nothing for bytes.
+            _, shape, dtype, column_order, content = state
+            if dtype.arguments[0] not in ("u1", b"u1"):
+                raise pickle.UnpicklingError(f"an array of type {dtype.arguments[0]!r:.80}, expected bytes")
+            self.pixels = np.frombuffer(content, np.uint8).reshape(shape, order="F" if column_order else "C")
 
 
 PIECES: dict[str, Any] = {  # What the pickle of an array refers to, and what stands for it.
-    "numpy.core.multiarray._reconstruct": lambda *_: Bytes(),
-    "numpy._core.multiarray._reconstruct": lambda *_: Bytes(),
-    "numpy.ndarray": Bytes,
-    "numpy.dtype": _dtype,
-    "_codecs.encode": lambda text, _: text.encode("latin1"),  # Python 3 writes bytes for Python 2 in this way.
-}
+    "numpy.core.multiarray._reconstruct": Array, "numpy._core.multiarray._reconstruct": Array, "numpy.ndarray": Array,
+    "numpy.dtype": Array, "_codecs.encode": lambda text, _: text.encode("latin1"),  # This is how Python 3 writes bytes.
+}  # fmt: skip
 
 
 class Memo(dict[int, Any]):
@@ -72,16 +58,12 @@ class Memo(dict[int, Any]):
 
 
 class ArrayUnpickler(pickle._Unpickler):
-    """Reads plain data and arrays. A pickle can call whatever it refers to, so everything else is refused.
+    """Reads plain data and arrays, and refuses whatever else a pickle refers to, which it could call.
 
     The unpickler in C takes as much memory as a few bytes of a file ask it to; this one in Python only for bytearrays.
     """
 
-    dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items() if code not in REFUSED}
-
-    def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file, encoding="bytes")
-        self.memo = Memo()
+    dispatch = pickle._Unpickler.dispatch | dict.fromkeys((pickle.BYTEARRAY8[0], pickle.DUP[0]))
 
     def find_class(self, module: str, name: str) -> Any:
         if f"{module}.{name}" not in PIECES:
@@ -89,30 +71,23 @@ class ArrayUnpickler(pickle._Unpickler):
         return PIECES[f"{module}.{name}"]
 
 
-def read_batch(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Images ``[N, 32, 32, 3]`` and labels ``[N]`` of one file.
-
-    Raises:
-        UserError: it is too large, refers to anything but plain data, or does not hold images and labels.
-    """
+def read_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Read images ``[N, 32, 32, 3]`` and labels ``[N]`` of one file; raises UserError where it holds anything else."""
     try:
         if path.stat().st_size > MOST_BYTES:
             raise ValueError(f"it has {path.stat().st_size} bytes, expected at most {MOST_BYTES}")
-        batch = ArrayUnpickler(io.BytesIO(path.read_bytes())).load()
+        unpickler: Any = ArrayUnpickler(io.BytesIO(path.read_bytes()), encoding="bytes")
+        unpickler.memo = Memo()
+        batch = unpickler.load()
         content = batch if isinstance(batch, dict) else {}
-        pixels, numbers = getattr(content.get(b"data"), "array", None), content.get(b"labels")
+        pixels, numbers = getattr(content.get(b"data"), "pixels", None), content.get(b"labels")
         if pixels is None or type(numbers) is not list or {*map(type, numbers)} != {int}:
             raise ValueError("expected an array of bytes as data and a list of labels")
-        labels = np.array(numbers, dtype=np.int64)
-        if pixels.shape != (len(labels), ROW):
-            raise ValueError(f"{list(pixels.shape)} bytes as data, expected [{len(labels)}, {ROW}] for its labels")
-        if labels.min() < 0 or labels.max() >= len(CLASS_NAMES):
-            raise ValueError(f"labels from {labels.min()} to {labels.max()}, expected 0 to 9")
+        expected = (len(numbers), 3 * SIZE * SIZE)
+        if pixels.shape != expected:
+            raise ValueError(f"{list(pixels.shape)} bytes as data, expected {list(expected)} for its labels")
+        if min(numbers) < 0 or max(numbers) >= len(CLASS_NAMES):
+            raise ValueError(f"labels from {min(numbers)} to {max(numbers)}, expected 0 to 9")
     except Exception as error:  # A damaged pickle raises errors of any class.
         raise UserError(f"{path} is no batch of CIFAR-10 ({reason(error)})") from error
-    return pixels.reshape(-1, 3, SIZE, SIZE).transpose(0, 2, 3, 1), labels
-
-
-def _read_split(folder: Path, names: list[str]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    images, labels = zip(*(read_batch(folder / name) for name in names), strict=True)
-    return np.concatenate(images), np.concatenate(labels)
+    return pixels.reshape(-1, 3, SIZE, SIZE).transpose(0, 2, 3, 1), np.array(numbers, np.int64)

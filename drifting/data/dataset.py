@@ -7,16 +7,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice, repeat
+from itertools import count, islice, repeat
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils import data
-from torch.utils.data import DataLoader
 
+from ..config.schema import DataConfig
 from ..errors import UserError
 
 HELD_OUT = 10  # One sample in so many is for testing, where a data set has no such split of its own.
@@ -48,12 +48,11 @@ class Split(data.Dataset[tuple[Tensor, int]], ABC):
 
     @abstractmethod
     def sample(self, index: int, draw: Draw | None) -> Tensor:
-        """The sample of that index: without augmentation, or as ``draw`` has it."""
+        """Return the sample of that index, without augmentation or as ``draw`` has it."""
 
     def samples(self, indices: Iterable[int] | None = None) -> Tensor:
-        """Samples ``[N, *sample_shape]`` without augmentation, all of them by default."""
-        chosen = range(len(self)) if indices is None else indices
-        return torch.stack([self.sample(index, None) for index in chosen])
+        """Return samples ``[N, *sample_shape]`` without augmentation, all of them by default."""
+        return torch.stack([self.sample(index, None) for index in (range(len(self)) if indices is None else indices)])
 
 
 @dataclass(frozen=True)
@@ -77,75 +76,73 @@ class Dataset:
         return len(self.class_names)
 
 
-def hold_out(names: Iterable[str | bytes]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Indices of the training and of the test samples among those of these names.
+def find_files(config: DataConfig, folders: Iterable[str], names: list[str], what: str, remedy: str) -> list[Path]:
+    """Find files of those names, compressed (``.gz``) or not, in ``config.path`` or one of the usual ``folders``."""
+    places = [Path(folder) for folder in ((config.path,) if config.path else folders)]
+    for folder in places:
+        files = [folder / name if (folder / name).is_file() else folder / f"{name}.gz" for name in names]
+        if all(file.is_file() for file in files):
+            return files
+    raise UserError(f"data.name is {config.name}, but {what} are not in {' or '.join(map(str, places))}: {remedy}")
 
-    A hash of its name decides on each, so that a sample stays where it is when others are added.
-    """
+
+def hold_out(names: Iterable[str | bytes]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the indices of training and of test samples; a hash of each sample's name decides, whatever the others."""
     digests = (hashlib.blake2b(os.fsencode(name), digest_size=8).digest() for name in names)
     held = np.array([int.from_bytes(digest, "big") % HELD_OUT == 0 for digest in digests], dtype=bool)
     return np.flatnonzero(~held), np.flatnonzero(held)
 
 
 def endless_shuffle(size: int, seed: int, start: int = 0) -> Iterator[Draw]:
-    """Samples ``0 … size - 1`` in a new random order every epoch, without end.
+    """Draw samples ``0 … size - 1`` in a new random order every epoch, without end, from the draw ``start`` on.
 
-    The order depends on ``seed`` and the epoch only, so that a run that is resumed at ``start`` (the number of samples
-    already drawn) sees what it would have seen.
+    The order depends on ``seed`` and the epoch only, so that a run that is resumed sees what it would have seen.
     """
-    epoch, offset = divmod(start, size)
-    while True:
+    first, offset = divmod(start, size)
+    for epoch in count(first):
         order = np.random.default_rng([seed, epoch]).permutation(size)
-        for index in order[offset:].tolist():
+        for index in order[offset if epoch == first else 0 :].tolist():
             yield Draw(epoch, index)
-        epoch, offset = epoch + 1, 0
 
 
 def training_batches(
-    split: Split,
-    batch_size: int,
-    seed: int,
-    start: int = 0,
-    workers: int = 0,
-    part: slice = slice(None),  # noqa: B008
+    split: Split, batch_size: int, seed: int, start: int = 0, workers: int = 0, part: slice | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of samples ``[B, *sample_shape]`` and labels ``[B]`` without end, ordered by :func:`endless_shuffle`.
+    """Read batches of samples ``[B, *sample_shape]`` and labels ``[B]``, or ``part`` of each, from sample ``start`` on.
 
-    They depend on ``seed`` and ``start`` (the number of samples drawn before) but not on ``workers``. Only the ``part``
-    of each batch is read. Raises as :func:`load_batches`.
+    Their order is that of :func:`endless_shuffle`, whatever the ``workers``.
     """
     draws = endless_shuffle(len(split), seed, start)
-    batches: Any = (list(islice(draws, batch_size))[part] for _ in repeat(None))
-    return load_batches(DataLoader(split, batch_sampler=batches, **worker_settings(workers)))
+    batches = (list(islice(draws, batch_size))[part or slice(None)] for _ in repeat(None))
+    return read_batches(split, workers, batch_sampler=batches)
 
 
-def worker_settings(workers: int) -> dict[str, Any]:
-    """Arguments of a DataLoader that reads with that many processes, which leave Ctrl-C to this one."""
-    return {"num_workers": workers, "worker_init_fn": _ignore_ctrl_c, "pin_memory": torch.cuda.is_available()}
+def read_batches(samples: Any, workers: int, **settings: Any) -> Iterator[Any]:
+    """Read batches of a DataLoader with those ``settings``, whose processes leave Ctrl-C to this one."""
+    settings |= {"num_workers": workers, "worker_init_fn": _ignore_ctrl_c, "pin_memory": torch.cuda.is_available()}
+    with telling_of_dead_workers():
+        yield from data.DataLoader(samples, **settings)
 
 
-def load_batches(loader: DataLoader[Any]) -> Iterator[Any]:
-    """The batches of ``loader``; raises :class:`UserError` in one line if a sample cannot be read or a worker dies."""
-    try:
-        with telling_of_dead_workers():
-            yield from loader
-    except UserError as error:  # The DataLoader puts the traceback of a worker before its message.
-        kind = type(error)
-        message = str(error).rstrip().splitlines()[-1].removeprefix(f"{kind.__module__}.{kind.__qualname__}: ")
-        raise UserError(message) from error
+def _ignore_ctrl_c(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @contextmanager
 def telling_of_dead_workers() -> Iterator[None]:
-    """Inside, a worker that died raises UserError. The DataLoader raises where it notices that, in any statement."""
+    """Inside, a worker that fails or dies raises UserError in one line.
+
+    The DataLoader notices a dead one in any statement, and puts a worker's traceback before its message.
+    """
     try:
         yield
+    except UserError as error:
+        if "Original Traceback" not in str(error):
+            raise
+        last = str(error).rstrip().splitlines()[-1]  # This is "drifting.errors.UserError: MESSAGE".
+        raise UserError(last.partition(": ")[2]) from error
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
         message = str(error).partition("\n")[0].rstrip(". ")
         raise UserError(f"a process that reads data died ({message}): fewer data.workers need less memory") from error
-
-
-def _ignore_ctrl_c(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

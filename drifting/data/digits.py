@@ -7,16 +7,14 @@ from ..config.schema import DataConfig
 from .dataset import Dataset
 from .image_split import image_dataset
 
-SIZE = 8
-WHITE = 16  # The data's own scale is 0 … 16.
 NUM_TRAIN = 1297
+WHITE = 16  # The data's own scale is 0 … 16.
 
 
 def load_digits(config: DataConfig | None = None, seed: int = 0) -> Dataset:
-    """The digits, shuffled by ``default_rng(0)``: 1,297 training and 500 test images ``[1, 8, 8]`` in [-1, 1]."""
+    """Load the digits, shuffled by ``default_rng(0)``: 1,297 training and 500 test images ``[1, 8, 8]`` in [-1, 1]."""
     digits = datasets.load_digits()
     order = np.random.default_rng(0).permutation(len(digits.target))
     images, labels = digits.images[order].astype(np.uint8), digits.target[order]
-    train, test = ((images[rows], labels[rows]) for rows in (slice(NUM_TRAIN), slice(NUM_TRAIN, None)))
-    names = tuple(str(digit) for digit in range(10))
-    return image_dataset(config or DataConfig(), seed, train, test, names, 1, SIZE, WHITE)
+    splits = [(images[rows], labels[rows]) for rows in (slice(NUM_TRAIN), slice(NUM_TRAIN, None))]
+    return image_dataset(config or DataConfig(), seed, splits, tuple("0123456789"), 1, 8, WHITE)

@@ -1,18 +1,18 @@
 """From image files and arrays to normalised tensors: decoding, centre crops, random crops, flips.
 
-Pillow does the pixels. The random choices are made here rather than by torchvision, whose transforms draw from a global
-generator: each is a function of (seed, epoch, index), so that a resumed run sees the images it would have seen.
+The random choices are made here rather than by torchvision, whose transforms draw from a global generator: each is a
+function of (seed, epoch, index), so that a resumed run sees the images it would have seen.
 """
 
 import io
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
@@ -31,137 +31,99 @@ MOST_BYTES = 2**28
 MOST_PIXELS = 2**26
 MOST_ASPECT = 16  # Of an image longer than that, the middle is resized.
 
-Picture = Image.Image | NDArray[np.uint8]  # An array is [H, W] or [H, W, 3].
-Pictures = Any  # An array of them, or an object that has one for each index.
-Box = tuple[float, float, float, float]  # left, top, right, bottom
-
 
 class ImageError(UserError):
     """An image that cannot be decoded; the message names it."""
 
 
-@dataclass(frozen=True)
-class ImageTransform:
-    """Brings an image to ``[C, size, size]`` in [-1, 1]; ``white`` is the pixel value that becomes 1, 0 becomes -1."""
+class ImageSplit(Split):
+    """``images`` brought to ``[C, size, size]`` in [-1, 1], with integer ``labels [N]``; ``white`` becomes 1, 0 is -1.
 
-    size: int
-    flip: bool = False
-    crop: bool = False
-    seed: int = 0
-    white: int = 255
+    ``images`` is uint8 ``[N, H, W]`` or ``[N, H, W, 3]``, or has a Pillow image for each index.
+    """
 
-    def __call__(self, image: Picture, draw: Draw | None) -> Tensor:
-        """The image cropped at the centre, or for a ``draw`` flipped and cropped as it has it."""
-        flip = False
+    def __init__(
+        self, images: Any, labels: ArrayLike, size: int, flip: bool = False, crop: bool = False, seed: int = 0,
+        white: int = 255,
+    ) -> None:  # fmt: skip
+        super().__init__(torch.from_numpy(np.asarray(labels).astype(np.int64)))
+        self.images, self.size, self.white, self.flip, self.crop, self.seed = images, size, white, flip, crop, seed
+
+    def sample(self, index: int, draw: Draw | None) -> Tensor:
+        image, shape = self.images[index], (self.size, self.size)
+        box, mirrored = None, False
         if draw is not None and (self.flip or self.crop):
             rng = np.random.default_rng([self.seed, *draw])
-            flip = self.flip and rng.random() < 0.5
-            if self.crop:
-                image = _as_image(image)
-                box = random_crop(*image.size, rng)
-                image = image.resize((self.size, self.size), Image.Resampling.BICUBIC, box)
-        if isinstance(image, Image.Image) or image.shape[:2] != (self.size, self.size):
-            image = np.asarray(centre_crop(_as_image(image), self.size))
-        pixels = image.reshape(self.size, self.size, -1)[:, :: -1 if flip else 1]
+            mirrored = self.flip and rng.random() < 0.5
+            box = random_crop(*_as_image(image).size, rng) if self.crop else None
+        if box:
+            image = _as_image(image).resize(shape, Image.Resampling.BICUBIC, box)
+        elif not isinstance(image, np.ndarray) or image.shape[:2] != shape:  # Others are faster without Pillow.
+            image = centre_crop(_as_image(image), self.size)
+        pixels = np.asarray(image).reshape(*shape, -1)[:, :: -1 if mirrored else 1]
         values = pixels.transpose(2, 0, 1).astype(np.float32, order="C")
         values /= self.white / 2
         values -= 1
         return torch.from_numpy(values)
 
 
-class ImageSplit(Split):
-    """A split whose samples are ``images``, with integer ``labels [N]``."""
-
-    def __init__(self, images: Pictures, labels: ArrayLike, transform: ImageTransform) -> None:
-        super().__init__(torch.from_numpy(np.asarray(labels).astype(np.int64)))
-        self.images, self.transform = images, transform
-
-    def sample(self, index: int, draw: Draw | None) -> Tensor:
-        return self.transform(self.images[index], draw)
+def _as_image(image: Image.Image | np.ndarray) -> Image.Image:
+    return Image.fromarray(image) if isinstance(image, np.ndarray) else image
 
 
 def image_dataset(
-    config: DataConfig,
-    seed: int,
-    train: tuple[Pictures, ArrayLike],
-    test: tuple[Pictures, ArrayLike],
-    class_names: tuple[str, ...],
-    channels: int,
-    size: int = 0,
-    white: int = 255,
-) -> Dataset:
-    """The data set of these images and labels, as ``config`` wants them; their own ``size`` where it names no other."""
-    transform = ImageTransform(config.image_size or size, config.flip, config.crop, seed, white)
-    train_split, test_split = (ImageSplit(images, labels, transform) for images, labels in (train, test))
-    return Dataset(config.name, train_split, test_split, class_names, (channels, transform.size, transform.size))
+    config: DataConfig, seed: int, splits: Iterable[tuple[Any, ArrayLike]], class_names: tuple[str, ...], channels: int,
+    size: int = 0, white: int = 255,
+) -> Dataset:  # fmt: skip
+    """Make a data set of training and test images, of their own ``size`` where ``config`` names no other."""
+    size = config.image_size or size
+    train, test = (ImageSplit(*split, size, config.flip, config.crop, seed, white) for split in splits)
+    return Dataset(config.name, train, test, class_names, (channels, size, size))
 
 
 def read_image(path: Path) -> Image.Image:
-    """The image file in RGB; raises :class:`ImageError` if it cannot be decoded.
-
-    It raises another :class:`UserError` if the file cannot be read, which need not be the image's fault.
-    """
+    """Read an image file in RGB; raises ImageError, or another UserError where the image need not be at fault."""
     try:
         if not path.is_file() and path.exists() or path.stat().st_size > MOST_BYTES:
             raise ImageError(f"{path} is no file of at most {MOST_BYTES} bytes: delete it")
         content = path.read_bytes()
-    except OSError as error:
+    except OSError as error:  # A process that reads data would lose the file's name.
         raise UserError(f"{path} cannot be read: {reason(error)}") from error
     return decode_image(content, str(path))
 
 
 def decode_image(content: bytes, origin: str) -> Image.Image:
-    """The image file with that ``content`` in RGB, or :class:`ImageError`, which names its ``origin``.
-
-    Exif's orientation is left alone, as is usual for ImageNet.
-    """
+    """Decode an image file to RGB, without regard to Exif's orientation; raises ImageError, which names its origin."""
     try:
-        image = Image.open(io.BytesIO(content), formats=FORMATS)
+        image: Image.Image = Image.open(io.BytesIO(content), formats=FORMATS)
         if image.width * image.height > MOST_PIXELS:
             raise ValueError(f"{image.width} × {image.height} pixels, expected at most {MOST_PIXELS}")
-        return _with_bytes(image).convert("RGB")
+        if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # Pillow would cut 16 bits off at 255.
+        if image.mode in ("I", "F"):
+            raise ValueError("grey values of 32 bits, whose black and white are unknown: expected 8 or 16 bits")
+        return image.convert("RGB")
     except Exception as error:  # Decoders raise errors of any class on broken files.
         why = "of no known format" if isinstance(error, UnidentifiedImageError) else reason(error)
         raise ImageError(f"{origin} cannot be decoded ({why}): repair or delete it") from error
 
 
-def _with_bytes(image: Image.Image) -> Image.Image:
-    """The image with 8 bits a channel. Of 16-bit grey these are the upper ones; Pillow would cut it off at 255."""
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError("grey values of 32 bits, whose black and white are unknown: expected 8 or 16 bits")
-    return image
-
-
 def centre_crop(image: Image.Image, size: int) -> Image.Image:
-    """The largest centred square at ``size``, as ADM and the release prepare ImageNet.
-
-    The image is halved by averaging while that is possible, then its shorter side is brought to ``size`` by bicubic
-    resampling.
-    """
+    """Return the largest centred square at ``size``, halved by averaging, then bicubic, as ADM and the release do."""
     if image.size == (size, size):
         return image
-    width, height = image.size
-    most = MOST_ASPECT * min(image.size)
-    if max(image.size) > most:
-        left, top = max(0, width - most) // 2, max(0, height - most) // 2
-        image = image.crop((left, top, width - left, height - top))
+    left, top = (max(0, side - MOST_ASPECT * min(image.size)) // 2 for side in image.size)
+    image = image.crop((left, top, image.width - left, image.height - top))
     while min(image.size) >= 2 * size:
-        width, height = image.size
-        image = image.resize((width // 2, height // 2), Image.Resampling.BOX)
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
-    width, height = (round(side * scale) for side in image.size)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - size) // 2, (height - size) // 2
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
 
 
-def random_crop(width: int, height: int, rng: np.random.Generator) -> Box:
-    """A box of random area and aspect ratio inside the image.
-
-    If ten random boxes do not fit, it is the largest centred one of a permitted ratio.
-    """
+def random_crop(width: int, height: int, rng: np.random.Generator) -> tuple[float, float, float, float]:
+    """Draw a box of random area and aspect ratio inside an image, or the largest centred one if ten do not fit."""
     low, high = np.log(CROP_ASPECT)
     for _ in range(CROP_TRIALS):
         area = width * height * rng.uniform(*CROP_AREA)
@@ -172,8 +134,3 @@ def random_crop(width: int, height: int, rng: np.random.Generator) -> Box:
             return left, top, left + w, top + h
     w, h = min(width, round(height * CROP_ASPECT[1])), min(height, round(width / CROP_ASPECT[0]))
     return (width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2
-
-
-def _as_image(image: Picture) -> Image.Image:
-    return image if isinstance(image, Image.Image) else Image.fromarray(image)
-

@@ -1,47 +1,118 @@
-"""A user's own data set, by the name ``module:Name``, as one of ours."""
+"""A user's own data: its labels and their class numbers, and data sets by the name ``module:Name`` as ours are."""
 
+import sys
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Subset
+from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
+from tqdm import tqdm
 
 from ..config.schema import DataConfig
 from ..errors import UserError, reason
 from ..utils.named import check_arguments, import_named
 from .dataset import Dataset, Draw, Split, hold_out
-from .labels import all_labels, number_splits, sample_of, tell_numbers
 
+ALL = ("all",)  # The one class of samples without labels.
+MOST_NAMED = 10  # This many labels are named in a message.
 PROBED = 1000  # At most so many training samples tell the range of pixels.
 PIXEL_RANGES = ((0.0, 1.0), (-1.0, 1.0))  # The first that holds all values is that of images.
-UNSAID = object()
 PASSED_ON = ("path", "image_size", "flip", "crop", "subset", "label_column")
 
 
+def sample_of(item: Any) -> Any:
+    """Return the samples of ``x``, ``(x,)`` or ``(x, y)``."""
+    return item[0] if isinstance(item, (tuple, list)) else item
+
+
+def label_of(item: Any) -> Any:
+    """Return the label or labels of ``x``, ``(x,)`` or ``(x, y)``, or None."""
+    return item[1] if isinstance(item, (tuple, list)) and len(item) > 1 else None
+
+
+def distinct_labels(source: Any) -> set[Any] | None:
+    """Return the labels that occur in what :func:`all_labels` takes."""
+    labels = all_labels(source)
+    return labels if labels is None else set(labels)
+
+
+def all_labels(source: Any) -> list[Any] | None:
+    """List the label of each sample of a map-style data set or of its DataLoader, or in a list of batches.
+
+    A data set that does not tell them is read once. The list is empty where samples have no labels, and None for what
+    can be read only once, or has no end.
+    """
+    if isinstance(source, DataLoader):
+        return all_labels(source.dataset)
+    if isinstance(source, IterableDataset) or not hasattr(source, "__len__"):
+        return None
+    if isinstance(source, Subset):
+        labels = all_labels(source.dataset)
+        return labels and [labels[index] for index in source.indices]
+    if isinstance(source, TensorDataset):
+        return _plain(label_of(source.tensors))
+    for name in ("targets", "labels"):
+        if hasattr(source, name):
+            return _plain(getattr(source, name))
+    if not len(source) or label_of(source[0]) is None:
+        return []
+    indices = tqdm(range(len(source)), desc="labels", unit="sample", delay=1, leave=False, disable=None)
+    return [label for index in indices for label in _plain(label_of(source[index]))]
+
+
+def _plain(labels: Any) -> list[Any]:
+    """Return labels as a list of Python's own values."""
+    if hasattr(labels, "tolist"):  # Tensors and arrays have it.
+        labels = labels.tolist()
+    if not isinstance(labels, (list, tuple)):
+        return [] if labels is None else [labels]
+    return [label.tolist() if hasattr(label, "tolist") else label for label in labels]
+
+
+def number_labels(labels: Iterable[Any], found: str = "a label is") -> tuple[int | str, ...]:
+    """Return the different labels by class number, integers before text; others raise UserError: "FOUND None …"."""
+    labels = list(labels)
+    wrong = [label for label in labels if type(label) not in (int, str)]
+    if wrong:
+        raise UserError(f"{found} {wrong[0]!r:.80}, expected an integer or text")
+    return tuple(sorted(set(labels), key=lambda label: (isinstance(label, str), label))) or ALL
+
+
+def number_splits(splits: Sequence[list[Any]], found: str) -> tuple[tuple[int | str, ...], list[list[int]]]:
+    """Return the training data's labels by class number, and the class numbers of the training and the test data."""
+    names = number_labels(splits[0], found)
+    number = {label: place for place, label in enumerate(names)}
+    for label in (label for labels in splits for label in labels):
+        if type(label) not in (int, str) or label not in number:
+            raise UserError(f"{found} {label!r:.80} in the test data, which the training data lack")
+    return names, [[number[label] for label in labels] for labels in splits]
+
+
+def tell_numbers(names: tuple[int | str, ...]) -> None:
+    """Say on stderr which class numbers labels have, where these are others than the labels."""
+    if names not in (ALL, tuple(range(len(names)))):
+        shown = ", ".join(map(str, names[:MOST_NAMED])) + (", …" if len(names) > MOST_NAMED else "")
+        print(f"labels {shown} are classes 0 to {len(names) - 1}", file=sys.stderr)
+
+
 class OwnSplit(Split):
-    """The items ``x``, ``(x,)`` or ``(x, y)`` of a user's map-style data set; ``name`` is "training" or "test".
+    """The items ``x``, ``(x,)`` or ``(x, y)`` of a user's map-style data set, called "training" or "test".
 
     Samples become float32 and must all have the shape of the first one. ``labels`` are to be set.
     """
+
+    shape: Any = None
 
     def __init__(self, items: Any, name: str) -> None:
         if not len(items):
             raise UserError(f"the {name} data are empty")
         super().__init__(torch.zeros(len(items), dtype=torch.int64))
         self.items, self.name = items, name
-        self.shape = self._read(0).shape
+        self.shape = self.sample(0, None).shape
 
     def sample(self, index: int, draw: Draw | None) -> Tensor:
-        sample = self._read(index)
-        if sample.shape != self.shape:
-            raise UserError(
-                f"sample {index} of the {self.name} data has the shape {list(sample.shape)}, the first one "
-                f"{list(self.shape)}: bring all to one shape"
-            )
-        return sample
-
-    def _read(self, index: int) -> Tensor:
         try:
             x = sample_of(self.items[index])
             if not isinstance(x, (Tensor, np.ndarray, np.generic, int, float)):
@@ -49,20 +120,20 @@ class OwnSplit(Split):
             sample = x.detach().cpu() if isinstance(x, Tensor) else torch.from_numpy(np.array(x))
             if sample.is_complex():
                 raise UserError("it has complex numbers, expected real ones")
-            return sample.float()
         except Exception as error:  # The user's code may raise anything.
             raise UserError(f"sample {index} of the {self.name} data cannot be used: {reason(error)}") from error
+        if self.shape not in (None, sample.shape):
+            which = f"sample {index} of the {self.name} data has the shape {list(sample.shape)}"
+            raise UserError(f"{which}, the first one {list(self.shape)}: bring all to one shape")
+        return sample.float()
 
 
 def load_own(config: DataConfig) -> Dataset:
-    """What the function or class ``config.name`` gives when it is called with ``config.arguments``.
+    """Load what the function or class ``config.name`` gives when it is called with ``config.arguments``.
 
     That is a pair (training, test) of map-style data sets; or one of them, of which one sample in ten is for testing;
-    or a :class:`Dataset`. Keys of ``data`` that are not left as they are by default are arguments as well. Samples may
-    have any shape. Labels are integers or text, of which stderr tells the class numbers, or are left out.
-
-    Raises:
-        UserError: there is no such function, it lacks an argument or raises an error, or gives anything else.
+    or a :class:`Dataset`. Keys of ``data`` that differ from their defaults are arguments as well. Labels are integers
+    or text, or left out. Whatever goes wrong raises UserError.
     """
     target = import_named(config.name, "data.name")
     changed = {key: getattr(config, key) for key in PASSED_ON if getattr(config, key) != getattr(DataConfig(), key)}
@@ -80,48 +151,38 @@ def _dataset(name: str, made: Any) -> Dataset:
     for source in sources:
         if not hasattr(source, "__len__") or not hasattr(source, "__getitem__"):
             raise UserError(f"it gives a {type(source).__name__}, expected a map-style data set or a pair of them")
-    said = getattr(sources[0], "pixel_range", UNSAID)
+    first = sources[0]
     if len(sources) == 1:
         parts = hold_out(map(str, range(len(made))))
         if not len(parts[1]):
             raise UserError(f"{len(made)} samples are too few to test with some: give a pair (training, test)")
         sources = tuple(Subset(made, part.tolist()) for part in parts)
-    train, test = (OwnSplit(source, part) for source, part in zip(sources, ("training", "test"), strict=True))
+    train, test = splits = OwnSplit(sources[0], "training"), OwnSplit(sources[1], "test")
     if train.shape != test.shape:
         raise UserError(f"training samples have the shape {list(train.shape)}, test samples {list(test.shape)}")
-    class_names = _number_labels(train, test)
-    return Dataset(name, train, test, class_names, tuple(train.shape), _pixel_range(train, said))
-
-
-def _number_labels(train: OwnSplit, test: OwnSplit) -> tuple[str, ...]:
-    """Set the labels of both splits to class numbers; returns the names of the classes."""
-    labels: list[list[Any]] = []
-    for split in (train, test):
-        of_split = [label.tolist() if hasattr(label, "tolist") else label for label in all_labels(split.items)]
-        if len(of_split) != len(split) and (of_split or any(labels)):
-            raise UserError(f"it has {len(of_split)} labels of {len(split)} {split.name} samples, expected one of each")
-        labels.append(of_split)
-    names, numbers, test_numbers = number_splits(labels[0], labels[1], "it has the label")
+    labels = [all_labels(source) or [] for source in sources]
+    for split, found in zip(splits, labels, strict=True):
+        if len(found) != len(split) and (labels[0] or found):
+            raise UserError(f"it has {len(found)} labels of {len(split)} {split.name} samples, expected one of each")
+    names, numbers = number_splits(labels, "it has the label")
     if labels[0]:
-        train.labels, test.labels = torch.tensor(numbers), torch.tensor(test_numbers)
+        train.labels, test.labels = map(torch.tensor, numbers)
         tell_numbers(names)
-    return tuple(map(str, names))
+    return Dataset(name, train, test, tuple(map(str, names)), tuple(train.shape), _pixel_range(train, first))
 
 
-def _pixel_range(train: OwnSplit, said: Any) -> tuple[float, float] | None:
-    """The values of black and white in images ``[1 or 3, H, W]``; None of other samples.
-
-    Some samples tell it unless the data set has ``said`` it.
-    """
-    values = [train.sample(index, None).aminmax() for index in range(0, len(train), -(-len(train) // PROBED))]
-    low, high = float(min(pair.min for pair in values)), float(max(pair.max for pair in values))
+def _pixel_range(train: OwnSplit, source: Any) -> tuple[float, float] | None:
+    """Return the black and white of images ``[1 or 3, H, W]`` as ``source`` or else some samples tell them."""
+    probed = range(0, len(train), -(-len(train) // PROBED))
+    values = torch.stack([extreme for index in probed for extreme in train.sample(index, None).aminmax()])
     is_image = len(train.shape) == 3 and train.shape[0] in (1, 3)
-    if said is UNSAID:
+    if not hasattr(source, "pixel_range"):
         ranges = PIXEL_RANGES if is_image else ()
-        return next((pair for pair in ranges if pair[0] <= low and high <= pair[1]), None)
-    if said is None:
+        return next(((low, high) for low, high in ranges if low <= values.min() and values.max() <= high), None)
+    if source.pixel_range is None:
         return None
-    black, white = said
+    black, white = source.pixel_range
     if not is_image or not black < white:
-        raise UserError(f"its pixel_range is {said}, expected (black, white) of images [1 or 3, H, W], or None")
+        expected = "(black, white) of images [1 or 3, H, W], or None"
+        raise UserError(f"its pixel_range is {source.pixel_range}, expected {expected}")
     return float(black), float(white)

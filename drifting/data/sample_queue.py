@@ -32,11 +32,7 @@ class RingBuffers:
         self.head = (self.head + added) % self.size
 
     def draw(self, row: Tensor, num: int, generator: torch.Generator | None, part: slice) -> Tensor:
-        """Samples ``[L, num, *sample_shape]`` of the buffers ``row [L]``, without repeats while they last.
-
-        A buffer that holds fewer gives every sample equally often, up to one. Only the ``part`` of the rows is
-        returned; samples are chosen for all.
-        """
+        """Draw samples ``[L, num, *sample_shape]`` of the buffers ``row [L]``, of which it returns a ``part``."""
         count = self.count[row].unsqueeze(1)  # [L, 1]
         key = torch.rand(len(row), self.size, generator=generator)
         key.masked_fill_(torch.arange(self.size) >= count, 2.0)  # Empty slots sort last.
@@ -49,46 +45,32 @@ class RingBuffers:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         if state["samples"].shape != self.samples.shape:
-            raise ValueError(
-                f"the saved queue holds {list(state['samples'].shape)}, this one {list(self.samples.shape)} "
-                "([classes, size, *sample]): build it with the sizes it was saved with"
-            )
+            shapes = f"{list(state['samples'].shape)}, this one {list(self.samples.shape)} ([classes, size, *sample])"
+            raise ValueError(f"the saved queue holds {shapes}: build it with the sizes it was saved with")
         self.samples.copy_(state["samples"])
         self.count, self.head = (state[name].cpu().clone() for name in ("count", "head"))
 
 
 class SampleQueue:
-    """The newest real samples of every class, and of all classes together; raises ValueError for a size below 1.
+    """The newest ``queue_size`` samples of every class, and ``unconditional_queue_size`` of all classes together.
 
-    Class queues supply the positives of a label, the queue over all classes the unconditional negatives.
-
-    Args:
-        queue_size: samples kept a class.
-        num_classes: labels are ``0 … num_classes - 1``.
-        latent_shape: shape of one sample, of any rank; ``()`` for numbers.
-        device: where the samples are kept.
-        unconditional_queue_size: samples kept of all classes together.
+    Class queues supply the positives of a label, the queue over all classes the unconditional negatives. Labels are
+    ``0 … num_classes - 1``. ``latent_shape`` is the shape of one sample, of any rank. Sizes below 1 raise ValueError.
     """
 
     def __init__(
-        self,
-        queue_size: int = 128,
-        num_classes: int = 1000,
-        latent_shape: tuple[int, ...] = (4, 32, 32),
-        device: torch.device | str = "cpu",
-        unconditional_queue_size: int = 1000,
-    ) -> None:
+        self, queue_size: int = 128, num_classes: int = 1000, latent_shape: tuple[int, ...] = (4, 32, 32),
+        device: torch.device | str = "cpu", unconditional_queue_size: int = 1000,
+    ) -> None:  # fmt: skip
         sizes = {"queue_size": queue_size, "num_classes": num_classes}
         for name, value in (sizes | {"unconditional_queue_size": unconditional_queue_size}).items():
             if value < 1:
                 raise ValueError(f"{name} is {value}, expected 1 or more")
-        self.num_classes = num_classes
-        self.latent_shape = tuple(latent_shape)
+        self.num_classes, self.latent_shape = num_classes, tuple(latent_shape)
         self.by_class = RingBuffers(num_classes, queue_size, self.latent_shape, device)
         self.unconditional = RingBuffers(1, unconditional_queue_size, self.latent_shape, device)
 
     def __len__(self) -> int:
-        """Samples held in the class queues."""
         return int(self.by_class.count.sum())
 
     @property
@@ -97,15 +79,10 @@ class SampleQueue:
         return self.by_class.count.nonzero().squeeze(1)
 
     def add(self, samples: Tensor, labels: Tensor) -> None:
-        """Put ``samples [B, *latent_shape]`` with integer ``labels [B]`` into their class queues and the common one.
-
-        Other shapes, and labels out of range, raise ValueError.
-        """
+        """Put ``samples [B, *latent_shape]`` with integer ``labels [B]`` into their class queues and the common one."""
         if samples.shape[1:] != self.latent_shape or labels.shape != samples.shape[:1]:
-            raise ValueError(
-                f"samples have shape {list(samples.shape)} and labels {list(labels.shape)}, "
-                f"expected [{', '.join(map(str, ('B', *self.latent_shape)))}] and [B]"
-            )
+            received = f"samples have shape {list(samples.shape)} and labels {list(labels.shape)}"
+            raise ValueError(f"{received}, expected [{', '.join(map(str, ('B', *self.latent_shape)))}] and [B]")
         labels = self._checked(labels)
         self.by_class.push(samples, labels)
         self.unconditional.push(samples, torch.zeros_like(labels))
@@ -113,16 +90,10 @@ class SampleQueue:
     def sample(
         self, labels: Tensor, num_samples: int, generator: torch.Generator | None = None, part: slice = ALL
     ) -> Tensor:
-        """Samples ``[L, num_samples, *latent_shape]`` of the classes ``labels [L]``, without replacement.
+        """Draw samples ``[L, num_samples, *latent_shape]`` of the classes ``labels [L]``, without replacement.
 
-        A class that holds fewer than ``num_samples`` repeats its samples, each equally often up to one. A label that
-        occurs twice is drawn for twice, independently. A label out of range, or without a sample, raises ValueError.
-
-        Args:
-            labels: integer labels.
-            num_samples: how many of each.
-            generator: CPU generator of the choice.
-            part: of the labels whose samples are returned; they are chosen for all.
+        A class that holds fewer than ``num_samples`` repeats its samples, each equally often up to one. The CPU
+        ``generator`` chooses for all labels, independently, also where only a ``part`` of them is returned.
         """
         labels = self._checked(labels)
         empty = labels[self.by_class.count[labels] == 0]
@@ -133,8 +104,7 @@ class SampleQueue:
     def sample_unconditional(
         self, num_samples: int, generator: torch.Generator | None = None, part: slice = ALL
     ) -> Tensor:
-        """Samples ``[num_samples, *latent_shape]`` of any class, without replacement while they last, or the ``part``
-        of them; raises ValueError if the queue is empty."""
+        """Draw samples ``[num_samples, *latent_shape]`` of any class as :meth:`sample` does, or a ``part`` of them."""
         if not self.unconditional.count.item():
             raise ValueError("the queue is empty: add() samples before drawing from it")
         return self.unconditional.draw(torch.zeros(1, dtype=torch.long), num_samples, generator, ALL)[0, part]
@@ -143,7 +113,6 @@ class SampleQueue:
         return {"by_class": self.by_class.state_dict(), "unconditional": self.unconditional.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore :meth:`state_dict` on any device; raises ValueError if a queue of other sizes saved it."""
         self.by_class.load_state_dict(state["by_class"])
         self.unconditional.load_state_dict(state["unconditional"])
 

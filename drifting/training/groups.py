@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..config.schema import Config, GuidanceConfig
 from ..data import SampleQueue
-from ..data.labels import ALL, distinct_labels, number_labels, tell_numbers
+from ..data.own import ALL, distinct_labels, number_labels, tell_numbers
 from ..generation import ClassNames, Labels, class_numbers
 from .distributed import Ranks
 

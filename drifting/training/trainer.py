@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from ..config import Config
 from ..config.reading import set_value
-from ..data.labels import label_of, sample_of
+from ..data.own import label_of, sample_of
 from ..generation import ClassNames, Generator, Labels, Signature
 from ..hub.run_directory import RunDirectory, save_generator
 from ..models import DriftingDiT, DriftingLoss
