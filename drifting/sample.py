@@ -59,22 +59,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse_labels(text: str | None, names: ClassNames) -> dict[int, int]:
-    """The class numbers that the option asks for, and what ``arr_1`` calls each: as it is named there, if by a number.
+    """The class numbers that ``--labels`` asks for, and what ``arr_1`` calls each: the number given, or class number.
 
     Labels are given by name, or by class number where no class has that name.
     """
     if text is None:
         return {number: number for number in range(len(names))}
-    place = {str(name): number for number, name in enumerate(names)}
+    place = {str(number): number for number in range(len(names))} | {str(name): n for n, name in enumerate(names)}
     chosen = {}
-    for part in text.split(","):
-        number = place.get(part.strip())
-        if number is None and part.strip().isdecimal() and int(part) < len(names):
-            number = int(part)
-        if number is None:
-            known = ", ".join(list(place)[:10]) + (", …" if len(place) > 10 else "")
-            raise UserError(f"--labels names {part!r}, expected 0 to {len(names) - 1} or some of: {known}")
-        chosen[number] = int(part) if part.strip().isdecimal() else number
+    for label in map(str.strip, text.split(",")):
+        if label not in place:
+            known = ", ".join(map(str, names[:10])) + (", …" if len(names) > 10 else "")
+            raise UserError(f"--labels names {label!r}, expected 0 to {len(names) - 1} or some of: {known}")
+        chosen[place[label]] = int(label) if label.isdecimal() else place[label]
     return chosen
 
 

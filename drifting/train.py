@@ -21,7 +21,7 @@ from .hub.sources import load_mae
 from .models import NETWORKS, FeatureStack
 from .models.drifting_loss import build_extractor
 from .training import DriftingTrainer, Ranks, join_ranks, loop
-from .training.run_evaluation import RunEvaluation
+from .training.run_evaluation import GeneratorRun
 from .utils.named import check_arguments, facts_taken, import_named, is_own
 
 
@@ -45,13 +45,7 @@ def train(config: Config, out: Path, ranks: Ranks = Ranks(), asked: Collection[s
     directory = RunDirectory(out)
     with loop.opened_run(directory, config, ranks, asked) as config:
         dataset = open_dataset(config.data, config.seed)
-        trainer = build_trainer(config, dataset, ranks)
-        evaluation = RunEvaluation(config, directory, trainer, dataset)
-        run = loop.Run(
-            directory, config, trainer, dataset.train, evaluation.evaluate, evaluation.save_model, evaluation.describe
-        )
-        quality = loop.train(run)
-        ranks.on_main(lambda: evaluation.report(quality))
+        loop.train(GeneratorRun(directory, build_trainer(config, dataset, ranks), dataset))
 
 
 def build_trainer(config: Config, dataset: Dataset, ranks: Ranks) -> DriftingTrainer:
@@ -102,19 +96,16 @@ def _extractor(config: LossConfig, shape: tuple[int, ...]) -> nn.Module:
             own = import_named(name, "loss.feature_extractor")
             extractor = own() if isinstance(own, type) else own
         elif name == "mae":
-            extractor = _autoencoder(str(config.mae), in_chans)
+            try:
+                mae = load_mae(str(config.mae))
+            except UserError as error:
+                raise UserError(f"loss.mae: {error}; `python -m drifting.pretrain` trains one") from error
+            if mae.config["in_chans"] != in_chans:
+                channels = mae.config["in_chans"]
+                raise UserError(f"loss.mae is {config.mae}, of {channels} channels: the data have {in_chans}")
+            extractor = mae.feature_extractor()
         named.append((name.rpartition(":")[2], build_extractor(extractor, in_chans)))
     return FeatureStack(named) if len(named) > 1 else named[0][1]
-
-
-def _autoencoder(source: str, in_chans: int | None) -> nn.Module:
-    try:
-        mae = load_mae(source)
-    except UserError as error:
-        raise UserError(f"loss.mae: {error}; `python -m drifting.pretrain` trains one") from error
-    if mae.config["in_chans"] != in_chans:
-        raise UserError(f"loss.mae is {source}, of {mae.config['in_chans']} channels: the data have {in_chans}")
-    return mae.feature_extractor()
 
 
 if __name__ == "__main__":

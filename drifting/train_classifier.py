@@ -15,7 +15,7 @@ from tqdm import trange
 from .cli import ArgumentParser, run_command
 from .config.schema import DataConfig
 from .data import DATASETS, Dataset, Split, open_dataset, training_batches
-from .errors import UserError, reason
+from .errors import UserError
 from .hub.run_directory import RunDirectory, write_model
 from .models import Classifier
 from .training.loop import leave_a_core_free
@@ -40,10 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError("a classifier judges images, which these data are not: choose other --data")
     if run.config.exists():
         raise UserError(f"{run.path} holds a run of another kind: choose another --out")
-    try:
-        run.path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {run.path}: {reason(error)}") from error
+    run.path.mkdir(parents=True, exist_ok=True)  # What cannot be written to is told before minutes of training.
     leave_a_core_free()
     classifier = train_classifier(dataset, arguments.epochs, arguments.seed)
     accuracy = measure_accuracy(classifier, dataset.test)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,13 +24,8 @@ PATIENCE = timedelta(days=1)  # The other ranks wait this long while rank 0 eval
 class Ranks:
     """This process among those of the run; by default it is alone, and nothing is communicated.
 
-    All ranks call a method that communicates, together.
-
-    Args:
-        rank: the number of this process.
-        size: how many processes there are.
-        group: exchanges tensors, on any device.
-        host: exchanges what is decided on the host.
+    All ranks call a method that communicates, together. ``group`` exchanges tensors on any device, and ``host`` what is
+    decided on the host.
     """
 
     rank: int = 0
@@ -116,11 +111,6 @@ def join_ranks() -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def replicate(model: nn.Module, ranks: Ranks) -> nn.Module:
-    """What training calls in place of ``model``: a replica on each rank, whose gradients are means over the ranks."""
-    return model if ranks.group is None else DistributedDataParallel(model, process_group=ranks.group)
-
-
 def shard(model: nn.Module, ranks: Ranks) -> None:
     """Let each rank keep a shard of every parameter of ``model`` (FSDP2), in place.
 
@@ -143,6 +133,5 @@ def averaging_gradients(model: nn.Module, averaging: bool) -> Iterator[None]:
     """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(averaging)
-    adding_replica = isinstance(model, DistributedDataParallel) and not averaging
-    with cast(DistributedDataParallel, model).no_sync() if adding_replica else nullcontext():
+    with nullcontext() if averaging or not isinstance(model, DistributedDataParallel) else model.no_sync():
         yield

@@ -22,6 +22,10 @@ from .distributed import Ranks, averaging_gradients
 from .groups import ClassGroups, Groups
 from .optimization import TrainedWeights
 
+SECTIONS = ("loss", "step", "guidance", "optimizer")  # Their keys are arguments of create_trainer.
+# These defaults of scripts differ from the paper's, whose runs are longer and larger.
+SCRIPTS = {"gen_per_label": 32, "pos_per_label": 32, "warmup_steps": 1000, "ema_decay": 0.99}
+
 
 class DriftingTrainer:
     """Trains a network by drifting, one step of several groups at a time.
@@ -31,16 +35,8 @@ class DriftingTrainer:
     samples of any label.
 
     Args:
-        model: the network, called as ``model(z)``, ``model(z, y)`` or ``model(z, y, cfg_scale)``.
-        config: the sections ``loss``, ``step``, ``guidance`` and ``optimizer``, the seed, and the length of the run.
-        feature_extractor: where samples are compared, see :class:`DriftingLoss`.
-        device: where to train; by default on CUDA if there is one, else on the CPU.
-        noise_shape: shape of one sample's noise, where ``model`` has no attribute of that name.
-        class_names: the labels, by class number; by default they are learnt from the data.
-        pixel_range, latent, data, origin: what :class:`Generator` says of the samples and of the network's name and
-            arguments.
-        ranks: the processes that take each step together, each for its share of the labels. The step is the same at any
-            number of them, up to rounding: statistics, gradients and queues are those of all.
+        config: the sections of :func:`create_trainer`, which explains the other arguments, seed and length of the run.
+        latent, data, origin: what :class:`Generator` says of the samples and of the network's name and arguments.
 
     ``step`` counts the steps taken; ``best_decay`` says which average :meth:`generate` uses, and whoever evaluates them
     may set it. ``stopwatch`` knows how long the phases of the steps took: "communication" of samples and metrics,
@@ -75,43 +71,34 @@ class DriftingTrainer:
             config, self.sample_shape, self.ranks, self.device, class_names,
             labelled=self.signature.conditions > 0, num_classes=getattr(model, "num_classes", None),
         )  # fmt: skip
-        step, loss, optimizer = config.step, config.loss, config.optimizer
+        self.images_per_step = self.groups.size * config.step.gen_per_label  # So many are generated on all ranks.
         self.loss_fn = DriftingLoss(
-            feature_extractor, loss.temperatures, affinity_floor=loss.affinity_floor, bf16=step.bf16,
-            in_chans=self.sample_shape[0] if len(self.sample_shape) == 3 else None, process_group=self.ranks.group,
+            feature_extractor, config.loss.temperatures, affinity_floor=config.loss.affinity_floor,
+            in_chans=self.sample_shape[0] if len(self.sample_shape) == 3 else None, bf16=config.step.bf16,
+            process_group=self.ranks.group,
         ).to(self.device)  # fmt: skip
         if hasattr(model, "activation_checkpointing"):
-            model.activation_checkpointing = step.activation_checkpointing  # type: ignore[assignment]
-        elif step.activation_checkpointing:
+            model.activation_checkpointing = config.step.activation_checkpointing  # type: ignore[assignment]
+        elif config.step.activation_checkpointing:
             raise ValueError(
                 f"step.activation_checkpointing is true, but {type(model).__name__} has no attribute of that name: "
                 "a network of your own has one, looks at it and calls torch.utils.checkpoint itself"
             )
-        self.weights = TrainedWeights(
-            model, optimizer, optimizer.ema_decay, config.train.steps, self.ranks, self.device, step.fsdp
-        )
-        if step.compile:
+        self.weights = TrainedWeights(model, config, self.ranks, self.device)
+        if config.step.compile:
             self.weights.distributed.compile()
             self.loss_fn.feature_extractor.compile()
-        self.best_decay = optimizer.ema_decay[0]
+        self.best_decay = config.optimizer.ema_decay[0]
         self.stopwatch = self.loss_fn.stopwatch = Stopwatch(self.device)
 
     @property
     def step(self) -> int:
-        """The steps taken so far."""
         return self.weights.step
-
-    @property
-    def images_per_step(self) -> int:
-        """Samples that a step generates, on all ranks."""
-        return self.groups.size * self.config.step.gen_per_label
 
     @property
     def ema_model(self) -> nn.Module:
         """The network with the averaged weights of ``best_decay``. All ranks ask for it together."""
         return self.weights.average(self.best_decay)
-
-    # ------------------------------------------------------------------------------------------------ the step
 
     def train_step(self, x: Tensor, y: Labels | None = None, use_cfg_training: bool = True) -> dict[str, Tensor]:
         """Take in a batch of real samples, then take one step of Algorithm 1.
@@ -151,30 +138,22 @@ class DriftingTrainer:
         Returns:
             The generated samples ``[l, G, *sample_shape]``, the loss of these groups, and what the loss reports.
         """
-        inputs, at_once = self._draw_inputs(groups), self.config.step.labels_at_once
-        pos, uncond, weight = groups.pos, groups.uncond, groups.weight
-        # The ranks average their gradients: this makes it the gradient of a mean over all labels.
-        share = len(pos) * self.ranks.size / self.groups.size
-        if at_once is None or at_once >= len(pos):
-            gen = self._generate(inputs, groups, slice(None))  # [l, G, *sample_shape]
-            loss, info = self.loss_fn.loss_and_info(gen, pos, uncond, weight)
-            (loss * share).backward()
-            return gen, loss, info
-        fixed = pos if uncond is None else torch.cat([pos, uncond], 1)
-        num_uncond = fixed.shape[1] - pos.shape[1]
-        weights = (fixed.new_ones(len(pos)) if weight is None else weight).unsqueeze(1).expand(-1, num_uncond)
-        return backward_in_parts(
-            self.loss_fn, lambda part: self._generate(inputs, groups, part), fixed, pos.shape[1], weights, at_once,
-            share, partial(averaging_gradients, self.weights.distributed),
-        )  # fmt: skip
-
-    def _draw_inputs(self, groups: Groups) -> dict[str, Tensor]:
-        """The noise ``z [l, G, *noise_shape]`` of each group, by its own seed, and what else the network draws."""
-        noise, drawn = torch.Generator(self.device), []
-        for seed in groups.seeds:
+        num, at_once, noise = len(groups.pos), self.config.step.labels_at_once, torch.Generator(self.device)
+        drawn = []
+        for seed in groups.seeds:  # ε, and what else the network draws
             noise.manual_seed(seed)
             drawn.append(self.signature.draw(self.model, self.config.step.gen_per_label, noise, self.device))
-        return {name: torch.stack([of_group[name] for of_group in drawn]) for name in drawn[0]}
+        inputs = {name: torch.stack([of_group[name] for of_group in drawn]) for name in drawn[0]}  # [l, G, …]
+        generate = partial(self._generate, inputs, groups)
+        # The ranks average their gradients: this makes it the gradient of a mean over all labels.
+        share = num * self.ranks.size / self.groups.size
+        if at_once is None or at_once >= num:
+            gen = generate(slice(None))
+            loss, info = self.loss_fn.loss_and_info(gen, groups.pos, groups.uncond, groups.weight)
+            (loss * share).backward()
+            return gen, loss, info
+        averaging = partial(averaging_gradients, self.weights.distributed)
+        return backward_in_parts(self.loss_fn, generate, groups, at_once, share, averaging)
 
     def _generate(self, inputs: dict[str, Tensor], groups: Groups, part: slice) -> Tensor:
         """The samples ``[l, G, *sample_shape]`` of a part of the groups."""
@@ -182,15 +161,13 @@ class DriftingTrainer:
         num, step = self.config.step.gen_per_label, self.config.step
         torch.manual_seed(groups.seeds[part][0])  # A part that is generated twice drops out the same values.
         drawn = {name: values[part].flatten(0, 1) for name, values in inputs.items()}
-        y, alpha = (t[part].to(self.device).repeat_interleave(num) for t in (groups.label, groups.cfg_scale))
+        y, alpha = (t[part].repeat_interleave(num) for t in (groups.label, groups.cfg_scale))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=step.bf16):
             samples = self.signature.call(self.weights.distributed, drawn, y, alpha).float()
         self.stopwatch.enter_at_gradient(samples, "generator")
         if step.clamp and self.pixel_range is not None and not self.latent:
             samples = samples.clamp(*self.pixel_range)
         return samples.unflatten(0, (-1, num))
-
-    # ------------------------------------------------------------------------------------------ around the step
 
     def train_epoch(self, dataloader: Iterable[Any], use_cfg_training: bool = True) -> dict[str, float]:
         """Take one step for each batch of ``dataloader``, which yields ``x``, ``(x,)`` or ``(x, y)``.
@@ -211,8 +188,8 @@ class DriftingTrainer:
             num_steps += 1
         if not num_steps:
             raise ValueError("the dataloader yielded no batch, expected batches x or (x, y)")
-        averages = dict(zip(logged, (sums / num_steps).tolist(), strict=True))
-        return {"avg_loss": averages.pop("loss"), "num_steps": num_steps} | averages
+        loss, grad_norm, spread = (sums / num_steps).tolist()
+        return {"avg_loss": loss, "num_steps": num_steps, "grad_norm": grad_norm, "sample_spread": spread}
 
     def generate(
         self,
@@ -231,9 +208,7 @@ class DriftingTrainer:
         """The averaged network, or another average of it, with what is known of its samples."""
         model = self.ema_model if model is None else model
         names = self.groups.class_names or tuple(range(getattr(model, "num_classes", 1)))
-        name, arguments = self.origin or ("", {})
-        if isinstance(model, DriftingDiT):
-            name, arguments = "drifting_dit", model.config
+        name, arguments = ("drifting_dit", model.config) if isinstance(model, DriftingDiT) else self.origin or ("", {})
         return Generator(
             model, self.signature.noise_shape, self.sample_shape, names, self.pixel_range, self.latent, self.data,
             self.step, name, arguments,
@@ -244,8 +219,7 @@ class DriftingTrainer:
 
         All ranks call this, and rank 0 writes.
         """
-        generator = self.generator()
-        self.ranks.on_main(lambda: save_generator(RunDirectory(Path(folder)), generator))
+        self.ranks.on_main(partial(save_generator, RunDirectory(Path(folder)), self.generator()))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that shapes the rest of the run, whole and on the host of rank 0. All ranks call this."""
@@ -256,12 +230,6 @@ class DriftingTrainer:
         self.weights.load_state_dict(state)
         self.groups.load_state_dict(state["groups"])
         self.best_decay = state["best_decay"]
-
-
-SECTIONS = ("loss", "step", "guidance", "optimizer")  # Their keys are arguments of create_trainer.
-
-# These defaults of scripts differ from the paper's, whose runs are longer and larger.
-SCRIPTS = {"gen_per_label": 32, "pos_per_label": 32, "warmup_steps": 1000, "ema_decay": 0.99}
 
 
 def create_trainer(
@@ -302,8 +270,8 @@ def create_trainer(
         decay_steps: the learning rate falls along a cosine to 0 at this step; None lets it stay.
         labels_per_step: groups of a step, by default 4, or of a network that takes no labels one a rank.
         seed: of all randomness in training. The network's initial weights are the caller's.
-        ranks: processes that train together, from :func:`join_ranks`; each creates this trainer with the same arguments
-            and the same initial weights.
+        ranks: processes that take each step together, from :func:`join_ranks`, each for its share of the labels and
+            with the same arguments and initial weights. The step is the same at any number, up to rounding.
         settings: any other key of the sections ``loss``, ``step``, ``guidance`` and ``optimizer`` of a configuration,
             such as ``gen_per_label``, ``temperatures``, ``bf16`` or ``ema_decay``: ``python -m drifting.train --help``
             lists them. By default they are the paper's, but 32 generated and 32 positive samples a label, 1000 steps of
