@@ -15,10 +15,8 @@ from torch import Tensor, nn
 
 from .errors import reason
 
-BY_PLACE = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 LABEL_NAMES = ("y", "label", "labels", "condition")  # An optional argument is given only where it is called so …
 SCALE_NAMES = ("cfg_scale", "scale", "guidance", "alpha")  # … or so.
-MOST_NAMED = 10  # This many labels are named in a message.
 
 ClassNames = tuple[int | str, ...]
 Labels = Tensor | Sequence[int] | Sequence[str]
@@ -43,7 +41,8 @@ class Signature:
                 f"the network {name} does not say what noise it takes: give it an attribute noise_shape, "
                 "or pass noise_shape=(64,) for vectors of 64 numbers"
             )
-        taken = [p for p in inspect.signature(model.forward).parameters.values() if p.kind in BY_PLACE]
+        parameters = inspect.signature(model.forward).parameters.values()
+        taken = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         if not taken or sum(p.default is p.empty for p in taken) > 3:
             names = ", ".join(p.name for p in taken)
             raise ValueError(f"the network {name} takes ({names}), expected (z), (z, y) or (z, y, cfg_scale)")
@@ -113,8 +112,7 @@ def generate(
         generator: all is drawn on its device, then moved, so that one CPU seed gives the same samples on every device.
         noise_shape: the shape of one sample's noise, where the network has no attribute of that name.
 
-    Raises:
-        ValueError: the noise shape is unknown, or so are labels that the network takes; or a shape is another.
+    It raises ValueError where the noise shape is unknown, or labels that the network takes, or a shape is another.
     """
     if device is not None:
         model.to(device)
@@ -137,13 +135,13 @@ def generate(
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Inside, ``model`` is in evaluation mode; afterwards each of its parts is in its mode of before."""
-    modes = [(module, module.training) for module in model.modules()]
+    in_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         yield
     finally:
-        for module, mode in modes:
-            module.training = mode
+        for module in in_training:
+            module.training = True
 
 
 @dataclass(frozen=True)
@@ -207,6 +205,6 @@ def class_numbers(labels: Labels, names: ClassNames) -> Tensor:
     place = {name: number for number, name in enumerate(called)}
     unknown = next((value for value in values if value not in place), None)
     if unknown is not None:
-        shown = ", ".join(map(str, called[:MOST_NAMED])) + (", …" if len(called) > MOST_NAMED else "")
+        shown = ", ".join(map(str, called[:10])) + (", …" if len(called) > 10 else "")
         raise ValueError(f"there is no label {unknown!r}, expected one of: {shown}")
     return torch.tensor([place[value] for value in values], dtype=torch.int64)

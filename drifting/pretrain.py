@@ -44,14 +44,7 @@ def pretrain(
     ranks: Ranks = Ranks(),  # noqa: B008
     asked: Collection[str] = (),
 ) -> None:
-    """Train to ``config.train.steps`` in ``out``, from its newest checkpoint if it has one.
-
-    All ``ranks`` take the steps; rank 0 evaluates and writes. ``asked`` are keys whose values change within the run.
-
-    Raises:
-        UserError: ``out`` is in use, belongs to another configuration or cannot be written.
-        Interrupted: by Ctrl-C or SIGTERM; the run is saved.
-    """
+    """Train a masked autoencoder in ``out``, as :func:`drifting.train.train` does a generator."""
     directory = RunDirectory(out)
     with loop.opened_run(directory, config, ranks, asked) as config:
         dataset = open_dataset(config.data, config.seed)
@@ -92,7 +85,6 @@ class MAERun(loop.Run[MAETrainer]):
 
     @torch.no_grad()
     def _measure(self) -> Quality:
-        """Mean ``recon_loss_test`` and ``cls_loss_test``."""
         model, device = self.trainer.ema_model.eval(), self.trainer.device
         self._save_picture(model, self.images[: ROWS * COLUMNS].to(device), self.masks[: ROWS * COLUMNS].to(device))
         batches = zip(*(part.split(TEST_BATCH) for part in (self.images, self.labels, self.masks)), strict=True)

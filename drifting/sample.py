@@ -19,8 +19,6 @@ from .hub.vae import require_vae
 from .utils.images import save_grid
 from .utils.named import import_named
 
-SUFFIXES = (".npz", ".png")
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = ArgumentParser(prog="python -m drifting.sample", description="Draw samples from a trained generator.")
@@ -33,28 +31,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", metavar="MODULE:NAME", help="the class of a network of your own")
     arguments = parser.parse_args(argv)
 
-    if arguments.num < 1:
-        raise UserError(f"--num is {arguments.num}, expected 1 or more")
-    if arguments.out.suffix not in SUFFIXES:
-        raise UserError(f"--out is {arguments.out}, expected a file that ends in {' or '.join(SUFFIXES)}")
+    num, out = arguments.num, arguments.out
+    if num < 1:
+        raise UserError(f"--num is {num}, expected 1 or more")
+    if out.suffix not in (".npz", ".png"):
+        raise UserError(f"--out is {out}, expected a file that ends in .npz or .png")
     check_drawing(arguments.cfg_scale, arguments.seed)
     generator = load_generator(arguments.source, arguments.model and import_named(arguments.model, "--model"))
-    if arguments.out.suffix == ".png" and not generator.makes_images:
+    if out.suffix == ".png" and not generator.makes_images:
         shape = list(generator.sample_shape)
-        raise UserError(f"--out is {arguments.out}, but samples {shape} are no images: expected a file in .npz")
+        raise UserError(f"--out is {out}, but samples {shape} are no images: expected a file in .npz")
     chosen = parse_labels(arguments.labels, generator.class_names)
-    numbers = spread_labels(arguments.num, list(chosen))
+    numbers = spread_labels(num, list(chosen))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if generator.latent:
         require_vae(device)
     generator.model.to(device)
     samples = draw_samples(generator, numbers, arguments.cfg_scale, arguments.seed)
-    if arguments.out.suffix == ".npz":
-        write_samples(arguments.out, samples, torch.tensor([chosen[number] for number in numbers.tolist()]).numpy())
+    if out.suffix == ".npz":
+        write_samples(out, samples, torch.tensor([chosen[number] for number in numbers.tolist()]).numpy())
     else:
-        save_grid(samples, math.ceil(math.sqrt(len(samples))), arguments.out)
-    labels = [generator.class_names[number] for number in sorted(set(numbers.tolist()))]
-    print(f"wrote {len(samples)} samples of labels {', '.join(map(str, labels))} to {arguments.out}")
+        save_grid(samples, math.ceil(math.sqrt(num)), out)
+    labels = ", ".join(str(generator.class_names[number]) for number in numbers.unique().tolist())
+    print(f"wrote {num} samples of labels {labels} to {out}")
     return 0
 
 

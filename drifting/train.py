@@ -37,10 +37,7 @@ def train(config: Config, out: Path, ranks: Ranks = Ranks(), asked: Collection[s
     """Train to ``config.train.steps`` in ``out``, from its newest checkpoint if it has one.
 
     All ``ranks`` take the steps; rank 0 evaluates and writes. ``asked`` are keys whose values change within the run.
-
-    Raises:
-        UserError: ``out`` is in use, belongs to another configuration or cannot be written.
-        Interrupted: by Ctrl-C or SIGTERM; the run is saved.
+    It raises as :func:`drifting.training.loop.opened_run` and :func:`drifting.training.loop.train`.
     """
     directory = RunDirectory(out)
     with loop.opened_run(directory, config, ranks, asked) as config:
@@ -49,13 +46,10 @@ def train(config: Config, out: Path, ranks: Ranks = Ranks(), asked: Collection[s
 
 
 def build_trainer(config: Config, dataset: Dataset, ranks: Ranks) -> DriftingTrainer:
-    """The trainer of a configuration, with the network and the feature extractors that it names.
+    """The trainer of a configuration; raises UserError where network, extractor and data do not fit each other.
 
     The network gets the arguments of the section ``model`` and, of what the data say, those that it takes:
-    ``num_classes``, ``sample_shape`` and, of square images, ``img_size`` and ``in_chans``.
-
-    Raises:
-        UserError: network, extractor and data do not fit each other.
+    ``num_classes``, ``sample_shape``, and of images ``in_chans`` and, where they are square, ``img_size``.
     """
     name, shape = config.model.name, dataset.sample_shape
     target = import_named(name, "model.name") if is_own(name) else NETWORKS[name]
@@ -64,18 +58,19 @@ def build_trainer(config: Config, dataset: Dataset, ranks: Ranks) -> DriftingTra
         facts |= {"in_chans": shape[0]} | ({"img_size": shape[1]} if shape[1] == shape[2] else {})
     check_arguments(target, config.model.keywords(), "model")
     arguments = facts_taken(target, facts) | config.model.keywords()
-    torch.manual_seed(config.seed)
     loss = config.loss
     if ("mae" in loss.feature_extractor) != (loss.mae is not None):
         raise UserError(
             f"loss.mae is {loss.mae} and loss.feature_extractor {loss.feature_extractor}: "
             "expected both or neither to name a masked autoencoder"
         )
-    model, extractor = build(target, arguments, "cpu"), _extractor(loss, shape)
+    torch.manual_seed(config.seed)
+    model = build(target, arguments, "cpu")
     try:
+        extractor = _extractor(loss, shape)
         trainer = DriftingTrainer(
-            model, config, extractor, class_names=dataset.class_names, pixel_range=dataset.pixel_range,
-            latent=dataset.latent, data=dataset.name, origin=(name, arguments), ranks=ranks,
+            model, config, extractor, class_names=dataset.class_names, pixel_range=dataset.pixel_range, ranks=ranks,
+            latent=dataset.latent, data=dataset.name, name=name, arguments=arguments,
         )  # fmt: skip
     except ValueError as error:
         raise UserError(str(error)) from error

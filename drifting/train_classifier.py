@@ -5,12 +5,13 @@
 """
 
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn import functional as F
-from tqdm import trange
+from tqdm import tqdm
 
 from .cli import ArgumentParser, run_command
 from .config.schema import DataConfig
@@ -32,9 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--epochs", type=int, default=6, help="passes over the training images (default: 6)")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
+    run = RunDirectory(arguments.out or Path("runs") / f"classifier_{arguments.data}")
     if arguments.epochs < 1:
         raise UserError(f"--epochs is {arguments.epochs}, expected 1 or more")
-    run = RunDirectory(arguments.out or Path("runs") / f"classifier_{arguments.data}")
     dataset = open_dataset(DataConfig(arguments.data, arguments.path))
     if dataset.latent or dataset.pixel_range is None:
         raise UserError("a classifier judges images, which these data are not: choose other --data")
@@ -53,14 +54,13 @@ def train_classifier(dataset: Dataset, epochs: int, seed: int) -> Classifier:
     """A classifier trained on the training images: AdamW with one cycle of the learning rate."""
     torch.manual_seed(seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    classifier = Classifier(dataset.sample_shape[0], dataset.num_classes).to(device)
-    classifier = classifier.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    classifier: Any = Classifier(dataset.sample_shape[0], dataset.num_classes).to(device)
+    classifier.to(memory_format=torch.channels_last)
     steps = max(3, epochs * len(dataset.train) // BATCH)
     optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=WEIGHT_DECAY, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, steps)
-    batches = training_batches(dataset.train, BATCH, seed)
-    for _ in trange(steps, unit="step", desc="classifier"):
-        images, labels = next(batches)
+    batches = islice(training_batches(dataset.train, BATCH, seed), steps)
+    for images, labels in tqdm(batches, total=steps, unit="step", desc="classifier"):
         loss = F.cross_entropy(classifier(images.to(device)), labels.to(device))
         optimizer.zero_grad()
         loss.backward()
@@ -73,11 +73,9 @@ def train_classifier(dataset: Dataset, epochs: int, seed: int) -> Classifier:
 def measure_accuracy(classifier: Classifier, split: Split) -> float:
     """Share of the images of ``split`` whose label the classifier finds."""
     device = next(classifier.parameters()).device
-    right = 0
-    for indices in torch.arange(len(split)).split(TEST_BATCH):
-        predicted: Tensor = classifier(split.samples(indices.tolist()).to(device)).argmax(1).cpu()
-        right += int((predicted == split.labels[indices]).sum())
-    return right / len(split)
+    parts = (split.samples(indices.tolist()) for indices in torch.arange(len(split)).split(TEST_BATCH))
+    predicted = torch.cat([classifier(part.to(device)).argmax(1).cpu() for part in parts])
+    return int((predicted == split.labels).sum()) / len(split)
 
 
 if __name__ == "__main__":

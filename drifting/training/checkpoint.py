@@ -34,8 +34,7 @@ def save_checkpoint(folder: Path, state: dict[str, Any], keep: int = 2) -> Path:
             old.unlink(missing_ok=True)  # Later ones are damaged, and are replaced when their step comes again.
     except (OSError, RuntimeError, UserError) as error:
         # What the system refused may be hidden behind an error of PyTorch's writer or of ours.
-        causes = (error, error.__cause__, error.__context__)
-        cause = next((cause for cause in causes if isinstance(cause, OSError)), error)
+        cause = next((e for e in (error, error.__cause__, error.__context__) if isinstance(e, OSError)), error)
         kept = [f"the checkpoint {other} is intact" for other in checkpoints_in(folder).values()]
         left = ["there is no earlier checkpoint", *kept][-1]
         raise UserError(f"cannot save the checkpoint {path}: {reason(cause)}; {left}") from error
@@ -45,10 +44,7 @@ def save_checkpoint(folder: Path, state: dict[str, Any], keep: int = 2) -> Path:
 def load_checkpoint(folder: Path) -> dict[str, Any] | None:
     """The newest state in ``folder`` that is as it was written, on the CPU, or None where there is no checkpoint.
 
-    A damaged checkpoint is reported, and the one before it used.
-
-    Raises:
-        UserError: there are checkpoints, and none is undamaged.
+    A damaged checkpoint is reported, and the one before it used; if all are damaged it raises UserError.
     """
     problems = []
     for step, path in reversed(checkpoints_in(folder).items()):

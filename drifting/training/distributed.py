@@ -35,7 +35,6 @@ class Ranks:
 
     @property
     def main(self) -> bool:
-        """Whether this is rank 0, which evaluates and writes."""
         return self.rank == 0
 
     def share(self, count: int) -> slice:
@@ -93,10 +92,7 @@ class Ranks:
 
 @contextmanager
 def join_ranks() -> Iterator[Ranks]:
-    """Meet the other processes, if torchrun started this one among several, and part from them in the end.
-
-    Each process has a GPU of its own, by its local rank, or where there are none the CPU.
-    """
+    """Meet the processes that torchrun started, each with its own GPU or all on the CPU, and part from them at last."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield Ranks()
         return

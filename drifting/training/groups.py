@@ -18,10 +18,7 @@ from .distributed import Ranks
 
 @dataclass(frozen=True)
 class Groups:
-    """What a rank compares in a step: l groups, each of one label.
-
-    ``uncond`` and ``weight`` are None where no α of the step is above 1.
-    """
+    """What a rank compares in a step: l groups of one label each. Where no α is above 1, ``uncond`` is None."""
 
     label: Tensor  # [l]: class numbers, on the host
     cfg_scale: Tensor  # [l]: guidance scales α, on the host
@@ -31,46 +28,37 @@ class Groups:
     weight: Tensor | None  # [l]: the weight of each of these relative to a generated sample
 
 
+@dataclass
 class ClassGroups:
     """Groups by class. Real samples wait in queues, one a class and one of all classes (appendix A.8 of the paper).
 
     A step takes ``labels_per_step`` classes, none twice while they last, and for each of them ``pos_per_label`` real
     samples and, where the guidance scale α is above 1, ``uncond_per_label`` real samples of any class. What a step
     draws follows from (seed, step), and each rank draws it for all ranks, but keeps its share only.
-
-    Args:
-        device: where a step's samples go; the queues are on ``config.step.queue_device``, by default here too.
-        class_names: the labels, by class number, where they are known already.
-        labelled: whether the network takes labels; without, all samples are of one class.
-        num_classes: how many labels the network knows, if it says so.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        sample_shape: tuple[int, ...],
-        ranks: Ranks,
-        device: torch.device,
-        class_names: ClassNames | None,
-        labelled: bool,
-        num_classes: int | None,
-    ) -> None:
-        self.size = config.step.labels_per_step  # A step has this many groups, on all ranks.
-        told = f"labels_per_step is {self.size}, expected"
-        if self.size < ranks.size:  # Each rank needs a label.
-            raise ValueError(f"{told} at least the {ranks.size} ranks")
-        if config.step.labels_at_once is not None and self.size % ranks.size:  # All ranks meet in each part.
-            raise ValueError(f"{told} a multiple of the {ranks.size} ranks with labels_at_once")
-        self.config, self.sample_shape, self.ranks, self.device = config, sample_shape, ranks, device
-        self.labelled, self.num_classes = labelled, num_classes
-        self.class_names = class_names if labelled else ALL
-        self.queue: SampleQueue | None = None  # It is made with the first samples, when all labels are known.
+    config: Config
+    sample_shape: tuple[int, ...]
+    ranks: Ranks
+    device: torch.device  # A step's samples go there, and so do the queues unless the configuration has a device.
+    class_names: ClassNames | None  # These are the labels, by class number, where they are known already.
+    labelled: bool  # A network that takes no labels has all samples in one class.
+    num_classes: int | None  # The network knows this many labels, if it says so.
+    queue: SampleQueue | None = None  # It is made with the first samples, when all labels are known.
+
+    def __post_init__(self) -> None:
+        self.size = self.config.step.labels_per_step  # A step has this many groups, on all ranks.
+        told, num_ranks = f"labels_per_step is {self.size}, expected", self.ranks.size
+        if self.size < num_ranks:  # Each rank needs a label.
+            raise ValueError(f"{told} at least the {num_ranks} ranks")
+        if self.config.step.labels_at_once is not None and self.size % num_ranks:  # All ranks meet in each part.
+            raise ValueError(f"{told} a multiple of the {num_ranks} ranks with labels_at_once")
+        self.class_names = self.class_names if self.labelled else ALL
 
     def learn_labels(self, batches: Iterable[Any]) -> None:
         """Find out which labels the data have, before the first batch of them, if nobody has said so.
 
-        They are numbered in their order, or as the network numbers them if they are such numbers. Where that changes
-        them it is told in one line.
+        They are numbered in their order, or as by the network if they are its numbers; where that changes them it says so.
         """
         if self.class_names is not None:
             return
@@ -87,10 +75,7 @@ class ClassGroups:
             tell_numbers(self.class_names)
 
     def add(self, samples: Tensor, labels: Labels | None) -> None:
-        """Put this rank's part of a batch ``[B, *sample_shape]``, and those of the others, into the queues.
-
-        It raises ValueError for samples of another shape, or labels that the data did not have before.
-        """
+        """Put this rank's part of a batch ``[B, *sample_shape]``, and those of the others, into the queues."""
         if samples.shape[1:] != self.sample_shape:
             raise ValueError(
                 f"the network makes samples {list(self.sample_shape)}, the data have {list(samples.shape[1:])}: "

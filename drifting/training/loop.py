@@ -32,34 +32,34 @@ AnyTrainer = TypeVar("AnyTrainer", bound=DriftingTrainer | MAETrainer)
 
 @dataclass
 class Run(ABC, Generic[AnyTrainer]):
-    """A run of a training command: where it is kept, what takes the steps, and what is done around them."""
+    """A run of a training command: where it is kept, what takes the steps, and what is done around them.
+
+    ``evaluate`` measures the averaged weights and leaves a picture, ``save_model`` writes them: all ranks call these
+    together. ``describe`` words the terms of a record and of the last measures that are worth watching, and ``report``
+    prints the closing measures and what to do next.
+    """
 
     directory: RunDirectory
     trainer: AnyTrainer
     dataset: Dataset
 
     @abstractmethod
-    def evaluate(self) -> Quality:
-        """Measure the averaged weights, and leave a picture in the run directory. All ranks call this together."""
+    def evaluate(self) -> Quality: ...
 
     @abstractmethod
-    def save_model(self) -> None:
-        """Write the averaged weights into the run directory. All ranks call this together."""
+    def save_model(self) -> None: ...
 
     @abstractmethod
-    def describe(self, record: dict[str, Any], quality: Quality) -> str:
-        """Put into words the terms of a record and of the last measures that are worth watching."""
+    def describe(self, record: dict[str, Any], quality: Quality) -> str: ...
 
     @abstractmethod
-    def report(self, quality: Quality) -> None:
-        """Print the closing measures, and what to do next."""
+    def report(self, quality: Quality) -> None: ...
 
 
 def leave_a_core_free() -> None:
     """Use all cores but one, unless OMP_NUM_THREADS says how many.
 
-    With every core in use, anything else that runs holds up each parallel region: on two cores a step then takes ten
-    times as long. A small model loses little by leaving one core free.
+    With every core in use, anything else that runs holds up each parallel region: a step can take ten times as long.
     """
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, torch.get_num_threads() - 1))
@@ -69,36 +69,25 @@ def leave_a_core_free() -> None:
 def opened_run(run: RunDirectory, config: AnyConfig, ranks: Ranks, asked: Collection[str] = ()) -> Iterator[AnyConfig]:
     """The run directory is there and this run's alone, inside; gives the configuration, with changes made earlier.
 
-    Args:
-        asked: keys that the user changes within the run, by ``--change``.
-
-    Raises:
-        UserError: it is in use, or holds a run with a configuration that would train something else; or the ranks
-            cannot share a batch.
+    The user changes the keys in ``asked`` within the run. It raises UserError where the directory is in use or holds a
+    run with a configuration that would train something else, or the ranks cannot share a batch.
     """
+    batch = config.train.batch_size
     with ExitStack() as stack:
-
-        def open_and_lock() -> AnyConfig:
-            run.samples.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(run.lock())
-            return config_in_force(run.config, config, asked)
-
         with ranks.agreed():
-            if config.train.batch_size % ranks.size:
-                batch = config.train.batch_size
+            if batch % ranks.size:
                 raise UserError(f"train.batch_size is {batch}, expected a multiple of the {ranks.size} ranks")
-            config_of_main = ranks.on_all(lambda: open_and_lock() if ranks.main else config)[0]
-        yield config_of_main
+            ranks.on_main(lambda: run.samples.mkdir(parents=True, exist_ok=True))
+            ranks.on_main(lambda: stack.enter_context(run.lock()))
+            in_force = ranks.on_all(lambda: config_in_force(run.config, config, asked) if ranks.main else config)
+        yield in_force[0]
 
 
 def train(run: Run[AnyTrainer]) -> None:
     """Take the steps of a run from its newest checkpoint to the end: evaluate, log and save on the way, then report.
 
-    A run that is at its end is evaluated again.
-
-    Raises:
-        UserError: the checkpoint cannot be read or is of a later step, or loss or gradient are not finite.
-        Interrupted: Ctrl-C or SIGTERM ended the run early; it is saved.
+    A run that is at its end is evaluated again. It raises UserError where the checkpoint cannot be read or is of a
+    later step, or loss or gradient are not finite, and Interrupted where a signal ended the run early; it is saved.
     """
     trainer, directory, ranks = run.trainer, run.directory, run.trainer.ranks
     config: Any = trainer.config
@@ -157,10 +146,8 @@ def _train_steps(run: Run[AnyTrainer], log: MetricsLog | None, signals: list[int
                     check_finite(step, metrics, every.max_skipped_steps, checkpoints)
             timing = trainer.stopwatch.read(step - logged, trainer.images_per_step) if logging else {}
             trainer.stopwatch.enter("evaluation")
-            if evaluating:
-                quality = run.evaluate()
-            if logging:
-                logged = step
+            quality = run.evaluate() if evaluating else quality
+            logged = step if logging else logged
             if log is not None and logging:
                 record = {"step": step} | to_record(metrics) | {"timing": timing}
                 bar.set_postfix_str(run.describe(record, quality), refresh=False)

@@ -55,9 +55,8 @@ class MAETrainer:
     def train_step(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Take one step on images ``[B, C, H, W]`` and labels ``[B]``, as many on each rank.
 
-        Returns:
-            0-d tensors, left on the device and the same on all ranks: the means of ``loss``, ``recon_loss`` and
-            ``cls_loss``; ``lambda_cls``; ``grad_norm`` before clipping; ``skipped_steps``.
+        It returns 0-d tensors, left on the device and the same on all ranks: the means of ``loss``, ``recon_loss`` and
+        ``cls_loss``; ``lambda_cls``; ``grad_norm`` before clipping; ``skipped_steps``.
         """
         self.stopwatch.enter("model")
         self.images_per_step = len(images) * self.ranks.size
@@ -76,11 +75,10 @@ class MAETrainer:
         return metrics | {"skipped_steps": self.weights.skipped_steps.clone()}
 
     def _draw_inputs(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """What the model sees of this rank's images, and their masks.
+        """What the model sees of this rank's images, and their masks. Both are drawn for all ranks, on each.
 
-        Masks and noise are drawn for the images of all ranks, on each. With ``step.latents`` the model sees one draw
-        from the posterior that the Stable Diffusion VAE has of each image. Afterwards torch's generators, from which
-        dropout draws, are at a seed of this step and rank.
+        With ``step.latents`` it sees one draw from the posterior that the Stable Diffusion VAE has of each image.
+        Afterwards torch's generators, from which dropout draws, are at a seed of this step and rank.
         """
         moments = encode_images(images) if self.config.step.latents else None
         inputs = images if moments is None else moments[0]

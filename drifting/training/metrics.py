@@ -16,13 +16,10 @@ from .checkpoint import checkpoints_in
 
 
 class MetricsLog:
-    """Appends records to ``path`` and writes them beside it as TensorBoard events; records after ``step`` are dropped.
+    """Appends records to ``path`` in a run directory, and writes them beside it as TensorBoard events.
 
-    Args:
-        path: ``metrics.jsonl`` in a run directory.
-        step: the step that training goes on from.
-        wandb_project: a project of Weights & Biases, which gets the records too, as a run of the directory's name.
-        settings: what W&B shows of the configuration.
+    Training goes on from ``step``: records after it are dropped. ``wandb_project``, of Weights & Biases, gets the
+    records too, as a run of the directory's name with these ``settings``.
     """
 
     def __init__(self, path: Path, step: int, wandb_project: str | None = None, settings: Any = None) -> None:
@@ -36,7 +33,7 @@ class MetricsLog:
         self.events = SummaryWriter(str(path.parent), purge_step=step + 1)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Write one record, whose values are numbers or dictionaries of them, and its ``step``."""
+        """Write one record: its ``step``, and numbers or dictionaries of them."""
         valid = json.loads(json.dumps(record), parse_constant=lambda name: None)  # JSON has no NaN and no infinity.
         line = memoryview(f"{json.dumps(valid)}\n".encode())
         scalars = {name: value for name, value in _flat(record).items() if name != "step"}

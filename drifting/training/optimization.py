@@ -6,13 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -21,8 +15,8 @@ from ..config import Config, PretrainConfig
 from .distributed import Ranks, shard
 
 BETAS = (0.9, 0.95)
-GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)  # The whole of it is on the host of rank 0.
-WHOLE = StateDictOptions(full_state_dict=True)
+GATHERED = states.StateDictOptions(full_state_dict=True, cpu_offload=True)  # The whole of it is on the host of rank 0.
+WHOLE = states.StateDictOptions(full_state_dict=True)
 
 
 class TrainedWeights:
@@ -86,20 +80,20 @@ class TrainedWeights:
         if self.blank is None:
             return average
         with torch.no_grad():
-            self.blank.load_state_dict(get_model_state_dict(average, options=WHOLE))
+            self.blank.load_state_dict(states.get_model_state_dict(average, options=WHOLE))
         return self.blank.to(self.skipped_steps.device)
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, averages, optimizer and counts, whole and on the host, on rank 0. All ranks call this."""
         averages = {}
         for decay, average in self.averages.items():
-            weights = get_model_state_dict(average.module, options=GATHERED)
+            weights = states.get_model_state_dict(average.module, options=GATHERED)
             averages[str(decay)] = {"count": int(average.n_averaged), "weights": weights}
         moments: Any = {}
         if self.optimizer.state:  # There is none before the first step.
-            moments = get_optimizer_state_dict(self.model, self.optimizer, options=GATHERED)
+            moments = states.get_optimizer_state_dict(self.model, self.optimizer, options=GATHERED)
         return {
-            "model": get_model_state_dict(self.model, options=GATHERED), "averages": averages,
+            "model": states.get_model_state_dict(self.model, options=GATHERED), "averages": averages,
             "optimizer": moments.get("state", {}), "skipped_steps": int(self.skipped_steps), "step": self.step,
         }  # fmt: skip
 
@@ -107,11 +101,13 @@ class TrainedWeights:
         """Continue from :meth:`state_dict`, which every rank has whole, with the rates and weight decay of this run."""
         for decay, average in self.averages.items():
             saved = state["averages"][str(decay)]
-            set_model_state_dict(average.module, saved["weights"], options=WHOLE)
+            states.set_model_state_dict(average.module, saved["weights"], options=WHOLE)
             average.n_averaged.fill_(saved["count"])
-        set_model_state_dict(self.model, state["model"], options=WHOLE)
+        states.set_model_state_dict(self.model, state["model"], options=WHOLE)
         if state["optimizer"]:
-            own: dict[str, Any] = get_optimizer_state_dict(self.model, self.optimizer, options=WHOLE)
-            set_optimizer_state_dict(self.model, self.optimizer, own | {"state": state["optimizer"]}, options=WHOLE)
+            own: dict[str, Any] = states.get_optimizer_state_dict(self.model, self.optimizer, options=WHOLE)
+            states.set_optimizer_state_dict(
+                self.model, self.optimizer, own | {"state": state["optimizer"]}, options=WHOLE
+            )
         self.skipped_steps.fill_(state["skipped_steps"])
         self.step = state["step"]

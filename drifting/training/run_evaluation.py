@@ -12,15 +12,8 @@ from tqdm import tqdm
 
 from ..config import Config, read_config, save_config
 from ..errors import UserError, reason
+from ..evaluation import evaluator as evaluation
 from ..evaluation.drawing import draw_samples, spread_labels
-from ..evaluation.evaluator import (
-    Evaluator,
-    best_quality,
-    check_evaluation,
-    evaluate_model,
-    open_evaluator,
-    warn_of_few,
-)
 from ..hub.run_directory import RunDirectory, save_generator
 from ..hub.vae import decode_latents
 from ..utils.files import read_object
@@ -36,33 +29,31 @@ ROWS, COLUMNS = 10, 10  # A picture has these many classes, and images of each.
 class GeneratorRun(Run[DriftingTrainer]):
     """Evaluates the averaged weights, keeps the best and draws pictures.
 
-    Raises:
-        UserError: the configured evaluation cannot be made of these samples.
+    It raises UserError at once if the configured evaluation cannot be made of these samples.
     """
 
     def __post_init__(self) -> None:
         self.config, self.ranks, self.num_samples = self.trainer.config, self.trainer.ranks, 0
         self.evaluator = self.ranks.on_main(partial(self._open, self.trainer.ema_model))
 
-    def _open(self, model: nn.Module) -> Evaluator | None:
-        evaluator = open_evaluator(self.config.evaluation, self.dataset)
+    def _open(self, model: nn.Module) -> evaluation.Evaluator | None:
+        evaluator = evaluation.open_evaluator(self.config.evaluation, self.dataset)
         if evaluator is not None:
             self.num_samples = self.config.evaluation.num_samples or evaluator.num_samples
-            warn_of_few(evaluator, self.num_samples)
-            check_evaluation(evaluator, self.trainer.generator(model))
+            evaluation.warn_of_few(evaluator, self.num_samples)
+            evaluation.check_evaluation(evaluator, self.trainer.generator(model))
         return evaluator
 
     def evaluate(self) -> Quality:
-        """Measure every average at every guidance scale, and return the measures of the best.
+        """Measure every average at every guidance scale; the best is the trainer's best, and its measures are returned.
 
-        The trainer's best average is that one from then on. A picture is left, and the weights in ``directory.best`` if
-        they are better than those there, or those were measured in another way.
+        Its weights are left in ``directory.best``, unless those there are better and were measured alike.
         """
         qualities: list[Quality] = []
         for decay in self.config.optimizer.ema_decay:
             measured = self.ranks.on_main(partial(self._measure, self.trainer.weights.average(decay))) or []
             qualities += [{"ema_decay": decay} | quality for quality in measured]
-        best = best_quality(qualities, self.evaluator.distance) if self.evaluator is not None else {}
+        best = evaluation.best_quality(qualities, self.evaluator.distance) if self.evaluator is not None else {}
         quality = self.ranks.on_all(lambda: best)[0]
         self.trainer.best_decay = quality.get("ema_decay", self.trainer.best_decay)
         self.ranks.on_main(partial(self._keep, self.trainer.ema_model, quality))
@@ -74,7 +65,7 @@ class GeneratorRun(Run[DriftingTrainer]):
         generator = self.trainer.generator(model)
         numbers = spread_labels(self.num_samples, range(len(generator.class_names)))
         scales = self.config.evaluation.cfg_scales
-        return [evaluate_model(self.evaluator, generator, numbers, scale)[0] for scale in scales]
+        return [evaluation.evaluate_model(self.evaluator, generator, numbers, scale)[0] for scale in scales]
 
     def _keep(self, model: nn.Module, quality: Quality) -> None:
         if self.dataset.pixel_range is not None:
@@ -88,7 +79,7 @@ class GeneratorRun(Run[DriftingTrainer]):
             save_config(self.config, best.config)
 
     def _save_picture(self, model: nn.Module, pixel_range: tuple[float, float]) -> None:
-        """Generated images, a class a row, beside training images of it; without the VAE that latents need, a note."""
+        """Put generated images, a class a row, beside training images; without the VAE that latents need, say so."""
         split, generator = self.dataset.train, self.trainer.generator(model)
         present = split.labels.unique()[:ROWS].tolist()
         rows = [(split.labels == label).nonzero().flatten()[:COLUMNS].tolist() for label in present]
@@ -134,16 +125,15 @@ def _best_so_far(run: RunDirectory) -> Quality:
     """The measures of what ``run.best`` holds, and its step."""
     if not run.best.config.is_file():  # It is the last file that is written.
         return {}
+    file = run.best.description
     try:
-        description = read_object(run.best.description)
+        description = read_object(file)
         return description["quality"] | {"step": description["step"]}
     except Exception as error:  # The file may hold anything.
-        path = run.best.path
-        raise UserError(f"{run.best.description} cannot be read ({reason(error)}): delete {path} to go on") from error
+        raise UserError(f"{file} cannot be read ({reason(error)}): delete {run.best.path} to go on") from error
 
 
 def _print_measures(quality: Quality, distance: str, noun: str) -> None:
-    """Print what was measured of generated samples beside what real ones score."""
     reference = f"test {noun}s" if f"{distance}_train" in quality else "reference"
     rows = [
         (f"Frechet distance to the {reference}", distance, "8.2f", "train"),

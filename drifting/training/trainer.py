@@ -1,6 +1,6 @@
 """The training step of Algorithm 1 of the paper (arXiv 2602.04770), and the trainer around it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,9 @@ from ..data.labels import label_of, sample_of
 from ..generation import ClassNames, Generator, Labels, Signature
 from ..hub.run_directory import RunDirectory, save_generator
 from ..models import DriftingDiT, DriftingLoss
-from ..models.drifting_loss import Extractor
+from ..models.drifting_loss import Extractor, split_groups
+from ..models.feature_extractor import FeatureMaps
 from ..utils.stopwatch import Stopwatch
-from .accumulation import backward_in_parts
 from .distributed import Ranks, averaging_gradients
 from .groups import ClassGroups, Groups
 from .optimization import TrainedWeights
@@ -32,11 +32,7 @@ class DriftingTrainer:
 
     A step takes the labels of ``config.step.labels_per_step`` groups, generates samples of each, and pulls them towards
     real samples of that label and away from each other and, where the label's guidance scale α is above 1, from real
-    samples of any label.
-
-    Args:
-        config: the sections of :func:`create_trainer`, which explains the other arguments, seed and length of the run.
-        latent, data, origin: what :class:`Generator` says of the samples and of the network's name and arguments.
+    samples of any label. :func:`create_trainer` explains the arguments; ``facts`` are further ones of ``Generator``.
 
     ``step`` counts the steps taken; ``best_decay`` says which average :meth:`generate` uses, and whoever evaluates them
     may set it. ``stopwatch`` knows how long the phases of the steps took: "communication" of samples and metrics,
@@ -56,17 +52,13 @@ class DriftingTrainer:
         device: torch.device | str | None = None,
         noise_shape: Sequence[int] | None = None,
         class_names: ClassNames | None = None,
-        pixel_range: tuple[float, float] | None = None,
-        latent: bool = False,
-        data: str = "",
-        origin: tuple[str, dict[str, Any]] | None = None,
         ranks: Ranks | None = None,
+        **facts: Any,
     ) -> None:
         self.config, self.ranks = config, ranks or Ranks()
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.model, self.signature = model.to(self.device), Signature.of(model, noise_shape)
+        self.model, self.signature, self.facts = model.to(self.device), Signature.of(model, noise_shape), facts
         self.sample_shape = self.signature.sample_shape(model)
-        self.pixel_range, self.latent, self.data, self.origin = pixel_range, latent, data, origin
         self.groups = ClassGroups(
             config, self.sample_shape, self.ranks, self.device, class_names,
             labelled=self.signature.conditions > 0, num_classes=getattr(model, "num_classes", None),
@@ -112,9 +104,6 @@ class DriftingTrainer:
             0-d tensors, left on the device and the same on all ranks: ``loss``, ``grad_norm`` (before clipping),
             ``sample_spread`` (standard deviation of the generated samples of a label over that of the real ones; 0 is
             collapse, 1 is right), ``skipped_steps``, and what the loss reports of each feature map.
-
-        Raises:
-            ValueError: samples of another shape than the network makes, or unknown labels.
         """
         self.stopwatch.enter("communication")
         self.groups.add(x.to(self.device, non_blocking=True), y)
@@ -133,11 +122,7 @@ class DriftingTrainer:
         return metrics | {"skipped_steps": self.weights.skipped_steps.clone()} | info
 
     def _backward(self, groups: Groups) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Add up the gradient of this rank's groups, whose activations may be held a few labels at a time.
-
-        Returns:
-            The generated samples ``[l, G, *sample_shape]``, the loss of these groups, and what the loss reports.
-        """
+        """Add up the gradient of this rank's groups; give their samples ``[l, G, *sample_shape]``, loss and report."""
         num, at_once, noise = len(groups.pos), self.config.step.labels_at_once, torch.Generator(self.device)
         drawn = []
         for seed in groups.seeds:  # ε, and what else the network draws
@@ -147,13 +132,40 @@ class DriftingTrainer:
         generate = partial(self._generate, inputs, groups)
         # The ranks average their gradients: this makes it the gradient of a mean over all labels.
         share = num * self.ranks.size / self.groups.size
-        if at_once is None or at_once >= num:
-            gen = generate(slice(None))
-            loss, info = self.loss_fn.loss_and_info(gen, groups.pos, groups.uncond, groups.weight)
-            (loss * share).backward()
-            return gen, loss, info
-        averaging = partial(averaging_gradients, self.weights.distributed)
-        return backward_in_parts(self.loss_fn, generate, groups, at_once, share, averaging)
+        if at_once is not None and at_once < num:
+            parts = [slice(at, at + at_once) for at in range(0, num, at_once)]
+            return self._backward_in_parts(generate, groups, parts, share)
+        gen = generate(slice(None))
+        loss, info = self.loss_fn.loss_and_info(gen, groups.pos, groups.uncond, groups.weight)
+        (loss * share).backward()
+        return gen, loss, info
+
+    def _backward_in_parts(
+        self, generate: Callable[[slice], Tensor], groups: Groups, parts: list[slice], share: float
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Do the same with the activations of one part at a time, as in GradCache (Gao et al., arXiv 2101.06983).
+
+        The loss has statistics over all groups, so the sum of the parts' losses is another loss. The features of every
+        part are computed first, without what their gradients would need; then the loss of all of them and its gradient
+        by them, at once; then each part again, with its share of that gradient.
+        """
+        (L, P), loss_fn = groups.pos.shape[:2], self.loss_fn
+        fixed = groups.pos if groups.uncond is None else torch.cat([groups.pos, groups.uncond], 1)  # [L, P + U, …]
+        weight = fixed.new_ones(L) if groups.weight is None else groups.weight
+        with torch.no_grad():
+            samples = [generate(part) for part in parts]
+            gen = _joined([loss_fn.groups(of_part) for of_part in samples])
+            pos, neg = split_groups(_joined([loss_fn.groups(fixed[part]) for part in parts]), P)
+        # Memory's peak is here: the features of all labels, each once, and the gradients.
+        leaves = [of_map.requires_grad_() for of_map in gen.values()]
+        loss, info = loss_fn.of_groups(gen, pos, neg, weight.unsqueeze(1).expand(-1, fixed.shape[1] - P))
+        gradients = dict(zip(gen, torch.autograd.grad(loss * share, leaves), strict=True))
+        for part in parts:
+            with averaging_gradients(self.weights.distributed, part is parts[-1]):
+                maps = loss_fn.groups(generate(part))
+                rows = [gradients[name].unflatten(0, (L, -1))[part].flatten(0, 1) for name in maps]
+                torch.autograd.backward(list(maps.values()), rows)
+        return torch.cat(samples), loss.detach(), info
 
     def _generate(self, inputs: dict[str, Tensor], groups: Groups, part: slice) -> Tensor:
         """The samples ``[l, G, *sample_shape]`` of a part of the groups."""
@@ -165,19 +177,15 @@ class DriftingTrainer:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=step.bf16):
             samples = self.signature.call(self.weights.distributed, drawn, y, alpha).float()
         self.stopwatch.enter_at_gradient(samples, "generator")
-        if step.clamp and self.pixel_range is not None and not self.latent:
-            samples = samples.clamp(*self.pixel_range)
+        if step.clamp and self.facts.get("pixel_range") is not None and not self.facts.get("latent"):
+            samples = samples.clamp(*self.facts["pixel_range"])
         return samples.unflatten(0, (-1, num))
 
     def train_epoch(self, dataloader: Iterable[Any], use_cfg_training: bool = True) -> dict[str, float]:
         """Take one step for each batch of ``dataloader``, which yields ``x``, ``(x,)`` or ``(x, y)``.
 
-        Returns:
-            ``avg_loss`` and the averages of ``grad_norm`` and ``sample_spread`` over the epoch, and ``num_steps``.
-            The loss is constant by construction (each λ is normalised): watch the spread.
-
-        Raises:
-            ValueError: the dataloader yields nothing, or batches that do not fit the network.
+        It returns ``avg_loss`` and the averages of ``grad_norm`` and ``sample_spread`` over the epoch, and
+        ``num_steps``. The loss is constant by construction (each λ is normalised): watch the spread.
         """
         self.groups.learn_labels(dataloader)
         logged = ("loss", "grad_norm", "sample_spread")
@@ -198,27 +206,19 @@ class DriftingTrainer:
         cfg_scale: float | Tensor = 1.0,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Samples ``[batch_size, *sample_shape]`` of the averaged network in one forward pass.
-
-        ``labels [batch_size]`` are called as in training, and drawn uniformly if None; see :func:`drifting.generate`.
-        """
+        """Samples ``[batch_size, *sample_shape]`` of the averaged network, see :meth:`drifting.Generator.generate`."""
         return self.generator().generate(batch_size, labels, cfg_scale, generator=generator)
 
     def generator(self, model: nn.Module | None = None) -> Generator:
         """The averaged network, or another average of it, with what is known of its samples."""
         model = self.ema_model if model is None else model
         names = self.groups.class_names or tuple(range(getattr(model, "num_classes", 1)))
-        name, arguments = ("drifting_dit", model.config) if isinstance(model, DriftingDiT) else self.origin or ("", {})
-        return Generator(
-            model, self.signature.noise_shape, self.sample_shape, names, self.pixel_range, self.latent, self.data,
-            self.step, name, arguments,
-        )  # fmt: skip
+        ours = {"name": "drifting_dit", "arguments": model.config} if isinstance(model, DriftingDiT) else {}
+        facts, noise_shape = self.facts | ours, self.signature.noise_shape
+        return Generator(model, noise_shape, self.sample_shape, names, step=self.step, **facts)
 
     def save(self, folder: Path | str) -> None:
-        """Write ``model.safetensors`` and ``model.json``, all that :func:`drifting.load_generator` needs.
-
-        All ranks call this, and rank 0 writes.
-        """
+        """Write what :func:`drifting.load_generator` reads. All ranks call this, and rank 0 writes."""
         self.ranks.on_main(partial(save_generator, RunDirectory(Path(folder)), self.generator()))
 
     def state_dict(self) -> dict[str, Any]:
@@ -230,6 +230,11 @@ class DriftingTrainer:
         self.weights.load_state_dict(state)
         self.groups.load_state_dict(state["groups"])
         self.best_decay = state["best_decay"]
+
+
+def _joined(parts: list[FeatureMaps]) -> FeatureMaps:
+    """The maps of all labels; those of the parts are freed map by map."""
+    return {name: torch.cat([part.pop(name) for part in parts]) for name in list(parts[0])}
 
 
 def create_trainer(
@@ -257,11 +262,7 @@ def create_trainer(
         feature_extractor: where samples are compared: ``'input'`` (the samples themselves), ``'latent'``,
             ``'resnet18'``, a module or function from samples ``[B, *sample_shape]`` to ``[B, D]``, ``[B, T, D]`` or a
             dict of such maps, or a list of these.
-        learning_rate: after the warm-up.
         device: by default CUDA if there is one, else the CPU.
-        queue_size: real samples kept a class.
-        cfg_scale_range: least and greatest guidance scale α to train for.
-        uncond_prob: share of labels trained without guidance, at α = 1.
         noise_shape: shape of one sample's noise, where ``model`` has no attribute of that name.
         class_names: the labels, in the order of the class numbers that ``model`` is given; by default they are learnt
             from the data.
@@ -273,13 +274,11 @@ def create_trainer(
         ranks: processes that take each step together, from :func:`join_ranks`, each for its share of the labels and
             with the same arguments and initial weights. The step is the same at any number, up to rounding.
         settings: any other key of the sections ``loss``, ``step``, ``guidance`` and ``optimizer`` of a configuration,
-            such as ``gen_per_label``, ``temperatures``, ``bf16`` or ``ema_decay``: ``python -m drifting.train --help``
-            lists them. By default they are the paper's, but 32 generated and 32 positive samples a label, 1000 steps of
-            warm-up, and averages with a decay of 0.99, which suit short runs.
+            such as ``gen_per_label`` or ``bf16``: ``python -m drifting.train --help`` explains them and the arguments
+            named as they are. By default they are the paper's, but 32 generated and 32 positive samples a label, 1000
+            steps of warm-up, and averages with a decay of 0.99, which suit short runs.
 
-    Raises:
-        ValueError: an argument out of its range, named with its value.
-        TypeError: an unknown argument.
+    A value out of its range raises ValueError, an unknown argument TypeError.
     """
     default_labels = 4 if Signature.of(model, noise_shape).conditions else (ranks or Ranks()).size
     settings = SCRIPTS | settings | {
