@@ -61,10 +61,7 @@ class Signature:
         return drawn if draw_extra is None else drawn | draw_extra(num, generator, device)
 
     def call(self, model: nn.Module, drawn: dict[str, Tensor], y: Tensor, cfg_scale: Tensor) -> Tensor:
-        """Samples ``[B, …]`` of what was drawn and, where the network takes these, labels and guidance scales ``[B]``.
-
-        All are moved to the device of ``model``, and what was drawn to its dtype too.
-        """
+        """Samples ``[B, …]`` of what was drawn, labels and guidance scales ``[B]``, all moved to where ``model`` is."""
         device, dtype = _weight_of(model).device, _weight_of(model).dtype
         moved = {name: v.to(device, dtype if v.is_floating_point() else v.dtype) for name, v in drawn.items()}
         conditions = [condition.to(device) for condition in (y, cfg_scale)[: self.conditions]]
@@ -73,8 +70,8 @@ class Signature:
     def sample_shape(self, model: nn.Module) -> tuple[int, ...]:
         """The shape of one sample, which two trial samples show; a network that cannot make them raises ValueError."""
         drawn = self.draw(model, 2, torch.Generator().manual_seed(0), "cpu")
-        called = f"{type(model).__name__} ({', '.join(('z', 'y', 'cfg_scale')[: 1 + self.conditions])})"
-        called += f" with z {list(drawn['z'].shape)}"
+        taken = ", ".join(("z", "y", "cfg_scale")[: 1 + self.conditions])
+        called = f"{type(model).__name__} ({taken}) with z {list(drawn['z'].shape)}"
         try:
             with torch.no_grad(), evaluating(model):
                 samples = self.call(model, drawn, torch.zeros(2, dtype=torch.int64), torch.ones(2))
@@ -146,28 +143,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Generator:
-    """A trained network, in evaluation mode, and what is known of its samples.
-
-    Args:
-        noise_shape, sample_shape: the shapes of one sample's noise and of one sample.
-        class_names: the names of the labels 0, 1, …; integers where those are what labels were called in training.
-        pixel_range: black and white in samples, or in the images that latents decode to; None where samples are no
-            images. Images are clamped to it.
-        latent: whether samples are latents of the Stable Diffusion VAE.
-        data, step: the name of the data set, and how many steps the network was trained for.
-        name, arguments: what builds the network, a name of ours or ``module:Name``, and its arguments, as in JSON.
-    """
+    """A trained network, in evaluation mode, and what is known of its samples."""
 
     model: nn.Module
-    noise_shape: tuple[int, ...]
-    sample_shape: tuple[int, ...]
-    class_names: ClassNames = (0,)
-    pixel_range: tuple[float, float] | None = None
-    latent: bool = False
-    data: str = ""
-    step: int = 0
-    name: str = ""
-    arguments: Mapping[str, Any] = field(default_factory=dict)
+    noise_shape: tuple[int, ...]  # This is the shape of one sample's noise …
+    sample_shape: tuple[int, ...]  # … and this of one sample.
+    class_names: ClassNames = (0,)  # Labels 0, 1, … are called so; integers are what they were called in training.
+    pixel_range: tuple[float, float] | None = None  # Images have these values of black and white, and none beyond.
+    latent: bool = False  # Samples are latents of the Stable Diffusion VAE, which decode to images of that range.
+    data: str = ""  # The data set has this name.
+    step: int = 0  # The network was trained for this many steps.
+    name: str = ""  # This name of ours, or module:Name, builds the network …
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # … with these arguments, which are values of JSON.
 
     @property
     def makes_images(self) -> bool:
@@ -203,8 +190,8 @@ def class_numbers(labels: Labels, names: ClassNames) -> Tensor:
     are_numbers = all(type(value) is int for value in values) and all(isinstance(name, str) for name in names)
     called: Sequence[Any] = range(len(names)) if are_numbers else names
     place = {name: number for number, name in enumerate(called)}
-    unknown = next((value for value in values if value not in place), None)
-    if unknown is not None:
-        shown = ", ".join(map(str, called[:10])) + (", …" if len(called) > 10 else "")
-        raise ValueError(f"there is no label {unknown!r}, expected one of: {shown}")
+    for value in values:
+        if value not in place:
+            shown = ", ".join(map(str, called[:10])) + (", …" if len(called) > 10 else "")
+            raise ValueError(f"there is no label {value!r}, expected one of: {shown}")
     return torch.tensor([place[value] for value in values], dtype=torch.int64)

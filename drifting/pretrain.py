@@ -1,7 +1,6 @@
-"""Train a masked autoencoder, or go on with a run.
+"""``python -m drifting.pretrain [--config NAME|FILE] [--out DIR] [key=value ...]`` trains a masked autoencoder.
 
-``python -m drifting.pretrain [--config NAME|FILE] [--out DIR] [key=value ...]``. Its encoder gives the feature maps in
-which ``drifting.train`` compares images: ``loss.mae=DIR`` there.
+Its encoder gives the feature maps in which ``drifting.train`` compares images: ``loss.mae=DIR`` there.
 """
 
 import sys
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from .cli import parse_training_command, run_command
@@ -38,12 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def pretrain(
-    config: PretrainConfig,
-    out: Path,
-    ranks: Ranks = Ranks(),  # noqa: B008
-    asked: Collection[str] = (),
-) -> None:
+def pretrain(config: PretrainConfig, out: Path, ranks: Ranks = Ranks(), asked: Collection[str] = ()) -> None:  # noqa: B008
     """Train a masked autoencoder in ``out``, as :func:`drifting.train.train` does a generator."""
     directory = RunDirectory(out)
     with loop.opened_run(directory, config, ranks, asked) as config:
@@ -96,8 +91,7 @@ class MAERun(loop.Run[MAETrainer]):
         """Test images, what the encoder sees of them, and the decoder's guess at the rest."""
         pixel_range, step = self.dataset.pixel_range, self.trainer.step
         assert pixel_range is not None
-        hidden = masks.repeat_interleave(images.shape[2] // masks.shape[2], 2)
-        hidden = hidden.repeat_interleave(images.shape[3] // masks.shape[3], 3).bool()
+        hidden = F.interpolate(masks, images.shape[2:]).bool()
         panels = {
             "image": images,
             "visible": images.masked_fill(hidden, sum(pixel_range) / 2),

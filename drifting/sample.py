@@ -1,7 +1,4 @@
-"""Draw samples from a trained generator, in one step each.
-
-``python -m drifting.sample SOURCE --num N --out FILE.npz|FILE.png``
-"""
+"""``python -m drifting.sample SOURCE --num N --out FILE.npz|FILE.png`` draws samples, in one step each."""
 
 import math
 from collections.abc import Sequence

@@ -1,7 +1,6 @@
-"""Train a generator, or go on with a run.
+"""``python -m drifting.train [--config NAME|FILE] [--out DIR] [key=value ...]`` trains a generator.
 
-``python -m drifting.train [--config NAME|FILE] [--out DIR] [key=value ...]``; with
-``torchrun --nproc_per_node=K -m drifting.train ...`` K processes do it, on a GPU each.
+With ``torchrun --nproc_per_node=K -m drifting.train ...`` K processes do it, on a GPU each.
 """
 
 from collections.abc import Collection, Sequence

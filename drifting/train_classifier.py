@@ -1,13 +1,11 @@
-"""Train a classifier to judge generated images by.
+"""``python -m drifting.train_classifier [--data NAME] [--out DIR]`` trains a classifier to judge generated images by.
 
-``python -m drifting.train_classifier [--data NAME] [--out DIR]``; ``evaluation.features=DIR`` in a configuration of
-``drifting.train`` and ``drifting.evaluate --features DIR`` use it.
+``drifting.train`` takes it as ``evaluation.features=DIR``, and ``drifting.evaluate`` as ``--features DIR``.
 """
 
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -54,8 +52,8 @@ def train_classifier(dataset: Dataset, epochs: int, seed: int) -> Classifier:
     """A classifier trained on the training images: AdamW with one cycle of the learning rate."""
     torch.manual_seed(seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    classifier: Any = Classifier(dataset.sample_shape[0], dataset.num_classes).to(device)
-    classifier.to(memory_format=torch.channels_last)
+    classifier = Classifier(dataset.sample_shape[0], dataset.num_classes).to(device)
+    classifier.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     steps = max(3, epochs * len(dataset.train) // BATCH)
     optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=WEIGHT_DECAY, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, steps)

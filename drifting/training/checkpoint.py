@@ -1,7 +1,7 @@
 """Checkpoints: files ``step_00001000.pt`` and so on, written whole or not at all, and checked before they are used.
 
-A checkpoint is what ``torch.save`` makes of a trainer's state: nested dictionaries of tensors, numbers, text and lists.
-It is read with ``weights_only``, so that nothing in it runs, and has a checksum of every tensor and of the rest.
+``torch.save`` writes a trainer's state: nested dictionaries of tensors, numbers, text and lists. Nothing in it runs, as
+it is read with ``weights_only``, and it has a checksum of every tensor and of the rest.
 """
 
 import re
@@ -21,8 +21,7 @@ NAME = re.compile(r"step_(\d{8,})\.pt")
 def save_checkpoint(folder: Path, state: dict[str, Any], keep: int = 2) -> Path:
     """Write ``state``, whose ``step`` names the file, into ``folder``; delete all but the newest ``keep`` checkpoints.
 
-    Raises:
-        UserError: the checkpoint cannot be written; those before it stay.
+    If it cannot be written, those before it stay, and UserError names them.
     """
     path = folder / f"step_{state['step']:08d}.pt"
     try:

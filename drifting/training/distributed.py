@@ -24,8 +24,7 @@ PATIENCE = timedelta(days=1)  # The other ranks wait this long while rank 0 eval
 class Ranks:
     """This process among those of the run; by default it is alone, and nothing is communicated.
 
-    All ranks call a method that communicates, together. ``group`` exchanges tensors on any device, and ``host`` what is
-    decided on the host.
+    All ranks call a method that communicates, together. ``group`` exchanges tensors, ``host`` what the host decides.
     """
 
     rank: int = 0
@@ -108,10 +107,7 @@ def join_ranks() -> Iterator[Ranks]:
 
 
 def shard(model: nn.Module, ranks: Ranks) -> None:
-    """Let each rank keep a shard of every parameter of ``model`` (FSDP2), in place.
-
-    A network with a list of modules called ``blocks`` is gathered block by block; any other is gathered as a whole.
-    """
+    """Let each rank keep a shard of every parameter (FSDP2), in place; ``blocks``, if any, are gathered one by one."""
     # Our images are views where a patch is the whole image, and nothing changes them in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     assert ranks.group is not None
@@ -123,10 +119,7 @@ def shard(model: nn.Module, ranks: Ranks) -> None:
 
 @contextmanager
 def averaging_gradients(model: nn.Module, averaging: bool) -> Iterator[None]:
-    """Whether a backward inside takes the mean of the gradients over the ranks, or only adds to this rank's.
-
-    Forward and backward of ``model``, a replica or in shards, are both inside.
-    """
+    """Whether forward and backward of ``model`` inside average gradients over the ranks, or only add to this rank's."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(averaging)
     with nullcontext() if averaging or not isinstance(model, DistributedDataParallel) else model.no_sync():

@@ -58,7 +58,7 @@ class ClassGroups:
     def learn_labels(self, batches: Iterable[Any]) -> None:
         """Find out which labels the data have, before the first batch of them, if nobody has said so.
 
-        They are numbered in their order, or as by the network if they are its numbers; where that changes them it says so.
+        They are numbered in their order, unless they are numbers of the network; where that changes them it says so.
         """
         if self.class_names is not None:
             return
@@ -114,7 +114,6 @@ class ClassGroups:
         return Groups(label[mine], cfg_scale[mine], seeds[mine], pos, uncond, weight)
 
     def state_dict(self) -> dict[str, Any]:
-        """The queues and the labels, which every rank has alike."""
         return {"class_names": list(self.class_names or ()), "queue": self.queue and self.queue.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -138,7 +137,6 @@ def sample_cfg_scale(num: int, config: GuidanceConfig, generator: torch.Generato
 def uncond_weight(cfg_scale: Tensor, num_gen: int, num_uncond: int) -> Tensor:
     """The weight of each unconditional negative, w = (α - 1)(G - 1)/U, of the shape of ``cfg_scale``.
 
-    With it the unconditional negatives together weigh α - 1 times the G - 1 generated negatives of a sample: the
-    mixture of negatives in section 3.5 of the paper.
+    Together they weigh α - 1 times the G - 1 generated negatives of a sample, as in section 3.5 of the paper.
     """
     return (cfg_scale - 1) * (num_gen - 1) / num_uncond

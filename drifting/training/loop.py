@@ -57,10 +57,7 @@ class Run(ABC, Generic[AnyTrainer]):
 
 
 def leave_a_core_free() -> None:
-    """Use all cores but one, unless OMP_NUM_THREADS says how many.
-
-    With every core in use, anything else that runs holds up each parallel region: a step can take ten times as long.
-    """
+    """Use all cores but one, unless OMP_NUM_THREADS says how many: what else runs would hold up all of them."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, torch.get_num_threads() - 1))
 
@@ -98,8 +95,7 @@ def train(run: Run[AnyTrainer]) -> None:
         quality = run.evaluate()
         run.save_model()  # It comes after the evaluation, which chooses among several averages.
     else:
-        wandb, settings = config.train.wandb, asdict(config)
-        log = ranks.on_main(lambda: MetricsLog(directory.metrics, trainer.step, wandb, settings))
+        log = ranks.on_main(lambda: MetricsLog(directory.metrics, trainer.step, config.train.wandb, asdict(config)))
         with closing(log) if log else nullcontext(), _noting_signals(ranks) as signals:
             quality = _train_steps(run, log, signals)
     ranks.on_main(lambda: run.report(quality))
@@ -115,8 +111,8 @@ def _resume(run: Run[AnyTrainer]) -> None:
     except Exception as error:  # A state of something else makes torch and the trainer raise errors of many classes.
         raise UserError(f"the checkpoint in {checkpoints} is of another trainer: {reason(error)}") from error
     if trainer.step > trainer.config.train.steps:
-        path = run.directory.path
-        raise UserError(f"{path} is at step {trainer.step} already, expected train.steps of at least that")
+        at = f"{run.directory.path} is at step {trainer.step} already"
+        raise UserError(f"{at}, expected train.steps of at least that")
 
 
 def _train_steps(run: Run[AnyTrainer], log: MetricsLog | None, signals: list[int]) -> Quality:
@@ -126,11 +122,10 @@ def _train_steps(run: Run[AnyTrainer], log: MetricsLog | None, signals: list[int
     quality: Quality = {}
     trainer.stopwatch.take()
     trainer.stopwatch.enter("data")
-    logged = trainer.step
+    logged, size = trainer.step, every.batch_size
     batches = training_batches(
-        run.dataset.train, every.batch_size, config.seed, trainer.step * every.batch_size, config.data.workers,
-        ranks.share(every.batch_size),
-    )  # fmt: skip
+        run.dataset.train, size, config.seed, trainer.step * size, config.data.workers, ranks.share(size)
+    )
     interval = 0.5 if sys.stderr.isatty() else 10
     bar = tqdm(total=every.steps, initial=trainer.step, unit="step", mininterval=interval, disable=not ranks.main)
     with bar, telling_of_dead_workers():

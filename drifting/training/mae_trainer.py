@@ -41,16 +41,14 @@ class MAETrainer:
 
     @property
     def ema_model(self) -> MAE:
-        """The autoencoder with averaged weights."""
         return cast(MAE, self.weights.average(self.config.optimizer.ema_decay))
 
     def lambda_at(self, step: int) -> float:
-        """λ, the share of the classification error, in the step that ``step`` others came before."""
+        """λ, the weight of the classification error, in the step that ``step`` others came before."""
         loss = self.config.loss
         since = step - (self.config.train.steps - loss.finetune_steps)
-        if since < 0:
-            return loss.lambda_cls
-        return loss.finetune_lambda_cls * min(1.0, since / max(1, loss.finetune_warmup_steps))
+        rise = min(1.0, since / max(1, loss.finetune_warmup_steps))
+        return loss.lambda_cls if since < 0 else loss.finetune_lambda_cls * rise
 
     def train_step(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Take one step on images ``[B, C, H, W]`` and labels ``[B]``, as many on each rank.

@@ -82,10 +82,7 @@ def _flat(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def to_record(metrics: dict[str, Tensor]) -> dict[str, Any]:
-    """0-d tensors of a training step as numbers, fetched at once.
-
-    What belongs to a feature map is grouped: ``scale: {map: …}`` and ``lambda: {map: {R: …}}``.
-    """
+    """0-d tensors of a step as numbers, fetched at once, with ``scale: {map: …}`` and ``lambda: {map: {R: …}}``."""
     values = stack([value.detach().float() for value in metrics.values()]).tolist()
     record: dict[str, Any] = {}
     for (name, tensor), value in zip(metrics.items(), values, strict=True):
@@ -100,10 +97,9 @@ def to_record(metrics: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def check_finite(step: int, metrics: dict[str, Tensor], allowed: int, checkpoints: Path) -> None:
-    """Raise once a run has skipped more than ``allowed`` steps because their loss or gradient was not finite.
+    """Raise UserError once a run has skipped more than ``allowed`` steps because loss or gradient was not finite.
 
-    Raises:
-        UserError: it names the step, the feature maps that are not finite, and the newest file in ``checkpoints``.
+    It names the step, the feature maps that are not finite, and the newest file in ``checkpoints``.
     """
     if metrics["skipped_steps"] <= allowed:
         return

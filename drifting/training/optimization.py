@@ -14,7 +14,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ..config import Config, PretrainConfig
 from .distributed import Ranks, shard
 
-BETAS = (0.9, 0.95)
 GATHERED = states.StateDictOptions(full_state_dict=True, cpu_offload=True)  # The whole of it is on the host of rank 0.
 WHOLE = states.StateDictOptions(full_state_dict=True)
 
@@ -42,9 +41,8 @@ class TrainedWeights:
                 shard(module, ranks)
         elif ranks.group is not None:
             self.distributed = DistributedDataParallel(model, process_group=ranks.group)
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(), self.config.learning_rate, BETAS, weight_decay=self.config.weight_decay, fused=True
-        )
+        rate, decay = self.config.learning_rate, self.config.weight_decay
+        self.optimizer = torch.optim.AdamW(model.parameters(), rate, (0.9, 0.95), weight_decay=decay, fused=True)
         self.step = 0
         self.skipped_steps = torch.zeros((), dtype=torch.long, device=device)
 
@@ -79,8 +77,7 @@ class TrainedWeights:
         average = self.averages[decay].module
         if self.blank is None:
             return average
-        with torch.no_grad():
-            self.blank.load_state_dict(states.get_model_state_dict(average, options=WHOLE))
+        self.blank.load_state_dict(states.get_model_state_dict(average, options=WHOLE))
         return self.blank.to(self.skipped_steps.device)
 
     def state_dict(self) -> dict[str, Any]:
@@ -105,9 +102,8 @@ class TrainedWeights:
             average.n_averaged.fill_(saved["count"])
         states.set_model_state_dict(self.model, state["model"], options=WHOLE)
         if state["optimizer"]:
-            own: dict[str, Any] = states.get_optimizer_state_dict(self.model, self.optimizer, options=WHOLE)
-            states.set_optimizer_state_dict(
-                self.model, self.optimizer, own | {"state": state["optimizer"]}, options=WHOLE
-            )
+            own: Any = states.get_optimizer_state_dict(self.model, self.optimizer, options=WHOLE)
+            own["state"] = state["optimizer"]
+            states.set_optimizer_state_dict(self.model, self.optimizer, own, options=WHOLE)
         self.skipped_steps.fill_(state["skipped_steps"])
         self.step = state["step"]

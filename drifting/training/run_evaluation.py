@@ -27,10 +27,7 @@ ROWS, COLUMNS = 10, 10  # A picture has these many classes, and images of each.
 
 @dataclass
 class GeneratorRun(Run[DriftingTrainer]):
-    """Evaluates the averaged weights, keeps the best and draws pictures.
-
-    It raises UserError at once if the configured evaluation cannot be made of these samples.
-    """
+    """Evaluates the averaged weights, keeps the best, draws pictures; refuses at once what cannot be evaluated."""
 
     def __post_init__(self) -> None:
         self.config, self.ranks, self.num_samples = self.trainer.config, self.trainer.ranks, 0
@@ -51,21 +48,21 @@ class GeneratorRun(Run[DriftingTrainer]):
         """
         qualities: list[Quality] = []
         for decay in self.config.optimizer.ema_decay:
-            measured = self.ranks.on_main(partial(self._measure, self.trainer.weights.average(decay))) or []
-            qualities += [{"ema_decay": decay} | quality for quality in measured]
+            qualities += self.ranks.on_main(partial(self._measure, self.trainer.weights.average(decay), decay)) or []
         best = evaluation.best_quality(qualities, self.evaluator.distance) if self.evaluator is not None else {}
         quality = self.ranks.on_all(lambda: best)[0]
         self.trainer.best_decay = quality.get("ema_decay", self.trainer.best_decay)
         self.ranks.on_main(partial(self._keep, self.trainer.ema_model, quality))
         return quality
 
-    def _measure(self, model: nn.Module) -> list[Quality]:
+    def _measure(self, model: nn.Module, decay: float) -> list[Quality]:
         if self.evaluator is None:
             return []
         generator = self.trainer.generator(model)
         numbers = spread_labels(self.num_samples, range(len(generator.class_names)))
         scales = self.config.evaluation.cfg_scales
-        return [evaluation.evaluate_model(self.evaluator, generator, numbers, scale)[0] for scale in scales]
+        measured = [evaluation.evaluate_model(self.evaluator, generator, numbers, scale)[0] for scale in scales]
+        return [{"ema_decay": decay} | quality for quality in measured]
 
     def _keep(self, model: nn.Module, quality: Quality) -> None:
         if self.dataset.pixel_range is not None:
@@ -98,16 +95,15 @@ class GeneratorRun(Run[DriftingTrainer]):
         self.trainer.save(self.directory.path)
 
     def describe(self, record: dict[str, Any], quality: Quality) -> str:
-        """The terms worth watching: mean λ of each R over the feature maps, spread, Fréchet distance."""
-        maps = list(record["lambda"].values())
-        text = " ".join(f"λ{R}={sum(m[R] for m in maps) / len(maps):.4f}" for R in maps[0])
-        text += f" spread={record['sample_spread']:.2f}"
-        text += f" skipped={record['skipped_steps']}" if record["skipped_steps"] else ""
+        maps = list(record["lambda"].values())  # The mean λ of each R over the feature maps is shown.
+        words = [f"λ{R}={sum(m[R] for m in maps) / len(maps):.4f}" for R in maps[0]]
+        words += [f"spread={record['sample_spread']:.2f}"]
+        words += [f"skipped={record['skipped_steps']}"] if record["skipped_steps"] else []
         if self.evaluator is not None and quality:
             distance = self.evaluator.distance
-            text += f" {'FID' if distance == 'fid' else 'Fréchet'}={quality[distance]:.2f}"
-            text += f" ({quality['frechet_ratio']:.2f}x train)" if "frechet_ratio" in quality else ""
-        return text
+            words += [f"{'FID' if distance == 'fid' else 'Fréchet'}={quality[distance]:.2f}"]
+            words += [f"({quality['frechet_ratio']:.2f}x train)"] if "frechet_ratio" in quality else []
+        return " ".join(words)
 
     def report(self, quality: Quality) -> None:
         pictured, path, name = self.dataset.pixel_range is not None, self.directory.path, self.config.model.name

@@ -15,8 +15,7 @@ from ..data.labels import label_of, sample_of
 from ..generation import ClassNames, Generator, Labels, Signature
 from ..hub.run_directory import RunDirectory, save_generator
 from ..models import DriftingDiT, DriftingLoss
-from ..models.drifting_loss import Extractor, split_groups
-from ..models.feature_extractor import FeatureMaps
+from ..models.drifting_loss import Extractor, FeatureMaps, split_groups
 from ..utils.stopwatch import Stopwatch
 from .distributed import Ranks, averaging_gradients
 from .groups import ClassGroups, Groups
@@ -184,15 +183,14 @@ class DriftingTrainer:
     def train_epoch(self, dataloader: Iterable[Any], use_cfg_training: bool = True) -> dict[str, float]:
         """Take one step for each batch of ``dataloader``, which yields ``x``, ``(x,)`` or ``(x, y)``.
 
-        It returns ``avg_loss`` and the averages of ``grad_norm`` and ``sample_spread`` over the epoch, and
-        ``num_steps``. The loss is constant by construction (each λ is normalised): watch the spread.
+        It returns the averages ``avg_loss``, which is constant by construction (each λ is normalised), ``grad_norm``
+        and ``sample_spread``, which is to be watched, and ``num_steps``.
         """
         self.groups.learn_labels(dataloader)
-        logged = ("loss", "grad_norm", "sample_spread")
-        sums, num_steps = torch.zeros(len(logged), device=self.device), 0
+        sums, num_steps = torch.zeros(3, device=self.device), 0
         for batch in tqdm(dataloader, desc="train_epoch", leave=False, disable=None):
             metrics = self.train_step(sample_of(batch), label_of(batch), use_cfg_training)
-            sums += torch.stack([metrics[name] for name in logged])
+            sums += torch.stack([metrics[name] for name in ("loss", "grad_norm", "sample_spread")])
             num_steps += 1
         if not num_steps:
             raise ValueError("the dataloader yielded no batch, expected batches x or (x, y)")
@@ -222,7 +220,7 @@ class DriftingTrainer:
         self.ranks.on_main(partial(save_generator, RunDirectory(Path(folder)), self.generator()))
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that shapes the rest of the run, whole and on the host of rank 0. All ranks call this."""
+        """All that shapes the rest of the run, whole and on the host of rank 0. All ranks call this."""
         return self.weights.state_dict() | {"groups": self.groups.state_dict(), "best_decay": self.best_decay}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -271,8 +269,8 @@ def create_trainer(
         decay_steps: the learning rate falls along a cosine to 0 at this step; None lets it stay.
         labels_per_step: groups of a step, by default 4, or of a network that takes no labels one a rank.
         seed: of all randomness in training. The network's initial weights are the caller's.
-        ranks: processes that take each step together, from :func:`join_ranks`, each for its share of the labels and
-            with the same arguments and initial weights. The step is the same at any number, up to rounding.
+        ranks: processes that share the labels of each step, from :func:`join_ranks`; arguments and initial weights are
+            the same on each. The step is the same at any number of them, up to rounding.
         settings: any other key of the sections ``loss``, ``step``, ``guidance`` and ``optimizer`` of a configuration,
             such as ``gen_per_label`` or ``bf16``: ``python -m drifting.train --help`` explains them and the arguments
             named as they are. By default they are the paper's, but 32 generated and 32 positive samples a label, 1000
@@ -280,11 +278,11 @@ def create_trainer(
 
     A value out of its range raises ValueError, an unknown argument TypeError.
     """
-    default_labels = 4 if Signature.of(model, noise_shape).conditions else (ranks or Ranks()).size
+    if labels_per_step is None:
+        labels_per_step = 4 if Signature.of(model, noise_shape).conditions else (ranks or Ranks()).size
     settings = SCRIPTS | settings | {
         "learning_rate": learning_rate, "queue_size": queue_size, "cfg_scale_range": cfg_scale_range,
-        "uncond_prob": uncond_prob, "cosine_decay": decay_steps is not None,
-        "labels_per_step": default_labels if labels_per_step is None else labels_per_step,
+        "uncond_prob": uncond_prob, "cosine_decay": decay_steps is not None, "labels_per_step": labels_per_step,
     }  # fmt: skip
     config = Config()
     set_value(config, "seed", int(seed))
