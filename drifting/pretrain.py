@@ -65,10 +65,10 @@ class MAERun(loop.Run[MAETrainer]):
     def __post_init__(self) -> None:
         split, config, device = self.dataset.test, self.trainer.config, self.trainer.device
         indices = range(0, len(split), -(-len(split) // TEST_IMAGES))
-        parts = [split.samples(indices[at : at + TEST_BATCH]) for at in range(0, len(indices), TEST_BATCH)]
+        parts = (split.samples(indices[at : at + TEST_BATCH]) for at in range(0, len(indices), TEST_BATCH))
         if config.step.latents:  # These are the means of their posteriors.
-            parts = [encode_images(part.to(device))[0].cpu() for part in parts]
-        self.images, self.labels = torch.cat(parts), split.labels[list(indices)]
+            parts = (encode_images(part.to(device))[0].cpu() for part in parts)
+        self.images, self.labels = torch.cat(list(parts)), split.labels[list(indices)]
         (least, greatest), random = config.loss.mask_ratio_range, torch.Generator().manual_seed(0)
         try:
             self.masks = self.trainer.model.random_mask(self.images, least, greatest, random)

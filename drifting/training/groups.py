@@ -18,13 +18,13 @@ from .distributed import Ranks
 
 @dataclass(frozen=True)
 class Groups:
-    """What a rank compares in a step: l groups of one label each. Where no α is above 1, ``uncond`` is None."""
+    """What a rank compares in a step: l groups of one label each. Negatives are None where no α is above 1."""
 
     label: Tensor  # [l]: class numbers, on the host
     cfg_scale: Tensor  # [l]: guidance scales α, on the host
-    seeds: list[int]  # one for the noise of each group
+    seeds: list[int]  # Each seeds the noise of a group.
     pos: Tensor  # [l, P, *sample_shape]: real samples of the labels
-    uncond: Tensor | None  # [l, U, *sample_shape]: real samples of any label
+    uncond: Tensor | None  # [l, U, *sample_shape]: real samples of any label, the unconditional negatives
     weight: Tensor | None  # [l]: the weight of each of these relative to a generated sample
 
 
