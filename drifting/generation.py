@@ -15,10 +15,8 @@ from torch import Tensor, nn
 
 from .errors import reason
 
-BY_PLACE = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 LABEL_NAMES = ("y", "label", "labels", "condition")  # An optional argument is given only where it is called so …
 SCALE_NAMES = ("cfg_scale", "scale", "guidance", "alpha")  # … or so.
-MOST_NAMED = 10  # This many labels are named in a message.
 
 ClassNames = tuple[int | str, ...]
 Labels = Tensor | Sequence[int] | Sequence[str]
@@ -35,8 +33,7 @@ class Signature:
     def of(cls, model: nn.Module, noise_shape: Sequence[int] | None = None) -> "Signature":
         """Read the signature of ``model``, whose attribute ``noise_shape`` is used where none is given.
 
-        Raises:
-            ValueError: neither says the shape of the noise, or the network does not take one to three tensors.
+        It raises ValueError where both are missing, or the network does not take one to three tensors.
         """
         name, shape = type(model).__name__, noise_shape or getattr(model, "noise_shape", noise_shape)
         if shape is None:
@@ -44,7 +41,8 @@ class Signature:
                 f"the network {name} does not say what noise it takes: give it an attribute noise_shape, "
                 "or pass noise_shape=(64,) for vectors of 64 numbers"
             )
-        taken = [p for p in inspect.signature(model.forward).parameters.values() if p.kind in BY_PLACE]
+        parameters = inspect.signature(model.forward).parameters.values()
+        taken = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         if not taken or sum(p.default is p.empty for p in taken) > 3:
             names = ", ".join(p.name for p in taken)
             raise ValueError(f"the network {name} takes ({names}), expected (z), (z, y) or (z, y, cfg_scale)")
@@ -56,45 +54,38 @@ class Signature:
         return cls(tuple(shape), conditions)
 
     def draw(self, model: nn.Module, num: int, generator: torch.Generator | None, device: Any) -> dict[str, Tensor]:
-        """Everything random that ``model`` takes for ``num`` samples: noise ``z [num, *noise_shape]``, and what its own
-        method ``draw_extra(num, generator, device)`` gives by name, such as style codes; most networks have none."""
+        """All that is random in ``num`` samples: noise ``z [num, *noise_shape]``, and by name whatever else, such as
+        style codes, ``model`` draws in a method ``draw_extra(num, generator, device)``, which few networks have."""
         drawn = {"z": torch.randn(num, *self.noise_shape, generator=generator, device=device)}
         draw_extra: Any = getattr(model, "draw_extra", None)
         return drawn if draw_extra is None else drawn | draw_extra(num, generator, device)
 
     def call(self, model: nn.Module, drawn: dict[str, Tensor], y: Tensor, cfg_scale: Tensor) -> Tensor:
-        """The samples of ``model`` for what was drawn and, where it takes these, labels and guidance scales ``[B]``."""
-        extra = {name: values for name, values in drawn.items() if name != "z"}
-        return model(drawn["z"], *(y, cfg_scale)[: self.conditions], **extra)
+        """Samples ``[B, …]`` of what was drawn, labels and guidance scales ``[B]``, all moved to where ``model`` is."""
+        device, dtype = _weight_of(model).device, _weight_of(model).dtype
+        moved = {name: v.to(device, dtype if v.is_floating_point() else v.dtype) for name, v in drawn.items()}
+        conditions = [condition.to(device) for condition in (y, cfg_scale)[: self.conditions]]
+        return model(moved.pop("z"), *conditions, **moved)
 
     def sample_shape(self, model: nn.Module) -> tuple[int, ...]:
-        """The shape of one sample, which two trial samples show.
-
-        Raises:
-            ValueError: the network fails, or does not return a tensor of one sample for each noise.
-        """
-        weight, num = _weight_of(model), 2
-        drawn = _moved(self.draw(model, num, torch.Generator().manual_seed(0), "cpu"), weight)
-        called = f"{type(model).__name__} ({', '.join(('z', 'y', 'cfg_scale')[: 1 + self.conditions])})"
-        called += f" with z {list(drawn['z'].shape)}"
+        """The shape of one sample, which two trial samples show; a network that cannot make them raises ValueError."""
+        drawn = self.draw(model, 2, torch.Generator().manual_seed(0), "cpu")
+        taken = ", ".join(("z", "y", "cfg_scale")[: 1 + self.conditions])
+        called = f"{type(model).__name__} ({taken}) with z {list(drawn['z'].shape)}"
         try:
             with torch.no_grad(), evaluating(model):
-                samples = self.call(model, drawn, weight.new_zeros(num, dtype=torch.int64), weight.new_ones(num))
+                samples = self.call(model, drawn, torch.zeros(2, dtype=torch.int64), torch.ones(2))
         except Exception as error:  # A user's network may raise anything.
             raise ValueError(f"the network {called} fails: {reason(error)}") from error
-        if not isinstance(samples, Tensor) or samples.shape[:1] != (num,):
+        if not isinstance(samples, Tensor) or samples.shape[:1] != (2,):
             got = list(samples.shape) if isinstance(samples, Tensor) else type(samples).__name__
-            raise ValueError(f"the network {called} returns {got}, expected a tensor [{num}, …]")
+            raise ValueError(f"the network {called} returns {got}, expected a tensor [2, …]")
         return tuple(samples.shape[1:])
 
 
 def _weight_of(model: nn.Module) -> Tensor:
     """A tensor of the dtype and on the device that ``model`` computes with."""
-    return next((p.detach() for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-
-
-def _moved(drawn: dict[str, Tensor], weight: Tensor) -> dict[str, Tensor]:
-    return {name: v.to(weight) if v.is_floating_point() else v.to(weight.device) for name, v in drawn.items()}
+    return next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
 
 
 @torch.no_grad()
@@ -111,77 +102,62 @@ def generate(
 
     Args:
         model: the network.
-        batch_size: number of samples B.
-        y: integer labels ``[B]``; drawn uniformly from the network's ``num_classes`` if None.
-        cfg_scale: guidance scale, a number or a tensor ``[B]``.
-        device: where to generate; the network is moved there first. By default, where it is.
-        generator: source of all randomness. Everything is drawn on its device, then moved, so that one CPU seed gives
-            the same samples on every device.
-        noise_shape: shape of the noise of one sample, where the network has no attribute of that name.
+        batch_size: the number of samples B.
+        y: integer labels ``[B]``; None draws them uniformly from the network's ``num_classes``.
+        cfg_scale: the guidance scale, a number or a tensor ``[B]``.
+        device: the network is moved there first; by default it stays where it is.
+        generator: all is drawn on its device, then moved, so that one CPU seed gives the same samples on every device.
+        noise_shape: the shape of one sample's noise, where the network has no attribute of that name.
 
-    Raises:
-        ValueError: the network does not say its noise shape, or takes labels and neither these nor their number are
-            known; or ``y`` or ``cfg_scale`` has another shape.
+    It raises ValueError where the noise shape is unknown, or labels that the network takes, or a shape is another.
     """
     if device is not None:
         model.to(device)
-    signature, weight = Signature.of(model, noise_shape), _weight_of(model)
-    source = weight.device if generator is None else generator.device
+    signature = Signature.of(model, noise_shape)
+    source = _weight_of(model).device if generator is None else generator.device
     drawn = signature.draw(model, batch_size, generator, source)
     if y is None:
         num_classes = getattr(model, "num_classes", None if signature.conditions else 1)
         if num_classes is None:
             raise ValueError(f"the network {type(model).__name__} takes labels and has no num_classes: give labels y")
         y = torch.randint(num_classes, (batch_size,), generator=generator, device=source)
-    scale = torch.as_tensor(cfg_scale, dtype=torch.float32, device=weight.device)
+    scale = torch.as_tensor(cfg_scale, dtype=torch.float32)
     for name, value, shapes in (("y", y, [(batch_size,)]), ("cfg_scale", scale, [(), (batch_size,)])):
         if value.shape not in shapes:
             raise ValueError(f"{name} has shape {list(value.shape)}, expected [{batch_size}], one for each sample")
     with evaluating(model):
-        return signature.call(model, _moved(drawn, weight), y.to(weight.device), scale.expand(batch_size))
+        return signature.call(model, drawn, y, scale.expand(batch_size))
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, ``model`` is in evaluation mode; afterwards each of its parts is in the mode that it was in."""
-    modes = [(module, module.training) for module in model.modules()]
+    """Inside, ``model`` is in evaluation mode; afterwards each of its parts is in its mode of before."""
+    in_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         yield
     finally:
-        for module, mode in modes:
-            module.training = mode
+        for module in in_training:
+            module.training = True
 
 
 @dataclass(frozen=True)
 class Generator:
-    """A trained network, in evaluation mode, and what is known of its samples.
-
-    Args:
-        model: the network.
-        noise_shape, sample_shape: the shapes of the noise and of one sample.
-        class_names: the names of the labels 0, 1, …; integers where those are what labels were called in training.
-        pixel_range: the values of samples, or of the images that latents decode to, that are black and white; None
-            where samples are no images. Images are clamped to it.
-        latent: whether samples are latents of the Stable Diffusion VAE.
-        data, step: the name of the data set, and how many steps the network was trained for.
-        name, arguments: what builds the network, a name of ours or ``module:Name``, and of which values of JSON.
-    """
+    """A trained network, in evaluation mode, and what is known of its samples."""
 
     model: nn.Module
-    noise_shape: tuple[int, ...]
-    sample_shape: tuple[int, ...]
-    class_names: ClassNames = (0,)
-    pixel_range: tuple[float, float] | None = None
-    latent: bool = False
-    data: str = ""
-    step: int = 0
-    name: str = ""
-    arguments: Mapping[str, Any] = field(default_factory=dict)
+    noise_shape: tuple[int, ...]  # This is the shape of one sample's noise …
+    sample_shape: tuple[int, ...]  # … and this of one sample.
+    class_names: ClassNames = (0,)  # Labels 0, 1, … are called so; integers are what they were called in training.
+    pixel_range: tuple[float, float] | None = None  # Images have these values of black and white, and none beyond.
+    latent: bool = False  # Samples are latents of the Stable Diffusion VAE, which decode to images of that range.
+    data: str = ""  # The data set has this name.
+    step: int = 0  # The network was trained for this many steps.
+    name: str = ""  # This name of ours, or module:Name, builds the network …
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # … with these arguments, which are values of JSON.
 
     @property
     def makes_images(self) -> bool:
-        """Whether samples are images or decode to them."""
         return self.pixel_range is not None
 
     def generate(
@@ -194,11 +170,10 @@ class Generator:
     ) -> Tensor:
         """Samples ``[batch_size, *sample_shape]`` in one forward pass, see :func:`generate`.
 
-        Labels ``y [batch_size]`` are given as they are called in training, and drawn uniformly if None. Images are
-        clamped to their range.
+        Labels ``y [batch_size]`` are called as in training; None draws them uniformly.
         """
+        source = None if generator is None else generator.device
         if y is None:
-            source = None if generator is None else generator.device
             numbers = torch.randint(len(self.class_names), (batch_size,), generator=generator, device=source)
         else:
             numbers = class_numbers(y, self.class_names)
@@ -209,17 +184,14 @@ class Generator:
 def class_numbers(labels: Labels, names: ClassNames) -> Tensor:
     """Class numbers, int64 ``[B]``, of labels as they are called: their places in ``names``.
 
-    Integers are looked up where names are integers, and are numbers already where these are text.
-
-    Raises:
-        ValueError: a label that is none of them.
+    Integers are class numbers already where all names are text. An unknown label raises ValueError.
     """
     values: list[Any] = labels.tolist() if isinstance(labels, Tensor) else list(labels)
     are_numbers = all(type(value) is int for value in values) and all(isinstance(name, str) for name in names)
     called: Sequence[Any] = range(len(names)) if are_numbers else names
     place = {name: number for number, name in enumerate(called)}
-    unknown = next((value for value in values if value not in place), None)
-    if unknown is not None:
-        shown = ", ".join(map(str, called[:MOST_NAMED])) + (", …" if len(called) > MOST_NAMED else "")
-        raise ValueError(f"there is no label {unknown!r}, expected one of: {shown}")
+    for value in values:
+        if value not in place:
+            shown = ", ".join(map(str, called[:10])) + (", …" if len(called) > 10 else "")
+            raise ValueError(f"there is no label {value!r}, expected one of: {shown}")
     return torch.tensor([place[value] for value in values], dtype=torch.int64)

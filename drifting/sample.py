@@ -1,7 +1,4 @@
-"""Draw samples from a trained generator, in one step each.
-
-``python -m drifting.sample SOURCE --num N --out FILE.npz|FILE.png``
-"""
+"""``python -m drifting.sample SOURCE --num N --out FILE.npz|FILE.png`` draws samples, in one step each."""
 
 import math
 from collections.abc import Sequence
@@ -19,8 +16,6 @@ from .hub.vae import require_vae
 from .utils.images import save_grid
 from .utils.named import import_named
 
-SUFFIXES = (".npz", ".png")
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = ArgumentParser(prog="python -m drifting.sample", description="Draw samples from a trained generator.")
@@ -33,48 +28,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", metavar="MODULE:NAME", help="the class of a network of your own")
     arguments = parser.parse_args(argv)
 
-    if arguments.num < 1:
-        raise UserError(f"--num is {arguments.num}, expected 1 or more")
-    if arguments.out.suffix not in SUFFIXES:
-        raise UserError(f"--out is {arguments.out}, expected a file that ends in {' or '.join(SUFFIXES)}")
+    num, out = arguments.num, arguments.out
+    if num < 1:
+        raise UserError(f"--num is {num}, expected 1 or more")
+    if out.suffix not in (".npz", ".png"):
+        raise UserError(f"--out is {out}, expected a file that ends in .npz or .png")
     check_drawing(arguments.cfg_scale, arguments.seed)
     generator = load_generator(arguments.source, arguments.model and import_named(arguments.model, "--model"))
-    if arguments.out.suffix == ".png" and not generator.makes_images:
+    if out.suffix == ".png" and not generator.makes_images:
         shape = list(generator.sample_shape)
-        raise UserError(f"--out is {arguments.out}, but samples {shape} are no images: expected a file in .npz")
+        raise UserError(f"--out is {out}, but samples {shape} are no images: expected a file in .npz")
     chosen = parse_labels(arguments.labels, generator.class_names)
-    numbers = spread_labels(arguments.num, list(chosen))
+    numbers = spread_labels(num, list(chosen))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if generator.latent:
         require_vae(device)
     generator.model.to(device)
     samples = draw_samples(generator, numbers, arguments.cfg_scale, arguments.seed)
-    if arguments.out.suffix == ".npz":
-        write_samples(arguments.out, samples, torch.tensor([chosen[number] for number in numbers.tolist()]).numpy())
+    if out.suffix == ".npz":
+        write_samples(out, samples, torch.tensor([chosen[number] for number in numbers.tolist()]).numpy())
     else:
-        save_grid(samples, math.ceil(math.sqrt(len(samples))), arguments.out)
-    labels = [generator.class_names[number] for number in sorted(set(numbers.tolist()))]
-    print(f"wrote {len(samples)} samples of labels {', '.join(map(str, labels))} to {arguments.out}")
+        save_grid(samples, math.ceil(math.sqrt(num)), out)
+    labels = ", ".join(str(generator.class_names[number]) for number in numbers.unique().tolist())
+    print(f"wrote {num} samples of labels {labels} to {out}")
     return 0
 
 
 def parse_labels(text: str | None, names: ClassNames) -> dict[int, int]:
-    """The class numbers that the option asks for, and what ``arr_1`` calls each: as it is named there, if by a number.
+    """The class numbers that ``--labels`` asks for, and what ``arr_1`` calls each: the number given, or class number.
 
     Labels are given by name, or by class number where no class has that name.
     """
     if text is None:
         return {number: number for number in range(len(names))}
-    place = {str(name): number for number, name in enumerate(names)}
+    place = {str(number): number for number in range(len(names))} | {str(name): n for n, name in enumerate(names)}
     chosen = {}
-    for part in text.split(","):
-        number = place.get(part.strip())
-        if number is None and part.strip().isdecimal() and int(part) < len(names):
-            number = int(part)
-        if number is None:
-            known = ", ".join(list(place)[:10]) + (", …" if len(place) > 10 else "")
-            raise UserError(f"--labels names {part!r}, expected 0 to {len(names) - 1} or some of: {known}")
-        chosen[number] = int(part) if part.strip().isdecimal() else number
+    for label in map(str.strip, text.split(",")):
+        if label not in place:
+            known = ", ".join(map(str, names[:10])) + (", …" if len(names) > 10 else "")
+            raise UserError(f"--labels names {label!r}, expected 0 to {len(names) - 1} or some of: {known}")
+        chosen[place[label]] = int(label) if label.isdecimal() else place[label]
     return chosen
 
 

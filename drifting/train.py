@@ -1,7 +1,6 @@
-"""Train a generator, or go on with a run.
+"""``python -m drifting.train [--config NAME|FILE] [--out DIR] [key=value ...]`` trains a generator.
 
-``python -m drifting.train [--config NAME|FILE] [--out DIR] [key=value ...]``; with
-``torchrun --nproc_per_node=K -m drifting.train ...`` K processes do it, on a GPU each.
+With ``torchrun --nproc_per_node=K -m drifting.train ...`` K processes do it, on a GPU each.
 """
 
 from collections.abc import Collection, Sequence
@@ -20,7 +19,7 @@ from .hub.sources import load_mae
 from .models import NETWORKS, FeatureStack
 from .models.drifting_loss import build_extractor
 from .training import DriftingTrainer, Ranks, join_ranks, loop
-from .training.run_evaluation import RunEvaluation
+from .training.run_evaluation import GeneratorRun
 from .utils.named import check_arguments, facts_taken, import_named, is_own
 
 
@@ -36,31 +35,19 @@ def train(config: Config, out: Path, ranks: Ranks = Ranks(), asked: Collection[s
     """Train to ``config.train.steps`` in ``out``, from its newest checkpoint if it has one.
 
     All ``ranks`` take the steps; rank 0 evaluates and writes. ``asked`` are keys whose values change within the run.
-
-    Raises:
-        UserError: ``out`` is in use, belongs to another configuration or cannot be written.
-        Interrupted: by Ctrl-C or SIGTERM; the run is saved.
+    It raises as :func:`drifting.training.loop.opened_run` and :func:`drifting.training.loop.train`.
     """
     directory = RunDirectory(out)
     with loop.opened_run(directory, config, ranks, asked) as config:
         dataset = open_dataset(config.data, config.seed)
-        trainer = build_trainer(config, dataset, ranks)
-        evaluation = RunEvaluation(config, directory, trainer, dataset)
-        run = loop.Run(
-            directory, config, trainer, dataset.train, evaluation.evaluate, evaluation.save_model, evaluation.describe
-        )
-        quality = loop.train(run)
-        ranks.on_main(lambda: evaluation.report(quality))
+        loop.train(GeneratorRun(directory, build_trainer(config, dataset, ranks), dataset))
 
 
 def build_trainer(config: Config, dataset: Dataset, ranks: Ranks) -> DriftingTrainer:
-    """The trainer of a configuration, with the network and the feature extractors that it names.
+    """The trainer of a configuration; raises UserError where network, extractor and data do not fit each other.
 
     The network gets the arguments of the section ``model`` and, of what the data say, those that it takes:
-    ``num_classes``, ``sample_shape`` and, of square images, ``img_size`` and ``in_chans``.
-
-    Raises:
-        UserError: network, extractor and data do not fit each other.
+    ``num_classes``, ``sample_shape``, and of images ``in_chans`` and, where they are square, ``img_size``.
     """
     name, shape = config.model.name, dataset.sample_shape
     target = import_named(name, "model.name") if is_own(name) else NETWORKS[name]
@@ -69,18 +56,19 @@ def build_trainer(config: Config, dataset: Dataset, ranks: Ranks) -> DriftingTra
         facts |= {"in_chans": shape[0]} | ({"img_size": shape[1]} if shape[1] == shape[2] else {})
     check_arguments(target, config.model.keywords(), "model")
     arguments = facts_taken(target, facts) | config.model.keywords()
-    torch.manual_seed(config.seed)
     loss = config.loss
     if ("mae" in loss.feature_extractor) != (loss.mae is not None):
         raise UserError(
             f"loss.mae is {loss.mae} and loss.feature_extractor {loss.feature_extractor}: "
             "expected both or neither to name a masked autoencoder"
         )
-    model, extractor = build(target, arguments, "cpu"), _extractor(loss, shape)
+    torch.manual_seed(config.seed)
+    model = build(target, arguments, "cpu")
     try:
+        extractor = _extractor(loss, shape)
         trainer = DriftingTrainer(
-            model, config, extractor, class_names=dataset.class_names, pixel_range=dataset.pixel_range,
-            latent=dataset.latent, data=dataset.name, origin=(name, arguments), ranks=ranks,
+            model, config, extractor, class_names=dataset.class_names, pixel_range=dataset.pixel_range, ranks=ranks,
+            latent=dataset.latent, data=dataset.name, name=name, arguments=arguments,
         )  # fmt: skip
     except ValueError as error:
         raise UserError(str(error)) from error
@@ -101,19 +89,16 @@ def _extractor(config: LossConfig, shape: tuple[int, ...]) -> nn.Module:
             own = import_named(name, "loss.feature_extractor")
             extractor = own() if isinstance(own, type) else own
         elif name == "mae":
-            extractor = _autoencoder(str(config.mae), in_chans)
+            try:
+                mae = load_mae(str(config.mae))
+            except UserError as error:
+                raise UserError(f"loss.mae: {error}; `python -m drifting.pretrain` trains one") from error
+            if mae.config["in_chans"] != in_chans:
+                channels = mae.config["in_chans"]
+                raise UserError(f"loss.mae is {config.mae}, of {channels} channels: the data have {in_chans}")
+            extractor = mae.feature_extractor()
         named.append((name.rpartition(":")[2], build_extractor(extractor, in_chans)))
     return FeatureStack(named) if len(named) > 1 else named[0][1]
-
-
-def _autoencoder(source: str, in_chans: int | None) -> nn.Module:
-    try:
-        mae = load_mae(source)
-    except UserError as error:
-        raise UserError(f"loss.mae: {error}; `python -m drifting.pretrain` trains one") from error
-    if mae.config["in_chans"] != in_chans:
-        raise UserError(f"loss.mae is {source}, of {mae.config['in_chans']} channels: the data have {in_chans}")
-    return mae.feature_extractor()
 
 
 if __name__ == "__main__":

@@ -1,21 +1,20 @@
-"""Train a classifier to judge generated images by.
+"""``python -m drifting.train_classifier [--data NAME] [--out DIR]`` trains a classifier to judge generated images by.
 
-``python -m drifting.train_classifier [--data NAME] [--out DIR]``; ``evaluation.features=DIR`` in a configuration of
-``drifting.train`` and ``drifting.evaluate --features DIR`` use it.
+``drifting.train`` takes it as ``evaluation.features=DIR``, and ``drifting.evaluate`` as ``--features DIR``.
 """
 
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch.nn import functional as F
-from tqdm import trange
+from tqdm import tqdm
 
 from .cli import ArgumentParser, run_command
 from .config.schema import DataConfig
 from .data import DATASETS, Dataset, Split, open_dataset, training_batches
-from .errors import UserError, reason
+from .errors import UserError
 from .hub.run_directory import RunDirectory, write_model
 from .models import Classifier
 from .training.loop import leave_a_core_free
@@ -32,18 +31,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--epochs", type=int, default=6, help="passes over the training images (default: 6)")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
+    run = RunDirectory(arguments.out or Path("runs") / f"classifier_{arguments.data}")
     if arguments.epochs < 1:
         raise UserError(f"--epochs is {arguments.epochs}, expected 1 or more")
-    run = RunDirectory(arguments.out or Path("runs") / f"classifier_{arguments.data}")
     dataset = open_dataset(DataConfig(arguments.data, arguments.path))
     if dataset.latent or dataset.pixel_range is None:
         raise UserError("a classifier judges images, which these data are not: choose other --data")
     if run.config.exists():
         raise UserError(f"{run.path} holds a run of another kind: choose another --out")
-    try:
-        run.path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {run.path}: {reason(error)}") from error
+    run.path.mkdir(parents=True, exist_ok=True)  # What cannot be written to is told before minutes of training.
     leave_a_core_free()
     classifier = train_classifier(dataset, arguments.epochs, arguments.seed)
     accuracy = measure_accuracy(classifier, dataset.test)
@@ -57,13 +53,12 @@ def train_classifier(dataset: Dataset, epochs: int, seed: int) -> Classifier:
     torch.manual_seed(seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     classifier = Classifier(dataset.sample_shape[0], dataset.num_classes).to(device)
-    classifier = classifier.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    classifier.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     steps = max(3, epochs * len(dataset.train) // BATCH)
     optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=WEIGHT_DECAY, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, steps)
-    batches = training_batches(dataset.train, BATCH, seed)
-    for _ in trange(steps, unit="step", desc="classifier"):
-        images, labels = next(batches)
+    batches = islice(training_batches(dataset.train, BATCH, seed), steps)
+    for images, labels in tqdm(batches, total=steps, unit="step", desc="classifier"):
         loss = F.cross_entropy(classifier(images.to(device)), labels.to(device))
         optimizer.zero_grad()
         loss.backward()
@@ -76,11 +71,9 @@ def train_classifier(dataset: Dataset, epochs: int, seed: int) -> Classifier:
 def measure_accuracy(classifier: Classifier, split: Split) -> float:
     """Share of the images of ``split`` whose label the classifier finds."""
     device = next(classifier.parameters()).device
-    right = 0
-    for indices in torch.arange(len(split)).split(TEST_BATCH):
-        predicted: Tensor = classifier(split.samples(indices.tolist()).to(device)).argmax(1).cpu()
-        right += int((predicted == split.labels[indices]).sum())
-    return right / len(split)
+    parts = (split.samples(indices.tolist()) for indices in torch.arange(len(split)).split(TEST_BATCH))
+    predicted = torch.cat([classifier(part.to(device)).argmax(1).cpu() for part in parts])
+    return int((predicted == split.labels).sum()) / len(split)
 
 
 if __name__ == "__main__":

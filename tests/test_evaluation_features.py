@@ -488,7 +488,7 @@ def test_best_weights_are_kept(tmp_path, monkeypatch, capsys):
 
     def train_to(steps: int, *distances: float) -> Scripted:
         evaluator = Scripted(0.0, *distances)  # the first is a trial that counts for nothing
-        monkeypatch.setattr(run_evaluation, "open_evaluator", lambda *args: evaluator)
+        monkeypatch.setattr(run_evaluation.evaluation, "open_evaluator", lambda *args: evaluator)
         train(load_config("digits", [*settings, f"train.steps={steps}"]), out)
         assert not evaluator.distances
         return evaluator

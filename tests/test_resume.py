@@ -100,7 +100,7 @@ def test_evaluation_chooses_among_averages(tmp_path, monkeypatch):
         def __call__(self, images, labels):
             return {"frechet_distance": distances.pop(0)}
 
-    monkeypatch.setattr("drifting.training.run_evaluation.open_evaluator", lambda config, dataset: Evaluator())
+    monkeypatch.setattr("drifting.evaluation.evaluator.open_evaluator", lambda config, dataset: Evaluator())
     config = load_config("digits", [*TINY, "optimizer.ema_decay=[0.5,0.75]", "train.steps=3"])
     train(config, tmp_path)
     record = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])

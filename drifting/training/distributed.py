@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,13 +24,7 @@ PATIENCE = timedelta(days=1)  # The other ranks wait this long while rank 0 eval
 class Ranks:
     """This process among those of the run; by default it is alone, and nothing is communicated.
 
-    All ranks call a method that communicates, together.
-
-    Args:
-        rank: the number of this process.
-        size: how many processes there are.
-        group: exchanges tensors, on any device.
-        host: exchanges what is decided on the host.
+    All ranks call a method that communicates, together. ``group`` exchanges tensors, ``host`` what the host decides.
     """
 
     rank: int = 0
@@ -40,7 +34,6 @@ class Ranks:
 
     @property
     def main(self) -> bool:
-        """Whether this is rank 0, which evaluates and writes."""
         return self.rank == 0
 
     def share(self, count: int) -> slice:
@@ -98,10 +91,7 @@ class Ranks:
 
 @contextmanager
 def join_ranks() -> Iterator[Ranks]:
-    """Meet the other processes, if torchrun started this one among several, and part from them in the end.
-
-    Each process has a GPU of its own, by its local rank, or where there are none the CPU.
-    """
+    """Meet the processes that torchrun started, each with its own GPU or all on the CPU, and part from them at last."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield Ranks()
         return
@@ -116,16 +106,8 @@ def join_ranks() -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def replicate(model: nn.Module, ranks: Ranks) -> nn.Module:
-    """What training calls in place of ``model``: a replica on each rank, whose gradients are means over the ranks."""
-    return model if ranks.group is None else DistributedDataParallel(model, process_group=ranks.group)
-
-
 def shard(model: nn.Module, ranks: Ranks) -> None:
-    """Let each rank keep a shard of every parameter of ``model`` (FSDP2), in place.
-
-    A network with a list of modules called ``blocks`` is gathered block by block; any other is gathered as a whole.
-    """
+    """Let each rank keep a shard of every parameter (FSDP2), in place; ``blocks``, if any, are gathered one by one."""
     # Our images are views where a patch is the whole image, and nothing changes them in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     assert ranks.group is not None
@@ -137,12 +119,8 @@ def shard(model: nn.Module, ranks: Ranks) -> None:
 
 @contextmanager
 def averaging_gradients(model: nn.Module, averaging: bool) -> Iterator[None]:
-    """Whether a backward inside takes the mean of the gradients over the ranks, or only adds to this rank's.
-
-    Forward and backward of ``model``, a replica or in shards, are both inside.
-    """
+    """Whether forward and backward of ``model`` inside average gradients over the ranks, or only add to this rank's."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(averaging)
-    adding_replica = isinstance(model, DistributedDataParallel) and not averaging
-    with cast(DistributedDataParallel, model).no_sync() if adding_replica else nullcontext():
+    with nullcontext() if averaging or not isinstance(model, DistributedDataParallel) else model.no_sync():
         yield

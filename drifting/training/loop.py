@@ -1,21 +1,22 @@
 """What the training commands share: the run directory, the loop over steps, and how it ends."""
 
-import dataclasses
 import os
 import signal
 import sys
-from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, closing, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
-from typing import Any, Generic
+from typing import Any, Generic, TypeVar
 
 import torch
 from tqdm import tqdm
 
 from ..config import AnyConfig
 from ..config.changes import config_in_force, keep_config
-from ..data import Split, training_batches
+from ..data import Dataset, training_batches
 from ..data.dataset import telling_of_dead_workers
 from ..errors import Interrupted, UserError, reason
 from ..hub.run_directory import RunDirectory
@@ -26,122 +27,105 @@ from .metrics import MetricsLog, check_finite, to_record
 from .trainer import DriftingTrainer
 
 Quality = dict[str, float]
+AnyTrainer = TypeVar("AnyTrainer", bound=DriftingTrainer | MAETrainer)
 
 
-@dataclass(frozen=True)
-class Run(Generic[AnyConfig]):
-    """A run of a training command: what takes the steps, and what is done around them.
+@dataclass
+class Run(ABC, Generic[AnyTrainer]):
+    """A run of a training command: where it is kept, what takes the steps, and what is done around them.
 
-    Args:
-        directory, config: where the run is kept, and its configuration.
-        trainer, split: what takes the steps, and the training samples. Each rank gets its share of every batch.
-        evaluate: measures the model and leaves a picture in the run directory; all ranks call it together.
-        save_model: writes the averaged weights into the run directory; all ranks call it together.
-        describe: puts into words the terms of a record and of the last measures that are worth watching.
+    ``evaluate`` measures the averaged weights and leaves a picture, ``save_model`` writes them: all ranks call these
+    together. ``describe`` words the terms of a record and of the last measures that are worth watching, and ``report``
+    prints the closing measures and what to do next.
     """
 
     directory: RunDirectory
-    config: AnyConfig
-    trainer: DriftingTrainer | MAETrainer
-    split: Split
-    evaluate: Callable[[], Quality]
-    save_model: Callable[[], None]
-    describe: Callable[[dict[str, Any], Quality], str]
+    trainer: AnyTrainer
+    dataset: Dataset
+
+    @abstractmethod
+    def evaluate(self) -> Quality: ...
+
+    @abstractmethod
+    def save_model(self) -> None: ...
+
+    @abstractmethod
+    def describe(self, record: dict[str, Any], quality: Quality) -> str: ...
+
+    @abstractmethod
+    def report(self, quality: Quality) -> None: ...
 
 
 def leave_a_core_free() -> None:
-    """Use all cores but one, unless OMP_NUM_THREADS says how many.
-
-    With every core in use, anything else that runs holds up each parallel region: on two cores a step then takes ten
-    times as long. A small model loses little by leaving one core free.
-    """
+    """Use all cores but one, unless OMP_NUM_THREADS says how many: what else runs would hold up all of them."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, torch.get_num_threads() - 1))
 
 
 @contextmanager
-def opened_run(
-    run: RunDirectory, config: AnyConfig, ranks: Ranks, asked: Collection[str] = ()
-) -> Iterator[AnyConfig]:
+def opened_run(run: RunDirectory, config: AnyConfig, ranks: Ranks, asked: Collection[str] = ()) -> Iterator[AnyConfig]:
     """The run directory is there and this run's alone, inside; gives the configuration, with changes made earlier.
 
-    Args:
-        asked: keys that the user changes within the run, by ``--change``.
-
-    Raises:
-        UserError: it is in use, or holds a run with a configuration that would train something else; or the ranks
-            cannot share a batch.
+    The user changes the keys in ``asked`` within the run. It raises UserError where the directory is in use or holds a
+    run with a configuration that would train something else, or the ranks cannot share a batch.
     """
+    batch = config.train.batch_size
     with ExitStack() as stack:
-
-        def open_and_lock() -> AnyConfig:
-            if not ranks.main:
-                return config
-            run.samples.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(run.lock())
-            return config_in_force(run.config, config, asked)
-
         with ranks.agreed():
-            if config.train.batch_size % ranks.size:
-                batch = config.train.batch_size
+            if batch % ranks.size:
                 raise UserError(f"train.batch_size is {batch}, expected a multiple of the {ranks.size} ranks")
-            opened = ranks.on_all(open_and_lock)[0]
-        yield opened
+            ranks.on_main(lambda: run.samples.mkdir(parents=True, exist_ok=True))
+            ranks.on_main(lambda: stack.enter_context(run.lock()))
+            in_force = ranks.on_all(lambda: config_in_force(run.config, config, asked) if ranks.main else config)
+        yield in_force[0]
 
 
-def train(run: Run[AnyConfig]) -> Quality:
-    """Train to ``config.train.steps`` from the newest checkpoint, if there is one.
+def train(run: Run[AnyTrainer]) -> None:
+    """Take the steps of a run from its newest checkpoint to the end: evaluate, log and save on the way, then report.
 
-    Returns:
-        The measures of the trained model.
-
-    Raises:
-        UserError: the checkpoint cannot be read or is of a later step, or loss or gradient are not finite.
-        Interrupted: Ctrl-C or SIGTERM ended the run early; it is saved.
+    A run that is at its end is evaluated again. It raises UserError where the checkpoint cannot be read or is of a
+    later step, or loss or gradient are not finite, and Interrupted where a signal ended the run early; it is saved.
     """
-    trainer, config, directory = run.trainer, run.config, run.directory
-    with trainer.ranks.agreed():
-        trainer.ranks.on_all(lambda: _resume(directory, trainer))
-        if trainer.step > config.train.steps:
-            raise UserError(
-                f"{directory.path} is at step {trainer.step} already, expected train.steps of at least that"
-            )
-    trainer.ranks.on_main(lambda: keep_config(directory.config, config, trainer.step))
+    trainer, directory, ranks = run.trainer, run.directory, run.trainer.ranks
+    config: Any = trainer.config
+    with ranks.agreed():
+        ranks.on_all(lambda: _resume(run))
+    ranks.on_main(lambda: keep_config(directory.config, config, trainer.step))
     if trainer.step == config.train.steps:
-        measured = run.evaluate()
+        quality = run.evaluate()
         run.save_model()  # It comes after the evaluation, which chooses among several averages.
-        return measured
-    wandb, settings = config.train.wandb, dataclasses.asdict(config)
-    log = trainer.ranks.on_main(lambda: MetricsLog(directory.metrics, trainer.step, wandb, settings))
-    try:
-        with _noting_signals(trainer.ranks) as signals:
-            return _train_steps(run, log, signals)
-    finally:
-        if log is not None:
-            log.close()
+    else:
+        log = ranks.on_main(lambda: MetricsLog(directory.metrics, trainer.step, config.train.wandb, asdict(config)))
+        with closing(log) if log else nullcontext(), _noting_signals(ranks) as signals:
+            quality = _train_steps(run, log, signals)
+    ranks.on_main(lambda: run.report(quality))
 
 
-def _resume(directory: RunDirectory, trainer: DriftingTrainer | MAETrainer) -> None:
+def _resume(run: Run[AnyTrainer]) -> None:
     """Bring the trainer to where the newest checkpoint is; every rank reads all of it."""
-    state = load_checkpoint(directory.checkpoints)
+    trainer, checkpoints = run.trainer, run.directory.checkpoints
+    state = load_checkpoint(checkpoints)
     try:
         if state is not None:
             trainer.load_state_dict(state)
     except Exception as error:  # A state of something else makes torch and the trainer raise errors of many classes.
-        raise UserError(f"the checkpoint in {directory.checkpoints} is of another trainer: {reason(error)}") from error
+        raise UserError(f"the checkpoint in {checkpoints} is of another trainer: {reason(error)}") from error
+    if trainer.step > trainer.config.train.steps:
+        at = f"{run.directory.path} is at step {trainer.step} already"
+        raise UserError(f"{at}, expected train.steps of at least that")
 
 
-def _train_steps(run: Run[AnyConfig], log: MetricsLog | None, signals: list[int]) -> Quality:
+def _train_steps(run: Run[AnyTrainer], log: MetricsLog | None, signals: list[int]) -> Quality:
     """Take the remaining steps. Only rank 0 has a log."""
-    trainer, ranks, every, checkpoints = run.trainer, run.trainer.ranks, run.config.train, run.directory.checkpoints
+    trainer, ranks, checkpoints = run.trainer, run.trainer.ranks, run.directory.checkpoints
+    config, every = trainer.config, trainer.config.train
     quality: Quality = {}
     trainer.stopwatch.take()
     trainer.stopwatch.enter("data")
-    logged = trainer.step
+    logged, size = trainer.step, every.batch_size
     batches = training_batches(
-        run.split, every.batch_size, run.config.seed, trainer.step * every.batch_size, run.config.data.workers,
-        ranks.share(every.batch_size),
-    )  # fmt: skip
+        run.dataset.train, size, config.seed, trainer.step * size, config.data.workers, ranks.share(size)
+    )
     interval = 0.5 if sys.stderr.isatty() else 10
     bar = tqdm(total=every.steps, initial=trainer.step, unit="step", mininterval=interval, disable=not ranks.main)
     with bar, telling_of_dead_workers():
@@ -157,30 +141,22 @@ def _train_steps(run: Run[AnyConfig], log: MetricsLog | None, signals: list[int]
                     check_finite(step, metrics, every.max_skipped_steps, checkpoints)
             timing = trainer.stopwatch.read(step - logged, trainer.images_per_step) if logging else {}
             trainer.stopwatch.enter("evaluation")
-            if evaluating:
-                quality = run.evaluate()
-            if logging:
-                logged = step
+            quality = run.evaluate() if evaluating else quality
+            logged = step if logging else logged
             if log is not None and logging:
                 record = {"step": step} | to_record(metrics) | {"timing": timing}
                 bar.set_postfix_str(run.describe(record, quality), refresh=False)
                 log.write(record | (quality if evaluating else {}))
             bar.update()
             if saving:
-                _save(run)
+                ranks.on_main(partial(save_checkpoint, checkpoints, trainer.state_dict()))
+                run.save_model()
             trainer.stopwatch.enter("data")
             if received and not last:
                 message = f"interrupted at step {step}, saved in {checkpoints}: the same command again goes on"
                 with ranks.agreed():
                     raise Interrupted(message, received)
     return quality
-
-
-def _save(run: Run[AnyConfig]) -> None:
-    """Write checkpoint and model: all ranks gather their parts, and rank 0 writes."""
-    state = run.trainer.state_dict()
-    run.trainer.ranks.on_main(lambda: save_checkpoint(run.directory.checkpoints, state))
-    run.save_model()
 
 
 @contextmanager

@@ -21,67 +21,47 @@ class MAETrainer:
     times the classification error. λ is ``lambda_cls`` until the last ``finetune_steps`` steps, in which it rises
     linearly from 0 over ``finetune_warmup_steps`` steps to ``finetune_lambda_cls``.
 
-    Args:
-        model: the autoencoder, which is moved to ``device``.
-        config: the sections ``loss``, ``step`` and ``optimizer``, the seed, and the length of the run.
-        device: where to train; by default on CUDA if there is one, else on the CPU.
-        ranks: processes that take each step together, each with its share of the images. Without dropout the step is
-            the same at any number of them, up to rounding.
-
-    ``step`` counts the steps taken. ``stopwatch`` knows how long their phases took: "model", "communication" of
-    metrics, "optimizer" and average, and between steps "data".
-
-    All randomness of step n follows from (seed, n). Every step seeds torch's global generators, from which dropout
-    draws, so that a resumed run repeats an uninterrupted one. A step whose loss or gradient is not finite changes
-    nothing.
+    ``ranks`` take each step together, each with its share of the images; without dropout the step is the same at any
+    number of them, up to rounding. ``stopwatch`` knows the phases "model", "communication" of metrics, "optimizer" and
+    average, and between steps "data". Device and randomness are as in :class:`DriftingTrainer`.
     """
 
     def __init__(
-        self,
-        model: MAE,
-        config: PretrainConfig,
-        device: torch.device | str | None = None,
-        ranks: Ranks | None = None,
+        self, model: MAE, config: PretrainConfig, device: torch.device | str | None = None, ranks: Ranks | None = None
     ) -> None:
-        self.config, self.ranks = config, ranks or Ranks()
+        self.model, self.config, self.ranks = model, config, ranks or Ranks()
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.model, optimizer = model.to(self.device), config.optimizer
-        self.weights = TrainedWeights(
-            model, optimizer, [optimizer.ema_decay], config.train.steps, self.ranks, self.device
-        )
+        self.weights = TrainedWeights(model, config, self.ranks, self.device)
         self.images_per_step = 0  # This is the number of the last step's images, on all ranks.
         self.stopwatch = Stopwatch(self.device)
 
     @property
     def step(self) -> int:
-        """The steps taken so far."""
         return self.weights.step
 
     @property
     def ema_model(self) -> MAE:
-        """The autoencoder with averaged weights."""
         return cast(MAE, self.weights.average(self.config.optimizer.ema_decay))
 
     def lambda_at(self, step: int) -> float:
-        """λ, the share of the classification error, in the step that ``step`` others came before."""
+        """λ, the weight of the classification error, in the step that ``step`` others came before."""
         loss = self.config.loss
         since = step - (self.config.train.steps - loss.finetune_steps)
-        if since < 0:
-            return loss.lambda_cls
-        return loss.finetune_lambda_cls * min(1.0, since / max(1, loss.finetune_warmup_steps))
+        rise = min(1.0, since / max(1, loss.finetune_warmup_steps))
+        return loss.lambda_cls if since < 0 else loss.finetune_lambda_cls * rise
 
     def train_step(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Take one step on images ``[B, C, H, W]`` and labels ``[B]``, as many on each rank.
 
-        Returns:
-            0-d tensors, left on the device and the same on all ranks: the means of ``loss``, ``recon_loss`` and
-            ``cls_loss``; ``lambda_cls``; ``grad_norm`` before clipping; ``skipped_steps``.
+        It returns 0-d tensors, left on the device and the same on all ranks: the means of ``loss``, ``recon_loss`` and
+        ``cls_loss``; ``lambda_cls``; ``grad_norm`` before clipping; ``skipped_steps``.
         """
         self.stopwatch.enter("model")
         self.images_per_step = len(images) * self.ranks.size
         images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
         share = torch.full((), self.lambda_at(self.step), device=self.device)
         self.model.train()
+        self.weights.optimizer.zero_grad()
         images, masks = self._draw_inputs(images)
         losses = self._backward(images, labels, masks, share)
         self.stopwatch.enter("communication")
@@ -93,19 +73,18 @@ class MAETrainer:
         return metrics | {"skipped_steps": self.weights.skipped_steps.clone()}
 
     def _draw_inputs(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """What the model sees of this rank's images, and their masks.
+        """What the model sees of this rank's images, and their masks. Both are drawn for all ranks, on each.
 
-        Masks and noise are drawn for the images of all ranks, on each. With ``step.latents`` the model sees one draw
-        from the posterior that the Stable Diffusion VAE has of each image. Afterwards torch's generators, from which
-        dropout draws, are at a seed of this step and rank.
+        With ``step.latents`` it sees one draw from the posterior that the Stable Diffusion VAE has of each image.
+        Afterwards torch's generators, from which dropout draws, are at a seed of this step and rank.
         """
         moments = encode_images(images) if self.config.step.latents else None
         inputs = images if moments is None else moments[0]
         whole = inputs[:1].expand(len(images) * self.ranks.size, -1, -1, -1)
         mine = self.ranks.share(len(whole))
-        least, greatest = self.config.loss.mask_ratio_range
         seeds = np.random.SeedSequence([self.config.seed, self.step]).generate_state(1 + self.ranks.size).tolist()
         torch.manual_seed(seeds[0])
+        least, greatest = self.config.loss.mask_ratio_range
         masks = self.model.random_mask(whole, least, greatest)
         if moments is not None:
             inputs = inputs + moments[1] * torch.randn(whole.shape, device=whole.device)[mine]
@@ -115,12 +94,11 @@ class MAETrainer:
 
     def _backward(self, images: Tensor, labels: Tensor, masks: Tensor, share: Tensor) -> dict[str, Tensor]:
         """Add up the gradient of the mean loss, a part of the images at a time; return the losses ``[B]``, detached."""
-        self.weights.optimizer.zero_grad()
         model, size = self.weights.distributed, self.config.step.images_at_once or len(images)
-        parts = [slice(at, at + size) for at in range(0, len(images), size)]
         losses: list[dict[str, Tensor]] = []
-        for part in parts:
-            with averaging_gradients(model, part is parts[-1]):
+        for at in range(0, len(images), size):
+            part = slice(at, at + size)
+            with averaging_gradients(model, part.stop >= len(images)):
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.step.bf16):
                     of_part = model(images[part], labels[part], masks[part], share)
                 (of_part["loss"].sum() / len(images)).backward()
@@ -128,9 +106,7 @@ class MAETrainer:
         return {name: torch.cat([of_part[name] for of_part in losses]) for name in losses[0]}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that shapes the rest of the run, whole and on the host of rank 0. All ranks call this."""
         return self.weights.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from :meth:`state_dict` of a trainer that was created with the same arguments."""
         self.weights.load_state_dict(state)

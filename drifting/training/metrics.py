@@ -2,9 +2,8 @@
 
 import hashlib
 import json
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -17,34 +16,35 @@ from .checkpoint import checkpoints_in
 
 
 class MetricsLog:
-    """Appends records to ``path`` and writes them beside it as TensorBoard events; records after ``step`` are dropped.
+    """Appends records to ``path`` in a run directory, and writes them beside it as TensorBoard events.
 
-    Args:
-        path: ``metrics.jsonl`` in a run directory.
-        step: the step that training goes on from.
-        wandb_project: a project of Weights & Biases, which gets the records too, as a run of the directory's name.
-        settings: what W&B shows of the configuration.
+    Training goes on from ``step``: records after it are dropped. ``wandb_project``, of Weights & Biases, gets the
+    records too, as a run of the directory's name with these ``settings``.
     """
 
     def __init__(self, path: Path, step: int, wandb_project: str | None = None, settings: Any = None) -> None:
         self.path = path
         self.wandb = None if wandb_project is None else _open_wandb(wandb_project, path.parent, settings)
         if path.exists():
+            kept = [line for line in path.read_bytes().splitlines(keepends=True) if _step_of(line) <= step]
             with atomic_write(path) as part:
-                part.write_bytes(b"".join(_lines_up_to(path, step)))
+                part.write_bytes(b"".join(kept))
         self.file = path.open("ab", buffering=0)
         self.events = SummaryWriter(str(path.parent), purge_step=step + 1)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Write one record, whose values are numbers or dictionaries of them, and its ``step``."""
-        line = memoryview(f"{json.dumps(_finite(record))}\n".encode())
-        with _naming(self.path):
+        """Write one record: its ``step``, and numbers or dictionaries of them."""
+        valid = json.loads(json.dumps(record), parse_constant=lambda name: None)  # JSON has no NaN and no infinity.
+        line = memoryview(f"{json.dumps(valid)}\n".encode())
+        scalars = {name: value for name, value in _flat(record).items() if name != "step"}
+        try:
             while line:
                 line = line[self.file.write(line) :]
-        scalars = {name: value for name, value in _flat(record).items() if name != "step"}
-        with _naming(Path(self.events.log_dir)):
             for name, value in scalars.items():
                 self.events.add_scalar(name, value, record["step"])
+        except OSError as error:  # The system does not name a file that is open.
+            error.filename = error.filename or str(self.path)
+            raise
         if self.wandb is not None:
             self.wandb.log(scalars, step=record["step"])
 
@@ -59,30 +59,30 @@ class MetricsLog:
 def _open_wandb(project: str, run: Path, settings: dict[str, Any]) -> Any:
     """The run of W&B that belongs to that directory: a resumed one goes on in it."""
     wandb = require("wandb", "train.wandb", "wandb")
-    identifier = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]
+    name = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]
     try:
-        return wandb.init(
-            project=project, name=run.name, id=identifier, dir=str(run), config=settings, resume="allow"
-        )
+        return wandb.init(project=project, name=run.name, id=name, dir=str(run), config=settings, resume="allow")
     except (wandb.Error, OSError) as error:
         raise UserError(f"train.wandb: {reason(error).rstrip('.')}; WANDB_MODE=offline needs no account") from error
 
 
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Inside, what the system refuses to write names ``path``."""
+def _step_of(line: bytes) -> float:
+    """The step of a record, or infinity for a line that is none: a crash may have cut it short."""
     try:
-        yield
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
+        return float(json.loads(line)["step"])
+    except Exception:  # The file may hold anything.
+        return inf
+
+
+def _flat(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    flat: dict[str, float] = {}
+    for name, value in record.items():
+        flat |= _flat(value, f"{prefix}{name}/") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
 
 
 def to_record(metrics: dict[str, Tensor]) -> dict[str, Any]:
-    """0-d tensors of a training step as numbers, fetched at once.
-
-    What belongs to a feature map is grouped: ``scale: {map: …}`` and ``lambda: {map: {R: …}}``.
-    """
+    """0-d tensors of a step as numbers, fetched at once, with ``scale: {map: …}`` and ``lambda: {map: {R: …}}``."""
     values = stack([value.detach().float() for value in metrics.values()]).tolist()
     record: dict[str, Any] = {}
     for (name, tensor), value in zip(metrics.items(), values, strict=True):
@@ -97,46 +97,22 @@ def to_record(metrics: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def check_finite(step: int, metrics: dict[str, Tensor], allowed: int, checkpoints: Path) -> None:
-    """Raise once a run has skipped more than ``allowed`` steps because their loss or gradient was not finite.
+    """Raise UserError once a run has skipped more than ``allowed`` steps because loss or gradient was not finite.
 
-    Raises:
-        UserError: it names the step, the feature maps that are not finite, and the newest file in ``checkpoints``.
+    It names the step, the feature maps that are not finite, and the newest file in ``checkpoints``.
     """
     if metrics["skipped_steps"] <= allowed:
         return
     record = to_record(metrics)
     scales, lambdas = record.get("scale", {}), record.get("lambda", {})
-    maps = [name for name in scales if not all(map(math.isfinite, [scales[name], *lambdas.get(name, {}).values()]))]
+    maps = [name for name in scales if not all(map(isfinite, [scales[name], *lambdas.get(name, {}).values()]))]
     where = "behind the feature maps, which are finite" if scales else "in the model"
     if maps:
         rest = f" and {len(maps) - 3} more" if len(maps) > 3 else ""
         where = f"in the feature map{'s' * (len(maps) > 1)} {', '.join(maps[:3])}{rest}"
-    newest = [str(path) for path in checkpoints_in(checkpoints)][-1:] or ["not there yet"]
+    newest = ["not there yet", *checkpoints_in(checkpoints).values()][-1]
     raise UserError(
         f"step {step}: the loss is {record['loss']:g} and its gradient's norm {record['grad_norm']:g}, {where}; "
         f"skipped so far: {record['skipped_steps']}. These steps left the weights as they were; the last checkpoint is "
-        f"{newest[0]}: look at the data, lower optimizer.learning_rate, or let train.max_skipped_steps such steps pass"
+        f"{newest}: look at the data, lower optimizer.learning_rate, or let train.max_skipped_steps such steps pass"
     )
-
-
-def _finite(value: Any) -> Any:
-    """The record with None for numbers that are not finite, as JSON has nothing else for them."""
-    if isinstance(value, dict):
-        return {name: _finite(entry) for name, entry in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _lines_up_to(path: Path, step: int) -> list[bytes]:
-    kept = []
-    for line in path.read_bytes().splitlines(keepends=True):
-        with suppress(ValueError, RecursionError, KeyError, TypeError):  # A crash may have cut a line short.
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-    return kept
-
-
-def _flat(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    flat: dict[str, float] = {}
-    for name, value in record.items():
-        flat |= _flat(value, f"{prefix}{name}/") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat

@@ -2,70 +2,47 @@
 
 import copy
 import math
-from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ..config.schema import AdamWConfig
-from .distributed import Ranks, replicate, shard
+from ..config import Config, PretrainConfig
+from .distributed import Ranks, shard
 
-BETAS = (0.9, 0.95)
-GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)  # The whole of it is on the host of rank 0.
-WHOLE = StateDictOptions(full_state_dict=True)
+GATHERED = states.StateDictOptions(full_state_dict=True, cpu_offload=True)  # The whole of it is on the host of rank 0.
+WHOLE = states.StateDictOptions(full_state_dict=True)
 
 
 class TrainedWeights:
-    """The weights of a network, their optimizer and their averages, whole on each rank or in shards.
+    """The weights of a network, moved to ``device``, with their optimizer and an average for each decay.
 
-    Args:
-        model: the network, which is moved to ``device``.
-        config: the learning rate with its schedule, the weight decay and the clipping of gradients.
-        decays: of the averages, as many as there are decays.
-        steps: the length of the run, over which ``config.cosine_decay`` lowers the rate to 0.
-        ranks: the processes that train together.
-        device: where the weights are.
-        sharded: whether each rank keeps a shard of weights, averages and optimizer (FSDP2) in place of the whole (DDP).
-
-    ``distributed`` is what a training step calls in place of ``model``. ``step`` counts the steps taken, and the 0-d
-    tensor ``skipped_steps`` those whose loss or gradient was not finite.
+    They are whole on each of the ``ranks`` (DDP), or with ``config.step.fsdp`` in shards (FSDP2). ``distributed`` is
+    what a training step calls in place of ``model``. ``step`` counts the steps taken, and the 0-d tensor
+    ``skipped_steps`` those whose loss or gradient was not finite.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        config: AdamWConfig,
-        decays: Sequence[float],
-        steps: int,
-        ranks: Ranks,
-        device: torch.device,
-        sharded: bool = False,
-    ) -> None:
-        self.model, self.config, self.steps = model.to(device), config, steps
-        average = {decay: get_ema_multi_avg_fn(decay) for decay in decays}
+    def __init__(self, model: nn.Module, config: Config | PretrainConfig, ranks: Ranks, device: torch.device) -> None:
+        self.model, self.config, self.steps = model.to(device), config.optimizer, config.train.steps
+        decays = config.optimizer.ema_decay
         self.averages = {
-            decay: AveragedModel(model, multi_avg_fn=function).requires_grad_(False)
-            for decay, function in average.items()
+            decay: AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)).requires_grad_(False)
+            for decay in (decays if isinstance(decays, list) else [decays])
         }
-        self.blank: nn.Module | None = None  # It takes the gathered weights of an average that is in shards.
-        if sharded and ranks.group is not None:
+        self.distributed, self.blank = model, None
+        if isinstance(config, Config) and config.step.fsdp and ranks.group is not None:
+            # The gathered weights of an average that is in shards go into this copy.
             self.blank = copy.deepcopy(model).cpu().requires_grad_(False).eval()
             for module in (model, *(average.module for average in self.averages.values())):
                 shard(module, ranks)
-        self.distributed = model if self.blank is not None else replicate(model, ranks)
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(), config.learning_rate, BETAS, weight_decay=config.weight_decay, fused=True
-        )
+        elif ranks.group is not None:
+            self.distributed = DistributedDataParallel(model, process_group=ranks.group)
+        rate, decay = self.config.learning_rate, self.config.weight_decay
+        self.optimizer = torch.optim.AdamW(model.parameters(), rate, (0.9, 0.95), weight_decay=decay, fused=True)
         self.step = 0
         self.skipped_steps = torch.zeros((), dtype=torch.long, device=device)
 
@@ -77,13 +54,10 @@ class TrainedWeights:
         return self.config.learning_rate * factor
 
     def update(self, loss: Tensor) -> Tensor:
-        """Take one step with the gradients that are there, and average the weights.
+        """Take one step with the gradients that are there, average the weights, and return the gradient's norm, 0-d.
 
-        Where ``loss`` (0-d) or the gradient is not finite, weights and optimizer stay as they are. Nothing is read on
-        the host.
-
-        Returns:
-            The norm of the gradient before clipping, 0-d.
+        Gradients are clipped after that. Where ``loss`` (0-d) or the gradient is not finite, weights and optimizer stay
+        as they are. Nothing is read on the host.
         """
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
         grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -103,46 +77,33 @@ class TrainedWeights:
         average = self.averages[decay].module
         if self.blank is None:
             return average
-        with torch.no_grad():
-            self.blank.load_state_dict(get_model_state_dict(average, options=WHOLE))
+        self.blank.load_state_dict(states.get_model_state_dict(average, options=WHOLE))
         return self.blank.to(self.skipped_steps.device)
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, averages, optimizer and counts, whole and on the host, on rank 0. All ranks call this."""
+        averages = {}
+        for decay, average in self.averages.items():
+            weights = states.get_model_state_dict(average.module, options=GATHERED)
+            averages[str(decay)] = {"count": int(average.n_averaged), "weights": weights}
+        moments: Any = {}
+        if self.optimizer.state:  # There is none before the first step.
+            moments = states.get_optimizer_state_dict(self.model, self.optimizer, options=GATHERED)
         return {
-            "model": get_model_state_dict(self.model, options=GATHERED),
-            "averages": {
-                str(decay): {
-                    "count": int(average.n_averaged),
-                    "weights": get_model_state_dict(average.module, options=GATHERED),
-                }
-                for decay, average in self.averages.items()
-            },
-            "optimizer": self._optimizer_state(),
-            "skipped_steps": int(self.skipped_steps),
-            "step": self.step,
-        }
+            "model": states.get_model_state_dict(self.model, options=GATHERED), "averages": averages,
+            "optimizer": moments.get("state", {}), "skipped_steps": int(self.skipped_steps), "step": self.step,
+        }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from :meth:`state_dict`, of which every rank has the whole.
-
-        Rates and weight decay are those of this object's own configuration.
-        """
+        """Continue from :meth:`state_dict`, which every rank has whole, with the rates and weight decay of this run."""
         for decay, average in self.averages.items():
             saved = state["averages"][str(decay)]
-            set_model_state_dict(average.module, saved["weights"], options=WHOLE)
+            states.set_model_state_dict(average.module, saved["weights"], options=WHOLE)
             average.n_averaged.fill_(saved["count"])
-        set_model_state_dict(self.model, state["model"], options=WHOLE)
+        states.set_model_state_dict(self.model, state["model"], options=WHOLE)
         if state["optimizer"]:
-            groups = get_optimizer_state_dict(self.model, self.optimizer, options=WHOLE)["param_groups"]
-            saved_optimizer: dict[str, Any] = {"state": state["optimizer"], "param_groups": groups}
-            set_optimizer_state_dict(self.model, self.optimizer, saved_optimizer, options=WHOLE)
+            own: Any = states.get_optimizer_state_dict(self.model, self.optimizer, options=WHOLE)
+            own["state"] = state["optimizer"]
+            states.set_optimizer_state_dict(self.model, self.optimizer, own, options=WHOLE)
         self.skipped_steps.fill_(state["skipped_steps"])
         self.step = state["step"]
-
-    def _optimizer_state(self) -> dict[str, Any]:
-        """The moments by the names of the parameters, which there are none of before the first step."""
-        if not self.optimizer.state:
-            return {}
-        state = get_optimizer_state_dict(self.model, self.optimizer, options=GATHERED)
-        return cast(dict[str, Any], state.get("state", {}))

@@ -1,7 +1,9 @@
-"""What is measured of a generator while it trains, and kept in its run directory."""
+"""A generator's run: what is measured of it while it trains, and kept in its run directory."""
 
 import math
 import sys
+from dataclasses import dataclass
+from functools import partial
 from itertools import cycle, islice
 from typing import Any
 
@@ -9,118 +11,72 @@ from torch import nn
 from tqdm import tqdm
 
 from ..config import Config, read_config, save_config
-from ..data import Dataset
 from ..errors import UserError, reason
+from ..evaluation import evaluator as evaluation
 from ..evaluation.drawing import draw_samples, spread_labels
-from ..evaluation.evaluator import (
-    Evaluator,
-    Quality,
-    best_quality,
-    check_evaluation,
-    evaluate_model,
-    open_evaluator,
-    warn_of_few,
-)
 from ..hub.run_directory import RunDirectory, save_generator
 from ..hub.vae import decode_latents
 from ..utils.files import read_object
 from ..utils.images import save_panels, to_uint8
 from ..utils.named import is_own
+from .loop import Quality, Run
 from .trainer import DriftingTrainer
 
 ROWS, COLUMNS = 10, 10  # A picture has these many classes, and images of each.
 
 
-class RunEvaluation:
-    """Evaluates the averaged weights, keeps the best and draws pictures. All ranks call it; rank 0 does the work.
+@dataclass
+class GeneratorRun(Run[DriftingTrainer]):
+    """Evaluates the averaged weights, keeps the best, draws pictures; refuses at once what cannot be evaluated."""
 
-    Raises:
-        UserError: the configured evaluation cannot be made of these samples.
-    """
+    def __post_init__(self) -> None:
+        self.config, self.ranks, self.num_samples = self.trainer.config, self.trainer.ranks, 0
+        self.evaluator = self.ranks.on_main(partial(self._open, self.trainer.ema_model))
 
-    def __init__(self, config: Config, run: RunDirectory, trainer: DriftingTrainer, dataset: Dataset) -> None:
-        self.config, self.run, self.trainer, self.dataset = config, run, trainer, dataset
-        self.ranks, model = trainer.ranks, trainer.ema_model
-        self.num_samples = 0
-        self.evaluator = self.ranks.on_main(lambda: self._open(model))
-
-    def _open(self, model: nn.Module) -> Evaluator | None:
-        evaluator = open_evaluator(self.config.evaluation, self.dataset)
+    def _open(self, model: nn.Module) -> evaluation.Evaluator | None:
+        evaluator = evaluation.open_evaluator(self.config.evaluation, self.dataset)
         if evaluator is not None:
             self.num_samples = self.config.evaluation.num_samples or evaluator.num_samples
-            warn_of_few(evaluator, self.num_samples)
-            check_evaluation(evaluator, self.trainer.generator(model))
+            evaluation.warn_of_few(evaluator, self.num_samples)
+            evaluation.check_evaluation(evaluator, self.trainer.generator(model))
         return evaluator
 
     def evaluate(self) -> Quality:
-        """Measure every average at every guidance scale, and return the measures of the best.
+        """Measure every average at every guidance scale; the best is the trainer's best, and its measures are returned.
 
-        The trainer's best average is that one from then on. A picture is left, and in ``run.best`` the weights, if they
-        are better than those there.
+        Its weights are left in ``directory.best``, unless those there are better and were measured alike.
         """
         qualities: list[Quality] = []
         for decay in self.config.optimizer.ema_decay:
-            model = self.trainer.weights.average(decay)
-            measured = self.ranks.on_main(lambda model=model: self._measure(model)) or []  # type: ignore[misc]
-            qualities += [{"ema_decay": decay} | quality for quality in measured]
-        best = best_quality(qualities, self.evaluator.distance) if self.evaluator is not None else {}
+            qualities += self.ranks.on_main(partial(self._measure, self.trainer.weights.average(decay), decay)) or []
+        best = evaluation.best_quality(qualities, self.evaluator.distance) if self.evaluator is not None else {}
         quality = self.ranks.on_all(lambda: best)[0]
         self.trainer.best_decay = quality.get("ema_decay", self.trainer.best_decay)
-        model = self.trainer.ema_model
-        self.ranks.on_main(lambda: self._keep(model, quality))
+        self.ranks.on_main(partial(self._keep, self.trainer.ema_model, quality))
         return quality
 
-    def save_model(self) -> None:
-        """Write the averaged weights into the run directory."""
-        self.trainer.save(self.run.path)
-
-    def describe(self, record: dict[str, Any], quality: Quality) -> str:
-        """The terms worth watching: mean λ of each R over the feature maps, spread, Fréchet distance."""
-        maps = list(record["lambda"].values())
-        text = " ".join(f"λ{R}={sum(m[R] for m in maps) / len(maps):.4f}" for R in maps[0])
-        text += f" spread={record['sample_spread']:.2f}"
-        text += f" skipped={record['skipped_steps']}" if record["skipped_steps"] else ""
-        if self.evaluator is not None and quality:
-            distance = self.evaluator.distance
-            text += f" {'FID' if distance == 'fid' else 'Fréchet'}={quality[distance]:.2f}"
-            text += f" ({quality['frechet_ratio']:.2f}x train)" if "frechet_ratio" in quality else ""
-        return text
-
-    def report(self, quality: Quality) -> None:
-        """Print the closing table, and what to do next."""
-        pictured, path, name = self.dataset.pixel_range is not None, self.run.path, self.config.model.name
-        if self.evaluator is not None:
-            distance, best = self.evaluator.distance, _best_so_far(self.run)
-            _print_measures(quality, distance, "image" if pictured else "sample")
-            if best.get(distance, math.inf) < quality[distance]:
-                print(f"\nbest: {best[distance]:.2f} at step {best['step']}, kept in {self.run.best.path}")
-        print(f"\nsamples: {self.run.samples}" if pictured else "")
-        options = f"--out samples.{'png' if pictured else 'npz'}" + (f" --model {name}" if is_own(name) else "")
-        print(f"more:    python -m drifting.sample {path} --num 100 {options}")
-
-    def _measure(self, model: nn.Module) -> list[Quality]:
-        """The measures of a network at each of the configured guidance scales."""
+    def _measure(self, model: nn.Module, decay: float) -> list[Quality]:
         if self.evaluator is None:
             return []
         generator = self.trainer.generator(model)
         numbers = spread_labels(self.num_samples, range(len(generator.class_names)))
         scales = self.config.evaluation.cfg_scales
-        return [evaluate_model(self.evaluator, generator, numbers, scale)[0] for scale in scales]
+        measured = [evaluation.evaluate_model(self.evaluator, generator, numbers, scale)[0] for scale in scales]
+        return [{"ema_decay": decay} | quality for quality in measured]
 
     def _keep(self, model: nn.Module, quality: Quality) -> None:
-        """Leave a picture; and the weights in ``run.best``, unless those there are as good, measured alike."""
         if self.dataset.pixel_range is not None:
             self._save_picture(model, self.dataset.pixel_range)
         if self.evaluator is None:
             return
-        kept, best, distance = _best_so_far(self.run), self.run.best, self.evaluator.distance
+        kept, best, distance = _best_so_far(self.directory), self.directory.best, self.evaluator.distance
         alike = kept and read_config(str(best.config), (), Config).evaluation == self.config.evaluation
         if not alike or quality[distance] < kept.get(distance, math.inf):
             save_generator(best, self.trainer.generator(model), quality)
             save_config(self.config, best.config)
 
     def _save_picture(self, model: nn.Module, pixel_range: tuple[float, float]) -> None:
-        """Generated images, a class a row, beside training images of it; without the VAE that latents need, a note."""
+        """Put generated images, a class a row, beside training images; without the VAE that latents need, say so."""
         split, generator = self.dataset.train, self.trainer.generator(model)
         present = split.labels.unique()[:ROWS].tolist()
         rows = [(split.labels == label).nonzero().flatten()[:COLUMNS].tolist() for label in present]
@@ -132,24 +88,48 @@ class RunEvaluation:
         except UserError as error:
             tqdm.write(f"no picture at step {self.trainer.step}: {error}", file=sys.stderr)
             return
-        path = self.run.samples / f"step_{self.trainer.step:08d}.png"
+        path = self.directory.samples / f"step_{self.trainer.step:08d}.png"
         save_panels({"generated": generated, "real": to_uint8(real, pixel_range)}, COLUMNS, path)
+
+    def save_model(self) -> None:
+        self.trainer.save(self.directory.path)
+
+    def describe(self, record: dict[str, Any], quality: Quality) -> str:
+        maps = list(record["lambda"].values())  # The mean λ of each R over the feature maps is shown.
+        words = [f"λ{R}={sum(m[R] for m in maps) / len(maps):.4f}" for R in maps[0]]
+        words += [f"spread={record['sample_spread']:.2f}"]
+        words += [f"skipped={record['skipped_steps']}"] if record["skipped_steps"] else []
+        if self.evaluator is not None and quality:
+            distance = self.evaluator.distance
+            words += [f"{'FID' if distance == 'fid' else 'Fréchet'}={quality[distance]:.2f}"]
+            words += [f"({quality['frechet_ratio']:.2f}x train)"] if "frechet_ratio" in quality else []
+        return " ".join(words)
+
+    def report(self, quality: Quality) -> None:
+        pictured, path, name = self.dataset.pixel_range is not None, self.directory.path, self.config.model.name
+        if self.evaluator is not None:
+            distance, best = self.evaluator.distance, _best_so_far(self.directory)
+            _print_measures(quality, distance, "image" if pictured else "sample")
+            if best.get(distance, math.inf) < quality[distance]:
+                print(f"\nbest: {best[distance]:.2f} at step {best['step']}, kept in {self.directory.best.path}")
+        print(f"\nsamples: {self.directory.samples}" if pictured else "")
+        options = f"--out samples.{'png' if pictured else 'npz'}" + (f" --model {name}" if is_own(name) else "")
+        print(f"more:    python -m drifting.sample {path} --num 100 {options}")
 
 
 def _best_so_far(run: RunDirectory) -> Quality:
     """The measures of what ``run.best`` holds, and its step."""
     if not run.best.config.is_file():  # It is the last file that is written.
         return {}
+    file = run.best.description
     try:
-        description = read_object(run.best.description)
+        description = read_object(file)
         return description["quality"] | {"step": description["step"]}
     except Exception as error:  # The file may hold anything.
-        path = run.best.path
-        raise UserError(f"{run.best.description} cannot be read ({reason(error)}): delete {path} to go on") from error
+        raise UserError(f"{file} cannot be read ({reason(error)}): delete {run.best.path} to go on") from error
 
 
 def _print_measures(quality: Quality, distance: str, noun: str) -> None:
-    """Print what was measured of generated samples beside what real ones score."""
     reference = f"test {noun}s" if f"{distance}_train" in quality else "reference"
     rows = [
         (f"Frechet distance to the {reference}", distance, "8.2f", "train"),

@@ -1,6 +1,6 @@
 """The training step of Algorithm 1 of the paper (arXiv 2602.04770), and the trainer around it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,15 @@ from ..data.own import label_of, sample_of
 from ..generation import ClassNames, Generator, Labels, Signature
 from ..hub.run_directory import RunDirectory, save_generator
 from ..models import DriftingDiT, DriftingLoss
-from ..models.drifting_loss import Extractor
+from ..models.drifting_loss import Extractor, FeatureMaps, split_groups
 from ..utils.stopwatch import Stopwatch
-from .accumulation import backward_in_parts
 from .distributed import Ranks, averaging_gradients
 from .groups import ClassGroups, Groups
 from .optimization import TrainedWeights
+
+SECTIONS = ("loss", "step", "guidance", "optimizer")  # Their keys are arguments of create_trainer.
+# These defaults of scripts differ from the paper's, whose runs are longer and larger.
+SCRIPTS = {"gen_per_label": 32, "pos_per_label": 32, "warmup_steps": 1000, "ema_decay": 0.99}
 
 
 class DriftingTrainer:
@@ -28,19 +31,7 @@ class DriftingTrainer:
 
     A step takes the labels of ``config.step.labels_per_step`` groups, generates samples of each, and pulls them towards
     real samples of that label and away from each other and, where the label's guidance scale α is above 1, from real
-    samples of any label.
-
-    Args:
-        model: the network, called as ``model(z)``, ``model(z, y)`` or ``model(z, y, cfg_scale)``.
-        config: the sections ``loss``, ``step``, ``guidance`` and ``optimizer``, the seed, and the length of the run.
-        feature_extractor: where samples are compared, see :class:`DriftingLoss`.
-        device: where to train; by default on CUDA if there is one, else on the CPU.
-        noise_shape: shape of one sample's noise, where ``model`` has no attribute of that name.
-        class_names: the labels, by class number; by default they are learnt from the data.
-        pixel_range, latent, data, origin: what :class:`Generator` says of the samples and of the network's name and
-            arguments.
-        ranks: the processes that take each step together, each for its share of the labels. The step is the same at any
-            number of them, up to rounding: statistics, gradients and queues are those of all.
+    samples of any label. :func:`create_trainer` explains the arguments; ``facts`` are further ones of ``Generator``.
 
     ``step`` counts the steps taken; ``best_decay`` says which average :meth:`generate` uses, and whoever evaluates them
     may set it. ``stopwatch`` knows how long the phases of the steps took: "communication" of samples and metrics,
@@ -60,58 +51,45 @@ class DriftingTrainer:
         device: torch.device | str | None = None,
         noise_shape: Sequence[int] | None = None,
         class_names: ClassNames | None = None,
-        pixel_range: tuple[float, float] | None = None,
-        latent: bool = False,
-        data: str = "",
-        origin: tuple[str, dict[str, Any]] | None = None,
         ranks: Ranks | None = None,
+        **facts: Any,
     ) -> None:
         self.config, self.ranks = config, ranks or Ranks()
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.model, self.signature = model.to(self.device), Signature.of(model, noise_shape)
+        self.model, self.signature, self.facts = model.to(self.device), Signature.of(model, noise_shape), facts
         self.sample_shape = self.signature.sample_shape(model)
-        self.pixel_range, self.latent, self.data, self.origin = pixel_range, latent, data, origin
         self.groups = ClassGroups(
             config, self.sample_shape, self.ranks, self.device, class_names,
             labelled=self.signature.conditions > 0, num_classes=getattr(model, "num_classes", None),
         )  # fmt: skip
-        step, loss, optimizer = config.step, config.loss, config.optimizer
+        self.images_per_step = self.groups.size * config.step.gen_per_label  # So many are generated on all ranks.
         self.loss_fn = DriftingLoss(
-            feature_extractor, loss.temperatures, affinity_floor=loss.affinity_floor, bf16=step.bf16,
-            in_chans=self.sample_shape[0] if len(self.sample_shape) == 3 else None, process_group=self.ranks.group,
+            feature_extractor, config.loss.temperatures, affinity_floor=config.loss.affinity_floor,
+            in_chans=self.sample_shape[0] if len(self.sample_shape) == 3 else None, bf16=config.step.bf16,
+            process_group=self.ranks.group,
         ).to(self.device)  # fmt: skip
         if hasattr(model, "activation_checkpointing"):
-            model.activation_checkpointing = step.activation_checkpointing  # type: ignore[assignment]
-        elif step.activation_checkpointing:
+            model.activation_checkpointing = config.step.activation_checkpointing  # type: ignore[assignment]
+        elif config.step.activation_checkpointing:
             raise ValueError(
                 f"step.activation_checkpointing is true, but {type(model).__name__} has no attribute of that name: "
                 "a network of your own has one, looks at it and calls torch.utils.checkpoint itself"
             )
-        self.weights = TrainedWeights(
-            model, optimizer, optimizer.ema_decay, config.train.steps, self.ranks, self.device, step.fsdp
-        )
-        if step.compile:
+        self.weights = TrainedWeights(model, config, self.ranks, self.device)
+        if config.step.compile:
             self.weights.distributed.compile()
             self.loss_fn.feature_extractor.compile()
-        self.best_decay = optimizer.ema_decay[0]
+        self.best_decay = config.optimizer.ema_decay[0]
         self.stopwatch = self.loss_fn.stopwatch = Stopwatch(self.device)
 
     @property
     def step(self) -> int:
-        """The steps taken so far."""
         return self.weights.step
-
-    @property
-    def images_per_step(self) -> int:
-        """Samples that a step generates, on all ranks."""
-        return self.groups.size * self.config.step.gen_per_label
 
     @property
     def ema_model(self) -> nn.Module:
         """The network with the averaged weights of ``best_decay``. All ranks ask for it together."""
         return self.weights.average(self.best_decay)
-
-    # ------------------------------------------------------------------------------------------------ the step
 
     def train_step(self, x: Tensor, y: Labels | None = None, use_cfg_training: bool = True) -> dict[str, Tensor]:
         """Take in a batch of real samples, then take one step of Algorithm 1.
@@ -125,9 +103,6 @@ class DriftingTrainer:
             0-d tensors, left on the device and the same on all ranks: ``loss``, ``grad_norm`` (before clipping),
             ``sample_spread`` (standard deviation of the generated samples of a label over that of the real ones; 0 is
             collapse, 1 is right), ``skipped_steps``, and what the loss reports of each feature map.
-
-        Raises:
-            ValueError: samples of another shape than the network makes, or unknown labels.
         """
         self.stopwatch.enter("communication")
         self.groups.add(x.to(self.device, non_blocking=True), y)
@@ -146,35 +121,50 @@ class DriftingTrainer:
         return metrics | {"skipped_steps": self.weights.skipped_steps.clone()} | info
 
     def _backward(self, groups: Groups) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Add up the gradient of this rank's groups, whose activations may be held a few labels at a time.
-
-        Returns:
-            The generated samples ``[l, G, *sample_shape]``, the loss of these groups, and what the loss reports.
-        """
-        inputs, at_once = self._draw_inputs(groups), self.config.step.labels_at_once
-        pos, uncond, weight = groups.pos, groups.uncond, groups.weight
-        # The ranks average their gradients: this makes it the gradient of a mean over all labels.
-        share = len(pos) * self.ranks.size / self.groups.size
-        if at_once is None or at_once >= len(pos):
-            gen = self._generate(inputs, groups, slice(None))  # [l, G, *sample_shape]
-            loss, info = self.loss_fn.loss_and_info(gen, pos, uncond, weight)
-            (loss * share).backward()
-            return gen, loss, info
-        fixed = pos if uncond is None else torch.cat([pos, uncond], 1)
-        num_uncond = fixed.shape[1] - pos.shape[1]
-        weights = (fixed.new_ones(len(pos)) if weight is None else weight).unsqueeze(1).expand(-1, num_uncond)
-        return backward_in_parts(
-            self.loss_fn, lambda part: self._generate(inputs, groups, part), fixed, pos.shape[1], weights, at_once,
-            share, partial(averaging_gradients, self.weights.distributed),
-        )  # fmt: skip
-
-    def _draw_inputs(self, groups: Groups) -> dict[str, Tensor]:
-        """The noise ``z [l, G, *noise_shape]`` of each group, by its own seed, and what else the network draws."""
-        noise, drawn = torch.Generator(self.device), []
-        for seed in groups.seeds:
+        """Add up the gradient of this rank's groups; give their samples ``[l, G, *sample_shape]``, loss and report."""
+        num, at_once, noise = len(groups.pos), self.config.step.labels_at_once, torch.Generator(self.device)
+        drawn = []
+        for seed in groups.seeds:  # ε, and what else the network draws
             noise.manual_seed(seed)
             drawn.append(self.signature.draw(self.model, self.config.step.gen_per_label, noise, self.device))
-        return {name: torch.stack([of_group[name] for of_group in drawn]) for name in drawn[0]}
+        inputs = {name: torch.stack([of_group[name] for of_group in drawn]) for name in drawn[0]}  # [l, G, …]
+        generate = partial(self._generate, inputs, groups)
+        # The ranks average their gradients: this makes it the gradient of a mean over all labels.
+        share = num * self.ranks.size / self.groups.size
+        if at_once is not None and at_once < num:
+            parts = [slice(at, at + at_once) for at in range(0, num, at_once)]
+            return self._backward_in_parts(generate, groups, parts, share)
+        gen = generate(slice(None))
+        loss, info = self.loss_fn.loss_and_info(gen, groups.pos, groups.uncond, groups.weight)
+        (loss * share).backward()
+        return gen, loss, info
+
+    def _backward_in_parts(
+        self, generate: Callable[[slice], Tensor], groups: Groups, parts: list[slice], share: float
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Do the same with the activations of one part at a time, as in GradCache (Gao et al., arXiv 2101.06983).
+
+        The loss has statistics over all groups, so the sum of the parts' losses is another loss. The features of every
+        part are computed first, without what their gradients would need; then the loss of all of them and its gradient
+        by them, at once; then each part again, with its share of that gradient.
+        """
+        (L, P), loss_fn = groups.pos.shape[:2], self.loss_fn
+        fixed = groups.pos if groups.uncond is None else torch.cat([groups.pos, groups.uncond], 1)  # [L, P + U, …]
+        weight = fixed.new_ones(L) if groups.weight is None else groups.weight
+        with torch.no_grad():
+            samples = [generate(part) for part in parts]
+            gen = _joined([loss_fn.groups(of_part) for of_part in samples])
+            pos, neg = split_groups(_joined([loss_fn.groups(fixed[part]) for part in parts]), P)
+        # Memory's peak is here: the features of all labels, each once, and the gradients.
+        leaves = [of_map.requires_grad_() for of_map in gen.values()]
+        loss, info = loss_fn.of_groups(gen, pos, neg, weight.unsqueeze(1).expand(-1, fixed.shape[1] - P))
+        gradients = dict(zip(gen, torch.autograd.grad(loss * share, leaves), strict=True))
+        for part in parts:
+            with averaging_gradients(self.weights.distributed, part is parts[-1]):
+                maps = loss_fn.groups(generate(part))
+                rows = [gradients[name].unflatten(0, (L, -1))[part].flatten(0, 1) for name in maps]
+                torch.autograd.backward(list(maps.values()), rows)
+        return torch.cat(samples), loss.detach(), info
 
     def _generate(self, inputs: dict[str, Tensor], groups: Groups, part: slice) -> Tensor:
         """The samples ``[l, G, *sample_shape]`` of a part of the groups."""
@@ -182,37 +172,30 @@ class DriftingTrainer:
         num, step = self.config.step.gen_per_label, self.config.step
         torch.manual_seed(groups.seeds[part][0])  # A part that is generated twice drops out the same values.
         drawn = {name: values[part].flatten(0, 1) for name, values in inputs.items()}
-        y, alpha = (t[part].to(self.device).repeat_interleave(num) for t in (groups.label, groups.cfg_scale))
+        y, alpha = (t[part].repeat_interleave(num) for t in (groups.label, groups.cfg_scale))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=step.bf16):
             samples = self.signature.call(self.weights.distributed, drawn, y, alpha).float()
         self.stopwatch.enter_at_gradient(samples, "generator")
-        if step.clamp and self.pixel_range is not None and not self.latent:
-            samples = samples.clamp(*self.pixel_range)
+        if step.clamp and self.facts.get("pixel_range") is not None and not self.facts.get("latent"):
+            samples = samples.clamp(*self.facts["pixel_range"])
         return samples.unflatten(0, (-1, num))
-
-    # ------------------------------------------------------------------------------------------ around the step
 
     def train_epoch(self, dataloader: Iterable[Any], use_cfg_training: bool = True) -> dict[str, float]:
         """Take one step for each batch of ``dataloader``, which yields ``x``, ``(x,)`` or ``(x, y)``.
 
-        Returns:
-            ``avg_loss`` and the averages of ``grad_norm`` and ``sample_spread`` over the epoch, and ``num_steps``.
-            The loss is constant by construction (each λ is normalised): watch the spread.
-
-        Raises:
-            ValueError: the dataloader yields nothing, or batches that do not fit the network.
+        It returns the averages ``avg_loss``, which is constant by construction (each λ is normalised), ``grad_norm``
+        and ``sample_spread``, which is to be watched, and ``num_steps``.
         """
         self.groups.learn_labels(dataloader)
-        logged = ("loss", "grad_norm", "sample_spread")
-        sums, num_steps = torch.zeros(len(logged), device=self.device), 0
+        sums, num_steps = torch.zeros(3, device=self.device), 0
         for batch in tqdm(dataloader, desc="train_epoch", leave=False, disable=None):
             metrics = self.train_step(sample_of(batch), label_of(batch), use_cfg_training)
-            sums += torch.stack([metrics[name] for name in logged])
+            sums += torch.stack([metrics[name] for name in ("loss", "grad_norm", "sample_spread")])
             num_steps += 1
         if not num_steps:
             raise ValueError("the dataloader yielded no batch, expected batches x or (x, y)")
-        averages = dict(zip(logged, (sums / num_steps).tolist(), strict=True))
-        return {"avg_loss": averages.pop("loss"), "num_steps": num_steps} | averages
+        loss, grad_norm, spread = (sums / num_steps).tolist()
+        return {"avg_loss": loss, "num_steps": num_steps, "grad_norm": grad_norm, "sample_spread": spread}
 
     def generate(
         self,
@@ -221,34 +204,23 @@ class DriftingTrainer:
         cfg_scale: float | Tensor = 1.0,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Samples ``[batch_size, *sample_shape]`` of the averaged network in one forward pass.
-
-        ``labels [batch_size]`` are called as in training, and drawn uniformly if None; see :func:`drifting.generate`.
-        """
+        """Samples ``[batch_size, *sample_shape]`` of the averaged network, see :meth:`drifting.Generator.generate`."""
         return self.generator().generate(batch_size, labels, cfg_scale, generator=generator)
 
     def generator(self, model: nn.Module | None = None) -> Generator:
         """The averaged network, or another average of it, with what is known of its samples."""
         model = self.ema_model if model is None else model
         names = self.groups.class_names or tuple(range(getattr(model, "num_classes", 1)))
-        name, arguments = self.origin or ("", {})
-        if isinstance(model, DriftingDiT):
-            name, arguments = "drifting_dit", model.config
-        return Generator(
-            model, self.signature.noise_shape, self.sample_shape, names, self.pixel_range, self.latent, self.data,
-            self.step, name, arguments,
-        )  # fmt: skip
+        ours = {"name": "drifting_dit", "arguments": model.config} if isinstance(model, DriftingDiT) else {}
+        facts, noise_shape = self.facts | ours, self.signature.noise_shape
+        return Generator(model, noise_shape, self.sample_shape, names, step=self.step, **facts)
 
     def save(self, folder: Path | str) -> None:
-        """Write ``model.safetensors`` and ``model.json``, all that :func:`drifting.load_generator` needs.
-
-        All ranks call this, and rank 0 writes.
-        """
-        generator = self.generator()
-        self.ranks.on_main(lambda: save_generator(RunDirectory(Path(folder)), generator))
+        """Write what :func:`drifting.load_generator` reads. All ranks call this, and rank 0 writes."""
+        self.ranks.on_main(partial(save_generator, RunDirectory(Path(folder)), self.generator()))
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that shapes the rest of the run, whole and on the host of rank 0. All ranks call this."""
+        """All that shapes the rest of the run, whole and on the host of rank 0. All ranks call this."""
         return self.weights.state_dict() | {"groups": self.groups.state_dict(), "best_decay": self.best_decay}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -258,10 +230,9 @@ class DriftingTrainer:
         self.best_decay = state["best_decay"]
 
 
-SECTIONS = ("loss", "step", "guidance", "optimizer")  # Their keys are arguments of create_trainer.
-
-# These defaults of scripts differ from the paper's, whose runs are longer and larger.
-SCRIPTS = {"gen_per_label": 32, "pos_per_label": 32, "warmup_steps": 1000, "ema_decay": 0.99}
+def _joined(parts: list[FeatureMaps]) -> FeatureMaps:
+    """The maps of all labels; those of the parts are freed map by map."""
+    return {name: torch.cat([part.pop(name) for part in parts]) for name in list(parts[0])}
 
 
 def create_trainer(
@@ -289,11 +260,7 @@ def create_trainer(
         feature_extractor: where samples are compared: ``'input'`` (the samples themselves), ``'latent'``,
             ``'resnet18'``, a module or function from samples ``[B, *sample_shape]`` to ``[B, D]``, ``[B, T, D]`` or a
             dict of such maps, or a list of these.
-        learning_rate: after the warm-up.
         device: by default CUDA if there is one, else the CPU.
-        queue_size: real samples kept a class.
-        cfg_scale_range: least and greatest guidance scale α to train for.
-        uncond_prob: share of labels trained without guidance, at α = 1.
         noise_shape: shape of one sample's noise, where ``model`` has no attribute of that name.
         class_names: the labels, in the order of the class numbers that ``model`` is given; by default they are learnt
             from the data.
@@ -302,22 +269,20 @@ def create_trainer(
         decay_steps: the learning rate falls along a cosine to 0 at this step; None lets it stay.
         labels_per_step: groups of a step, by default 4, or of a network that takes no labels one a rank.
         seed: of all randomness in training. The network's initial weights are the caller's.
-        ranks: processes that train together, from :func:`join_ranks`; each creates this trainer with the same arguments
-            and the same initial weights.
+        ranks: processes that share the labels of each step, from :func:`join_ranks`; arguments and initial weights are
+            the same on each. The step is the same at any number of them, up to rounding.
         settings: any other key of the sections ``loss``, ``step``, ``guidance`` and ``optimizer`` of a configuration,
-            such as ``gen_per_label``, ``temperatures``, ``bf16`` or ``ema_decay``: ``python -m drifting.train --help``
-            lists them. By default they are the paper's, but 32 generated and 32 positive samples a label, 1000 steps of
-            warm-up, and averages with a decay of 0.99, which suit short runs.
+            such as ``gen_per_label`` or ``bf16``: ``python -m drifting.train --help`` explains them and the arguments
+            named as they are. By default they are the paper's, but 32 generated and 32 positive samples a label, 1000
+            steps of warm-up, and averages with a decay of 0.99, which suit short runs.
 
-    Raises:
-        ValueError: an argument out of its range, named with its value.
-        TypeError: an unknown argument.
+    A value out of its range raises ValueError, an unknown argument TypeError.
     """
-    default_labels = 4 if Signature.of(model, noise_shape).conditions else (ranks or Ranks()).size
+    if labels_per_step is None:
+        labels_per_step = 4 if Signature.of(model, noise_shape).conditions else (ranks or Ranks()).size
     settings = SCRIPTS | settings | {
         "learning_rate": learning_rate, "queue_size": queue_size, "cfg_scale_range": cfg_scale_range,
-        "uncond_prob": uncond_prob, "cosine_decay": decay_steps is not None,
-        "labels_per_step": default_labels if labels_per_step is None else labels_per_step,
+        "uncond_prob": uncond_prob, "cosine_decay": decay_steps is not None, "labels_per_step": labels_per_step,
     }  # fmt: skip
     config = Config()
     set_value(config, "seed", int(seed))
