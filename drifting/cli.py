@@ -1,6 +1,7 @@
 """What the commands share: a user's mistake ends in one line and exit status 2; trainings take the same options."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,11 +26,7 @@ def parse_training_command(
 ) -> tuple[AnyConfig, Path, list[str]]:
     """Read the command line of ``python -m drifting.COMMAND``, where ``default`` names its usual configuration.
 
-    Returns:
-        The configuration, the run directory, and the keys that ``--change`` sets.
-
-    Raises:
-        UserError: the command line has a mistake, or changes a key that cannot change within a run.
+    The result is the configuration, the run directory, and the keys that ``--change`` sets.
     """
     parser = ArgumentParser(
         prog=f"python -m drifting.{command}",
@@ -55,10 +52,17 @@ def run_command(command: Callable[[], int]) -> NoReturn:
     """Exit with the status that ``command`` returns.
 
     A mistake of the user's, a signal, and whatever the system refuses end in one line on stderr and a status of their
-    own: nobody below puts a full disk or a missing permission into words again.
+    own: nobody below puts a full disk or a missing permission into words again. Output that nobody reads any more ends
+    the command silently, as it ends other programs.
     """
     try:
-        sys.exit(command())
+        try:
+            sys.exit(command())
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would fail to write the rest at exit.
+        sys.exit(141)  # Shells report SIGPIPE so.
     except UserError as error:
         status, words = error.status, f"error: {error}"
     except OSError as error:

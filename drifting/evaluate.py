@@ -38,18 +38,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse(argv: Sequence[str] | None) -> Any:
     description = "Measure generated samples, as JSON. What no option says is as in the run's training."
     parser = ArgumentParser(prog="python -m drifting.evaluate", description=description)
-    parser.add_argument("source", metavar="SOURCE", help="run directory, hf://NAME, artifact of the release, or .npz")
+    add = parser.add_argument
+    add("source", metavar="SOURCE", help="run directory, hf://NAME, artifact of the release, or .npz")
     text = "a run, whose data are meant, or files of statistics (mu, sigma), images (arr_0) or both"
-    parser.add_argument("--reference", nargs="+", metavar="RUN|FILE.npz", default=[], help=text)
+    add("--reference", nargs="+", metavar="RUN|FILE.npz", default=[], help=text)
     text = "inception, dinov2, Inception's weights (.pth), or a directory of a classifier, an autoencoder or a DINOv2"
-    parser.add_argument("--features", metavar="NAME|PATH", help=text)
-    parser.add_argument("--model", metavar="module:Name", help="the run's network, where it is your own")
-    parser.add_argument("--data", metavar="module:Name", help="the run's data set, where it is your own")
-    parser.add_argument("--num", type=int, help="how many samples to generate")
+    add("--features", metavar="NAME|PATH", help=text)
+    add("--model", metavar="module:Name", help="the run's network, where it is your own")
+    add("--data", metavar="module:Name", help="the run's data set, where it is your own")
+    add("--num", type=int, help="how many samples to generate")
     text = "guidance scales, 1 or more; of several, the best is reported"
-    parser.add_argument("--cfg-scale", "--cfg", type=float, nargs="+", metavar="SCALE", default=[], help=text)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save-npz", type=Path, metavar="FILE.npz", help="where to write the best scale's samples")
+    add("--cfg-scale", "--cfg", type=float, nargs="+", metavar="SCALE", default=[], help=text)
+    add("--seed", type=int, default=0)
+    add("--save-npz", type=Path, metavar="FILE.npz", help="where to write the best scale's samples")
     arguments = parser.parse_args(argv)
     source, num, path = arguments.source, arguments.num, arguments.save_npz
     if num is not None and num < 2:
@@ -90,9 +91,11 @@ def _judge_generator(arguments: Any) -> int:
             print(f"cfg_scale {scale:g}: {evaluator.distance} {quality[evaluator.distance]:.4g}", file=sys.stderr)
     sweep = {"sweep": qualities} if len(scales) > 1 else {}
     facts = {"source": arguments.source, "step": generator.step, "seed": arguments.seed, "num_samples": num}
-    print(json.dumps(facts | best | sweep, indent=2))
-    if arguments.save_npz is not None:
-        write_samples(arguments.save_npz, best_samples, numbers.numpy())
+    try:
+        if arguments.save_npz is not None:
+            write_samples(arguments.save_npz, best_samples, numbers.numpy())
+    finally:  # Where the samples cannot be written, the measures are not lost.
+        print(json.dumps(facts | best | sweep, indent=2))
     return 0
 
 

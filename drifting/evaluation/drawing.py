@@ -29,15 +29,13 @@ def check_drawing(cfg_scale: float, seed: int) -> None:
 
 def spread_labels(num: int, choices: Sequence[int]) -> Tensor:
     """``num`` labels int64 ``[num]`` in the order of ``choices``, each of which is there equally often up to one."""
-    place = (torch.arange(num) % len(choices)).sort().values
-    return torch.tensor(choices)[place]
+    return torch.tensor(choices)[(torch.arange(num) % len(choices)).sort().values]
 
 
 def draw_samples(generator: Generator, numbers: Tensor, cfg_scale: float = 1.0, seed: int = 0) -> NDArray[Any]:
-    """Samples for the classes ``numbers [N]``; ``seed`` fixes them on any device.
+    """For classes ``numbers [N]``, images uint8 ``[N, H, W, C]``, or else samples float32 ``[N, *sample_shape]``.
 
-    They are images, uint8 ``[N, H, W, C]``, which latents are decoded to, or else float32 ``[N, *sample_shape]``.
-    Latents are generated and decoded in bfloat16 on GPUs.
+    ``seed`` fixes them on any device. Latents are decoded to images; on GPUs all that is in bfloat16.
     """
     model, latent, pixel_range = generator.model, generator.latent, generator.pixel_range
     source = torch.Generator().manual_seed(seed)

@@ -14,46 +14,39 @@ from .feature_extractor import FrozenModule, ImageNetNormalization
 from .resnet_encoder import FeatureMaps, multiscale_maps
 
 CONVNEXT = "facebook/convnextv2-base-22k-224"  # The hub has it, trained on ImageNet-22k and then on ImageNet-1k.
-SIZE = 224  # Images are resized to this height and width.
-NORM_EPS = 1e-6  # The norm of the pooled features has it; transformers has 1e-12 there.
-SCALE_EPS = 1e-3  # It is added to the standard deviation of a location.
 
 
 class ConvNeXtFeatureExtractor(FrozenModule):
     """Maps of a ConvNeXt V2, a ``ConvNextV2Model`` of transformers, whose images are resized to 224 × 224.
 
     ``global`` is the input, flattened. Of the four stages, ``stage_1`` … ``stage_3`` ``[B, H·W, C]`` are by location
-    and ``stage_0_mean``, ``stage_0_std`` … ``stage_3_std`` ``[B, 1, C]`` over them, all after each location's features
-    were normalised over channels. ``global_mean`` ``[B, 1, C]`` is what the network's classifier takes, the normalised
-    mean of the last stage; ``global_std`` is ``stage_3_std``. In the release the stages have a prefix ``convenxt_``
-    (sic) and are in float32 even where the rest of a training step is in bfloat16.
+    and ``stage_0_mean``, ``stage_0_std`` … ``stage_3_std`` ``[B, 1, C]`` over them, after each location was normalised
+    over channels. ``global_mean`` ``[B, 1, C]`` is the input of the network's classifier; ``global_std`` is
+    ``stage_3_std``. The release calls stages ``convenxt_…`` (sic) and keeps them in float32 beside bfloat16.
     """
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network: Any = network
         self.normalization = ImageNetNormalization()
-        self.freeze()
+        self.requires_grad_(False).eval()
 
     def forward(self, x: Tensor) -> FeatureMaps:
         """Maps of RGB images ``x [B, 3, H, W]`` in [-1, 1]."""
         maps = {"global": x.flatten(1).unsqueeze(1)}
-        x = F.interpolate(self.normalization(x), (SIZE, SIZE), mode="bilinear", antialias=True)
+        x = F.interpolate(self.normalization(x), (224, 224), mode="bilinear", antialias=True)
         x = self.network.embeddings(x)
         for index, stage in enumerate(self.network.encoder.stages):
             x = stage(x)
             maps |= multiscale_maps(f"stage_{index}", _normalized(x), (), ())
         del maps["stage_0"]  # The release leaves out its 56 × 56 locations.
         norm = self.network.layernorm
-        pooled = F.layer_norm(x.mean((2, 3)), norm.normalized_shape, norm.weight, norm.bias, NORM_EPS)
+        pooled = F.layer_norm(x.mean((2, 3)), norm.normalized_shape, norm.weight, norm.bias, 1e-6)  # Not its own 1e-12.
         return maps | {"global_mean": pooled.unsqueeze(1), "global_std": maps["stage_3_std"]}
 
 
 def load_convnext(in_chans: int = 3, source: str = CONVNEXT) -> ConvNeXtFeatureExtractor:
-    """The extractor with the weights of ``source``, a name on the hub or a directory in the format of transformers.
-
-    Images of other than 3 channels, or weights that cannot be had, raise :class:`UserError`.
-    """
+    """The extractor with the weights of ``source``, a name on the hub or a directory in the format of transformers."""
     if in_chans != 3:
         raise UserError(f"convnext_v2 takes images of 3 channels, the data have {in_chans}")
     transformers = require("transformers", "the features convnext_v2", "convnext")
@@ -74,4 +67,4 @@ def load_convnext(in_chans: int = 3, source: str = CONVNEXT) -> ConvNeXtFeatureE
 def _normalized(x: Tensor) -> Tensor:
     """The features of each location less their mean, over their standard deviation; in float32 inside."""
     std, mean = torch.std_mean(x.float(), 1, correction=0, keepdim=True)
-    return ((x - mean) / (std + SCALE_EPS)).to(x.dtype)
+    return ((x - mean) / (std + 1e-3)).to(x.dtype)

@@ -1,7 +1,6 @@
 """Feature extractors: samples to feature maps ``{name: [B, T, D]}``.
 
-The drifting loss treats each of the T locations of a map as a problem of its own. An extractor's parameters never
-train, but gradients pass through to the samples.
+Each of the T locations of a map is a problem of its own. Gradients pass through an extractor, which never trains.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,10 +17,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class FrozenModule(nn.Module):
-    """A module that stays in evaluation mode and whose parameters, once :meth:`freeze` was called, never train."""
-
-    def freeze(self) -> None:
-        self.requires_grad_(False).eval()
+    """A module that stays in evaluation mode."""
 
     def train(self, mode: bool = True) -> "FrozenModule":
         return super().train(False)
@@ -53,8 +49,7 @@ class FunctionExtractor(FrozenModule):
 class LatentFeatureExtractor(FrozenModule):
     """``global`` (the input, flattened) and the maps of a frozen :class:`ResNetEncoder`: 86 for a 32 × 32 input.
 
-    Every ``every_k_block``-th block inside a stage also gives maps. The weights follow from ``seed``;
-    :meth:`drifting.models.MAE.feature_extractor` gives an extractor that has trained ones.
+    The weights follow from ``seed``; :meth:`drifting.models.MAE.feature_extractor` gives trained ones.
     """
 
     def __init__(
@@ -68,10 +63,9 @@ class LatentFeatureExtractor(FrozenModule):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu", generator=generator)
-        self.freeze()
+        self.requires_grad_(False).eval()
 
     def forward(self, x: Tensor) -> FeatureMaps:
-        """Maps of ``x [B, in_chans, H, W]``; raises ValueError for another shape."""
         return {"global": x.flatten(1).unsqueeze(1)} | self.encoder.features(x, every_k_block=self.every_k_block)
 
 
@@ -83,13 +77,11 @@ class FeatureStack(FrozenModule):
 
     def __init__(self, extractors: Sequence[tuple[str, nn.Module]]) -> None:
         super().__init__()
-        names = [name for name, _ in extractors]
-        self.names = [
-            name if names.count(name) == 1 else f"{name}_{names[:place].count(name) + 1}"
-            for place, name in enumerate(names)
-        ]
+        names, self.names = [name for name, _ in extractors], []
+        for place, name in enumerate(names):
+            self.names.append(name if names.count(name) == 1 else f"{name}_{names[:place].count(name) + 1}")
         self.extractors = nn.ModuleList(module for _, module in extractors)
-        self.freeze()
+        self.requires_grad_(False).eval()
 
     def forward(self, x: Tensor) -> FeatureMaps:
         maps: FeatureMaps = {}
@@ -103,8 +95,7 @@ class FeatureStack(FrozenModule):
 def named_maps(output: Any, count: int, extractor: nn.Module) -> FeatureMaps:
     """The maps ``{name: [B, T, D]}`` of what an extractor returned for ``count`` = B samples.
 
-    A single tensor gets the name of the extractor, and maps ``[B, D]`` have one location. What is no tensor ``[B, D]``
-    or ``[B, T, D]`` of floating-point numbers, nor a dict of such, raises ValueError.
+    A single tensor gets the name of the extractor, and maps ``[B, D]`` have one location. Others raise ValueError.
     """
     maps = output if isinstance(output, Mapping) else {extractor_name(extractor): output}
     if not maps:
@@ -121,16 +112,14 @@ def named_maps(output: Any, count: int, extractor: nn.Module) -> FeatureMaps:
 
 
 def extractor_name(extractor: nn.Module) -> str:
-    """What the one map of an extractor is called."""
     return getattr(extractor, "__name__", type(extractor).__name__)
 
 
 class FeatureExtractor(FrozenModule):
-    """Multi-scale maps of torchvision's ResNet-18 trained on ImageNet.
+    """``global``, ``norm_x`` and the maps of ``conv1``, ``layer1`` … ``layer4`` of ResNet-18 trained on ImageNet.
 
-    ``global`` and ``norm_x`` of the input, then the maps of :func:`multiscale_maps` for ``conv1`` and ``layer1`` …
-    ``layer4``. RGB input is taken to lie in [-1, 1]; other channels share the first filters, averaged over RGB.
-    torchvision downloads the weights once; they are random if not ``pretrained``.
+    RGB input is in [-1, 1]; other channels share the first filters, averaged over RGB. torchvision downloads the
+    weights once; they are random if not ``pretrained``.
     """
 
     def __init__(self, in_chans: int = 3, pretrained: bool = True) -> None:
@@ -142,10 +131,9 @@ class FeatureExtractor(FrozenModule):
             shared = self.resnet.conv1.weight.mean(1, keepdim=True) * 3 / in_chans
             self.resnet.conv1.weight = nn.Parameter(shared.repeat(1, in_chans, 1, 1))
         self.normalization = ImageNetNormalization() if in_chans == 3 else nn.Identity()
-        self.freeze()
+        self.requires_grad_(False).eval()
 
     def forward(self, x: Tensor) -> FeatureMaps:
-        """Maps of ``x [B, in_chans, H, W]``; raises ValueError for another channel count."""
         check_channels(x, self.in_chans)
         maps = {"global": x.flatten(1).unsqueeze(1), "norm_x": channel_rms(x)}
         net = self.resnet
