@@ -24,10 +24,7 @@ class ArgumentParser(argparse.ArgumentParser):
 def parse_training_command(
     argv: Sequence[str] | None, command: str, purpose: str, schema: type[AnyConfig], default: str
 ) -> tuple[AnyConfig, Path, list[str]]:
-    """Read the command line of ``python -m drifting.COMMAND``, where ``default`` names its usual configuration.
-
-    The result is the configuration, the run directory, and the keys that ``--change`` sets.
-    """
+    """The configuration, the run directory, and the keys that ``--change`` sets, of ``python -m drifting.COMMAND``."""
     parser = ArgumentParser(
         prog=f"python -m drifting.{command}",
         description=f"{purpose} The same command again goes on where the last one stopped.",
@@ -52,8 +49,7 @@ def run_command(command: Callable[[], int]) -> NoReturn:
     """Exit with the status that ``command`` returns.
 
     A mistake of the user's, a signal, and whatever the system refuses end in one line on stderr and a status of their
-    own: nobody below puts a full disk or a missing permission into words again. Output that nobody reads any more ends
-    the command silently, as it ends other programs.
+    own; output that nobody reads any more ends the command silently, as it ends other programs.
     """
     try:
         try:

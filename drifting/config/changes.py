@@ -1,8 +1,4 @@
-"""What of a configuration may change while its run is in progress, and the record of what the user changed.
-
-``changes.json``, beside the run's ``config.yaml``, records each change with the step at which it was made. It stays in
-force when the original command is given again.
-"""
+"""What of a configuration may change while its run is in progress, and the record of it, ``changes.json``."""
 
 import copy
 import json
@@ -39,11 +35,7 @@ def differences(before: Values, after: Values) -> list[tuple[str, Any, Any]]:
 
 
 def config_in_force(path: Path, config: AnyConfig, asked: Collection[str] = ()) -> AnyConfig:
-    """Take over what the run of the configuration file ``path`` has recorded, where ``config`` has the value before it.
-
-    The keys in ``asked``, which the user changes by ``--change`` now, keep their values. Other differences of keys that
-    are not free raise :class:`UserError`.
-    """
+    """Take over what the run of the file ``path`` has recorded; differences in keys not ``asked`` for are refused."""
     replaced = [(change["key"], change["old"]) for change in recorded(path)]
     result, others = copy.deepcopy(config), []
     for key, old, new in differences(_values_in_force(path, config), values_of(config)):

@@ -34,10 +34,7 @@ def load_config(name_or_file: str = "digits", overrides: Sequence[str] = ()) -> 
 
 
 def read_config(name_or_file: str, overrides: Sequence[str], schema: type[AnyConfig]) -> AnyConfig:
-    """Read the configuration of that name or YAML file, with ``key=value`` overrides; nothing is imported for it.
-
-    Overrides that replace a user's own network or data, or put it in the place of ours, start from its defaults.
-    """
+    """Read the configuration of that name or YAML file, with ``key=value`` overrides; nothing is imported for it."""
     encoders = schema is PretrainConfig
     files = {file.stem: file for file in CONFIG_DIR.glob("*.yaml") if file.stem.startswith("mae_") == encoders}
     path = Path(name_or_file) if name_or_file.endswith((".yaml", ".yml")) else files.get(name_or_file)
@@ -53,7 +50,7 @@ def read_config(name_or_file: str, overrides: Sequence[str], schema: type[AnyCon
     for section in OPEN:
         name = f"{section}.name"
         old, new = str(file.get(name, "")), str(command.get(name, file.get(name, "")))
-        if old != new and (is_own(old) or is_own(new)):
+        if old != new and (is_own(old) or is_own(new)):  # Another part starts from its own defaults.
             file = {key: value for key, value in file.items() if not key.startswith(f"{section}.")}
     config, values = schema(), file | command
     for key in sorted(values, key=lambda key: not key.endswith(".name")):  # A name says which keys there are.

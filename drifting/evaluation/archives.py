@@ -19,8 +19,6 @@ from .measures import Gaussian
 
 MOST_BYTES = 3 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4  # All arrays of a file fit into these.
 MOST_HEADER = 1000  # An array's header has about 100 bytes; Python takes long to read damaged ones of many more.
-MOST_STATISTIC = 1e30  # Products of greater means and covariances could overflow.
-
 Samples = NDArray[Any]  # uint8 images [N, H, W, C], or float32 [N, *sample_shape]
 Labels = NDArray[np.int64]  # [N]
 
@@ -35,7 +33,6 @@ class Reference:
 
 
 def write_samples(path: Path, samples: Samples, labels: Labels) -> None:
-    """Write samples and their labels to ``path``, whose folder is made where it is missing."""
     with atomic_write(path) as part, part.open("wb") as file:
         np.savez(file, samples, labels)
 
@@ -88,7 +85,7 @@ def _gaussian(path: Path, arrays: dict[str, NDArray[Any]], mean_key: str, covari
     for rank, key in enumerate((mean_key, covariance_key), start=1):
         values, shape = arrays[key], rank * (arrays[mean_key].size,)
         is_right = values.shape == shape and values.size > 0 and values.dtype.kind == "f"
-        is_right = is_right and bool((np.abs(values) < MOST_STATISTIC).all())
+        is_right = is_right and bool((np.abs(values) < 1e30).all())  # Products of greater ones could overflow.
         _check(path, key, values, is_right, "finite floats, mu [D] and sigma [D, D]")
     return Gaussian(arrays[mean_key].astype(np.float64), arrays[covariance_key].astype(np.float64))
 

@@ -15,8 +15,7 @@ from ..generation import Generator, generate
 from ..hub.vae import decode_latents
 from ..utils.images import to_uint8
 
-BATCH = 500  # This many samples are generated at once …
-BATCH_VALUES = 2**21  # … unless they have more values than this together.
+BATCH, BATCH_VALUES = 500, 2**21  # So many samples are generated at once, unless they have more values than this.
 
 
 def check_drawing(cfg_scale: float, seed: int) -> None:
@@ -33,10 +32,7 @@ def spread_labels(num: int, choices: Sequence[int]) -> Tensor:
 
 
 def draw_samples(generator: Generator, numbers: Tensor, cfg_scale: float = 1.0, seed: int = 0) -> NDArray[Any]:
-    """For classes ``numbers [N]``, images uint8 ``[N, H, W, C]``, or else samples float32 ``[N, *sample_shape]``.
-
-    ``seed`` fixes them on any device. Latents are decoded to images; on GPUs all that is in bfloat16.
-    """
+    """Images uint8 ``[N, H, W, C]``, or else samples float32 ``[N, *sample_shape]``, of the classes ``numbers [N]``."""
     model, latent, pixel_range = generator.model, generator.latent, generator.pixel_range
     source = torch.Generator().manual_seed(seed)
     size = max(1, min(BATCH, BATCH_VALUES // max(1, prod(generator.sample_shape))))

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,11 +23,9 @@ from .features import FRECHET_DISTANCE, INCEPTION, Features, ImageFeatures, conc
 from .measures import Gaussian, Manifold, Points, fit_gaussian, frechet_distance, inception_score, nearest_distance
 
 Quality = dict[str, float]
-
 REFERENCE_SAMPLES = 50_000  # So many images are generated where the reference is a file, as is the field's custom.
 FEATURE_SAMPLES = 5000  # So many are generated, and taken of the training images, where it is a data set.
 MANIFOLD_IMAGES = 10_000  # Precision and recall take at most so many real images, as ADM does.
-MOST_VALUES = 1024  # Without features, measures of larger samples mean little and cost much.
 MOST_REAL = 2000  # Of a split, at most so many small samples are measured.
 ROUNDING = 1e-6  # Less than this share of a distance is taken for 0.
 
@@ -87,15 +86,14 @@ class Evaluator:
 def open_evaluator(config: EvaluationConfig, dataset: Dataset | None) -> Evaluator | None:
     """The evaluator for the configured reference files and features; without files, for the data set.
 
-    Without both, samples are measured as they are: it is None for latents, for samples of more than ``MOST_VALUES``
-    values, and where there is not enough data to compare with.
+    Without both, samples are measured as they are; it is None for latents, large samples, and too few to compare with.
     """
     if config.reference:
         return _evaluator_of_files(config.reference, config.features or INCEPTION)
     assert dataset is not None
     if config.features is None:
         enough = min(len(dataset.train), len(dataset.test)) > 1
-        small = not dataset.latent and prod(dataset.sample_shape) <= MOST_VALUES
+        small = not dataset.latent and prod(dataset.sample_shape) <= 1024  # Measures of larger ones mean little.
         return _evaluator_of_data(dataset, Values(dataset)) if small and enough else None
     if dataset.pixel_range is None:
         raise UserError(f"evaluation.features is {config.features}, but samples of {dataset.name} are no images")
@@ -133,10 +131,7 @@ def best_quality(qualities: Sequence[Quality], distance: str) -> Quality:
 
 
 class Values:
-    """Small samples as points, in place of features: images on a scale of 0 … 16, others as they are.
-
-    Where there are several classes, a support vector machine fitted on the training samples recognises them.
-    """
+    """Small samples as points: images on a scale of 0 … 16, others as they are; a fitted machine recognises classes."""
 
     distance = FRECHET_DISTANCE
 
@@ -169,7 +164,7 @@ def _evaluator_of_data(dataset: Dataset, features: ImageFeatures | Values) -> Ev
         evaluator.train = train.numpy()
         of_data["nearest_distance_test"] = nearest_distance(test.points.numpy(), evaluator.train)
     else:
-        evaluator.real = _manifold(test)
+        evaluator.real = Manifold(_spread(test.points, MANIFOLD_IMAGES))
     if test.classes is not None:
         of_data["recognised_share_test"] = float((test.classes.cpu().numpy() == labels).mean())
     return evaluator
@@ -177,7 +172,7 @@ def _evaluator_of_data(dataset: Dataset, features: ImageFeatures | Values) -> Ev
 
 def _real(features: ImageFeatures | Values, dataset: Dataset, split: Split, most: int) -> tuple[Features, Labels]:
     """Features and labels of a split's samples, of evenly spaced ones where there are more than ``most``."""
-    indices, parts = torch.arange(len(split))[_spread(len(split), most)], []
+    indices, parts = _spread(torch.arange(len(split)), most), []
     for part in tqdm(indices.split(1000), desc="real samples", unit="part", delay=1, leave=False, disable=None):
         samples = split.samples(part.tolist()).float()
         if not samples.isfinite().all():
@@ -201,18 +196,15 @@ def _evaluator_of_files(paths: Sequence[str], source: str) -> Evaluator:
     if images is None:
         assert given is not None
         return Evaluator(features, *given)
-    seen = features(images[_spread(len(images), MANIFOLD_IMAGES)] if given else images)
-    return Evaluator(features, *(given or _fit_both(seen)), real=_manifold(seen), shape=images.shape[1:])
+    seen = features(_spread(images, MANIFOLD_IMAGES) if given else images)
+    real = Manifold(_spread(seen.points, MANIFOLD_IMAGES))
+    return Evaluator(features, *(given or _fit_both(seen)), real=real, shape=images.shape[1:])
 
 
 def _fit_both(features: Features) -> tuple[Gaussian, Gaussian | None]:
     return fit_gaussian(features.points), None if features.spatial is None else fit_gaussian(features.spatial)
 
 
-def _manifold(features: Features) -> Manifold:
-    return Manifold(features.points[_spread(len(features.points), MANIFOLD_IMAGES)])
-
-
-def _spread(count: int, most: int) -> slice:
-    """Choose everything, or evenly spaced samples where there are more than ``most``."""
-    return slice(None, None, max(1, -(-count // most)))
+def _spread(samples: Any, most: int) -> Any:
+    """Choose evenly spaced samples where there are more than ``most``."""
+    return samples[:: max(1, -(-len(samples) // most))]

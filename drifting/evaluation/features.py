@@ -63,11 +63,7 @@ def concatenate(parts: Sequence[Features]) -> Features:
 
 
 def open_features(source: str) -> ImageFeatures:
-    """The network that ``source`` names; UserError if there is none or it cannot be loaded.
-
-    torch-fidelity downloads ``inception`` once, and transformers ``dinov2``. A file ``.pth`` holds Inception's weights;
-    a directory holds a classifier or masked autoencoder of our own, or a DINOv2 in the format of transformers.
-    """
+    """The network that ``source`` names: inception, dinov2, Inception's weights, or a directory of a network."""
     device, path = torch.device("cuda" if torch.cuda.is_available() else "cpu"), Path(source)
     if source == INCEPTION or path.suffix == ".pth":
         return _load_inception(None if source == INCEPTION else path, device)
@@ -103,8 +99,7 @@ def _load_own(path: Path, device: torch.device) -> ImageFeatures:
 def _load_inception(weights: Path | None, device: torch.device) -> ImageFeatures:
     """torch-fidelity's port of the Inception that FID is defined by, its TensorFlow resizing included.
 
-    The spatial features are those of ADM's ``evaluations/evaluator.py``, after Nash et al. (arXiv 2103.03841): the
-    first channels of ``mixed_6/conv``, which is ``Mixed_6d.branch1x1`` here, location by location.
+    Spatial features are as in ADM's ``evaluations/evaluator.py``: the first channels of ``mixed_6/conv`` by location.
     """
     fidelity = require("torch_fidelity", "Inception", "fid")
     patience = socket.getdefaulttimeout()

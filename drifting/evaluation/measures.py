@@ -44,13 +44,10 @@ def fit_gaussian(points: Tensor | Points) -> Gaussian:
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
-    """Squared Fréchet distance (Heusel et al., arXiv 1706.08500, eq. 6) to the real ``b``, also if one is singular.
-
-    It is ‖μ_a − μ_b‖² + tr(Σ_a + Σ_b − 2 (Σ_b^½ Σ_a Σ_b^½)^½). The product here is symmetric, unlike Σ_a Σ_b.
-    """
+    """Squared Fréchet distance ‖μ_a − μ_b‖² + tr(Σ_a + Σ_b − 2 (Σ_b^½ Σ_a Σ_b^½)^½) (arXiv 1706.08500, eq. 6)."""
     if len(a.mean) != len(b.mean):
         raise UserError(f"received {len(a.mean)} features, but the reference's statistics are of {len(b.mean)}")
-    product = b.root @ torch.from_numpy(a.covariance) @ b.root
+    product = b.root @ torch.from_numpy(a.covariance) @ b.root  # It is symmetric, unlike Σ_a Σ_b.
     cross = float(torch.linalg.eigvalsh(product).clamp(min=0).sqrt().sum())
     return float(np.square(a.mean - b.mean).sum() + np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross)
 
@@ -61,12 +58,9 @@ def nearest_distance(a: Points, b: Points) -> float:
 
 
 def inception_score(logits: Tensor) -> tuple[float, float]:
-    """Mean and standard deviation over ten splits of exp E KL(p(y|x) ‖ p(y)) (Salimans et al., arXiv 1606.03498).
-
-    Images usually come class by class, so ``logits [N, K]`` are shuffled before they are split.
-    """
-    order = torch.from_numpy(np.random.RandomState(2020).permutation(len(logits)))  # As torch-fidelity and the release.
-    scores = []
+    """Mean and standard deviation of exp E KL(p(y|x) ‖ p(y)) over ten parts (Salimans et al., arXiv 1606.03498)."""
+    # The order is that of torch-fidelity and the release: images usually come class by class.
+    order, scores = torch.from_numpy(np.random.RandomState(2020).permutation(len(logits))), []
     for part in order.tensor_split(min(10, len(logits))):
         log_p = logits[part].double().log_softmax(1)
         log_marginal = log_p.logsumexp(0) - np.log(len(log_p))  # [K]
@@ -75,11 +69,7 @@ def inception_score(logits: Tensor) -> tuple[float, float]:
 
 
 class Manifold:
-    """Balls around ``points [N, D]``, N at least 2, that reach to the third-nearest neighbour of each.
-
-    Improved precision is the share of generated images inside the balls of real ones, and recall the share of real ones
-    inside the balls of generated ones (Kynkäänniemi et al., arXiv 1904.06991).
-    """
+    """Balls around ``points [N, D]``, N ≥ 2, as far as each one's third-nearest neighbour (arXiv 1904.06991)."""
 
     def __init__(self, points: Tensor) -> None:
         self.points = points.float()

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 class Classifier(nn.Module):
     """Stages of two 3 × 3 convolutions, the first of which halves the resolution; mean over locations; linear.
 
-    ``channels`` are the widths of the stages, the last of which is the number of features. ``config`` holds all
-    arguments, so that ``Classifier(**classifier.config)`` builds the same network.
+    The stages are ``channels`` wide. ``Classifier(**classifier.config)`` builds the same network.
     """
 
     def __init__(self, in_chans: int = 1, num_classes: int = 10, channels: Sequence[int] = (24, 48, 96)) -> None:

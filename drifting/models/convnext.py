@@ -1,7 +1,4 @@
-"""ConvNeXt V2 (Woo et al., arXiv 2301.00808) as a feature extractor: what the pixel models see beside their MAE.
-
-Network, input and maps are those of ``models/convnext.py`` in the release; the network itself is that of transformers.
-"""
+"""ConvNeXt V2 (arXiv 2301.00808) of transformers as a feature extractor, as in the release's ``models/convnext.py``."""
 
 from typing import Any
 
@@ -54,10 +51,9 @@ def load_convnext(in_chans: int = 3, source: str = CONVNEXT) -> ConvNeXtFeatureE
         network = transformers.ConvNextV2ForImageClassification
         classifier, info = network.from_pretrained(source, output_loading_info=True)
     except Exception as error:  # Being offline, without access or of a broken file have no base class in common.
-        raise UserError(
-            f"cannot load ConvNeXt V2 {source} ({reason(error)}): where the hub is out of reach, bring the cache of a "
-            f"machine that ran `hf download {CONVNEXT}`, and set HF_HOME to it"
-        ) from error
+        advice = f"bring the cache of a machine that ran `hf download {CONVNEXT}`, and set HF_HOME to it"
+        received = f"cannot load ConvNeXt V2 {source} ({reason(error)})"
+        raise UserError(f"{received}: where the hub is out of reach, {advice}") from error
     missing = [key for key in info["missing_keys"] if not key.startswith("classifier.")]
     if missing:
         raise UserError(f"{source} holds no ConvNeXt V2 in the format of transformers, it lacks {missing[0]}")

@@ -1,11 +1,7 @@
-"""DriftingDiT: the one-step generator, a transformer from noise, label, CFG scale and style codes to an image.
-
-It follows appendix A.2 of the paper (arXiv 2602.04770) and, layer by layer, the release's ``models/generator.py``.
-"""
+"""DriftingDiT: the one-step generator of appendix A.2, layer by layer that of the release's ``models/generator.py``."""
 
 import math
 from collections import OrderedDict
-from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -20,21 +16,20 @@ MOST = {"depth": 512, "num_style_tokens": 4096, "n_cls_tokens": 4096}  # These a
 
 
 class DriftingDiT(nn.Module):
-    """Generator ``G(z, y, α, style)`` of one forward pass.
+    """Transformer ``G(z, y, α, style)`` from noise, label, CFG scale and style codes to an image.
 
     Noise patches get sin-cos positions and ``n_cls_tokens`` class tokens in front; every block is modulated
     (adaLN-zero) by one condition vector, the sum of class embedding, style codes and CFG-scale embedding.
 
     Args:
         embed_dim: width of a token, a multiple of 4 and of ``num_heads``; with RoPE the width of a head must be even.
-        mlp_ratio: hidden width of the feed-forward over ``embed_dim`` (SwiGLU: two thirds of that, rounded up to 32).
         num_style_tokens: style codes of a sample, one from each codebook of ``style_vocab`` entries; 0 for none.
         cond_dim, out_chans: width of the condition vector and channels of the image; None is ``embed_dim, in_chans``.
         use_qknorm, use_swiglu, use_rope, use_rmsnorm: the release's switches. Without them queries and keys have no
             norm, the feed-forward has GELU, positions are not rotary, and norms are LayerNorm.
 
-    ``config`` holds all arguments, so that ``DriftingDiT(**model.config)`` builds the same network. With
-    ``activation_checkpointing`` set, training keeps only what passes from block to block and computes the rest twice.
+    ``DriftingDiT(**model.config)`` builds the same network. With ``activation_checkpointing`` set, training keeps only
+    what passes from block to block and computes the rest twice.
     """
 
     activation_checkpointing = False
@@ -50,12 +45,11 @@ class DriftingDiT(nn.Module):
         super().__init__()
         self.config = config
         _check_sizes(config)
-        self.img_size, self.patch_size, self.in_chans = img_size, patch_size, in_chans
-        self.noise_shape = (in_chans, img_size, img_size)
+        self.img_size, self.patch_size, self.grid = img_size, patch_size, img_size // patch_size
+        self.in_chans, self.noise_shape = in_chans, (in_chans, img_size, img_size)
         self.out_chans = in_chans if out_chans is None else out_chans
         self.num_classes, self.num_style_tokens, self.style_vocab = num_classes, num_style_tokens, style_vocab
         self.n_cls_tokens, self.use_rope, self.head_dim = n_cls_tokens, use_rope, embed_dim // num_heads
-        self.grid = img_size // patch_size
         cond_dim = embed_dim if cond_dim is None else cond_dim
         self.class_embed = nn.Embedding(num_classes, cond_dim)
         if num_style_tokens:
@@ -90,10 +84,9 @@ class DriftingDiT(nn.Module):
     def forward(self, z: Tensor, y: Tensor, cfg_scale: float | Tensor = 1.0, style: Tensor | None = None) -> Tensor:
         """Images ``[B, out_chans, img_size, img_size]`` of Gaussian noise ``z [B, in_chans, img_size, img_size]``.
 
-        Integer labels ``y [B]`` are below ``num_classes``; guidance scales are 1 or more, one for all or ``[B]``.
-        Integer style codes ``[B, num_style_tokens]`` below ``style_vocab`` are drawn where they are None; a model
-        without codebooks ignores them, as in the release. A wrong shape or dtype raises ValueError. So do values out
-        of range on the CPU; elsewhere looking would stall the queue, and the lookup's device-side assertion fires.
+        Labels ``y [B]`` are integers, guidance scales 1 or more, one for all or ``[B]``. Integer style codes
+        ``[B, num_style_tokens]`` are drawn where they are None; a model without codebooks ignores them. A wrong shape
+        or dtype raises ValueError. So do values out of range on the CPU; elsewhere looking would stall the queue.
         """
         B, size = z.shape[0], self.img_size
         if z.shape[1:] != self.noise_shape:
@@ -196,9 +189,8 @@ class Modulation(nn.Linear):
     """Shifts, scales and gates ``[B, 1, ·]`` of adaLN; autocast must not round them, which would err on all tokens."""
 
     def forward(self, cond: Tensor) -> Tensor:
-        device = cond.device.type
-        exact = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
-        with exact:  # There is no autocast on the meta device.
+        device = "cpu" if cond.is_meta else cond.device.type  # There is no autocast on the meta device.
+        with torch.autocast(device, enabled=False):
             return super().forward(F.silu(cond.to(self.weight.dtype))).unsqueeze(1)
 
 

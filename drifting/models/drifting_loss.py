@@ -30,13 +30,11 @@ class DriftingLoss(nn.Module):
             maps, or several of these in a list. A module is frozen here.
         temperatures: bandwidths of the kernel, each > 0: R of the paper's field, sigma of the Gaussian one.
         normalize_features, normalize_drift: both are part of the paper's field, only the Gaussian one goes without.
-        field: 'paper' is the release's :func:`drift_ops.drift_loss`, 'gaussian' :func:`drift_ops.compute_V_multiscale`,
-            which on large feature maps draws samples to their group's mean.
+        field: 'paper' is the release's :func:`drift_ops.drift_loss`, 'gaussian' :func:`drift_ops.compute_V_multiscale`.
         affinity_floor: lower bound of the paper field's squared affinities; the release has 1e-6, 0 is the definition.
         in_chans: channels of the images, for the extractors built here; None where samples are no images.
         bf16: run the extractor under bfloat16 autocast and keep its maps in bfloat16; the field stays float32.
-        process_group: ranks that have labels each; the statistics of the paper's field are over all of them, and the
-            mean of their losses, weighted by labels, is the loss.
+        process_group: ranks with labels of their own, whose losses are averaged and whose statistics are shared.
 
     With a ``stopwatch``, forward and backward enter the phases "encoder", the extractor's, and "operator".
     """
@@ -91,9 +89,8 @@ class DriftingLoss(nn.Module):
         if self.field == "gaussian" and x_uncond is not None:
             raise ValueError("field='gaussian' has no unconditional negatives: leave x_uncond out or use field='paper'")
         weight = _checked_weight(x_gen, x_real, x_uncond, weight_uncond)
-        fixed = x_real if x_uncond is None else torch.cat([x_real, x_uncond], 1)
         with torch.no_grad():
-            fixed_groups = self.groups(fixed)
+            fixed_groups = self.groups(x_real if x_uncond is None else torch.cat([x_real, x_uncond], 1))
         gen = self.groups(x_gen)
         if x_gen.requires_grad and not any(groups.requires_grad for groups in gen.values()):
             raise ValueError("no feature map has a gradient: the feature extractor must not work under torch.no_grad()")
@@ -126,11 +123,11 @@ class DriftingLoss(nn.Module):
             list(gen.values()), list(pos.values()), list(neg.values()), weight_neg=weights, R_list=self.temperatures,
             affinity_floor=self.affinity_floor, process_group=self.process_group, backend=self.backend,
         )  # fmt: skip
-        loss = torch.stack([group_losses.mean() for group_losses in losses]).sum()
         names = [f"{name}/lambda_{R}" for name in gen for R in self.temperatures]
         squares = [info[f"loss_{R}"] for info in infos for R in self.temperatures]
         info = {f"{name}/scale": info["scale"] for name, info in zip(gen, infos, strict=True)}
-        return loss, info | dict(zip(names, torch.stack(squares).sqrt().unbind(), strict=True))
+        info |= dict(zip(names, torch.stack(squares).sqrt().unbind(), strict=True))
+        return torch.stack([group_losses.mean() for group_losses in losses]).sum(), info
 
     def _gaussian(self, gen: FeatureMaps, pos: FeatureMaps) -> LossAndInfo:
         losses, info = [], {}

@@ -1,7 +1,4 @@
-"""Feature extractors: samples to feature maps ``{name: [B, T, D]}``.
-
-Each of the T locations of a map is a problem of its own. Gradients pass through an extractor, which never trains.
-"""
+"""Feature extractors: samples to maps ``{name: [B, T, D]}`` of T locations; gradients pass, parameters never train."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -47,10 +44,7 @@ class FunctionExtractor(FrozenModule):
 
 
 class LatentFeatureExtractor(FrozenModule):
-    """``global`` (the input, flattened) and the maps of a frozen :class:`ResNetEncoder`: 86 for a 32 × 32 input.
-
-    The weights follow from ``seed``; :meth:`drifting.models.MAE.feature_extractor` gives trained ones.
-    """
+    """``global``, the input, and the maps of a frozen :class:`ResNetEncoder` whose weights follow from ``seed``."""
 
     def __init__(
         self, in_chans: int = 4, base_channels: int = 64, layers: Sequence[int] = (3, 4, 6, 3),
@@ -93,10 +87,7 @@ class FeatureStack(FrozenModule):
 
 
 def named_maps(output: Any, count: int, extractor: nn.Module) -> FeatureMaps:
-    """The maps ``{name: [B, T, D]}`` of what an extractor returned for ``count`` = B samples.
-
-    A single tensor gets the name of the extractor, and maps ``[B, D]`` have one location. Others raise ValueError.
-    """
+    """The maps ``{name: [B, T, D]}`` of what an extractor returned for B samples; a single tensor gets its name."""
     maps = output if isinstance(output, Mapping) else {extractor_name(extractor): output}
     if not maps:
         raise ValueError("the feature extractor returned no maps, expected at least one")
@@ -104,10 +95,9 @@ def named_maps(output: Any, count: int, extractor: nn.Module) -> FeatureMaps:
         is_map = isinstance(feature, Tensor) and feature.is_floating_point() and feature.ndim in (2, 3)
         if not is_map or len(feature) != count:
             shape, dtype = list(getattr(feature, "shape", ())), getattr(feature, "dtype", type(feature).__name__)
-            raise ValueError(
-                f"the feature extractor's map {name!r} has shape {shape} and is {dtype} for {count} samples, "
-                f"expected floating-point [{count}, features] or [{count}, locations, features]"
-            )
+            received = f"the feature extractor's map {name!r} has shape {shape} and is {dtype} for {count} samples"
+            expected = f"floating-point [{count}, features] or [{count}, locations, features]"
+            raise ValueError(f"{received}, expected {expected}")
     return {name: feature.unsqueeze(1) if feature.ndim == 2 else feature for name, feature in maps.items()}
 
 

@@ -1,7 +1,4 @@
-"""Masked autoencoder whose encoder gives the feature maps of the drifting loss: appendix A.3 of the paper.
-
-Layer by layer it is that of the release's ``models/mae_model.py``, whose weights fit it.
-"""
+"""Masked autoencoder (appendix A.3 of the paper), layer by layer that of the release's ``models/mae_model.py``."""
 
 import math
 from collections import OrderedDict
@@ -19,8 +16,7 @@ from .resnet_encoder import FeatureMaps, ResNetEncoder, check_sizes, group_norm
 class MAE(nn.Module):
     """ResNet encoder, U-Net decoder for the hidden part of the image, and a linear classifier on the last stage.
 
-    ``patch_size`` is the side of the squares of the mask, on the patchified grid; the other arguments are those of
-    :class:`ResNetEncoder`. ``config`` holds all, so that ``MAE(**mae.config)`` builds the same network.
+    Squares of side ``patch_size`` are hidden on the patchified grid. ``MAE(**mae.config)`` builds the same network.
     """
 
     def __init__(
@@ -47,11 +43,10 @@ class MAE(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor, labels: Tensor, mask: Tensor, lambda_cls: float | Tensor = 0.0) -> dict[str, Tensor]:
-        """The three losses ``[B]`` of images ``x [B, in_chans, H, W]`` with integer ``labels [B]``.
+        """The losses ``[B]`` of images ``x [B, in_chans, H, W]`` with integer ``labels [B]``.
 
         ``recon_loss`` is the squared error summed over channels, its mean over the hidden locations, where ``mask``
-        ``[B, 1, H', W']`` on the patchified grid is 1, not 0. ``cls_loss`` is the cross-entropy of the label, and
-        ``loss`` is ``lambda_cls · cls_loss + (1 - lambda_cls) · recon_loss``.
+        ``[B, 1, H', W']`` on the patchified grid is 1, not 0; ``cls_loss`` is the cross-entropy of the label.
         """
         target = self.encoder.patchify(x)
         if mask.shape != target[:, :1].shape:
@@ -73,10 +68,7 @@ class MAE(nn.Module):
     def random_mask(
         self, x: Tensor, min_ratio: float = 0.5, max_ratio: float = 0.5, generator: torch.Generator | None = None
     ) -> Tensor:
-        """A mask ``[B, 1, H', W']`` for :meth:`forward` of images ``[B, in_chans, H, W]``.
-
-        It hides squares of side ``patch_size`` with a probability drawn for each image from the range of ratios.
-        """
+        """A mask ``[B, 1, H', W']`` that hides squares of images ``x`` with a probability drawn for each image."""
         unit, B = self.encoder.input_patch_size * self.patch_size, x.shape[0]
         if x.shape[2] % unit or x.shape[3] % unit:
             raise ValueError(f"images are {x.shape[2]} × {x.shape[3]}, expected multiples of {unit}, a masked square")

@@ -1,8 +1,4 @@
-"""The encoder of the masked autoencoder, a ResNet with GroupNorm, and the feature maps ``{name: [B, T, D]}`` of layers.
-
-A map has T locations of D features. Names and contents follow appendix A.5 of the paper (arXiv 2602.04770) and
-``get_activations`` in the release's ``models/mae_model.py``.
-"""
+"""The encoder of the masked autoencoder, and the maps ``{name: [B, T, D]}`` of its layers (appendix A.5)."""
 
 import math
 from collections.abc import Sequence
@@ -13,9 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 FeatureMaps = dict[str, Tensor]
-
 STD_EPS = 1e-6  # It is inside the square root, so that a constant patch has a finite gradient.
-MOST_BLOCKS = 512  # A stage has at most so many.
 
 
 class ResNetEncoder(nn.Module):
@@ -31,8 +25,8 @@ class ResNetEncoder(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         check_sizes(in_chans=in_chans, base_channels=base_channels, input_patch_size=input_patch_size)
-        if len(layers) != 4 or not all(type(count) is int and 1 <= count <= MOST_BLOCKS for count in layers):
-            raise ValueError(f"layers is {list(layers)}, expected four stages of 1 to {MOST_BLOCKS} blocks each")
+        if len(layers) != 4 or not all(type(count) is int and 1 <= count <= 512 for count in layers):
+            raise ValueError(f"layers is {list(layers)}, expected four stages of 1 to 512 blocks each")
         if not 0 <= dropout_prob <= 1:
             raise ValueError(f"dropout_prob is {dropout_prob}, expected a number from 0 to 1")
         self.in_chans, self.input_patch_size = in_chans, input_patch_size

@@ -17,11 +17,7 @@ def is_own(name: str) -> bool:
 
 
 def import_named(name: str, key: str) -> Any:
-    """Import the class or function ``module:Name`` from the current folder or the environment.
-
-    That runs the module's code. So ``name`` must come from the user's command line or configuration file. For messages,
-    ``key`` is the key or option that names it, such as ``model.name``.
-    """
+    """Import the class or function ``module:Name``, which the user's own ``key`` or option names: its code runs."""
     module_name, _, attribute = name.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
