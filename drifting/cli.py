@@ -26,11 +26,10 @@ def parse_training_command(
 ) -> tuple[AnyConfig, Path, list[str]]:
     """The configuration, the run directory, and the keys that ``--change`` sets, of ``python -m drifting.COMMAND``."""
     parser = ArgumentParser(
-        prog=f"python -m drifting.{command}",
+        prog=f"python -m drifting.{command}", epilog=key_help(schema),
         description=f"{purpose} The same command again goes on where the last one stopped.",
-        epilog=key_help(schema),
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=100),
-    )
+    )  # fmt: skip
     parser.add_argument("--config", default=default, metavar="NAME|FILE", help=f"configuration (default: {default})")
     parser.add_argument("--out", type=Path, metavar="DIR", help="run directory (default: runs/NAME)")
     change_help = "change a value of a run in progress, which records it"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .cli import ArgumentParser, run_command
-from .config import Config, EvaluationConfig, read_config
+from .config import Config, DataConfig, EvaluationConfig, read_config
 from .data import Dataset, open_dataset
 from .errors import UserError
 from .evaluation import evaluator as evaluation
@@ -20,12 +20,10 @@ from .hub.run_directory import RunDirectory
 from .hub.sources import HUB, load_generator
 from .utils.named import import_named, is_own
 
-ARCHIVE = ".npz"
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(argv)
-    if not arguments.source.endswith(ARCHIVE):
+    if not arguments.source.endswith(".npz"):
         return _judge_generator(arguments)
     samples, labels = read_samples(Path(arguments.source))
     evaluator = _open_evaluator(arguments)
@@ -57,9 +55,9 @@ def _parse(argv: Sequence[str] | None) -> Any:
         raise UserError(f"--num is {num}, expected 2 or more")
     for scale in arguments.cfg_scale or [1.0]:
         check_drawing(scale, arguments.seed)
-    if path is not None and path.suffix != ARCHIVE:
-        raise UserError(f"--save-npz is {path}, expected a file that ends in {ARCHIVE}")
-    if source.endswith(ARCHIVE) and any((arguments.model, num, arguments.cfg_scale, path)):
+    if path is not None and path.suffix != ".npz":
+        raise UserError(f"--save-npz is {path}, expected a file that ends in .npz")
+    if source.endswith(".npz") and any((arguments.model, num, arguments.cfg_scale, path)):
         raise UserError(f"{source} is judged as it is: --model, --num, --cfg-scale and --save-npz are for generators")
     for name in arguments.reference:
         if not Path(name).exists():
@@ -101,7 +99,7 @@ def _judge_generator(arguments: Any) -> int:
 
 def _open_evaluator(arguments: Any) -> evaluation.Evaluator:
     paths, source, features = arguments.reference, arguments.source, arguments.features
-    if paths and all(path.endswith(ARCHIVE) for path in paths):
+    if paths and all(path.endswith(".npz") for path in paths):
         settings, dataset = EvaluationConfig(features=features, reference=paths), None
     else:
         config = _config(*paths or [source]) if len(paths) < 2 else None
@@ -109,7 +107,7 @@ def _open_evaluator(arguments: Any) -> evaluation.Evaluator:
             expected = "--reference must name a run directory of `python -m drifting.train` or .npz files"
             raise UserError(f"there is nothing to compare {source} with: {expected}")
         settings = replace(config.evaluation, features=features or config.evaluation.features)
-        dataset = None if settings.reference else _open_dataset(config, arguments.data)
+        dataset = None if settings.reference else _open_dataset(config.data, arguments.data)
     evaluator = evaluation.open_evaluator(settings, dataset)
     if evaluator is None:
         why = "its samples are latents, too large, or have too few real ones to compare with"
@@ -117,9 +115,8 @@ def _open_evaluator(arguments: Any) -> evaluation.Evaluator:
     return evaluator
 
 
-def _open_dataset(config: Config, name: str | None) -> Dataset:
+def _open_dataset(data: DataConfig, name: str | None) -> Dataset:
     """The data set of a run. One of the user's own is imported by the ``name`` of the command line only."""
-    data = config.data
     if is_own(data.name) and name is None:
         raise UserError(f"the run's data are {data.name}: name them with --data {data.name}")
     if name is not None and not (is_own(data.name) and is_own(name)):

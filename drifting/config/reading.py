@@ -128,7 +128,6 @@ def _parse(text: str | bytes, origin: str) -> Any:
 
 
 def _flat(sections: Mapping[Any, Any]) -> dict[str, Any]:
-    """Sections as one dictionary with dotted keys."""
     flat: dict[str, Any] = {}
     for key, content in sections.items():
         if isinstance(content, dict) and "." not in str(key):
@@ -139,7 +138,6 @@ def _flat(sections: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def _sections(config: Config | PretrainConfig) -> dict[str, Any]:
-    """The configuration as a YAML file has it."""
     sections = {name: dict(vars(part)) if is_dataclass(part) else part for name, part in vars(config).items()}
     for section in OPEN:
         part, arguments = getattr(config, section), sections[section].pop("arguments", {})

@@ -34,11 +34,9 @@ ROUNDING = 1e-6  # Less than this share of a distance is taken for 0.
 class Evaluator:
     """Judges generated samples by real ones; build it once and call it often.
 
-    It measures the Fréchet distance of the samples' points, and ``sfid`` of spatial features; Inception's score;
-    improved ``precision`` and ``recall``; ``nearest_distance``, the mean distance to the nearest training sample; and
-    ``recognised_share``, the share that a classifier of the data takes for their label. It leaves out what its features
-    or the real samples do not have. ``frechet_ratio`` is relative to the Fréchet distance of training samples, and
-    ``nearest_ratio`` to the test samples: near 0, the generator has memorised.
+    It leaves out the measures that its features or the real samples do not have. ``recognised_share`` is the share that
+    a classifier of the data takes for their label, ``frechet_ratio`` is relative to the Fréchet distance of training
+    samples, and ``nearest_ratio`` to the nearest distance of test samples: near 0, the generator has memorised.
     """
 
     features: "ImageFeatures | Values"
@@ -76,10 +74,10 @@ class Evaluator:
             quality["nearest_distance"] = nearest_distance(seen.points.numpy(), self.train)
         if seen.classes is not None and labels is not None:
             quality["recognised_share"] = float((seen.classes.cpu().numpy() == labels).mean())
-        for measure, split in ((self.distance, "train"), ("nearest_distance", "test")):
+        for ratio, measure, split in (("frechet", self.distance, "train"), ("nearest", "nearest_distance", "test")):
             value, floor = quality.get(measure, 0.0), self.of_data.get(f"{measure}_{split}", 0.0)
             if floor > ROUNDING * abs(value):
-                quality["frechet_ratio" if split == "train" else "nearest_ratio"] = value / floor
+                quality[f"{ratio}_ratio"] = value / floor
         return quality | self.of_data
 
 

@@ -70,10 +70,8 @@ def open_features(source: str) -> ImageFeatures:
     if source == DINOV2 or (path / "config.json").is_file():
         return _load_dinov2(DINOV2_MODEL if source == DINOV2 else source, device)
     if not RunDirectory(path).description.is_file():
-        raise UserError(
-            f"there are no features {source}: expected {INCEPTION}, {DINOV2}, a .pth file of Inception's weights, or a "
-            "directory of `python -m drifting.train_classifier` or `drifting.pretrain`"
-        )
+        expected = "a .pth file of Inception's weights, or a directory of `python -m drifting.train_classifier` or "
+        raise UserError(f"there are no features {source}: expected inception, dinov2, {expected}`drifting.pretrain`")
     return _load_own(path, device)
 
 
@@ -107,9 +105,8 @@ def _load_inception(weights: Path | None, device: torch.device) -> ImageFeatures
         socket.setdefaulttimeout(DOWNLOAD_SECONDS)  # Without it torch.hub waits for ever.
         if weights is not None:  # torch-fidelity would run what a pickle says: this raises first.
             torch.load(weights, map_location="cpu", weights_only=True)
-        extractor = fidelity.FeatureExtractorInceptionV3(
-            "inception-v3-compat", ["2048", "logits_unbiased"], weights and str(weights), verbose=False
-        ).to(device)
+        network_class, outputs = fidelity.FeatureExtractorInceptionV3, ["2048", "logits_unbiased"]
+        extractor = network_class("inception-v3-compat", outputs, weights and str(weights), verbose=False).to(device)
     except Exception as error:  # Downloads and weights of something else raise errors of many classes.
         raise UserError(
             f"cannot load Inception's weights from {weights or 'the web'} ({reason(error)}): where they cannot be "
@@ -135,10 +132,9 @@ def _load_dinov2(source: str, device: torch.device) -> ImageFeatures:
     try:
         model, info = library.Dinov2Model.from_pretrained(source, output_loading_info=True)
     except Exception as error:  # The hub, its cache and broken files raise errors of many classes.
-        raise UserError(
-            f"cannot load DINOv2 {source} ({reason(error)}): where the hub is out of reach, name a directory that "
-            f"`hf download {DINOV2_MODEL} --local-dir DIR` filled elsewhere"
-        ) from error
+        advice = f"name a directory that `hf download {DINOV2_MODEL} --local-dir DIR` filled elsewhere"
+        failure = f"cannot load DINOv2 {source} ({reason(error)})"
+        raise UserError(f"{failure}: where the hub is out of reach, {advice}") from error
     odd = {*info["missing_keys"], *info["unexpected_keys"]} - {"classifier.weight", "classifier.bias"}
     if odd:  # transformers would leave these random, or out.
         raise UserError(f"{source} holds no DINOv2 in the format of transformers: {min(odd)} is missing or left over")

@@ -60,8 +60,7 @@ class DriftingDiT(nn.Module):
         if n_cls_tokens:
             self.cls_proj = nn.Linear(cond_dim, embed_dim)
             self.cls_embed = nn.Parameter(torch.empty(1, n_cls_tokens, embed_dim))
-        sizes = (embed_dim, cond_dim, num_heads, mlp_ratio, use_qknorm, use_swiglu, use_rmsnorm)
-        self.blocks = nn.ModuleList(Block(*sizes) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(cond_dim, config) for _ in range(depth))
         self.final = FinalLayer(embed_dim, cond_dim, patch_size**2 * self.out_chans, use_rmsnorm)
         self.reset_parameters()
 
@@ -155,15 +154,13 @@ class RMSNorm(nn.RMSNorm):
 class Block(nn.Module):
     """Transformer block modulated by the condition: attention and feed-forward, each behind a gate that starts at 0."""
 
-    def __init__(
-        self, dim: int, cond_dim: int, num_heads: int, mlp_ratio: float,
-        use_qknorm: bool, use_swiglu: bool, use_rmsnorm: bool,
-    ) -> None:  # fmt: skip
+    def __init__(self, cond_dim: int, config: dict) -> None:
         super().__init__()
+        dim, mlp_ratio, use_rmsnorm = config["embed_dim"], config["mlp_ratio"], config["use_rmsnorm"]
         self.norm1 = _norm(dim, use_rmsnorm)
-        self.attn = Attention(dim, num_heads, use_qknorm, use_rmsnorm)
+        self.attn = Attention(dim, config["num_heads"], config["use_qknorm"], use_rmsnorm)
         self.norm2 = _norm(dim, use_rmsnorm)
-        self.mlp = SwiGLU(dim, mlp_ratio) if use_swiglu else _gelu_mlp(dim, int(dim * mlp_ratio))
+        self.mlp = SwiGLU(dim, mlp_ratio) if config["use_swiglu"] else _gelu_mlp(dim, int(dim * mlp_ratio))
         self.modulation = Modulation(cond_dim, 6 * dim)
 
     def forward(self, x: Tensor, cond: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:

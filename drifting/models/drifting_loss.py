@@ -12,14 +12,14 @@ from drift_ops.reference import unit_drift
 
 from ..utils.stopwatch import Stopwatch
 from . import feature_extractor as extractors
-from .convnext import load_convnext
+from .feature_extractor import load_convnext
 from .resnet_encoder import FeatureMaps
 
 Extractor = str | nn.Module | Callable[[Tensor], Any]
 LossAndInfo = tuple[Tensor, dict[str, Tensor]]
 
 
-class DriftingLoss(nn.Module):
+class DriftingLoss(extractors.FrozenModule):
     """Loss whose gradient moves generated samples along the drifting field of their label group.
 
     Samples may have any shape; only the extractors made for images want images.
@@ -55,14 +55,8 @@ class DriftingLoss(nn.Module):
             raise ValueError("normalize_features and normalize_drift must be True, only field='gaussian' goes without")
         self.feature_extractor = build_extractor(feature_extractor, in_chans).requires_grad_(False).eval()
         self.temperatures = tuple(float(t) for t in temperatures)
-        self.normalize_features, self.normalize_drift = normalize_features, normalize_drift
-        self.field, self.affinity_floor, self.backend, self.bf16 = field, affinity_floor, backend, bf16
-        self.process_group = process_group
-
-    def train(self, mode: bool = True) -> "DriftingLoss":
-        super().train(mode)
-        self.feature_extractor.eval()
-        return self
+        self.normalize_features, self.normalize_drift, self.field = normalize_features, normalize_drift, field
+        self.affinity_floor, self.backend, self.bf16, self.process_group = affinity_floor, backend, bf16, process_group
 
     def forward(
         self, x_gen: Tensor, x_real: Tensor, x_uncond: Tensor | None = None, weight_uncond: Tensor | None = None
@@ -184,7 +178,6 @@ def build_extractor(extractor: Extractor | Sequence[Extractor], in_chans: int | 
 
 
 def _checked_weight(x_gen: Tensor, x_real: Tensor, x_uncond: Tensor | None, weight: Tensor | None) -> Tensor:
-    """Weights ``[L, U]`` of the unconditional samples, once all shapes were found to fit."""
     named = {"x_gen": x_gen, "x_real": x_real} | ({} if x_uncond is None else {"x_uncond": x_uncond})
     for name, x in named.items():
         if x.ndim < 2 or (len(x), x.shape[2:]) != (len(x_gen), x_gen.shape[2:]):

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import require
+from ..errors import UserError, reason, require
 from .resnet_encoder import FeatureMaps, ResNetEncoder, channel_rms, check_channels, multiscale_maps
 
+CONVNEXT = "facebook/convnextv2-base-22k-224"  # The hub has it, trained on ImageNet-22k and then on ImageNet-1k.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -108,8 +109,7 @@ def extractor_name(extractor: nn.Module) -> str:
 class FeatureExtractor(FrozenModule):
     """``global``, ``norm_x`` and the maps of ``conv1``, ``layer1`` … ``layer4`` of ResNet-18 trained on ImageNet.
 
-    RGB input is in [-1, 1]; other channels share the first filters, averaged over RGB. torchvision downloads the
-    weights once; they are random if not ``pretrained``.
+    RGB input is in [-1, 1]; other channels share the first filters, averaged over RGB.
     """
 
     def __init__(self, in_chans: int = 3, pretrained: bool = True) -> None:
@@ -146,3 +146,55 @@ class ImageNetNormalization(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return ((x + 1) / 2 - self.mean) / self.std
+
+
+class ConvNeXtFeatureExtractor(FrozenModule):
+    """Maps of a ConvNeXt V2 (arXiv 2301.00808), transformers' ``ConvNextV2Model``, of images resized to 224 × 224.
+
+    ``global`` is the input, ``stage_1`` … ``stage_3`` ``[B, H·W, C]`` are by location, ``stage_0_mean``, ``stage_0_std``
+    … ``[B, 1, C]`` over locations, each of which was normalised over channels; ``global_mean`` is what the classifier
+    sees, and ``global_std`` is ``stage_3_std``. In the release all stages are in float32, even beside bfloat16.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network: Any = network
+        self.normalization = ImageNetNormalization()
+        self.requires_grad_(False).eval()
+
+    def forward(self, x: Tensor) -> FeatureMaps:
+        """Maps of RGB images ``x [B, 3, H, W]`` in [-1, 1]."""
+        maps = {"global": x.flatten(1).unsqueeze(1)}
+        x = F.interpolate(self.normalization(x), (224, 224), mode="bilinear", antialias=True)
+        x = self.network.embeddings(x)
+        for index, stage in enumerate(self.network.encoder.stages):
+            x = stage(x)
+            maps |= multiscale_maps(f"stage_{index}", _normalized(x), (), ())
+        del maps["stage_0"]  # The release leaves out its 56 × 56 locations.
+        norm = self.network.layernorm
+        pooled = F.layer_norm(x.mean((2, 3)), norm.normalized_shape, norm.weight, norm.bias, 1e-6)  # Not its own 1e-12.
+        return maps | {"global_mean": pooled.unsqueeze(1), "global_std": maps["stage_3_std"]}
+
+
+def load_convnext(in_chans: int = 3, source: str = CONVNEXT) -> ConvNeXtFeatureExtractor:
+    """The extractor with the weights of ``source``, a name on the hub or a directory in the format of transformers."""
+    if in_chans != 3:
+        raise UserError(f"convnext_v2 takes images of 3 channels, the data have {in_chans}")
+    transformers = require("transformers", "the features convnext_v2", "convnext")
+    try:
+        network = transformers.ConvNextV2ForImageClassification
+        classifier, info = network.from_pretrained(source, output_loading_info=True)
+    except Exception as error:  # Being offline, without access or of a broken file have no base class in common.
+        advice = f"bring the cache of a machine that ran `hf download {CONVNEXT}`, and set HF_HOME to it"
+        received = f"cannot load ConvNeXt V2 {source} ({reason(error)})"
+        raise UserError(f"{received}: where the hub is out of reach, {advice}") from error
+    missing = [key for key in info["missing_keys"] if not key.startswith("classifier.")]
+    if missing:
+        raise UserError(f"{source} holds no ConvNeXt V2 in the format of transformers, it lacks {missing[0]}")
+    return ConvNeXtFeatureExtractor(classifier.convnextv2.float())
+
+
+def _normalized(x: Tensor) -> Tensor:
+    """The features of each location less their mean, over their standard deviation; in float32 inside."""
+    std, mean = torch.std_mean(x.float(), 1, correction=0, keepdim=True)
+    return ((x - mean) / (std + 1e-3)).to(x.dtype)

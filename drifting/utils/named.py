@@ -50,10 +50,9 @@ def facts_taken(target: Callable[..., Any], facts: Mapping[str, Any]) -> dict[st
 
 def nearest(name: str, candidates: Iterable[str]) -> str:
     """Find the candidate most like ``name``, as a whole or after the last dot."""
-    name = name[:100]  # The time grows with the square of the length.
 
-    def likeness(candidate: str) -> float:
-        pairs = ((name, candidate), (name.rpartition(".")[2], candidate.rpartition(".")[2]))
+    def likeness(candidate: str) -> float:  # Its time grows with the square of the length.
+        pairs = ((name[:100], candidate), (name[:100].rpartition(".")[2], candidate.rpartition(".")[2]))
         return max(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
 
     return max(candidates, key=likeness)
