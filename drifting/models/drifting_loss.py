@@ -19,7 +19,7 @@ Extractor = str | nn.Module | Callable[[Tensor], Any]
 LossAndInfo = tuple[Tensor, dict[str, Tensor]]
 
 
-class DriftingLoss(extractors.FrozenModule):
+class DriftingLoss(nn.Module):
     """Loss whose gradient moves generated samples along the drifting field of their label group.
 
     Samples may have any shape; only the extractors made for images want images.
@@ -57,6 +57,11 @@ class DriftingLoss(extractors.FrozenModule):
         self.temperatures = tuple(float(t) for t in temperatures)
         self.normalize_features, self.normalize_drift, self.field = normalize_features, normalize_drift, field
         self.affinity_floor, self.backend, self.bf16, self.process_group = affinity_floor, backend, bf16, process_group
+
+    def train(self, mode: bool = True) -> "DriftingLoss":
+        super().train(mode)
+        self.feature_extractor.eval()
+        return self
 
     def forward(
         self, x_gen: Tensor, x_real: Tensor, x_uncond: Tensor | None = None, weight_uncond: Tensor | None = None

@@ -151,9 +151,9 @@ class ImageNetNormalization(nn.Module):
 class ConvNeXtFeatureExtractor(FrozenModule):
     """Maps of a ConvNeXt V2 (arXiv 2301.00808), transformers' ``ConvNextV2Model``, of images resized to 224 × 224.
 
-    ``global`` is the input, ``stage_1`` … ``stage_3`` ``[B, H·W, C]`` are by location, ``stage_0_mean``, ``stage_0_std``
-    … ``[B, 1, C]`` over locations, each of which was normalised over channels; ``global_mean`` is what the classifier
-    sees, and ``global_std`` is ``stage_3_std``. In the release all stages are in float32, even beside bfloat16.
+    ``global`` is the input. ``stage_1`` … ``stage_3`` ``[B, H·W, C]`` are by location, and ``stage_0_mean``,
+    ``stage_0_std`` … ``[B, 1, C]`` over the locations, each of which was normalised over channels. ``global_mean`` is
+    what the classifier sees, ``global_std`` is ``stage_3_std``. The release has stages in float32 beside bfloat16.
     """
 
     def __init__(self, network: nn.Module) -> None:
