@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from drifting.config import Config, PretrainConfig, read_config
-from drifting.models import MAE, DriftingDiT
-from drifting.models.convnext import ConvNeXtFeatureExtractor
+from drifting.models import MAE, ConvNeXtFeatureExtractor, DriftingDiT
 from drifting.training import DriftingTrainer
 
 from .machine import ROOT, describe_machine, slug

@@ -1,6 +1,7 @@
 """What the commands share: a user's mistake ends in one line and exit status 2; trainings take the same options."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,20 +24,12 @@ class ArgumentParser(argparse.ArgumentParser):
 def parse_training_command(
     argv: Sequence[str] | None, command: str, purpose: str, schema: type[AnyConfig], default: str
 ) -> tuple[AnyConfig, Path, list[str]]:
-    """Read the command line of ``python -m drifting.COMMAND``, where ``default`` names its usual configuration.
-
-    Returns:
-        The configuration, the run directory, and the keys that ``--change`` sets.
-
-    Raises:
-        UserError: the command line has a mistake, or changes a key that cannot change within a run.
-    """
+    """The configuration, the run directory, and the keys that ``--change`` sets, of ``python -m drifting.COMMAND``."""
     parser = ArgumentParser(
-        prog=f"python -m drifting.{command}",
+        prog=f"python -m drifting.{command}", epilog=key_help(schema),
         description=f"{purpose} The same command again goes on where the last one stopped.",
-        epilog=key_help(schema),
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=100),
-    )
+    )  # fmt: skip
     parser.add_argument("--config", default=default, metavar="NAME|FILE", help=f"configuration (default: {default})")
     parser.add_argument("--out", type=Path, metavar="DIR", help="run directory (default: runs/NAME)")
     change_help = "change a value of a run in progress, which records it"
@@ -55,10 +48,16 @@ def run_command(command: Callable[[], int]) -> NoReturn:
     """Exit with the status that ``command`` returns.
 
     A mistake of the user's, a signal, and whatever the system refuses end in one line on stderr and a status of their
-    own: nobody below puts a full disk or a missing permission into words again.
+    own; output that nobody reads any more ends the command silently, as it ends other programs.
     """
     try:
-        sys.exit(command())
+        try:
+            sys.exit(command())
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would fail to write the rest at exit.
+        sys.exit(141)  # Shells report SIGPIPE so.
     except UserError as error:
         status, words = error.status, f"error: {error}"
     except OSError as error:

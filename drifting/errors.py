@@ -48,11 +48,7 @@ def explained(what: str) -> Iterator[None]:
 
 
 def require(library: str, purpose: str, extra: str) -> ModuleType:
-    """Import an optional library, which the ``extra`` of this package installs; ``purpose`` begins the message.
-
-    Raises:
-        UserError: the library is not installed, or it is there but broken.
-    """
+    """Import an optional library, which the ``extra`` of this package installs; ``purpose`` begins the message."""
     try:
         return importlib.import_module(library)
     except Exception as error:  # A broken library, or one of those it imports, raises errors of any class.
@@ -62,7 +58,5 @@ def require(library: str, purpose: str, extra: str) -> ModuleType:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        raise UserError(
-            f"{need} there but cannot be imported ({reason(cause)}): "
-            "see that torch and torchvision are of one release and one build, for the CPU or for the same CUDA"
-        ) from error
+        advice = "see that torch and torchvision are of one release and one build, for the CPU or for the same CUDA"
+        raise UserError(f"{need} there but cannot be imported ({reason(cause)}): {advice}") from error

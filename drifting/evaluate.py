@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .cli import ArgumentParser, run_command
-from .config import Config, EvaluationConfig, read_config
+from .config import Config, DataConfig, EvaluationConfig, read_config
 from .data import Dataset, open_dataset
 from .errors import UserError
 from .evaluation import evaluator as evaluation
@@ -20,12 +20,10 @@ from .hub.run_directory import RunDirectory
 from .hub.sources import HUB, load_generator
 from .utils.named import import_named, is_own
 
-ARCHIVE = ".npz"
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(argv)
-    if not arguments.source.endswith(ARCHIVE):
+    if not arguments.source.endswith(".npz"):
         return _judge_generator(arguments)
     samples, labels = read_samples(Path(arguments.source))
     evaluator = _open_evaluator(arguments)
@@ -38,27 +36,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse(argv: Sequence[str] | None) -> Any:
     description = "Measure generated samples, as JSON. What no option says is as in the run's training."
     parser = ArgumentParser(prog="python -m drifting.evaluate", description=description)
-    parser.add_argument("source", metavar="SOURCE", help="run directory, hf://NAME, artifact of the release, or .npz")
+    add = parser.add_argument
+    add("source", metavar="SOURCE", help="run directory, hf://NAME, artifact of the release, or .npz")
     text = "a run, whose data are meant, or files of statistics (mu, sigma), images (arr_0) or both"
-    parser.add_argument("--reference", nargs="+", metavar="RUN|FILE.npz", default=[], help=text)
+    add("--reference", nargs="+", metavar="RUN|FILE.npz", default=[], help=text)
     text = "inception, dinov2, Inception's weights (.pth), or a directory of a classifier, an autoencoder or a DINOv2"
-    parser.add_argument("--features", metavar="NAME|PATH", help=text)
-    parser.add_argument("--model", metavar="module:Name", help="the run's network, where it is your own")
-    parser.add_argument("--data", metavar="module:Name", help="the run's data set, where it is your own")
-    parser.add_argument("--num", type=int, help="how many samples to generate")
+    add("--features", metavar="NAME|PATH", help=text)
+    add("--model", metavar="module:Name", help="the run's network, where it is your own")
+    add("--data", metavar="module:Name", help="the run's data set, where it is your own")
+    add("--num", type=int, help="how many samples to generate")
     text = "guidance scales, 1 or more; of several, the best is reported"
-    parser.add_argument("--cfg-scale", "--cfg", type=float, nargs="+", metavar="SCALE", default=[], help=text)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save-npz", type=Path, metavar="FILE.npz", help="where to write the best scale's samples")
+    add("--cfg-scale", "--cfg", type=float, nargs="+", metavar="SCALE", default=[], help=text)
+    add("--seed", type=int, default=0)
+    add("--save-npz", type=Path, metavar="FILE.npz", help="where to write the best scale's samples")
     arguments = parser.parse_args(argv)
     source, num, path = arguments.source, arguments.num, arguments.save_npz
     if num is not None and num < 2:
         raise UserError(f"--num is {num}, expected 2 or more")
     for scale in arguments.cfg_scale or [1.0]:
         check_drawing(scale, arguments.seed)
-    if path is not None and path.suffix != ARCHIVE:
-        raise UserError(f"--save-npz is {path}, expected a file that ends in {ARCHIVE}")
-    if source.endswith(ARCHIVE) and any((arguments.model, num, arguments.cfg_scale, path)):
+    if path is not None and path.suffix != ".npz":
+        raise UserError(f"--save-npz is {path}, expected a file that ends in .npz")
+    if source.endswith(".npz") and any((arguments.model, num, arguments.cfg_scale, path)):
         raise UserError(f"{source} is judged as it is: --model, --num, --cfg-scale and --save-npz are for generators")
     for name in arguments.reference:
         if not Path(name).exists():
@@ -85,21 +84,22 @@ def _judge_generator(arguments: Any) -> int:
         best = evaluation.best_quality(qualities, evaluator.distance)
         if best is quality and arguments.save_npz is not None:
             best_samples = samples
-        del samples
+        del samples  # 50,000 images of ImageNet are 10 GB.
         if len(scales) > 1:
             print(f"cfg_scale {scale:g}: {evaluator.distance} {quality[evaluator.distance]:.4g}", file=sys.stderr)
     sweep = {"sweep": qualities} if len(scales) > 1 else {}
     facts = {"source": arguments.source, "step": generator.step, "seed": arguments.seed, "num_samples": num}
-    print(json.dumps(facts | best | sweep, indent=2))
-    if arguments.save_npz is not None:
-        write_samples(arguments.save_npz, best_samples, numbers.numpy())
+    try:
+        if arguments.save_npz is not None:
+            write_samples(arguments.save_npz, best_samples, numbers.numpy())
+    finally:  # Where the samples cannot be written, the measures are not lost.
+        print(json.dumps(facts | best | sweep, indent=2))
     return 0
 
 
 def _open_evaluator(arguments: Any) -> evaluation.Evaluator:
-    """The evaluator that ``--reference`` and ``--features`` name; what they leave open is as in the run's training."""
     paths, source, features = arguments.reference, arguments.source, arguments.features
-    if paths and all(path.endswith(ARCHIVE) for path in paths):
+    if paths and all(path.endswith(".npz") for path in paths):
         settings, dataset = EvaluationConfig(features=features, reference=paths), None
     else:
         config = _config(*paths or [source]) if len(paths) < 2 else None
@@ -107,7 +107,7 @@ def _open_evaluator(arguments: Any) -> evaluation.Evaluator:
             expected = "--reference must name a run directory of `python -m drifting.train` or .npz files"
             raise UserError(f"there is nothing to compare {source} with: {expected}")
         settings = replace(config.evaluation, features=features or config.evaluation.features)
-        dataset = None if settings.reference else _open_dataset(config, arguments.data)
+        dataset = None if settings.reference else _open_dataset(config.data, arguments.data)
     evaluator = evaluation.open_evaluator(settings, dataset)
     if evaluator is None:
         why = "its samples are latents, too large, or have too few real ones to compare with"
@@ -115,9 +115,8 @@ def _open_evaluator(arguments: Any) -> evaluation.Evaluator:
     return evaluator
 
 
-def _open_dataset(config: Config, name: str | None) -> Dataset:
+def _open_dataset(data: DataConfig, name: str | None) -> Dataset:
     """The data set of a run. One of the user's own is imported by the ``name`` of the command line only."""
-    data = config.data
     if is_own(data.name) and name is None:
         raise UserError(f"the run's data are {data.name}: name them with --data {data.name}")
     if name is not None and not (is_own(data.name) and is_own(name)):
@@ -126,7 +125,6 @@ def _open_dataset(config: Config, name: str | None) -> Dataset:
 
 
 def _config(source: str) -> Config | None:
-    """The configuration of the run directory ``source``, if it is one; reading it imports nothing."""
     path = RunDirectory(Path(source)).config
     return read_config(str(path), (), Config) if path.is_file() else None
 

@@ -223,3 +223,13 @@ def test_bad_arguments(command, arguments, expected, trained, tmp_path, capsys, 
     assert caught.value.code == 2 and captured.out == ""
     assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
     assert re.search(expected, captured.err)
+
+
+def test_output_that_nobody_reads_ends_the_command_silently():
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as closed:
+        for options in ([], ["--help"]):
+            command = [sys.executable, "-m", "drifting", *options]
+            ended = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE, text=True)
+            assert (ended.returncode, ended.stderr) == (141, "")

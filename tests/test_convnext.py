@@ -11,7 +11,7 @@ from torch import Tensor
 from drifting.config.reading import load_config
 from drifting.errors import UserError
 from drifting.models import ConvNeXtFeatureExtractor, DriftingLoss, drifting_loss
-from drifting.models.convnext import load_convnext
+from drifting.models.feature_extractor import load_convnext
 
 WIDTHS = (8, 12, 16, 24)
 

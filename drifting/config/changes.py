@@ -1,8 +1,4 @@
-"""What of a configuration may change while its run is in progress, and the record of what the user changed.
-
-``changes.json``, beside the run's ``config.yaml``, records each change with the step at which it was made. The changes
-stay in force when the original command is given again.
-"""
+"""What of a configuration may change while its run is in progress, and the record of it, ``changes.json``."""
 
 import copy
 import json
@@ -10,22 +6,20 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError, reason
+from ..errors import UserError, explained
 from ..utils.files import atomic_write, read_object
 from .reading import AnyConfig, read_config, save_config, set_value, values_of
 
 Values = dict[str, Any]  # A configuration, with dotted keys.
 RECORD = "changes.json"
-UNSET = "unset"  # An argument that a user's own network does not get has this value.
-NEVER = (
-    "seed", "model", "data.name", "data.image_size", "data.subset", "data.label_column", "step.queue_size",
-    "step.unconditional_queue_size", "step.latents", "optimizer.ema_decay",
-)  # fmt: skip
-FREE = (
-    "train", "evaluation", "data.path", "data.workers", "step.queue_device", "step.labels_at_once",
-    "step.images_at_once", "step.compile", "step.activation_checkpointing", "step.fsdp",
-)  # fmt: skip
-RESUME = dict.fromkeys(NEVER, "never") | dict.fromkeys(FREE, "free") | {"train.batch_size": "asked"}
+KEYS = {
+    "never": "seed model data.name data.image_size data.subset data.label_column step.queue_size step.latents "
+    "step.unconditional_queue_size optimizer.ema_decay",
+    "free": "train evaluation data.path data.workers step.queue_device step.labels_at_once step.images_at_once "
+    "step.compile step.activation_checkpointing step.fsdp",
+    "asked": "train.batch_size",
+}
+RESUME = {key: how for how, keys in KEYS.items() for key in keys.split()}
 
 
 def resume_of(key: str) -> str:
@@ -35,30 +29,22 @@ def resume_of(key: str) -> str:
 
 def differences(before: Values, after: Values) -> list[tuple[str, Any, Any]]:
     """The key, old and new value of each difference that is not free when a run is resumed."""
-    pairs = [(key, before.get(key, UNSET), after.get(key, UNSET)) for key in before | after]
+    pairs = [(key, before.get(key, "unset"), after.get(key, "unset")) for key in before | after]
     return [(key, old, new) for key, old, new in pairs if old != new and resume_of(key) != "free"]
 
 
 def config_in_force(path: Path, config: AnyConfig, asked: Collection[str] = ()) -> AnyConfig:
-    """Take over what the run of the configuration file ``path`` has recorded, where ``config`` has the value before it.
-
-    The keys in ``asked``, which the user changes by ``--change`` now, keep their values.
-
-    Raises:
-        UserError: the run has other values of keys that are neither free nor asked for, or its files are damaged.
-    """
-    result, replaced = copy.deepcopy(config), [(change["key"], change["old"]) for change in recorded(path)]
-    others = []
+    """Take over what the run of the file ``path`` has recorded; differences in keys not ``asked`` for are refused."""
+    replaced = [(change["key"], change["old"]) for change in recorded(path)]
+    result, others = copy.deepcopy(config), []
     for key, old, new in differences(_values_in_force(path, config), values_of(config)):
         if (key, new) in replaced and key not in asked:
             set_value(result, key, old, "a recorded change: ")
         elif key not in asked:
             others.append(f"{key}: {old}, now {new}")
     if others:
-        raise UserError(
-            f"{path.parent} holds a run with another configuration ({'; '.join(others)}): choose another --out, give "
-            "the values it was started with, or say --change key=value for each"
-        )
+        advice = "choose another --out, give the values it was started with, or say --change key=value for each"
+        raise UserError(f"{path.parent} holds a run with another configuration ({'; '.join(others)}): {advice}")
     return result
 
 
@@ -75,13 +61,11 @@ def keep_config(path: Path, config: AnyConfig, step: int) -> None:
 def recorded(path: Path) -> list[dict[str, Any]]:
     """Read the changes of the run whose configuration is ``path``: ``step``, ``key``, ``old`` and ``new`` of each."""
     record = path.with_name(RECORD)
-    try:
+    if not record.exists():
+        return []
+    with explained(f"{record} cannot be read"):
         changes = read_object(record)["changes"]
         return [{name: change[name] for name in ("step", "key", "old", "new")} for change in changes]
-    except FileNotFoundError:
-        return []
-    except Exception as error:
-        raise UserError(f"{record} cannot be read: {reason(error)}") from error
 
 
 def _values_in_force(path: Path, config: AnyConfig) -> Values:

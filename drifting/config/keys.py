@@ -21,7 +21,6 @@ SHARE: Rule = "a number from 0 to 1", lambda value: 0 <= value <= 1
 
 
 def one_of(*names: str, own: bool = False) -> Rule:
-    """A value is one of these names or, with ``own``, ``module:Name``."""
     words = f"one of: {', '.join(names)}" + (", or module:Name" if own else "")
     return words, lambda value: value in names or (own and is_own(value))
 
@@ -49,11 +48,7 @@ def keys_of(schema: type) -> dict[str, Field[Any]]:
 
 
 def typed(value: Any, kind: Any) -> Any:
-    """Convert a value of YAML to a type: a whole number serves as a float, a number as text, one entry as a list.
-
-    Raises:
-        TypeError, ValueError, OverflowError: it is of another type.
-    """
+    """Convert a value of YAML to a type: a whole number serves as a float, a number as text, one entry as a list."""
     if get_origin(kind) is list:
         return [typed(entry, get_args(kind)[0]) for entry in (value if isinstance(value, (list, tuple)) else [value])]
     if get_args(kind):  # X | None

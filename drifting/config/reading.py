@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from ..errors import UserError, reason
+from ..errors import UserError, explained
 from ..utils.files import atomic_write
 from ..utils.named import is_own, nearest
 from .keys import expected_of, keys_of, typed
@@ -18,7 +18,6 @@ from .schema import Config, PretrainConfig
 CONFIG_DIR = Path(__file__).parents[1] / "configs"
 MOST_BYTES = 2**17  # A configuration file has at most so many.
 OPEN = ("data", "model")  # These sections can name a user's own part, and `data: digits` sets the name.
-OURS = ("name", "workers")  # Their keys of these names are no arguments of it.
 PLAIN = {  # Plain values of YAML 1.2: 1e-3 is a number, and a date is text.
     "null": r"null|~|",
     "bool": r"true|True|false|False",
@@ -35,13 +34,7 @@ def load_config(name_or_file: str = "digits", overrides: Sequence[str] = ()) -> 
 
 
 def read_config(name_or_file: str, overrides: Sequence[str], schema: type[AnyConfig]) -> AnyConfig:
-    """Read the configuration of that name or YAML file, with ``key=value`` overrides; nothing is imported for it.
-
-    Overrides that replace a user's own network or data, or put it in the place of ours, start from its defaults.
-
-    Raises:
-        UserError: there is no such configuration, a key is unknown, or its value is ill-typed or out of range.
-    """
+    """Read the configuration of that name or YAML file, with ``key=value`` overrides; nothing is imported for it."""
     encoders = schema is PretrainConfig
     files = {file.stem: file for file in CONFIG_DIR.glob("*.yaml") if file.stem.startswith("mae_") == encoders}
     path = Path(name_or_file) if name_or_file.endswith((".yaml", ".yml")) else files.get(name_or_file)
@@ -57,7 +50,7 @@ def read_config(name_or_file: str, overrides: Sequence[str], schema: type[AnyCon
     for section in OPEN:
         name = f"{section}.name"
         old, new = str(file.get(name, "")), str(command.get(name, file.get(name, "")))
-        if old != new and (is_own(old) or is_own(new)):
+        if old != new and (is_own(old) or is_own(new)):  # Another part starts from its own defaults.
             file = {key: value for key, value in file.items() if not key.startswith(f"{section}.")}
     config, values = schema(), file | command
     for key in sorted(values, key=lambda key: not key.endswith(".name")):  # A name says which keys there are.
@@ -88,11 +81,7 @@ def values_of(config: Config | PretrainConfig) -> dict[str, Any]:
 
 
 def set_value(config: Config | PretrainConfig, key: str, value: Any, origin: str = "") -> None:
-    """Set one key to a value from YAML.
-
-    Raises:
-        UserError: the key is unknown, or the value ill-typed or out of range; the message begins with ``origin``.
-    """
+    """Set one key to a value from YAML, or raise :class:`UserError` with a message that begins with ``origin``."""
     section, _, name = key.rpartition(".")
     part: Any = getattr(config, section, None) if section else config
     keys = keys_of(type(config))
@@ -115,9 +104,7 @@ def set_value(config: Config | PretrainConfig, key: str, value: Any, origin: str
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers = {
-        None: [(f"tag:yaml.org,2002:{tag}", re.compile(f"(?:{pattern})$")) for tag, pattern in PLAIN.items()]
-    }
+    yaml_implicit_resolvers = {None: [(f"tag:yaml.org,2002:{tag}", re.compile(f"(?:{PLAIN[tag]})$")) for tag in PLAIN]}
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -136,14 +123,11 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _parse(text: str | bytes, origin: str) -> Any:
-    try:
+    with explained(f"{origin} is not valid YAML"):
         return yaml.load(text, _Loader)
-    except Exception as error:
-        raise UserError(f"{origin} is not valid YAML: {reason(error)}") from error
 
 
 def _flat(sections: Mapping[Any, Any]) -> dict[str, Any]:
-    """Sections as one dictionary with dotted keys."""
     flat: dict[str, Any] = {}
     for key, content in sections.items():
         if isinstance(content, dict) and "." not in str(key):
@@ -154,7 +138,6 @@ def _flat(sections: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def _sections(config: Config | PretrainConfig) -> dict[str, Any]:
-    """The configuration as a YAML file has it."""
     sections = {name: dict(vars(part)) if is_dataclass(part) else part for name, part in vars(config).items()}
     for section in OPEN:
         part, arguments = getattr(config, section), sections[section].pop("arguments", {})
@@ -165,4 +148,4 @@ def _sections(config: Config | PretrainConfig) -> dict[str, Any]:
 
 def _is_argument(part: Any, name: str) -> bool:
     """Tell whether the key ``name`` of a section is an argument of the user's own part that the section names."""
-    return is_own(getattr(part, "name", "")) and not (name in OURS and hasattr(part, name))
+    return is_own(getattr(part, "name", "")) and not (name in ("name", "workers") and hasattr(part, name))

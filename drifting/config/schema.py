@@ -1,7 +1,4 @@
-"""What can be configured: a dataclass for each section and a line for each key, whose defaults are the paper's.
-
-``--help`` shows the sentence of each section, in :class:`Config` and :class:`PretrainConfig`, and of each key.
-"""
+"""What can be configured: a dataclass for each section and a line for each key, whose defaults are the paper's."""
 
 from dataclasses import dataclass, field
 from math import inf
@@ -11,7 +8,10 @@ from .keys import FROM_0, FROM_1, FROM_2, POSITIVE, SHARE, each, key, one_of
 
 DATA_NAMES = ("digits", "mnist", "fashion_mnist", "cifar10", "folder", "huggingface", "latents")
 DRIFTING_DIT = "drifting_dit"
-EXTRACTORS = ("latent", "input", "pixels", "resnet18", "convnext_v2", "mae")
+EXTRACTORS = each(one_of("latent", "input", "pixels", "resnet18", "convnext_v2", "mae", own=True))
+SCALE_RANGE = "[least, greatest] with 1 <= least <= greatest", lambda v: len(v) == 2 and 1 <= v[0] <= v[1] < inf
+SHARE_RANGE = "[least, greatest] with 0 < least <= greatest <= 1", lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 1
+FOUR = "four numbers of 1 or more", lambda v: len(v) == 4 and min(v) >= 1
 SEED = "All randomness of a run follows from this number."
 DATA = "The training data. If name is module:Name of your own, all other keys but workers are its arguments."
 MODEL = "The generator. If name is module:Name of your own, all other keys are its arguments."
@@ -53,9 +53,8 @@ class ModelConfig:
 @dataclass
 class LossConfig:
     feature_extractor: list[str] = key(
-        ["latent"], "Samples are compared in these features; input, once pixels, is the sample itself.",
-        each(one_of(*EXTRACTORS, own=True)),
-    )  # fmt: skip
+        ["latent"], "Samples are compared in these features; input, once pixels, is the sample itself.", EXTRACTORS
+    )
     mae: str | None = key(None, "The extractor mae is the encoder of this run directory or hf://NAME.")
     temperatures: list[float] = key([0.02, 0.05, 0.2], "The field is summed over these temperatures.", each(POSITIVE))
     affinity_floor: float = key(0.0, "A product of two softmaxes counts as at least this.", FROM_0)
@@ -80,10 +79,7 @@ class StepConfig:
 
 @dataclass
 class GuidanceConfig:
-    cfg_scale_range: list[float] = key(
-        [1.0, 4.0], "Guidance scales are drawn from this range.",
-        ("[least, greatest] with 1 <= least <= greatest", lambda v: len(v) == 2 and 1 <= v[0] <= v[1] < inf),
-    )  # fmt: skip
+    cfg_scale_range: list[float] = key([1.0, 4.0], "Guidance scales are drawn from this range.", SCALE_RANGE)
     cfg_exponent: float = key(3.0, "Their density falls with this power of the scale; 0 is uniform.", FROM_0)
     uncond_prob: float = key(0.0, "This share of the labels is trained at scale 1 instead.", SHARE)
 
@@ -144,10 +140,7 @@ class Config:
 @dataclass
 class MAEConfig:
     base_channels: int = key(256, "The first stage has this many channels.", FROM_1)
-    layers: list[int] = key(
-        [3, 4, 6, 3], "The stages have these numbers of residual blocks.",
-        ("four numbers of 1 or more", lambda v: len(v) == 4 and min(v) >= 1),
-    )  # fmt: skip
+    layers: list[int] = key([3, 4, 6, 3], "The stages have these numbers of residual blocks.", FOUR)
     patch_size: int = key(2, "Squares with this side are hidden or visible as a whole.", FROM_1)
     input_patch_size: int = key(1, "Squares with this side are the first stage's pixels.", FROM_1)
     dropout_prob: float = key(0.0, "Dropout sets this share of the values to 0.", SHARE)
@@ -156,9 +149,8 @@ class MAEConfig:
 @dataclass
 class MAELossConfig:
     mask_ratio_range: list[float] = key(
-        [0.5, 0.5], "An image hides a share of its squares that is drawn from this range.",
-        ("[least, greatest] with 0 < least <= greatest <= 1", lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 1),
-    )  # fmt: skip
+        [0.5, 0.5], "An image hides a share of its squares that is drawn from this range.", SHARE_RANGE
+    )
     lambda_cls: float = key(0.0, "The classification error has this weight.", SHARE)
     finetune_steps: int = key(0, "In this many steps at the end its weight rises from 0 to another.", FROM_0)
     finetune_warmup_steps: int = key(1000, "The rise takes this many steps.", FROM_0)

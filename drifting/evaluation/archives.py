@@ -1,12 +1,10 @@
 """Samples and statistics in ``.npz`` files, as the field's evaluators exchange them.
 
 Samples are ``arr_0``: images as uint8 ``[N, H, W, C]``, others as float32 ``[N, ...]``; ``arr_1`` are their labels, if
-they have any. Statistics of features are ``mu [D]`` and ``sigma [D, D]``, those of spatial features ``mu_s`` and
-``sigma_s``. ADM's reference batches hold images and both kinds of statistics.
+any. Statistics of features are ``mu [D]`` and ``sigma [D, D]``, those of spatial features ``mu_s`` and ``sigma_s``.
 """
 
 import os
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +13,12 @@ from zipfile import is_zipfile
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import UserError, reason
+from ..errors import UserError, explained
 from ..utils.files import atomic_write
 from .measures import Gaussian
 
 MOST_BYTES = 3 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4  # All arrays of a file fit into these.
 MOST_HEADER = 1000  # An array's header has about 100 bytes; Python takes long to read damaged ones of many more.
-MOST_STATISTIC = 1e30  # Products of greater means and covariances could overflow.
-
 Samples = NDArray[Any]  # uint8 images [N, H, W, C], or float32 [N, *sample_shape]
 Labels = NDArray[np.int64]  # [N]
 
@@ -37,14 +33,13 @@ class Reference:
 
 
 def write_samples(path: Path, samples: Samples, labels: Labels) -> None:
-    """Write samples and their labels to ``path``, whose folder is made where it is missing."""
     with atomic_write(path) as part, part.open("wb") as file:
         np.savez(file, samples, labels)
 
 
 def read_samples(path: Path) -> tuple[Samples, Labels | None]:
     """The samples of ``path``, and their labels if it has them; UserError if it holds no samples."""
-    arrays = _read(path, ("arr_0", "arr_1"), "samples arr_0")
+    arrays = _read(path, "samples arr_0", "arr_0", "arr_1")
     samples, labels = arrays["arr_0"], arrays.get("arr_1")
     if samples.dtype != np.float32 or not samples.ndim or not samples.size:
         _check_images(path, samples, ", or float32 [N, ...] of samples that are no images")
@@ -57,20 +52,18 @@ def read_samples(path: Path) -> tuple[Samples, Labels | None]:
 
 def read_reference(path: Path) -> Reference:
     """The images and statistics of ``path``; UserError if it holds neither."""
-    keys = ("arr_0", "mu", "ref_mu", "sigma", "ref_sigma", "mu_s", "sigma_s")
-    arrays = _read(path, keys, "statistics (mu and sigma), images (arr_0), or both")
-    images = arrays.get("arr_0")
-    if images is not None:
-        _check_images(path, images)
+    expected = "statistics (mu and sigma), images (arr_0), or both"
+    arrays = _read(path, expected, "arr_0", "mu", "ref_mu", "sigma", "ref_sigma", "mu_s", "sigma_s")
+    if "arr_0" in arrays:
+        _check_images(path, arrays["arr_0"])
     statistics = _gaussian(path, arrays, "mu", "sigma") or _gaussian(path, arrays, "ref_mu", "ref_sigma")
-    return Reference(images, statistics, _gaussian(path, arrays, "mu_s", "sigma_s"))
+    return Reference(arrays.get("arr_0"), statistics, _gaussian(path, arrays, "mu_s", "sigma_s"))
 
 
-def _read(path: Path, keys: Collection[str], expected: str) -> dict[str, NDArray[Any]]:
-    """Those arrays of ``path`` that ``keys`` name, if there are samples or statistics among them."""
+def _read(path: Path, expected: str, *keys: str) -> dict[str, NDArray[Any]]:
     if not path.is_file():
         raise UserError(f"there is no file {path}")
-    try:
+    with explained(f"{path} cannot be read as an .npz file"):
         if not is_zipfile(path):
             raise UserError("expected a zip archive of arrays, as numpy.savez writes it")
         with np.load(path, allow_pickle=False, max_header_size=MOST_HEADER) as archive:
@@ -79,8 +72,6 @@ def _read(path: Path, keys: Collection[str], expected: str) -> dict[str, NDArray
                 raise UserError(f"its arrays take {size} bytes, expected at most {MOST_BYTES} on this machine")
             names = archive.files
             arrays = {key: np.asarray(archive[key]) for key in names if key in keys}
-    except Exception as error:  # Of damaged files, zipfile and numpy raise errors of many classes.
-        raise UserError(f"{path} cannot be read as an .npz file: {reason(error)}") from error
     if not arrays.keys() & {"arr_0", "mu", "ref_mu"}:
         raise UserError(f"{path} holds {', '.join(names) or 'nothing'}, expected {expected}")
     return arrays
@@ -91,12 +82,12 @@ def _gaussian(path: Path, arrays: dict[str, NDArray[Any]], mean_key: str, covari
         return None
     if covariance_key not in arrays:
         raise UserError(f"{path} holds {mean_key}, but no {covariance_key}")
-    mean, covariance = arrays[mean_key], arrays[covariance_key]
-    for key, values, shape in ((mean_key, mean, (mean.size,)), (covariance_key, covariance, 2 * (mean.size,))):
+    for rank, key in enumerate((mean_key, covariance_key), start=1):
+        values, shape = arrays[key], rank * (arrays[mean_key].size,)
         is_right = values.shape == shape and values.size > 0 and values.dtype.kind == "f"
-        is_right = is_right and bool((np.abs(values) < MOST_STATISTIC).all())
+        is_right = is_right and bool((np.abs(values) < 1e30).all())  # Products of greater ones could overflow.
         _check(path, key, values, is_right, "finite floats, mu [D] and sigma [D, D]")
-    return Gaussian(mean.astype(np.float64), covariance.astype(np.float64))
+    return Gaussian(arrays[mean_key].astype(np.float64), arrays[covariance_key].astype(np.float64))
 
 
 def _check_images(path: Path, images: NDArray[Any], otherwise: str = "") -> None:

@@ -15,8 +15,7 @@ from ..generation import Generator, generate
 from ..hub.vae import decode_latents
 from ..utils.images import to_uint8
 
-BATCH = 500  # This many samples are generated at once …
-BATCH_VALUES = 2**21  # … unless they have more values than this together.
+BATCH, BATCH_VALUES = 500, 2**21  # So many samples are generated at once, unless they have more values than this.
 
 
 def check_drawing(cfg_scale: float, seed: int) -> None:
@@ -29,16 +28,11 @@ def check_drawing(cfg_scale: float, seed: int) -> None:
 
 def spread_labels(num: int, choices: Sequence[int]) -> Tensor:
     """``num`` labels int64 ``[num]`` in the order of ``choices``, each of which is there equally often up to one."""
-    place = (torch.arange(num) % len(choices)).sort().values
-    return torch.tensor(choices)[place]
+    return torch.tensor(choices)[(torch.arange(num) % len(choices)).sort().values]
 
 
 def draw_samples(generator: Generator, numbers: Tensor, cfg_scale: float = 1.0, seed: int = 0) -> NDArray[Any]:
-    """Samples for the classes ``numbers [N]``; ``seed`` fixes them on any device.
-
-    They are images, uint8 ``[N, H, W, C]``, which latents are decoded to, or else float32 ``[N, *sample_shape]``.
-    Latents are generated and decoded in bfloat16 on GPUs.
-    """
+    """Images uint8 ``[N, H, W, C]``, or else samples float32 ``[N, *sample_shape]``, of the classes ``numbers [N]``."""
     model, latent, pixel_range = generator.model, generator.latent, generator.pixel_range
     source = torch.Generator().manual_seed(seed)
     size = max(1, min(BATCH, BATCH_VALUES // max(1, prod(generator.sample_shape))))

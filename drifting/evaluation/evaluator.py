@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,30 +23,20 @@ from .features import FRECHET_DISTANCE, INCEPTION, Features, ImageFeatures, conc
 from .measures import Gaussian, Manifold, Points, fit_gaussian, frechet_distance, inception_score, nearest_distance
 
 Quality = dict[str, float]
-
 REFERENCE_SAMPLES = 50_000  # So many images are generated where the reference is a file, as is the field's custom.
 FEATURE_SAMPLES = 5000  # So many are generated, and taken of the training images, where it is a data set.
 MANIFOLD_IMAGES = 10_000  # Precision and recall take at most so many real images, as ADM does.
-PER_FEATURE = 4  # With fewer samples for each feature, a Fréchet distance says little.
-SPLIT_BATCH = 1000  # So many images of a data set are read at once.
-
-FLAT_SAMPLES = 1300  # So many small samples are generated.
-MOST_VALUES = 1024  # Without features, measures of larger samples mean little and cost much.
 MOST_REAL = 2000  # Of a split, at most so many small samples are measured.
-PIXEL_MAX = 16  # Small images are measured on the scale of the digits, 0 … 16.
 ROUNDING = 1e-6  # Less than this share of a distance is taken for 0.
-GAMMA = 0.064  # The support vector machine's γ on that scale is this over the number of values of an image.
 
 
 @dataclass
 class Evaluator:
     """Judges generated samples by real ones; build it once and call it often.
 
-    It measures the Fréchet distance of the samples' points, and ``sfid`` of spatial features; Inception's score; the
-    improved ``precision`` and ``recall`` of Kynkäänniemi et al.; ``nearest_distance``, the mean distance to the nearest
-    training sample; and ``recognised_share``, the share that a classifier of the data takes for their label. It leaves
-    out what its features or the real samples do not have. ``frechet_ratio`` is relative to the Fréchet distance of
-    training samples, and ``nearest_ratio`` to the test samples: near 0, the generator has memorised.
+    It leaves out the measures that its features or the real samples do not have. ``recognised_share`` is the share that
+    a classifier of the data takes for their label, ``frechet_ratio`` is relative to the Fréchet distance of training
+    samples, and ``nearest_ratio`` to the nearest distance of test samples: near 0, the generator has memorised.
     """
 
     features: "ImageFeatures | Values"
@@ -60,7 +51,7 @@ class Evaluator:
 
     def __post_init__(self) -> None:
         self.distance = self.features.distance  # The name of the Fréchet distance, which is low for good samples.
-        self.fewest = PER_FEATURE * len(self.statistics.mean)
+        self.fewest = 4 * len(self.statistics.mean)  # With fewer samples, this distance says little.
 
     def __call__(self, samples: Samples, labels: Labels | None) -> Quality:
         """Measures of ``samples [N, *shape]``, which were generated for ``labels [N]`` if these are known."""
@@ -83,28 +74,24 @@ class Evaluator:
             quality["nearest_distance"] = nearest_distance(seen.points.numpy(), self.train)
         if seen.classes is not None and labels is not None:
             quality["recognised_share"] = float((seen.classes.cpu().numpy() == labels).mean())
-        for name, measure, of_real in (
-            ("frechet_ratio", self.distance, f"{self.distance}_train"),
-            ("nearest_ratio", "nearest_distance", "nearest_distance_test"),
-        ):
-            value, floor = quality.get(measure, 0.0), self.of_data.get(of_real, 0.0)
+        for ratio, measure, split in (("frechet", self.distance, "train"), ("nearest", "nearest_distance", "test")):
+            value, floor = quality.get(measure, 0.0), self.of_data.get(f"{measure}_{split}", 0.0)
             if floor > ROUNDING * abs(value):
-                quality[name] = value / floor
+                quality[f"{ratio}_ratio"] = value / floor
         return quality | self.of_data
 
 
 def open_evaluator(config: EvaluationConfig, dataset: Dataset | None) -> Evaluator | None:
     """The evaluator for the configured reference files and features; without files, for the data set.
 
-    Without both, samples are measured as they are: it is None for latents, for samples of more than ``MOST_VALUES``
-    values, and where there is not enough data to compare with.
+    Without both, samples are measured as they are; it is None for latents, large samples, and too few to compare with.
     """
     if config.reference:
         return _evaluator_of_files(config.reference, config.features or INCEPTION)
     assert dataset is not None
     if config.features is None:
         enough = min(len(dataset.train), len(dataset.test)) > 1
-        small = not dataset.latent and prod(dataset.sample_shape) <= MOST_VALUES
+        small = not dataset.latent and prod(dataset.sample_shape) <= 1024  # Measures of larger ones mean little.
         return _evaluator_of_data(dataset, Values(dataset)) if small and enough else None
     if dataset.pixel_range is None:
         raise UserError(f"evaluation.features is {config.features}, but samples of {dataset.name} are no images")
@@ -119,10 +106,7 @@ def open_evaluator(config: EvaluationConfig, dataset: Dataset | None) -> Evaluat
 def evaluate_model(
     evaluator: Evaluator, generator: Generator, numbers: Tensor, cfg_scale: float, seed: int = 0
 ) -> tuple[Quality, Samples]:
-    """Measures of samples generated for the classes ``numbers [N]``, with ``cfg_scale`` among them, and the samples.
-
-    50,000 images of ImageNet are 10 GB: let go of them before the next call.
-    """
+    """Measures of samples generated for the classes ``numbers [N]``, with ``cfg_scale`` among them, and the samples."""
     samples = draw_samples(generator, numbers, cfg_scale, seed)
     labels = numbers.numpy() if len(generator.class_names) > 1 else None  # One label says nothing of the samples.
     return {"cfg_scale": cfg_scale} | evaluator(samples, labels), samples
@@ -141,21 +125,17 @@ def warn_of_few(evaluator: Evaluator, num: int) -> None:
 
 
 def best_quality(qualities: Sequence[Quality], distance: str) -> Quality:
-    """The measures with the lowest ``distance``."""
     return min(qualities, key=lambda quality: quality[distance])
 
 
 class Values:
-    """Small samples as points, in place of features: images on a scale of 0 … 16, others as they are.
-
-    Where there are several classes, a support vector machine fitted on the training samples recognises them.
-    """
+    """Small samples as points: images on a scale of 0 … 16, others as they are; a fitted machine recognises classes."""
 
     distance = FRECHET_DISTANCE
 
     def __init__(self, dataset: Dataset) -> None:
-        size, is_image = prod(dataset.sample_shape), dataset.pixel_range is not None
-        self.scale, gamma = (PIXEL_MAX / 255, GAMMA / size) if is_image else (1.0, "scale")
+        is_image = dataset.pixel_range is not None
+        self.scale, gamma = (16 / 255, 0.064 / prod(dataset.sample_shape)) if is_image else (1.0, "scale")
         self.classifier = None
         train, labels = _real(self, dataset, dataset.train, MOST_REAL)
         if len(np.unique(labels)) > 1:
@@ -173,27 +153,25 @@ def _evaluator_of_data(dataset: Dataset, features: ImageFeatures | Values) -> Ev
     train = _real(features, dataset, dataset.train, MOST_REAL if small else FEATURE_SAMPLES)[0].points
     test, labels = _real(features, dataset, dataset.test, MOST_REAL if small else len(dataset.test))
     evaluator = Evaluator(
-        features, *_fit_both(test),
-        shape=(*shape[1:], shape[0]) if is_image else shape,
-        dtype="uint8" if is_image else "float32",
-        num_samples=FLAT_SAMPLES if small else FEATURE_SAMPLES,
+        features, *_fit_both(test), shape=(*shape[1:], shape[0]) if is_image else shape,
+        dtype="uint8" if is_image else "float32", num_samples=1300 if small else FEATURE_SAMPLES,
     )  # fmt: skip
-    of_data = {f"{features.distance}_train": frechet_distance(fit_gaussian(train), evaluator.statistics)}
+    of_data = evaluator.of_data
+    of_data[f"{features.distance}_train"] = frechet_distance(fit_gaussian(train), evaluator.statistics)
     if small:
         evaluator.train = train.numpy()
         of_data["nearest_distance_test"] = nearest_distance(test.points.numpy(), evaluator.train)
     else:
-        evaluator.real = _manifold(test)
+        evaluator.real = Manifold(_spread(test.points, MANIFOLD_IMAGES))
     if test.classes is not None:
         of_data["recognised_share_test"] = float((test.classes.cpu().numpy() == labels).mean())
-    evaluator.of_data = of_data
     return evaluator
 
 
 def _real(features: ImageFeatures | Values, dataset: Dataset, split: Split, most: int) -> tuple[Features, Labels]:
     """Features and labels of a split's samples, of evenly spaced ones where there are more than ``most``."""
-    indices, parts = torch.tensor(_spread(len(split), most)), []
-    for part in tqdm(indices.split(SPLIT_BATCH), desc="real samples", unit="part", delay=1, leave=False, disable=None):
+    indices, parts = _spread(torch.arange(len(split)), most), []
+    for part in tqdm(indices.split(1000), desc="real samples", unit="part", delay=1, leave=False, disable=None):
         samples = split.samples(part.tolist()).float()
         if not samples.isfinite().all():
             raise UserError("the data set has samples with NaN or infinity, expected finite ones")
@@ -207,28 +185,24 @@ def _real(features: ImageFeatures | Values, dataset: Dataset, split: Split, most
 def _evaluator_of_files(paths: Sequence[str], source: str) -> Evaluator:
     """Compares with the first of ``paths`` that has statistics, or else images; precision and recall need images."""
     references = [read_reference(Path(path)) for path in paths]
-    given = [(r.statistics, r.spatial_statistics) for r in references if r.statistics is not None]
+    given = next(((r.statistics, r.spatial_statistics) for r in references if r.statistics is not None), None)
     images = next((r.images for r in references if r.images is not None), None)
     features = open_features(source)
-    if given and len(given[0][0].mean) != features.dim:
-        dim = len(given[0][0].mean)
+    if given and len(given[0].mean) != features.dim:
+        dim = len(given[0].mean)
         raise UserError(f"the reference's statistics are of {dim} features, {features.name} has {features.dim}")
     if images is None:
-        return Evaluator(features, *given[0])
-    seen = features(images[_spread(len(images), MANIFOLD_IMAGES)] if given else images)
-    gaussians = given[0] if given else _fit_both(seen)
-    return Evaluator(features, *gaussians, real=_manifold(seen), shape=images.shape[1:])
+        assert given is not None
+        return Evaluator(features, *given)
+    seen = features(_spread(images, MANIFOLD_IMAGES) if given else images)
+    real = Manifold(_spread(seen.points, MANIFOLD_IMAGES))
+    return Evaluator(features, *(given or _fit_both(seen)), real=real, shape=images.shape[1:])
 
 
 def _fit_both(features: Features) -> tuple[Gaussian, Gaussian | None]:
-    """The Gaussians of features and of spatial ones, where there are any."""
     return fit_gaussian(features.points), None if features.spatial is None else fit_gaussian(features.spatial)
 
 
-def _manifold(features: Features) -> Manifold:
-    return Manifold(features.points[_spread(len(features.points), MANIFOLD_IMAGES)])
-
-
-def _spread(count: int, most: int) -> list[int]:
-    """The indices below ``count``, evenly spaced ones where there are more than ``most``."""
-    return list(range(0, count, max(1, -(-count // most))))
+def _spread(samples: Any, most: int) -> Any:
+    """Choose evenly spaced samples where there are more than ``most``."""
+    return samples[:: max(1, -(-len(samples) // most))]

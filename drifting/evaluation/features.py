@@ -19,11 +19,9 @@ from .archives import Samples
 
 INCEPTION, DINOV2 = "inception", "dinov2"
 FRECHET_DISTANCE = "frechet_distance"  # It has names of its own in Inception's and DINOv2's features only.
-INCEPTION_DIM = 2048
-INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth of torch-fidelity's release 0.2.0"
+
 SPATIAL_CHANNELS = 7  # At 17 × 17 locations these are 2023 values, nearly as many as there are features.
 DINOV2_MODEL = "facebook/dinov2-large"  # ViT-L/14, as Stein et al. (arXiv 2306.04675) recommend.
-DINOV2_SIZE = 224
 BATCH, OWN_BATCH = 50, 500  # Large and small networks are given so many images at once.
 DOWNLOAD_SECONDS = 30  # A download is given up when no bytes came for so long.
 
@@ -61,32 +59,24 @@ class ImageFeatures:
 
 
 def concatenate(parts: Sequence[Features]) -> Features:
-    """The features of the samples of all parts."""
-    fields = zip(*parts, strict=True)
-    return Features._make(None if field[0] is None else torch.cat(field) for field in fields)
+    return Features._make(None if field[0] is None else torch.cat(field) for field in zip(*parts, strict=True))
 
 
 def open_features(source: str) -> ImageFeatures:
-    """The network that ``source`` names; UserError if there is none or it cannot be loaded.
-
-    torch-fidelity downloads ``inception`` once, and transformers ``dinov2``. A file that ends in ``.pth`` holds
-    Inception's weights; a directory holds a classifier of :mod:`drifting.train_classifier`, a masked autoencoder of
-    :mod:`drifting.pretrain`, or a DINOv2 in the format of transformers.
-    """
+    """The network that ``source`` names: inception, dinov2, Inception's weights, or a directory of a network."""
     device, path = torch.device("cuda" if torch.cuda.is_available() else "cpu"), Path(source)
     if source == INCEPTION or path.suffix == ".pth":
         return _load_inception(None if source == INCEPTION else path, device)
     if source == DINOV2 or (path / "config.json").is_file():
         return _load_dinov2(DINOV2_MODEL if source == DINOV2 else source, device)
     if not RunDirectory(path).description.is_file():
-        expected = f"{INCEPTION}, {DINOV2}, a .pth file of Inception's weights, or a directory of "
-        expected += "`python -m drifting.train_classifier` or `drifting.pretrain`"
-        raise UserError(f"there are no features {source}: expected {expected}")
+        expected = "a .pth file of Inception's weights, or a directory of `python -m drifting.train_classifier` or "
+        raise UserError(f"there are no features {source}: expected inception, dinov2, {expected}`drifting.pretrain`")
     return _load_own(path, device)
 
 
 def _load_own(path: Path, device: torch.device) -> ImageFeatures:
-    """A classifier's pooled features, or those of an autoencoder's last stage that its own classifier sees."""
+    """The features that the last layer of a classifier, or of an autoencoder's own classifier, sees."""
     model = read_any(path, kinds=("classifier", "mae"))[0].to(device)
     assert isinstance(model, (Classifier, MAE))
     channels = model.config["in_chans"]
@@ -107,8 +97,7 @@ def _load_own(path: Path, device: torch.device) -> ImageFeatures:
 def _load_inception(weights: Path | None, device: torch.device) -> ImageFeatures:
     """torch-fidelity's port of the Inception that FID is defined by, its TensorFlow resizing included.
 
-    The spatial features are those of ADM's ``evaluations/evaluator.py``, after Nash et al. (arXiv 2103.03841): the
-    first channels of ``mixed_6/conv``, which is ``Mixed_6d.branch1x1`` here, location by location.
+    Spatial features are as in ADM's ``evaluations/evaluator.py``: the first channels of ``mixed_6/conv`` by location.
     """
     fidelity = require("torch_fidelity", "Inception", "fid")
     patience = socket.getdefaulttimeout()
@@ -116,14 +105,14 @@ def _load_inception(weights: Path | None, device: torch.device) -> ImageFeatures
         socket.setdefaulttimeout(DOWNLOAD_SECONDS)  # Without it torch.hub waits for ever.
         if weights is not None:  # torch-fidelity would run what a pickle says: this raises first.
             torch.load(weights, map_location="cpu", weights_only=True)
-        extractor = fidelity.FeatureExtractorInceptionV3(
-            "inception-v3-compat", ["2048", "logits_unbiased"], weights and str(weights), verbose=False
-        ).to(device)
+        network_class, outputs = fidelity.FeatureExtractorInceptionV3, ["2048", "logits_unbiased"]
+        extractor = network_class("inception-v3-compat", outputs, weights and str(weights), verbose=False).to(device)
     except Exception as error:  # Downloads and weights of something else raise errors of many classes.
-        whence = weights or "the web"
-        advice = f"where they cannot be downloaded, name the file {INCEPTION_FILE} as features; "
-        advice += f"if one in {torch.hub.get_dir()}/checkpoints was cut short, delete it"
-        raise UserError(f"cannot load Inception's weights from {whence} ({reason(error)}): {advice}") from error
+        raise UserError(
+            f"cannot load Inception's weights from {weights or 'the web'} ({reason(error)}): where they cannot be "
+            "downloaded, name the file weights-inception-2015-12-05-6726825d.pth of torch-fidelity's release 0.2.0 as "
+            f"features; if one in {torch.hub.get_dir()}/checkpoints was cut short, delete it"
+        ) from error
     finally:
         socket.setdefaulttimeout(patience)
     branches: list[Tensor] = []
@@ -134,7 +123,7 @@ def _load_inception(weights: Path | None, device: torch.device) -> ImageFeatures
         spatial = branches.pop()[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1)  # [B, 17, 17, 7]
         return Features(points, logits, spatial.flatten(1))
 
-    return ImageFeatures(INCEPTION, INCEPTION_DIM, network, device, BATCH, "fid")
+    return ImageFeatures(INCEPTION, 2048, network, device, BATCH, "fid")
 
 
 def _load_dinov2(source: str, device: torch.device) -> ImageFeatures:
@@ -143,9 +132,9 @@ def _load_dinov2(source: str, device: torch.device) -> ImageFeatures:
     try:
         model, info = library.Dinov2Model.from_pretrained(source, output_loading_info=True)
     except Exception as error:  # The hub, its cache and broken files raise errors of many classes.
-        download = f"`hf download {DINOV2_MODEL} --local-dir DIR`"
-        advice = f"where the hub is out of reach, name a directory that {download} filled elsewhere"
-        raise UserError(f"cannot load DINOv2 {source} ({reason(error)}): {advice}") from error
+        advice = f"name a directory that `hf download {DINOV2_MODEL} --local-dir DIR` filled elsewhere"
+        failure = f"cannot load DINOv2 {source} ({reason(error)})"
+        raise UserError(f"{failure}: where the hub is out of reach, {advice}") from error
     odd = {*info["missing_keys"], *info["unexpected_keys"]} - {"classifier.weight", "classifier.bias"}
     if odd:  # transformers would leave these random, or out.
         raise UserError(f"{source} holds no DINOv2 in the format of transformers: {min(odd)} is missing or left over")
@@ -153,7 +142,7 @@ def _load_dinov2(source: str, device: torch.device) -> ImageFeatures:
     mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
 
     def network(images: Tensor) -> Features:
-        x = F.interpolate(images.expand(-1, 3, -1, -1).float(), 2 * (DINOV2_SIZE,), mode="bicubic", antialias=True)
+        x = F.interpolate(images.expand(-1, 3, -1, -1).float(), (224, 224), mode="bicubic", antialias=True)
         return Features(model((x / 255 - mean) / std).pooler_output)
 
     return ImageFeatures(DINOV2, model.config.hidden_size, network, device, BATCH, "fd_dinov2")

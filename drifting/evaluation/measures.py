@@ -15,9 +15,6 @@ from ..errors import UserError
 
 Points = NDArray[np.float64]  # [N, D]
 
-NEIGHBOURS = 3  # The balls of precision and recall reach to this neighbour.
-SCORE_SPLITS = 10  # The Inception score is the mean over so many parts …
-SCORE_SEED = 2020  # … of images in an order that has this seed in torch-fidelity and the official release.
 BLOCK = 1000  # So many rows of a matrix are held in float64, or of distances, at once.
 
 
@@ -47,16 +44,12 @@ def fit_gaussian(points: Tensor | Points) -> Gaussian:
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
-    """Squared Fréchet distance (Heusel et al., arXiv 1706.08500, eq. 6) to the real ``b``, also if one is singular.
-
-    It is ‖μ_a − μ_b‖² + tr(Σ_a + Σ_b − 2 (Σ_b^½ Σ_a Σ_b^½)^½). The product here is symmetric, unlike Σ_a Σ_b.
-    """
+    """Squared Fréchet distance ‖μ_a − μ_b‖² + tr(Σ_a + Σ_b − 2 (Σ_b^½ Σ_a Σ_b^½)^½) (arXiv 1706.08500, eq. 6)."""
     if len(a.mean) != len(b.mean):
         raise UserError(f"received {len(a.mean)} features, but the reference's statistics are of {len(b.mean)}")
-    product = b.root @ torch.from_numpy(a.covariance) @ b.root
+    product = b.root @ torch.from_numpy(a.covariance) @ b.root  # It is symmetric, unlike Σ_a Σ_b.
     cross = float(torch.linalg.eigvalsh(product).clamp(min=0).sqrt().sum())
-    mean = np.square(a.mean - b.mean).sum()
-    return float(mean + np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross)
+    return float(np.square(a.mean - b.mean).sum() + np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross)
 
 
 def nearest_distance(a: Points, b: Points) -> float:
@@ -65,13 +58,10 @@ def nearest_distance(a: Points, b: Points) -> float:
 
 
 def inception_score(logits: Tensor) -> tuple[float, float]:
-    """Mean and standard deviation over ten splits of exp E KL(p(y|x) ‖ p(y)) (Salimans et al., arXiv 1606.03498).
-
-    Images usually come class by class, so ``logits [N, K]`` are shuffled before they are split.
-    """
-    order = torch.from_numpy(np.random.RandomState(SCORE_SEED).permutation(len(logits)))
-    scores = []
-    for part in order.tensor_split(min(SCORE_SPLITS, len(logits))):
+    """Mean and standard deviation of exp E KL(p(y|x) ‖ p(y)) over ten parts (Salimans et al., arXiv 1606.03498)."""
+    # The order is that of torch-fidelity and the release: images usually come class by class.
+    order, scores = torch.from_numpy(np.random.RandomState(2020).permutation(len(logits))), []
+    for part in order.tensor_split(min(10, len(logits))):
         log_p = logits[part].double().log_softmax(1)
         log_marginal = log_p.logsumexp(0) - np.log(len(log_p))  # [K]
         scores.append(float((log_p.exp() * (log_p - log_marginal)).sum(1).mean().exp()))
@@ -79,19 +69,14 @@ def inception_score(logits: Tensor) -> tuple[float, float]:
 
 
 class Manifold:
-    """Balls around ``points [N, D]``, N at least 2, that reach to the third-nearest neighbour of each.
-
-    The shares of generated images that lie inside the balls of real ones, and of real ones inside those of generated
-    ones, are improved precision and recall (Kynkäänniemi et al., arXiv 1904.06991).
-    """
+    """Balls around ``points [N, D]``, N ≥ 2, as far as each one's third-nearest neighbour (arXiv 1904.06991)."""
 
     def __init__(self, points: Tensor) -> None:
         self.points = points.float()
-        rank = min(NEIGHBOURS + 1, len(points))  # A point is its own nearest.
+        rank = min(4, len(points))  # A point is its own nearest.
         self.radii = torch.cat([block.kthvalue(rank, dim=1).values for block in self._distances(self.points)])
 
     def share_inside(self, points: Tensor) -> float:
-        """Share of ``points [M, D]`` that lie inside."""
         inside = [(block <= self.radii).any(1) for block in self._distances(points.float())]
         return float(torch.cat(inside).double().mean())
 

@@ -1,10 +1,11 @@
 """Generator, feature extractors, masked autoencoder, classifier and the drifting loss."""
 
 from .classifier import Classifier
-from .convnext import ConvNeXtFeatureExtractor
 from .drifting_dit import DriftingDiT, DriftingDiTBase, DriftingDiTLarge, DriftingDiTSmall, DriftingDiTXL
 from .drifting_loss import DriftingLoss, SimpleDriftingLoss
-from .feature_extractor import FeatureExtractor, FeatureStack, InputFeatureExtractor, LatentFeatureExtractor
+from .feature_extractor import ConvNeXtFeatureExtractor, FeatureExtractor, FeatureStack
+
+from .feature_extractor import InputFeatureExtractor, LatentFeatureExtractor  # isort: skip
 from .mae import MAE
 
 NETWORKS = {"drifting_dit": DriftingDiT}  # Generators by their name in configurations.

@@ -5,20 +5,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-MOST_STAGES = 32
-
 
 class Classifier(nn.Module):
     """Stages of two 3 × 3 convolutions, the first of which halves the resolution; mean over locations; linear.
 
-    ``channels`` are the widths of the stages, the last of which is the number of features. ``config`` holds all
-    arguments, so that ``Classifier(**classifier.config)`` builds the same network.
+    The stages are ``channels`` wide. ``Classifier(**classifier.config)`` builds the same network.
     """
 
     def __init__(self, in_chans: int = 1, num_classes: int = 10, channels: Sequence[int] = (24, 48, 96)) -> None:
         super().__init__()
-        if not 1 <= len(channels) <= MOST_STAGES:
-            raise ValueError(f"there are {len(channels)} stages, expected 1 to {MOST_STAGES}")
+        if not 1 <= len(channels) <= 32:
+            raise ValueError(f"there are {len(channels)} stages, expected 1 to 32")
         self.config: dict[str, Any] = dict(in_chans=in_chans, num_classes=num_classes, channels=list(channels))
         self.stages = nn.Sequential()
         for before, after in zip([in_chans, *channels], channels, strict=False):

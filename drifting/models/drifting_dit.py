@@ -1,12 +1,7 @@
-"""DriftingDiT: the one-step generator, a transformer from noise, label, CFG scale and style codes to an image.
-
-Architecture of appendix A.2 of the paper (arXiv 2602.04770), layer by layer that of ``models/generator.py`` in the
-official release, so that its weights fit this class.
-"""
+"""DriftingDiT: the one-step generator of appendix A.2, layer by layer that of the release's ``models/generator.py``."""
 
 import math
 from collections import OrderedDict
-from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -17,28 +12,24 @@ from torch.utils.checkpoint import checkpoint
 from ..generation import generate
 
 NORM_EPS = 1e-6
-CFG_WEIGHT = 0.02  # The embedding of the guidance scale has this weight in the condition.
-INIT_STD = 0.02  # Every embedding table starts with this standard deviation.
 MOST = {"depth": 512, "num_style_tokens": 4096, "n_cls_tokens": 4096}  # These arguments go from 0 to so many.
 
 
 class DriftingDiT(nn.Module):
-    """Generator ``G(z, y, α, style)`` of one forward pass.
+    """Transformer ``G(z, y, α, style)`` from noise, label, CFG scale and style codes to an image.
 
     Noise patches get sin-cos positions and ``n_cls_tokens`` class tokens in front; every block is modulated
     (adaLN-zero) by one condition vector, the sum of class embedding, style codes and CFG-scale embedding.
 
     Args:
         embed_dim: width of a token, a multiple of 4 and of ``num_heads``; with RoPE the width of a head must be even.
-        mlp_ratio: hidden width of the feed-forward over ``embed_dim`` (SwiGLU: two thirds of that, rounded up to 32).
         num_style_tokens: style codes of a sample, one from each codebook of ``style_vocab`` entries; 0 for none.
-        cond_dim: width of the condition vector, ``embed_dim`` by default.
-        out_chans: channels of the image, those of the noise by default.
+        cond_dim, out_chans: width of the condition vector and channels of the image; None is ``embed_dim, in_chans``.
         use_qknorm, use_swiglu, use_rope, use_rmsnorm: the release's switches. Without them queries and keys have no
             norm, the feed-forward has GELU, positions are not rotary, and norms are LayerNorm.
 
-    ``config`` holds all arguments, so that ``DriftingDiT(**model.config)`` builds the same network. With
-    ``activation_checkpointing`` set, training keeps only what passes from block to block and computes the rest twice.
+    ``DriftingDiT(**model.config)`` builds the same network. With ``activation_checkpointing`` set, training keeps only
+    what passes from block to block and computes the rest twice.
     """
 
     activation_checkpointing = False
@@ -54,12 +45,11 @@ class DriftingDiT(nn.Module):
         super().__init__()
         self.config = config
         _check_sizes(config)
-        self.img_size, self.patch_size, self.in_chans = img_size, patch_size, in_chans
-        self.noise_shape = (in_chans, img_size, img_size)
+        self.img_size, self.patch_size, self.grid = img_size, patch_size, img_size // patch_size
+        self.in_chans, self.noise_shape = in_chans, (in_chans, img_size, img_size)
         self.out_chans = in_chans if out_chans is None else out_chans
         self.num_classes, self.num_style_tokens, self.style_vocab = num_classes, num_style_tokens, style_vocab
         self.n_cls_tokens, self.use_rope, self.head_dim = n_cls_tokens, use_rope, embed_dim // num_heads
-        self.grid = img_size // patch_size
         cond_dim = embed_dim if cond_dim is None else cond_dim
         self.class_embed = nn.Embedding(num_classes, cond_dim)
         if num_style_tokens:
@@ -70,9 +60,7 @@ class DriftingDiT(nn.Module):
         if n_cls_tokens:
             self.cls_proj = nn.Linear(cond_dim, embed_dim)
             self.cls_embed = nn.Parameter(torch.empty(1, n_cls_tokens, embed_dim))
-        self.blocks = nn.ModuleList(
-            Block(embed_dim, cond_dim, num_heads, mlp_ratio, use_qknorm, use_swiglu, use_rmsnorm) for _ in range(depth)
-        )
+        self.blocks = nn.ModuleList(Block(cond_dim, config) for _ in range(depth))
         self.final = FinalLayer(embed_dim, cond_dim, patch_size**2 * self.out_chans, use_rmsnorm)
         self.reset_parameters()
 
@@ -86,27 +74,23 @@ class DriftingDiT(nn.Module):
             nn.init.zeros_(layer.modulation.weight)
         nn.init.zeros_(self.final.proj.weight)
         tables = [self.cfg_embed.fc1.weight, self.cfg_embed.fc2.weight, self.class_embed.weight]
-        tables += [self.style_codebooks] if self.num_style_tokens else []
-        tables += [self.cls_embed] if self.n_cls_tokens else []
+        tables += [getattr(self, name) for name in ("style_codebooks", "cls_embed") if hasattr(self, name)]
         for table in tables:
-            nn.init.normal_(table, std=INIT_STD)
+            nn.init.normal_(table, std=0.02)
         with torch.no_grad():
             self.pos_embed.copy_(sincos_positions(self.grid, self.pos_embed.shape[-1]))
 
     def forward(self, z: Tensor, y: Tensor, cfg_scale: float | Tensor = 1.0, style: Tensor | None = None) -> Tensor:
         """Images ``[B, out_chans, img_size, img_size]`` of Gaussian noise ``z [B, in_chans, img_size, img_size]``.
 
-        Integer labels ``y [B]`` are from ``0`` to ``num_classes - 1``, guidance scales are 1 or more, one for all or
-        ``[B]``. Integer style codes ``[B, num_style_tokens]`` below ``style_vocab`` are drawn where they are None; a
-        model without codebooks ignores them, as in the release, whose noise always has some.
-
-        A wrong shape or dtype raises ValueError. So do values out of range on the CPU; on other devices, where looking
-        at them would stall the queue, the lookup's own device-side assertion fires.
+        Labels ``y [B]`` are integers, guidance scales 1 or more, one for all or ``[B]``. Integer style codes
+        ``[B, num_style_tokens]`` are drawn where they are None; a model without codebooks ignores them. A wrong shape
+        or dtype raises ValueError. So do values out of range on the CPU; elsewhere looking would stall the queue.
         """
-        B = z.shape[0]
+        B, size = z.shape[0], self.img_size
         if z.shape[1:] != self.noise_shape:
-            sizes = f"[B, {self.in_chans}, {self.img_size}, {self.img_size}]"
-            raise ValueError(f"z has shape {list(z.shape)}, expected {sizes}: noise of the size of this model")
+            expected = f"[B, {self.in_chans}, {size}, {size}]: noise of the size of this model"
+            raise ValueError(f"z has shape {list(z.shape)}, expected {expected}")
         cond = self.condition(y, cfg_scale, style, batch_size=B)  # [B, cond_dim]
         x = self.patch_embed(z).flatten(2).transpose(1, 2) + self.pos_embed  # [B, grid², embed_dim]
         if self.n_cls_tokens:
@@ -119,7 +103,7 @@ class DriftingDiT(nn.Module):
                 x = block(x, cond, rope)
         x = self.final(x[:, self.n_cls_tokens :], cond)  # [B, grid², patch² · out_chans]
         x = x.view(B, self.grid, self.grid, self.patch_size, self.patch_size, self.out_chans)
-        return x.permute(0, 5, 1, 3, 2, 4).reshape(B, self.out_chans, self.img_size, self.img_size)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(B, self.out_chans, size, size)
 
     def condition(self, y: Tensor, cfg_scale: float | Tensor, style: Tensor | None, batch_size: int) -> Tensor:
         """The condition vector ``[B, cond_dim]``: class embedding + sum of style codes + 0.02 · CFG-scale embedding."""
@@ -132,13 +116,12 @@ class DriftingDiT(nn.Module):
             # As one embedding of all codebooks: unlike indexing's, its gradient adds up in a fixed order.
             row = style + self.style_vocab * torch.arange(self.num_style_tokens, device=style.device)
             cond = cond + F.embedding(row, self.style_codebooks.flatten(0, 1)).sum(1)
-        if isinstance(cfg_scale, Tensor):
-            scale = cfg_scale.to(cond.device, torch.float32)
-        else:  # The device fills it, nothing is copied from the host.
-            scale = torch.full((), float(cfg_scale), device=cond.device)
+        # A tensor of one number is filled on the device, which copies nothing from the host.
+        scale = cfg_scale if isinstance(cfg_scale, Tensor) else torch.full((), float(cfg_scale), device=cond.device)
+        scale = scale.to(cond.device, torch.float32)
         if scale.shape not in ((), (batch_size,)):
             raise ValueError(f"cfg_scale has shape {list(scale.shape)}, expected a number or [{batch_size}]")
-        return cond + CFG_WEIGHT * self.cfg_embed(scale.expand(batch_size))
+        return cond + 0.02 * self.cfg_embed(scale.expand(batch_size))
 
     def draw_extra(self, num: int, generator: torch.Generator | None, device: torch.device) -> dict[str, Tensor]:
         """Random style codes ``[num, num_style_tokens]``, if the model has codebooks."""
@@ -171,15 +154,13 @@ class RMSNorm(nn.RMSNorm):
 class Block(nn.Module):
     """Transformer block modulated by the condition: attention and feed-forward, each behind a gate that starts at 0."""
 
-    def __init__(
-        self, dim: int, cond_dim: int, num_heads: int, mlp_ratio: float,
-        use_qknorm: bool, use_swiglu: bool, use_rmsnorm: bool,
-    ) -> None:  # fmt: skip
+    def __init__(self, cond_dim: int, config: dict) -> None:
         super().__init__()
+        dim, mlp_ratio, use_rmsnorm = config["embed_dim"], config["mlp_ratio"], config["use_rmsnorm"]
         self.norm1 = _norm(dim, use_rmsnorm)
-        self.attn = Attention(dim, num_heads, use_qknorm, use_rmsnorm)
+        self.attn = Attention(dim, config["num_heads"], config["use_qknorm"], use_rmsnorm)
         self.norm2 = _norm(dim, use_rmsnorm)
-        self.mlp = SwiGLU(dim, mlp_ratio) if use_swiglu else _gelu_mlp(dim, int(dim * mlp_ratio))
+        self.mlp = SwiGLU(dim, mlp_ratio) if config["use_swiglu"] else _gelu_mlp(dim, int(dim * mlp_ratio))
         self.modulation = Modulation(cond_dim, 6 * dim)
 
     def forward(self, x: Tensor, cond: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -193,8 +174,7 @@ class FinalLayer(nn.Module):
 
     def __init__(self, dim: int, cond_dim: int, out_dim: int, use_rmsnorm: bool) -> None:
         super().__init__()
-        self.norm = _norm(dim, use_rmsnorm)
-        self.modulation = Modulation(cond_dim, 2 * dim)
+        self.norm, self.modulation = _norm(dim, use_rmsnorm), Modulation(cond_dim, 2 * dim)
         self.proj = nn.Linear(dim, out_dim)
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
@@ -206,9 +186,8 @@ class Modulation(nn.Linear):
     """Shifts, scales and gates ``[B, 1, ·]`` of adaLN; autocast must not round them, which would err on all tokens."""
 
     def forward(self, cond: Tensor) -> Tensor:
-        device = cond.device.type
-        exact = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
-        with exact:  # There is no autocast on the meta device.
+        device = "cpu" if cond.is_meta else cond.device.type  # There is no autocast on the meta device.
+        with torch.autocast(device, enabled=False):
             return super().forward(F.silu(cond.to(self.weight.dtype))).unsqueeze(1)
 
 
@@ -219,9 +198,8 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
-        self.q_norm, self.k_norm = (
-            _norm(dim // num_heads, use_rmsnorm, affine=True) if use_qknorm else nn.Identity() for _ in range(2)
-        )
+        self.q_norm = _norm(dim // num_heads, use_rmsnorm, affine=True) if use_qknorm else nn.Identity()
+        self.k_norm = _norm(dim // num_heads, use_rmsnorm, affine=True) if use_qknorm else nn.Identity()
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -241,9 +219,7 @@ class SwiGLU(nn.Module):
     def __init__(self, dim: int, mlp_ratio: float) -> None:
         super().__init__()
         hidden = math.ceil(int(2 / 3 * int(dim * mlp_ratio)) / 32) * 32
-        self.w1 = nn.Linear(dim, hidden)
-        self.w3 = nn.Linear(dim, hidden)
-        self.w2 = nn.Linear(hidden, dim)
+        self.w1, self.w3, self.w2 = nn.Linear(dim, hidden), nn.Linear(dim, hidden), nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
@@ -254,9 +230,7 @@ class ScaleEmbedding(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(256, dim)
-        self.fc2 = nn.Linear(dim, dim)
-        self.norm = RMSNorm(dim, NORM_EPS)
+        self.fc1, self.fc2, self.norm = nn.Linear(256, dim), nn.Linear(dim, dim), RMSNorm(dim, NORM_EPS)
 
     def forward(self, scale: Tensor) -> Tensor:
         angles = scale[:, None] * _frequencies(128, scale.device)
@@ -309,20 +283,20 @@ def _check_sizes(config: dict) -> None:
             holds, expected = type(value) in (int, float) and 0 < value < math.inf, "a positive number"
         if not holds and not (value is None and name in ("cond_dim", "out_chans")):
             raise ValueError(f"{name} is {value!r}, expected {expected}")
+    dim, width = config["embed_dim"], config["embed_dim"] // config["num_heads"]
     for whole, part in (("img_size", "patch_size"), ("embed_dim", "num_heads")):
         if config[whole] % config[part]:
             raise ValueError(f"{whole}={config[whole]} is not a multiple of {part}={config[part]}")
-    if config["embed_dim"] % 4:
-        raise ValueError(f"embed_dim={config['embed_dim']} is not a multiple of 4, which 2-D sin-cos positions need")
-    width = config["embed_dim"] // config["num_heads"]
+    if dim % 4:
+        raise ValueError(f"embed_dim={dim} is not a multiple of 4, which 2-D sin-cos positions need")
     if config["use_rope"] and width % 2:
         raise ValueError(f"a head is embed_dim/num_heads = {width} wide; RoPE needs an even width")
 
 
 def _check_indices(name: str, index: Tensor, shape: tuple[int, ...], size: int) -> None:
     if index.shape != shape or index.dtype not in (torch.int64, torch.int32):
-        got = f"{index.dtype} {list(index.shape)}"
-        raise ValueError(f"{name} is {got}, expected an integer tensor of shape {list(shape)}")
+        expected = f"an integer tensor of shape {list(shape)}"
+        raise ValueError(f"{name} is {index.dtype} {list(index.shape)}, expected {expected}")
     if index.device.type == "cpu" and not torch.compiler.is_compiling() and index.numel():
         low, high = index.min().item(), index.max().item()
         if low < 0 or high >= size:

@@ -12,7 +12,7 @@ from drift_ops.reference import unit_drift
 
 from ..utils.stopwatch import Stopwatch
 from . import feature_extractor as extractors
-from .convnext import load_convnext
+from .feature_extractor import load_convnext
 from .resnet_encoder import FeatureMaps
 
 Extractor = str | nn.Module | Callable[[Tensor], Any]
@@ -30,14 +30,11 @@ class DriftingLoss(nn.Module):
             maps, or several of these in a list. A module is frozen here.
         temperatures: bandwidths of the kernel, each > 0: R of the paper's field, sigma of the Gaussian one.
         normalize_features, normalize_drift: both are part of the paper's field, only the Gaussian one goes without.
-        field: 'paper', the release's training loss :func:`drift_ops.drift_loss`; or 'gaussian', the field
-            :func:`drift_ops.compute_V_multiscale`, which on large feature maps draws samples to their group's mean.
+        field: 'paper' is the release's :func:`drift_ops.drift_loss`, 'gaussian' :func:`drift_ops.compute_V_multiscale`.
         affinity_floor: lower bound of the paper field's squared affinities; the release has 1e-6, 0 is the definition.
         in_chans: channels of the images, for the extractors built here; None where samples are no images.
-        backend: the backend of :mod:`drift_ops`; None picks the best available.
         bf16: run the extractor under bfloat16 autocast and keep its maps in bfloat16; the field stays float32.
-        process_group: ranks that have labels each; the statistics of the paper's field are over all of them, and the
-            mean of their losses, weighted by labels, is the loss.
+        process_group: ranks with labels of their own, whose losses are averaged and whose statistics are shared.
 
     With a ``stopwatch``, forward and backward enter the phases "encoder", the extractor's, and "operator".
     """
@@ -58,9 +55,8 @@ class DriftingLoss(nn.Module):
             raise ValueError("normalize_features and normalize_drift must be True, only field='gaussian' goes without")
         self.feature_extractor = build_extractor(feature_extractor, in_chans).requires_grad_(False).eval()
         self.temperatures = tuple(float(t) for t in temperatures)
-        self.normalize_features, self.normalize_drift = normalize_features, normalize_drift
-        self.field, self.affinity_floor, self.backend, self.bf16 = field, affinity_floor, backend, bf16
-        self.process_group = process_group
+        self.normalize_features, self.normalize_drift, self.field = normalize_features, normalize_drift, field
+        self.affinity_floor, self.backend, self.bf16, self.process_group = affinity_floor, backend, bf16, process_group
 
     def train(self, mode: bool = True) -> "DriftingLoss":
         super().train(mode)
@@ -70,10 +66,7 @@ class DriftingLoss(nn.Module):
     def forward(
         self, x_gen: Tensor, x_real: Tensor, x_uncond: Tensor | None = None, weight_uncond: Tensor | None = None
     ) -> Tensor:
-        """The loss, a 0-d tensor, of samples as :meth:`loss_and_info` takes them.
-
-        Vectors ``[n, D]`` and images ``[n, C, H, W]`` of one label may come without the dimension of labels.
-        """
+        """The loss of :meth:`loss_and_info`; samples ``[n, D]`` or ``[n, C, H, W]`` are of one label."""
         if x_gen.ndim in (2, 4) and x_real.ndim == x_gen.ndim:
             x_gen, x_real = x_gen.unsqueeze(0), x_real.unsqueeze(0)
             x_uncond = x_uncond if x_uncond is None else x_uncond.unsqueeze(0)
@@ -84,26 +77,19 @@ class DriftingLoss(nn.Module):
     ) -> LossAndInfo:
         """Sum over feature maps (eq. 14 of the paper) of the mean loss over the map's groups, one a label and location.
 
-        Args:
-            x_gen: generated samples ``[L, G, *shape]`` of L labels; only these get a gradient.
-            x_real: real samples ``[L, P, *shape]`` of the same labels.
-            x_uncond: real samples ``[L, U, *shape]`` of any label, repelling like generated ones (classifier-free
-                guidance, section 3.5 of the paper).
-            weight_uncond: weight ≥ 0 of each unconditional sample relative to a generated one, ``[L]``; 1 if None.
+        Generated samples ``[L, G, *shape]`` of L labels get a gradient, real ones ``[L, P, *shape]`` attract them. Real
+        samples ``[L, U, *shape]`` of any label repel like generated ones (section 3.5 of the paper), each with weight
+        ≥ 0 ``[L]`` relative to one of these, 1 if None. Shapes that do not fit each other raise ValueError.
 
-        Returns:
-            The loss, and 0-d tensors to log. For the paper's field, whose loss itself is constant by construction,
-            ``{map}/scale``, the mean distance, and ``{map}/lambda_{R}``, the RMS of the raw drift at R in units of
-            scale/√D, which falls as the distributions approach. For the Gaussian one ``{map}/drift``, that RMS itself.
-
-        Shapes that do not fit each other raise ValueError, as do unconditional samples with ``field='gaussian'``.
+        Beside the loss come 0-d tensors to log. For the paper's field, whose loss itself is constant by construction,
+        ``{map}/scale`` is the mean distance, and ``{map}/lambda_{R}`` the RMS of the raw drift at R in units of
+        scale/√D, which falls as the distributions approach. For the Gaussian one ``{map}/drift`` is that RMS itself.
         """
         if self.field == "gaussian" and x_uncond is not None:
             raise ValueError("field='gaussian' has no unconditional negatives: leave x_uncond out or use field='paper'")
         weight = _checked_weight(x_gen, x_real, x_uncond, weight_uncond)
-        fixed = x_real if x_uncond is None else torch.cat([x_real, x_uncond], 1)
         with torch.no_grad():
-            fixed_groups = self.groups(fixed)
+            fixed_groups = self.groups(x_real if x_uncond is None else torch.cat([x_real, x_uncond], 1))
         gen = self.groups(x_gen)
         if x_gen.requires_grad and not any(groups.requires_grad for groups in gen.values()):
             raise ValueError("no feature map has a gradient: the feature extractor must not work under torch.no_grad()")
@@ -125,10 +111,7 @@ class DriftingLoss(nn.Module):
         return groups
 
     def of_groups(self, gen: FeatureMaps, pos: FeatureMaps, neg: FeatureMaps, weight: Tensor) -> LossAndInfo:
-        """:meth:`loss_and_info` of the :meth:`groups` of generated, real and unconditional samples.
-
-        The unconditional samples have ``weight`` ``[L, U]``.
-        """
+        """:meth:`loss_and_info` of the :meth:`groups` of all samples; the unconditional ones have ``weight [L, U]``."""
         if self.stopwatch is not None:
             self.stopwatch.enter("operator")
         if self.field == "gaussian":
@@ -136,15 +119,14 @@ class DriftingLoss(nn.Module):
         # Every location of a map has its row of weights.
         weights = [weight.repeat_interleave(len(groups) // len(weight), dim=0) for groups in neg.values()]
         losses, infos = drift_ops.drift_loss(
-            list(gen.values()), list(pos.values()), list(neg.values()), weight_neg=weights,
-            R_list=self.temperatures, affinity_floor=self.affinity_floor, process_group=self.process_group,
-            backend=self.backend,
+            list(gen.values()), list(pos.values()), list(neg.values()), weight_neg=weights, R_list=self.temperatures,
+            affinity_floor=self.affinity_floor, process_group=self.process_group, backend=self.backend,
         )  # fmt: skip
-        loss = torch.stack([group_losses.mean() for group_losses in losses]).sum()
         names = [f"{name}/lambda_{R}" for name in gen for R in self.temperatures]
         squares = [info[f"loss_{R}"] for info in infos for R in self.temperatures]
         info = {f"{name}/scale": info["scale"] for name, info in zip(gen, infos, strict=True)}
-        return loss, info | dict(zip(names, torch.stack(squares).sqrt().unbind(), strict=True))
+        info |= dict(zip(names, torch.stack(squares).sqrt().unbind(), strict=True))
+        return torch.stack([group_losses.mean() for group_losses in losses]).sum(), info
 
     def _gaussian(self, gen: FeatureMaps, pos: FeatureMaps) -> LossAndInfo:
         losses, info = [], {}
@@ -190,29 +172,22 @@ def build_extractor(extractor: Extractor | Sequence[Extractor], in_chans: int | 
         return extractors.FunctionExtractor(extractor)
     if extractor in ("input", "pixels"):
         return extractors.InputFeatureExtractor(str(extractor))
-    of_images: dict[str, Callable[[int], nn.Module]] = {
-        "latent": extractors.LatentFeatureExtractor, "resnet18": extractors.FeatureExtractor,
-        "convnext_v2": load_convnext,
-    }  # fmt: skip
+    latent, resnet = extractors.LatentFeatureExtractor, extractors.FeatureExtractor
+    of_images: dict[Any, Callable] = {"latent": latent, "resnet18": resnet, "convnext_v2": load_convnext}
     if extractor not in of_images:
-        raise ValueError(
-            f"feature_extractor is {extractor!r}, expected 'input', {', '.join(map(repr, of_images))}, "
-            "a module or function of your own, or a list of these"
-        )
+        expected = f"'input', {', '.join(map(repr, of_images))}, a module or function of your own, or a list of these"
+        raise ValueError(f"feature_extractor is {extractor!r}, expected {expected}")
     if in_chans is None:
         raise ValueError(f"feature_extractor {extractor!r} is for images [C, H, W]: use 'input' or one of your own")
-    return of_images[str(extractor)](in_chans)
+    return of_images[extractor](in_chans)
 
 
 def _checked_weight(x_gen: Tensor, x_real: Tensor, x_uncond: Tensor | None, weight: Tensor | None) -> Tensor:
-    """Weights ``[L, U]`` of the unconditional samples, once all shapes were found to fit."""
     named = {"x_gen": x_gen, "x_real": x_real} | ({} if x_uncond is None else {"x_uncond": x_uncond})
     for name, x in named.items():
         if x.ndim < 2 or (len(x), x.shape[2:]) != (len(x_gen), x_gen.shape[2:]):
-            raise ValueError(
-                f"{name} has shape {list(x.shape)} and x_gen {list(x_gen.shape)}, expected [labels, count, …]: "
-                "labels and sample shapes must agree"
-            )
+            received = f"{name} has shape {list(x.shape)} and x_gen {list(x_gen.shape)}"
+            raise ValueError(f"{received}, expected [labels, count, …]: labels and sample shapes must agree")
     L, U = x_gen.shape[0], 0 if x_uncond is None else x_uncond.shape[1]
     if weight is None:
         return x_gen.new_ones(L, U)

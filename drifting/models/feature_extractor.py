@@ -1,8 +1,4 @@
-"""Feature extractors: samples to feature maps ``{name: [B, T, D]}``.
-
-The drifting loss treats each of the T locations of a map as a problem of its own. An extractor's parameters never
-train, but gradients pass through to the samples.
-"""
+"""Feature extractors: samples to maps ``{name: [B, T, D]}`` of T locations; gradients pass, parameters never train."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,17 +7,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import require
+from ..errors import UserError, reason, require
 from .resnet_encoder import FeatureMaps, ResNetEncoder, channel_rms, check_channels, multiscale_maps
 
+CONVNEXT = "facebook/convnextv2-base-22k-224"  # The hub has it, trained on ImageNet-22k and then on ImageNet-1k.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class FrozenModule(nn.Module):
-    """A module that stays in evaluation mode and whose parameters, once :meth:`freeze` was called, never train."""
-
-    def freeze(self) -> None:
-        self.requires_grad_(False).eval()
+    """A module that stays in evaluation mode."""
 
     def train(self, mode: bool = True) -> "FrozenModule":
         return super().train(False)
@@ -51,11 +45,7 @@ class FunctionExtractor(FrozenModule):
 
 
 class LatentFeatureExtractor(FrozenModule):
-    """``global`` (the input, flattened) and the maps of a frozen :class:`ResNetEncoder`: 86 for a 32 × 32 input.
-
-    Every ``every_k_block``-th block inside a stage also gives maps. The weights follow from ``seed``;
-    :meth:`drifting.models.MAE.feature_extractor` gives an extractor that has trained ones.
-    """
+    """``global``, the input, and the maps of a frozen :class:`ResNetEncoder` whose weights follow from ``seed``."""
 
     def __init__(
         self, in_chans: int = 4, base_channels: int = 64, layers: Sequence[int] = (3, 4, 6, 3),
@@ -68,10 +58,9 @@ class LatentFeatureExtractor(FrozenModule):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu", generator=generator)
-        self.freeze()
+        self.requires_grad_(False).eval()
 
     def forward(self, x: Tensor) -> FeatureMaps:
-        """Maps of ``x [B, in_chans, H, W]``; raises ValueError for another shape."""
         return {"global": x.flatten(1).unsqueeze(1)} | self.encoder.features(x, every_k_block=self.every_k_block)
 
 
@@ -83,13 +72,11 @@ class FeatureStack(FrozenModule):
 
     def __init__(self, extractors: Sequence[tuple[str, nn.Module]]) -> None:
         super().__init__()
-        names = [name for name, _ in extractors]
-        self.names = [
-            name if names.count(name) == 1 else f"{name}_{names[:place].count(name) + 1}"
-            for place, name in enumerate(names)
-        ]
+        names, self.names = [name for name, _ in extractors], []
+        for place, name in enumerate(names):
+            self.names.append(name if names.count(name) == 1 else f"{name}_{names[:place].count(name) + 1}")
         self.extractors = nn.ModuleList(module for _, module in extractors)
-        self.freeze()
+        self.requires_grad_(False).eval()
 
     def forward(self, x: Tensor) -> FeatureMaps:
         maps: FeatureMaps = {}
@@ -101,11 +88,7 @@ class FeatureStack(FrozenModule):
 
 
 def named_maps(output: Any, count: int, extractor: nn.Module) -> FeatureMaps:
-    """The maps ``{name: [B, T, D]}`` of what an extractor returned for ``count`` = B samples.
-
-    A single tensor gets the name of the extractor, and maps ``[B, D]`` have one location. What is no tensor ``[B, D]``
-    or ``[B, T, D]`` of floating-point numbers, nor a dict of such, raises ValueError.
-    """
+    """The maps ``{name: [B, T, D]}`` of what an extractor returned for B samples; a single tensor gets its name."""
     maps = output if isinstance(output, Mapping) else {extractor_name(extractor): output}
     if not maps:
         raise ValueError("the feature extractor returned no maps, expected at least one")
@@ -113,24 +96,20 @@ def named_maps(output: Any, count: int, extractor: nn.Module) -> FeatureMaps:
         is_map = isinstance(feature, Tensor) and feature.is_floating_point() and feature.ndim in (2, 3)
         if not is_map or len(feature) != count:
             shape, dtype = list(getattr(feature, "shape", ())), getattr(feature, "dtype", type(feature).__name__)
-            raise ValueError(
-                f"the feature extractor's map {name!r} has shape {shape} and is {dtype} for {count} samples, "
-                f"expected floating-point [{count}, features] or [{count}, locations, features]"
-            )
+            received = f"the feature extractor's map {name!r} has shape {shape} and is {dtype} for {count} samples"
+            expected = f"floating-point [{count}, features] or [{count}, locations, features]"
+            raise ValueError(f"{received}, expected {expected}")
     return {name: feature.unsqueeze(1) if feature.ndim == 2 else feature for name, feature in maps.items()}
 
 
 def extractor_name(extractor: nn.Module) -> str:
-    """What the one map of an extractor is called."""
     return getattr(extractor, "__name__", type(extractor).__name__)
 
 
 class FeatureExtractor(FrozenModule):
-    """Multi-scale maps of torchvision's ResNet-18 trained on ImageNet.
+    """``global``, ``norm_x`` and the maps of ``conv1``, ``layer1`` … ``layer4`` of ResNet-18 trained on ImageNet.
 
-    ``global`` and ``norm_x`` of the input, then the maps of :func:`multiscale_maps` for ``conv1`` and ``layer1`` …
-    ``layer4``. RGB input is taken to lie in [-1, 1]; other channels share the first filters, averaged over RGB.
-    torchvision downloads the weights once; they are random if not ``pretrained``.
+    RGB input is in [-1, 1]; other channels share the first filters, averaged over RGB.
     """
 
     def __init__(self, in_chans: int = 3, pretrained: bool = True) -> None:
@@ -142,10 +121,9 @@ class FeatureExtractor(FrozenModule):
             shared = self.resnet.conv1.weight.mean(1, keepdim=True) * 3 / in_chans
             self.resnet.conv1.weight = nn.Parameter(shared.repeat(1, in_chans, 1, 1))
         self.normalization = ImageNetNormalization() if in_chans == 3 else nn.Identity()
-        self.freeze()
+        self.requires_grad_(False).eval()
 
     def forward(self, x: Tensor) -> FeatureMaps:
-        """Maps of ``x [B, in_chans, H, W]``; raises ValueError for another channel count."""
         check_channels(x, self.in_chans)
         maps = {"global": x.flatten(1).unsqueeze(1), "norm_x": channel_rms(x)}
         net = self.resnet
@@ -168,3 +146,55 @@ class ImageNetNormalization(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return ((x + 1) / 2 - self.mean) / self.std
+
+
+class ConvNeXtFeatureExtractor(FrozenModule):
+    """Maps of a ConvNeXt V2 (arXiv 2301.00808), transformers' ``ConvNextV2Model``, of images resized to 224 × 224.
+
+    ``global`` is the input. ``stage_1`` … ``stage_3`` ``[B, H·W, C]`` are by location, and ``stage_0_mean``,
+    ``stage_0_std`` … ``[B, 1, C]`` over the locations, each of which was normalised over channels. ``global_mean`` is
+    what the classifier sees, ``global_std`` is ``stage_3_std``. The release has stages in float32 beside bfloat16.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network: Any = network
+        self.normalization = ImageNetNormalization()
+        self.requires_grad_(False).eval()
+
+    def forward(self, x: Tensor) -> FeatureMaps:
+        """Maps of RGB images ``x [B, 3, H, W]`` in [-1, 1]."""
+        maps = {"global": x.flatten(1).unsqueeze(1)}
+        x = F.interpolate(self.normalization(x), (224, 224), mode="bilinear", antialias=True)
+        x = self.network.embeddings(x)
+        for index, stage in enumerate(self.network.encoder.stages):
+            x = stage(x)
+            maps |= multiscale_maps(f"stage_{index}", _normalized(x), (), ())
+        del maps["stage_0"]  # The release leaves out its 56 × 56 locations.
+        norm = self.network.layernorm
+        pooled = F.layer_norm(x.mean((2, 3)), norm.normalized_shape, norm.weight, norm.bias, 1e-6)  # Not its own 1e-12.
+        return maps | {"global_mean": pooled.unsqueeze(1), "global_std": maps["stage_3_std"]}
+
+
+def load_convnext(in_chans: int = 3, source: str = CONVNEXT) -> ConvNeXtFeatureExtractor:
+    """The extractor with the weights of ``source``, a name on the hub or a directory in the format of transformers."""
+    if in_chans != 3:
+        raise UserError(f"convnext_v2 takes images of 3 channels, the data have {in_chans}")
+    transformers = require("transformers", "the features convnext_v2", "convnext")
+    try:
+        network = transformers.ConvNextV2ForImageClassification
+        classifier, info = network.from_pretrained(source, output_loading_info=True)
+    except Exception as error:  # Being offline, without access or of a broken file have no base class in common.
+        advice = f"bring the cache of a machine that ran `hf download {CONVNEXT}`, and set HF_HOME to it"
+        received = f"cannot load ConvNeXt V2 {source} ({reason(error)})"
+        raise UserError(f"{received}: where the hub is out of reach, {advice}") from error
+    missing = [key for key in info["missing_keys"] if not key.startswith("classifier.")]
+    if missing:
+        raise UserError(f"{source} holds no ConvNeXt V2 in the format of transformers, it lacks {missing[0]}")
+    return ConvNeXtFeatureExtractor(classifier.convnextv2.float())
+
+
+def _normalized(x: Tensor) -> Tensor:
+    """The features of each location less their mean, over their standard deviation; in float32 inside."""
+    std, mean = torch.std_mean(x.float(), 1, correction=0, keepdim=True)
+    return ((x - mean) / (std + 1e-3)).to(x.dtype)

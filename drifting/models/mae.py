@@ -1,7 +1,4 @@
-"""Masked autoencoder whose encoder gives the feature maps of the drifting loss: appendix A.3 of the paper.
-
-It follows ``models/mae_model.py`` in the official release layer by layer, so that the release's weights fit it.
-"""
+"""Masked autoencoder (appendix A.3 of the paper), layer by layer that of the release's ``models/mae_model.py``."""
 
 import math
 from collections import OrderedDict
@@ -13,16 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .feature_extractor import LatentFeatureExtractor
-from .resnet_encoder import FeatureMaps, ResNetEncoder, group_norm
-
-TRUNCATED_STD = 0.87962566103423978  # A standard normal cut off at ±2 has this standard deviation.
+from .resnet_encoder import FeatureMaps, ResNetEncoder, check_sizes, group_norm
 
 
 class MAE(nn.Module):
     """ResNet encoder, U-Net decoder for the hidden part of the image, and a linear classifier on the last stage.
 
-    ``patch_size`` is the side of the squares of the mask, on the patchified grid; the other arguments are those of
-    :class:`ResNetEncoder`. ``config`` holds all, so that ``MAE(**mae.config)`` builds the same network.
+    Squares of side ``patch_size`` are hidden on the patchified grid. ``MAE(**mae.config)`` builds the same network.
     """
 
     def __init__(
@@ -31,8 +25,7 @@ class MAE(nn.Module):
     ) -> None:  # fmt: skip
         config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
-        if type(patch_size) is not int or patch_size < 1:
-            raise ValueError(f"patch_size is {patch_size!r}, expected a whole number, 1 or more")
+        check_sizes(patch_size=patch_size)
         self.encoder = ResNetEncoder(in_chans, base_channels, layers, input_patch_size, dropout_prob)
         self.decoder = UNetDecoder(base_channels, in_chans * input_patch_size**2)
         self.fc = nn.Linear(8 * base_channels, num_classes)
@@ -44,17 +37,16 @@ class MAE(nn.Module):
         """Initialise as the release: truncated normal weights of variance 1 / fan-in, biases 0."""
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
-                std = 1 / math.sqrt(module.weight[0].numel()) / TRUNCATED_STD
+                std = 1 / math.sqrt(module.weight[0].numel()) / 0.87962566103423978  # N(0, 1) cut off at ±2 has that.
                 nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor, labels: Tensor, mask: Tensor, lambda_cls: float | Tensor = 0.0) -> dict[str, Tensor]:
-        """The three losses ``[B]`` of images ``x [B, in_chans, H, W]`` with integer ``labels [B]``.
+        """The losses ``[B]`` of images ``x [B, in_chans, H, W]`` with integer ``labels [B]``.
 
-        ``recon_loss`` is the squared error summed over channels, its mean over the hidden locations. There ``mask``
-        ``[B, 1, H', W']``, on the patchified grid, is 1, elsewhere 0. ``cls_loss`` is the cross-entropy of the label,
-        and ``loss`` is ``lambda_cls · cls_loss + (1 - lambda_cls) · recon_loss``, with ``lambda_cls`` from 0 to 1.
+        ``recon_loss`` is the squared error summed over channels, its mean over the hidden locations, where ``mask``
+        ``[B, 1, H', W']`` on the patchified grid is 1, not 0; ``cls_loss`` is the cross-entropy of the label.
         """
         target = self.encoder.patchify(x)
         if mask.shape != target[:, :1].shape:
@@ -76,11 +68,7 @@ class MAE(nn.Module):
     def random_mask(
         self, x: Tensor, min_ratio: float = 0.5, max_ratio: float = 0.5, generator: torch.Generator | None = None
     ) -> Tensor:
-        """A mask ``[B, 1, H', W']`` for :meth:`forward` of images ``[B, in_chans, H, W]``.
-
-        Squares of side ``patch_size`` are hidden independently, each with its image's probability, which is drawn
-        uniformly from ``min_ratio`` to ``max_ratio``.
-        """
+        """A mask ``[B, 1, H', W']`` that hides squares of images ``x`` with a probability drawn for each image."""
         unit, B = self.encoder.input_patch_size * self.patch_size, x.shape[0]
         if x.shape[2] % unit or x.shape[3] % unit:
             raise ValueError(f"images are {x.shape[2]} × {x.shape[3]}, expected multiples of {unit}, a masked square")
@@ -109,10 +97,8 @@ class UNetDecoder(nn.Module):
         super().__init__()
         c = base_channels
         self.bridge = conv_norm_relu(8 * c, 8 * c)
-        self.up43 = UpBlock(8 * c, 4 * c, 4 * c)
-        self.up32 = UpBlock(4 * c, 2 * c, 2 * c)
-        self.up21 = UpBlock(2 * c, c, c)
-        self.up10 = UpBlock(c, c, c)
+        self.up43, self.up32 = UpBlock(8 * c, 4 * c), UpBlock(4 * c, 2 * c)
+        self.up21, self.up10 = UpBlock(2 * c, c), UpBlock(c, c)
         self.head = nn.Conv2d(c, out_channels, 1)
 
     def forward(self, activations: dict[str, Tensor]) -> Tensor:
@@ -123,12 +109,12 @@ class UNetDecoder(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """Enlarge to the size of ``skip``, put ``skip`` beside it, and two convolutions."""
+    """Enlarges to the size of ``skip``, puts ``skip`` beside it, and has two convolutions."""
 
-    def __init__(self, in_channels: int, skip_channels: int, out_channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.norm = group_norm(in_channels + skip_channels)
-        self.proj = conv_norm_relu(in_channels + skip_channels, out_channels)
+        self.norm = group_norm(in_channels + out_channels)
+        self.proj = conv_norm_relu(in_channels + out_channels, out_channels)
         self.refine = conv_norm_relu(out_channels, out_channels)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:

@@ -1,8 +1,4 @@
-"""The encoder of the masked autoencoder, a ResNet with GroupNorm, and the feature maps ``{name: [B, T, D]}`` of layers.
-
-T counts the locations of a map and D the features of a location. Map names and contents follow appendix A.5 of the
-paper (arXiv 2602.04770) and ``get_activations`` in the release's ``models/mae_model.py``.
-"""
+"""The encoder of the masked autoencoder, and the maps ``{name: [B, T, D]}`` of its layers (appendix A.5)."""
 
 import math
 from collections.abc import Sequence
@@ -13,19 +9,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 FeatureMaps = dict[str, Tensor]
-
-NORM_EPS = 1e-6
 STD_EPS = 1e-6  # It is inside the square root, so that a constant patch has a finite gradient.
-PATCH_SIZES = (2, 4)
-MOST_BLOCKS = 512  # A stage has at most so many.
 
 
 class ResNetEncoder(nn.Module):
-    """A ResNet with GroupNorm, at full resolution in its first stage.
+    """A ResNet with GroupNorm whose first stage has full resolution and ``base_channels``.
 
-    The first stage is ``base_channels`` wide; each later one doubles that and halves the resolution. ``layers`` are
-    the numbers of residual blocks of the four stages, square patches of side ``input_patch_size`` of an image become
-    the first layer's pixels, and blocks drop a share ``dropout_prob`` of their values in training.
+    Each later one has twice the channels and half the resolution. ``layers`` are the numbers of residual blocks of the
+    four stages, square patches of side ``input_patch_size`` of an image become the first layer's pixels.
     """
 
     def __init__(
@@ -33,32 +24,24 @@ class ResNetEncoder(nn.Module):
         input_patch_size: int = 1, dropout_prob: float = 0.0,
     ) -> None:  # fmt: skip
         super().__init__()
-        sizes = {"in_chans": in_chans, "base_channels": base_channels, "input_patch_size": input_patch_size}
-        for name, size in sizes.items():
-            if type(size) is not int or size < 1:
-                raise ValueError(f"{name} is {size!r}, expected a whole number, 1 or more")
-        if len(layers) != 4 or not all(type(count) is int and 1 <= count <= MOST_BLOCKS for count in layers):
-            raise ValueError(f"layers is {list(layers)}, expected four stages of 1 to {MOST_BLOCKS} blocks each")
+        check_sizes(in_chans=in_chans, base_channels=base_channels, input_patch_size=input_patch_size)
+        if len(layers) != 4 or not all(type(count) is int and 1 <= count <= 512 for count in layers):
+            raise ValueError(f"layers is {list(layers)}, expected four stages of 1 to 512 blocks each")
         if not 0 <= dropout_prob <= 1:
             raise ValueError(f"dropout_prob is {dropout_prob}, expected a number from 0 to 1")
         self.in_chans, self.input_patch_size = in_chans, input_patch_size
         self.conv1 = nn.Conv2d(in_chans * input_patch_size**2, base_channels, 3, padding=1, bias=False)
         self.gn1 = group_norm(base_channels)
         self.stages, self.stage_norms = nn.ModuleList(), nn.ModuleList()
-        width = base_channels
         for index, count in enumerate(layers):
             out = base_channels * 2**index
-            blocks = [BasicBlock(width, out, 2 if index else 1, dropout_prob)]
+            blocks = [BasicBlock(out // 2 if index else out, out, 2 if index else 1, dropout_prob)]
             blocks += [BasicBlock(out, out, 1, dropout_prob) for _ in range(count - 1)]
             self.stages.append(nn.Sequential(*blocks))
             self.stage_norms.append(group_norm(out))
-            width = out
 
     def patchify(self, x: Tensor) -> Tensor:
-        """Images ``[B, in_chans, H, W]`` with each patch as one pixel, ``[B, p·p·in_chans, H/p, W/p]``.
-
-        It raises ValueError for another channel count, and for sides that are no multiples of p.
-        """
+        """Images ``[B, in_chans, H, W]`` with each patch as one pixel, ``[B, p·p·in_chans, H/p, W/p]``."""
         check_channels(x, self.in_chans)
         p = self.input_patch_size
         if x.shape[2] % p or x.shape[3] % p:
@@ -72,10 +55,7 @@ class ResNetEncoder(nn.Module):
         return F.pixel_shuffle(x.unflatten(1, (p**2, -1)).transpose(1, 2).flatten(1, 2), p)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Activations ``[B, C, H, W]`` by name, of patchified images.
-
-        ``conv1``, ``layer1_blk1`` … for every block, and ``layer1`` … ``layer4``, the normalised end of each stage.
-        """
+        """Activations ``[B, C, H, W]`` of patchified images: ``conv1``, ``layer1_blk1`` …, ``layer1`` …, its norm."""
         x = F.relu(self.gn1(self.conv1(x)))
         activations = {"conv1": x}
         for index, (stage, norm) in enumerate(zip(self.stages, self.stage_norms, strict=True), start=1):
@@ -85,11 +65,10 @@ class ResNetEncoder(nn.Module):
         return activations
 
     def features(self, x: Tensor, every_k_block: float | None = 2, **options: Any) -> FeatureMaps:
-        """Feature maps of images ``[B, in_chans, H, W]`` by the release's names, its ``get_activations``.
+        """Feature maps of images ``[B, in_chans, H, W]`` by the release's names.
 
-        ``norm_x``, then for ``conv1``, ``layer1`` … ``layer4`` and every ``every_k_block``-th block of a stage
-        (``layer3_blk2`` …; a fraction is rounded down; none for None, infinity and what is below 1) the maps of
-        :func:`multiscale_maps`, which takes the ``options``.
+        They are ``norm_x`` and the :func:`multiscale_maps` with these ``options`` of ``conv1``, ``layer1`` … ``layer4``
+        and every ``every_k_block``-th block of a stage; of no block for None, infinity and what is below 1.
         """
         every = int(every_k_block) if every_k_block is not None and 1 <= every_k_block < math.inf else 0
         x = self.patchify(x)
@@ -110,11 +89,10 @@ class BasicBlock(nn.Module):
         self.gn1 = group_norm(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         self.gn2 = group_norm(out_channels)
-        self.dropout_prob = dropout_prob
-        self.shortcut = nn.Sequential()
+        self.dropout_prob, self.shortcut = dropout_prob, nn.Sequential()
         if stride != 1 or in_channels != out_channels:
-            self.shortcut.append(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False))
-            self.shortcut.append(group_norm(out_channels))
+            shortcut = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+            self.shortcut.extend([shortcut, group_norm(out_channels)])
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.dropout(F.relu(self.gn1(self.conv1(x))), self.dropout_prob, self.training)
@@ -124,17 +102,16 @@ class BasicBlock(nn.Module):
 def group_norm(channels: int) -> nn.GroupNorm:
     """GroupNorm with the largest number of groups up to 32 that divides ``channels``."""
     groups = next(g for g in range(min(32, channels), 0, -1) if channels % g == 0)
-    return nn.GroupNorm(groups, channels, eps=NORM_EPS)
+    return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
 def multiscale_maps(
-    name: str, feature: Tensor, patch_mean_size: Sequence[int] | None = PATCH_SIZES,
-    patch_std_size: Sequence[int] | None = PATCH_SIZES, use_std: bool = True, use_mean: bool = True,
+    name: str, feature: Tensor, patch_mean_size: Sequence[int] | None = (2, 4),
+    patch_std_size: Sequence[int] | None = (2, 4), use_std: bool = True, use_mean: bool = True,
 ) -> FeatureMaps:  # fmt: skip
-    """The maps of one convolutional feature ``[B, C, H, W]``.
+    """The maps of one feature ``[B, C, H, W]``: ``{name} [B, H·W, C]``, ``{name}_mean`` and ``{name}_std [B, 1, C]``.
 
-    ``{name}`` ``[B, H·W, C]`` by location; ``{name}_mean`` and ``{name}_std`` ``[B, 1, C]``; and for patches of side
-    p that tile the map, ``{name}_mean_{p}`` and ``{name}_std_{p}`` ``[B, H·W/p², C]``.
+    Patches of side p that tile the map have ``{name}_mean_{p}`` and ``{name}_std_{p}`` ``[B, H·W/p², C]``.
     """
     B, C, H, W = feature.shape
     maps = {name: feature.flatten(2).transpose(1, 2)}
@@ -165,3 +142,9 @@ def channel_rms(x: Tensor) -> Tensor:
 def check_channels(x: Tensor, in_chans: int) -> None:
     if x.ndim != 4 or x.shape[1] != in_chans:
         raise ValueError(f"images have shape {list(x.shape)}, expected [B, {in_chans}, H, W]; in_chans sets that")
+
+
+def check_sizes(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if type(size) is not int or size < 1:
+            raise ValueError(f"{name} is {size!r}, expected a whole number, 1 or more")

@@ -17,24 +17,15 @@ def is_own(name: str) -> bool:
 
 
 def import_named(name: str, key: str) -> Any:
-    """Import the class or function ``module:Name`` from the current folder or the environment.
-
-    That runs the module's code. So ``name`` must come from the user's command line or configuration file. For messages,
-    ``key`` is the key or option that names it, such as ``model.name``.
-
-    Raises:
-        UserError: there is no such module, it cannot be imported, or it has no such class or function.
-    """
+    """Import the class or function ``module:Name``, which the user's own ``key`` or option names: its code runs."""
     module_name, _, attribute = name.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:  # A user's module may raise anything.
-        raise UserError(
-            f"{key} is {name}, but the module {module_name} cannot be imported from {os.getcwd()} or the environment "
-            f"({reason(error)})"
-        ) from error
+        failure = f"cannot be imported from {os.getcwd()} or the environment ({reason(error)})"
+        raise UserError(f"{key} is {name}, but the module {module_name} {failure}") from error
     target = getattr(module, attribute, None)
     if not callable(target):
         missing = f"{module_name} has no class or function {attribute}"
@@ -54,16 +45,14 @@ def check_arguments(target: Callable[..., Any], arguments: Mapping[str, Any], se
 
 def facts_taken(target: Callable[..., Any], facts: Mapping[str, Any]) -> dict[str, Any]:
     """Choose those of the ``facts`` about the data that ``target`` has arguments for."""
-    taken, _ = _keywords(target)
-    return {name: value for name, value in facts.items() if name in taken}
+    return {name: facts[name] for name in facts if name in _keywords(target)[0]}
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str:
     """Find the candidate most like ``name``, as a whole or after the last dot."""
-    name = name[:100]  # The time grows with the square of the length.
 
-    def likeness(candidate: str) -> float:
-        pairs = ((name, candidate), (name.rpartition(".")[2], candidate.rpartition(".")[2]))
+    def likeness(candidate: str) -> float:  # Its time grows with the square of the length.
+        pairs = ((name[:100], candidate), (name[:100].rpartition(".")[2], candidate.rpartition(".")[2]))
         return max(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
 
     return max(candidates, key=likeness)

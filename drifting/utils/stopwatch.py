@@ -36,10 +36,7 @@ class Stopwatch:
         return taken
 
     def read(self, steps: int, images: int) -> dict[str, float]:
-        """Seconds of a ``step`` and its phases, ``images_per_second``, and the peak ``memory_gb`` of GPU or process.
-
-        ``steps`` steps of ``images`` images were taken since the last call; the phase "evaluation" does not count.
-        """
+        """Seconds of a step and its phases but "evaluation", since the last call; speed and peak memory."""
         seconds = self.take()
         seconds.pop("evaluation", None)
         total = sum(seconds.values())
