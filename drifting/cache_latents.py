@@ -22,7 +22,7 @@ from .data import DATASETS, Dataset, Split, open_dataset
 from .data.dataset import read_batches
 from .data.image_split import ImageError
 from .data.latents import INDEX, read_index
-from .errors import UserError, reason
+from .errors import UserError, explained
 from .hub.vae import LATENT_SCALE, VAE, encode_images
 from .utils.files import atomic_write
 
@@ -35,10 +35,8 @@ NUMBERS = {  # Options with their default, least value and description.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = ArgumentParser(
-        prog="python -m drifting.cache_latents",
-        description="Encode images to latents. The same command again goes on where the last one stopped.",
-    )
+    purpose = "Encode images to latents. The same command again goes on where the last one stopped."
+    parser = ArgumentParser("python -m drifting.cache_latents", description=purpose)
     kinds = [name for name, source in DATASETS.items() if "path" not in source.unused and name != "latents"]
     parser.add_argument("source", metavar="SRC", help="folder of the images, or a name on the Hugging Face hub")
     parser.add_argument("destination", metavar="DST", type=Path, help="folder for the latents")
@@ -71,9 +69,6 @@ def cache_latents(
     """Write the latents of ``dataset`` that ``destination`` does not hold yet, and return its index.
 
     The index keeps ``origin``, which says what ``dataset`` and ``encode`` are. Grey images are encoded as RGB.
-
-    Raises:
-        UserError: ``destination`` holds latents of another origin or cannot be written; not one image can be decoded.
     """
     splits = {"train": dataset.train, "test": dataset.test}
     sizes = {name: len(split) for name, split in splits.items()}
@@ -83,39 +78,39 @@ def cache_latents(
         "class_names": list(dataset.class_names),
         "splits": {name: {"shards": [], "labels": [], "skipped": []} for name in splits},
     }  # fmt: skip
-    try:
+    with explained("cannot write latents"):
         destination.mkdir(parents=True, exist_ok=True)
-        if (destination / INDEX).exists():
-            now, index = index["settings"], read_index(destination)
-            made = index["settings"]
-            changed = [f"{key}: {made.get(key)}, now {value}" for key, value in now.items() if made.get(key) != value]
-            if changed:
-                otherwise = "; ".join(changed)
-                raise UserError(f"{destination} holds latents made otherwise ({otherwise}): choose another DST")
-        elif any(destination.iterdir()):
-            raise UserError(f"{destination} has files but no {INDEX}: choose another DST, or empty it")
-        if not index["complete"]:
-            _write_index(destination, index)
-            for name, split in splits.items():
-                _cache_split(destination, index, name, split, encode, batch_size, workers)
-            _write_index(destination, index | {"complete": True})
-    except (OSError, KeyError, TypeError) as error:  # An earlier index that is damaged may lack anything.
-        raise UserError(f"cannot write latents: {reason(error)}") from error
+    file = destination / INDEX
+    if file.exists():
+        now, index = index["settings"], read_index(destination)
+        made = index["settings"]
+        changed = [f"{key}: {made.get(key)}, now {value}" for key, value in now.items() if made.get(key) != value]
+        if changed:
+            raise UserError(f"{destination} holds latents made otherwise ({'; '.join(changed)}): choose another DST")
+        with explained(f"{file} is damaged, choose another DST or empty this one"):
+            lists = [index["splits"][name][key] for name in splits for key in ("shards", "labels", "skipped")]
+            if any(not isinstance(part, list) for part in lists):
+                raise UserError("expected lists of shards, labels and skipped images")
+    elif any(destination.iterdir()):
+        raise UserError(f"{destination} has files but no {INDEX}: choose another DST, or empty it")
+    if not index["complete"]:
+        _write_index(destination, index)
+        for name, split in splits.items():
+            _cache_split(destination, index, name, split, encode, batch_size, workers)
+        _write_index(destination, index | {"complete": True})
     return index | {"complete": True}
 
 
 def _cache_split(
     destination: Path, index: dict[str, Any], name: str, split: Split, encode: Encoder, batch_size: int, workers: int
 ) -> None:
-    """Write the shards of a split that ``index`` does not list yet, each listed once it is written."""
     content, size = index["splits"][name], index["settings"]["shard_size"]
     done = len(content["labels"]) + len(content["skipped"])
-    bar = tqdm(total=len(split), initial=done, unit="img", desc=f"encoding {name}", mininterval=0.5)
-    with bar:
+    with tqdm(total=len(split), initial=done, unit="img", desc=f"encoding {name}", mininterval=0.5) as bar:
         for start in range(done, len(split), size):
             latents, shard = [], range(start, min(start + size, len(split)))
-            batches = read_batches(shard, workers, batch_size=batch_size, collate_fn=partial(_read, split))
-            for images, numbers, labels, skipped in batches:
+            settings = {"batch_size": batch_size, "collate_fn": partial(_read, split)}
+            for images, numbers, labels, skipped in read_batches(shard, workers, **settings):
                 if numbers:
                     latents.append(_draw_latents(images, numbers, encode))
                 content["labels"] += labels

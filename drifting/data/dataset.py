@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count, islice, repeat
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.utils import data
 
-from ..config.schema import DataConfig
 from ..errors import UserError
 
 HELD_OUT = 10  # One sample in so many is for testing, where a data set has no such split of its own.
@@ -74,16 +72,6 @@ class Dataset:
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
-
-
-def find_files(config: DataConfig, folders: Iterable[str], names: list[str], what: str, remedy: str) -> list[Path]:
-    """Find files of those names, compressed (``.gz``) or not, in ``config.path`` or one of the usual ``folders``."""
-    places = [Path(folder) for folder in ((config.path,) if config.path else folders)]
-    for folder in places:
-        files = [folder / name if (folder / name).is_file() else folder / f"{name}.gz" for name in names]
-        if all(file.is_file() for file in files):
-            return files
-    raise UserError(f"data.name is {config.name}, but {what} are not in {' or '.join(map(str, places))}: {remedy}")
 
 
 def hold_out(names: Iterable[str | bytes]) -> tuple[np.ndarray, np.ndarray]:

@@ -18,13 +18,10 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".
 
 @dataclass(frozen=True)
 class Files:
-    """Image files below ``root``, decoded to RGB when they are asked for.
-
-    ``names`` is one array, since workers that count references to a million strings would copy every page of them.
-    """
+    """Image files below ``root``, decoded to RGB when they are asked for."""
 
     root: Path
-    names: np.ndarray
+    names: np.ndarray  # Workers that count references to a million strings would copy every page of them.
 
     def __getitem__(self, index: int) -> Image.Image:
         return read_image(self.root / os.fsdecode(self.names[index]))
@@ -35,24 +32,23 @@ def load_folder(config: DataConfig, seed: int = 0) -> Dataset:
 
     Classes are numbered in the order of their names. Images are decoded to RGB.
     """
-    root = train_root = test_root = Path(config.path or "")
+    root = Path(config.path or "")
     if not root.is_dir():
         raise UserError(f"data.path is {root}, where there is no folder")
-    if (root / "train").is_dir():
-        train_root = root / "train"
-        test_root = next(filter(Path.is_dir, (root / "val", root / "test")), root / "val")
-    class_names = _sub_folders(train_root)
-    names, labels = _list_images(train_root, class_names)
-    if train_root == root:
+    places = [root / "train", next(filter(Path.is_dir, (root / "val", root / "test")), root / "val")]
+    if not places[0].is_dir():
+        places = [root, root]
+    class_names = _sub_folders(places[0])
+    names, labels = _list_images(places[0], class_names)
+    if root in places:
         found = [(names[rows], labels[rows]) for rows in hold_out(names)]
     else:
-        found = [(names, labels), _list_images(test_root, class_names)]
-    splits = []
-    for place, (names, labels) in zip((train_root, test_root), found, strict=True):
+        found = [(names, labels), _list_images(places[1], class_names)]
+    for place, (names, _) in zip(places, found, strict=True):
         if not len(names):
             expected = f"a sub-directory for each class, with files that end in {' '.join(SUFFIXES)}"
             raise UserError(f"there are too few images in {place}: expected {expected}")
-        splits.append((Files(place, names), labels))
+    splits = [(Files(place, names), labels) for place, (names, labels) in zip(places, found, strict=True)]
     return image_dataset(config, seed, splits, tuple(class_names), 3)
 
 

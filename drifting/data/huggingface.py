@@ -7,7 +7,7 @@ from typing import Any
 from PIL import Image
 
 from ..config.schema import DataConfig
-from ..errors import UserError, reason, require
+from ..errors import UserError, explained, require
 from .dataset import Dataset, hold_out
 from .image_split import ImageError, decode_image, image_dataset, read_image
 from .own import number_splits
@@ -66,14 +66,10 @@ def load_huggingface(config: DataConfig, seed: int = 0) -> Dataset:
 
 
 def _load_tables(datasets: Any, config: DataConfig) -> tuple[Any, Any]:
-    """Load the tables of training and test samples."""
     path = config.path or ""
-    try:
+    with explained(f"data.path is {path}, which datasets cannot load (data.subset chooses one of several)"):
         saved = any((Path(path) / name).is_file() for name in ("dataset_dict.json", "state.json"))
         tables = datasets.load_from_disk(path) if saved else datasets.load_dataset(path, config.subset)
-    except Exception as error:  # There is no common class for no network, no access, no such data set, several subsets.
-        why = f"{reason(error)} (data.subset chooses one of several)"
-        raise UserError(f"data.path is {path}, which datasets cannot load: {why}") from error
     if isinstance(tables, dict):
         if "train" not in tables:
             raise UserError(f"data.path is {path}, which has the splits {', '.join(tables)}, expected train among them")

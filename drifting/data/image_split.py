@@ -1,7 +1,7 @@
 """From image files and arrays to normalised tensors: decoding, centre crops, random crops, flips.
 
-The random choices are made here rather than by torchvision, whose transforms draw from a global generator: each is a
-function of (seed, epoch, index), so that a resumed run sees the images it would have seen.
+The random choices are functions of (seed, epoch, index), so that a resumed run sees the images it would have seen;
+torchvision's transforms draw them from a global generator.
 """
 
 import io
@@ -20,15 +20,11 @@ from ..config.schema import DataConfig
 from ..errors import UserError, reason
 from .dataset import Dataset, Draw, Split
 
-# Random resized crops as the release trains with, and as is usual for ImageNet.
-CROP_AREA = (0.2, 1.0)  # The share of the image's area.
-CROP_ASPECT = (3 / 4, 4 / 3)  # Width over height.
-CROP_TRIALS = 10
-
+# Random resized crops have these shares of the image's area and widths over heights, in the release and elsewhere.
+CROP_AREA, CROP_ASPECT = (0.2, 1.0), (3 / 4, 4 / 3)
 # Pillow decodes these formats only (for PostScript, it would run a program), up to so many bytes and pixels.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
-MOST_BYTES = 2**28
-MOST_PIXELS = 2**26
+MOST_BYTES, MOST_PIXELS = 2**28, 2**26
 MOST_ASPECT = 16  # Of an image longer than that, the middle is resized.
 
 
@@ -61,10 +57,8 @@ class ImageSplit(Split):
         elif not isinstance(image, np.ndarray) or image.shape[:2] != shape:  # Others are faster without Pillow.
             image = centre_crop(_as_image(image), self.size)
         pixels = np.asarray(image).reshape(*shape, -1)[:, :: -1 if mirrored else 1]
-        values = pixels.transpose(2, 0, 1).astype(np.float32, order="C")
-        values /= self.white / 2
-        values -= 1
-        return torch.from_numpy(values)
+        values = torch.from_numpy(pixels.transpose(2, 0, 1).astype(np.float32, order="C"))
+        return values.div_(self.white / 2).sub_(1)
 
 
 def _as_image(image: Image.Image | np.ndarray) -> Image.Image:
@@ -125,7 +119,7 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
 def random_crop(width: int, height: int, rng: np.random.Generator) -> tuple[float, float, float, float]:
     """Draw a box of random area and aspect ratio inside an image, or the largest centred one if ten do not fit."""
     low, high = np.log(CROP_ASPECT)
-    for _ in range(CROP_TRIALS):
+    for _ in range(10):
         area = width * height * rng.uniform(*CROP_AREA)
         aspect = math.exp(rng.uniform(low, high))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))

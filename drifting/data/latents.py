@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..config.schema import DataConfig
-from ..errors import UserError, reason
+from ..errors import UserError, explained, reason
 from ..utils.files import read_object
 from .dataset import Dataset, Draw, Split
 
@@ -47,7 +47,6 @@ class LatentSplit(Split):
         return torch.from_numpy(latent.astype(np.float32))
 
     def _shard(self, number: int) -> np.ndarray:
-        """Return the latents ``[N, 2, C, h, w]`` of a shard, memory-mapped."""
         if number not in self.shards:
             file = self.files[number]
             if not file.is_file():
@@ -82,10 +81,8 @@ def load_latents(config: DataConfig, seed: int = 0) -> Dataset:
 
 def read_index(root: Path) -> dict[str, Any]:
     """Read the index in ``root``; raises UserError where it is damaged."""
-    try:
+    with explained(f"{root / INDEX} cannot be read"):
         index = read_object(root / INDEX)
         if not isinstance(index.get("complete"), bool) or not isinstance(index.get("settings"), dict):
-            raise ValueError(f"it is no index of {COMMAND}")
-    except ValueError as error:
-        raise UserError(f"{root / INDEX} cannot be read: {error}") from error
+            raise UserError(f"it is no index of {COMMAND}")
     return index

@@ -11,14 +11,12 @@ from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 from tqdm import tqdm
 
 from ..config.schema import DataConfig
-from ..errors import UserError, reason
+from ..errors import UserError, explained
 from ..utils.named import check_arguments, import_named
 from .dataset import Dataset, Draw, Split, hold_out
 
 ALL = ("all",)  # The one class of samples without labels.
-MOST_NAMED = 10  # This many labels are named in a message.
-PROBED = 1000  # At most so many training samples tell the range of pixels.
-PIXEL_RANGES = ((0.0, 1.0), (-1.0, 1.0))  # The first that holds all values is that of images.
+MOST_NAMED, PROBED = 10, 1000  # So many labels are named, and so many training samples tell the range of pixels.
 PASSED_ON = ("path", "image_size", "flip", "crop", "subset", "label_column")
 
 
@@ -33,7 +31,7 @@ def label_of(item: Any) -> Any:
 
 
 def distinct_labels(source: Any) -> set[Any] | None:
-    """Return the labels that occur in what :func:`all_labels` takes."""
+    """Return the labels that occur in what :func:`all_labels` takes, None where it returns None."""
     labels = all_labels(source)
     return labels if labels is None else set(labels)
 
@@ -63,7 +61,6 @@ def all_labels(source: Any) -> list[Any] | None:
 
 
 def _plain(labels: Any) -> list[Any]:
-    """Return labels as a list of Python's own values."""
     if hasattr(labels, "tolist"):  # Tensors and arrays have it.
         labels = labels.tolist()
     if not isinstance(labels, (list, tuple)):
@@ -113,15 +110,13 @@ class OwnSplit(Split):
         self.shape = self.sample(0, None).shape
 
     def sample(self, index: int, draw: Draw | None) -> Tensor:
-        try:
+        with explained(f"sample {index} of the {self.name} data cannot be used"):
             x = sample_of(self.items[index])
             if not isinstance(x, (Tensor, np.ndarray, np.generic, int, float)):
                 raise UserError(f"it is a {type(x).__name__}, expected a tensor, an array or a number")
             sample = x.detach().cpu() if isinstance(x, Tensor) else torch.from_numpy(np.array(x))
             if sample.is_complex():
                 raise UserError("it has complex numbers, expected real ones")
-        except Exception as error:  # The user's code may raise anything.
-            raise UserError(f"sample {index} of the {self.name} data cannot be used: {reason(error)}") from error
         if self.shape not in (None, sample.shape):
             which = f"sample {index} of the {self.name} data has the shape {list(sample.shape)}"
             raise UserError(f"{which}, the first one {list(self.shape)}: bring all to one shape")
@@ -137,13 +132,11 @@ def load_own(config: DataConfig) -> Dataset:
     """
     target = import_named(config.name, "data.name")
     changed = {key: getattr(config, key) for key in PASSED_ON if getattr(config, key) != getattr(DataConfig(), key)}
-    arguments = changed | config.arguments
-    check_arguments(target, arguments, "data")
-    try:
+    check_arguments(target, arguments := changed | config.arguments, "data")
+    with explained(f"data.name is {config.name}"):
         made = target(**arguments)
-        return made if isinstance(made, Dataset) else _dataset(config.name, made)
-    except Exception as error:  # The user's code may raise anything.
-        raise UserError(f"data.name is {config.name}: {reason(error)}") from error
+        dataset = made if isinstance(made, Dataset) else _dataset(config.name, made)
+    return dataset
 
 
 def _dataset(name: str, made: Any) -> Dataset:
@@ -177,8 +170,9 @@ def _pixel_range(train: OwnSplit, source: Any) -> tuple[float, float] | None:
     values = torch.stack([extreme for index in probed for extreme in train.sample(index, None).aminmax()])
     is_image = len(train.shape) == 3 and train.shape[0] in (1, 3)
     if not hasattr(source, "pixel_range"):
-        ranges = PIXEL_RANGES if is_image else ()
-        return next(((low, high) for low, high in ranges if low <= values.min() and values.max() <= high), None)
+        # The first of [0, 1] and [-1, 1] that holds all values is the range of images.
+        black = next((low for low in (0.0, -1.0) if low <= values.min() and values.max() <= 1), None)
+        return None if black is None or not is_image else (black, 1.0)
     if source.pixel_range is None:
         return None
     black, white = source.pixel_range

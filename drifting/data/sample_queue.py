@@ -14,8 +14,7 @@ class RingBuffers:
     def __init__(self, rows: int, size: int, sample_shape: tuple[int, ...], device: torch.device | str) -> None:
         self.size = size
         self.samples = torch.zeros(rows, size, *sample_shape, device=device)
-        self.count = torch.zeros(rows, dtype=torch.long)  # How many samples a row holds.
-        self.head = torch.zeros(rows, dtype=torch.long)  # The slot of the next write.
+        self.count, self.head = torch.zeros(2, rows, dtype=torch.long)  # A row's samples, and its slot of the next.
 
     def push(self, samples: Tensor, row: Tensor) -> None:
         """Append ``samples [B, *sample_shape]`` to the buffers ``row [B]``, in order; the oldest ones fall out."""
@@ -26,8 +25,8 @@ class RingBuffers:
         rank[order] = torch.arange(len(row)) - first
         kept = (added[row] - rank <= self.size).nonzero().squeeze(1)  # Of a large batch, the newest fit.
         slot = (self.head[row] + rank) % self.size
-        device = self.samples.device
-        self.samples[row[kept].to(device), slot[kept].to(device)] = samples[kept.to(samples.device)].to(self.samples)
+        where = (row[kept].to(self.samples.device), slot[kept].to(self.samples.device))
+        self.samples[where] = samples[kept.to(samples.device)].to(self.samples)
         self.count = (self.count + added).clamp(max=self.size)
         self.head = (self.head + added) % self.size
 
@@ -37,8 +36,7 @@ class RingBuffers:
         key = torch.rand(len(row), self.size, generator=generator)
         key.masked_fill_(torch.arange(self.size) >= count, 2.0)  # Empty slots sort last.
         slot = key.argsort(1).gather(1, torch.arange(num) % count)[part]  # [L, num]
-        device = self.samples.device
-        return self.samples[row[part].unsqueeze(1).to(device), slot.to(device)]
+        return self.samples[row[part].unsqueeze(1).to(self.samples.device), slot.to(self.samples.device)]
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"samples": self.samples, "count": self.count, "head": self.head}

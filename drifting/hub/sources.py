@@ -18,23 +18,18 @@ from .release import WEIGHTS, read_artifact
 from .run_directory import GENERATORS, Described, Model, read_any
 from .vae import LATENT_CHANNELS
 
-REPOSITORY = "Goodeat/drifting"
-HUB = "hf://"
-HUB_SECONDS = 10  # The hub has this long to answer.
+HUB, REPOSITORY = "hf://", "Goodeat/drifting"
 RELEASE_DATA = "imagenet"
 TYPES: dict[str, Any] = {  # A description has values of these types.
     "model": dict, "name": str, "data": str, "latent": bool, "noise_shape": list, "sample_shape": list,
     "class_names": list, "pixel_range": (list, type(None)),
 }  # fmt: skip
-MOST_PIXEL = 2**16  # The values that stand for black and white are at most so large.
-MOST_DIMENSIONS, MOST_NUMBERS = 32, 2**31  # These bound the shapes of noise and samples.
 
 
 def load_generator(source: str | Path, model: Model = None) -> Generator:
     """Load the generator of ``source``, in evaluation mode; networks of ours are on the CPU.
 
-    A network of the user's own needs ``model``: an ``nn.Module``, which gets the trained weights, or what builds one of
-    the arguments of its training.
+    A user's own network needs ``model``: an ``nn.Module``, which gets the weights, or what builds it of its arguments.
     """
     return as_generator(source, *open_model(source, GENERATORS, model))
 
@@ -64,17 +59,16 @@ def as_generator(source: str | Path, network: nn.Module, description: dict[str, 
         data = description.get("data", RELEASE_DATA)
         is_latent = data == "latents" or (data == RELEASE_DATA and network.out_chans == LATENT_CHANNELS)
         class_names = [str(number) for number in range(network.num_classes)]
+        sample_shape = [network.out_chans, network.img_size, network.img_size]
         facts = {"data": data, "latent": is_latent, "pixel_range": [-1.0, 1.0], "class_names": class_names}
         facts |= description | {"name": "drifting_dit", "model": network.config}
-        facts["noise_shape"] = list(network.noise_shape)
-        facts["sample_shape"] = [network.out_chans, network.img_size, network.img_size]
+        facts |= {"noise_shape": list(network.noise_shape), "sample_shape": sample_shape}
     for key in TYPES:
         if not _is_right(key, facts.get(key)):
             raise UserError(f"{source}: its {key} is {shown(facts.get(key))}, which no training of ours writes")
     if isinstance(network, DriftingDiT) and len(facts["class_names"]) > network.num_classes:
         raise UserError(f"{source} has {len(facts['class_names'])} class_names, its network {network.num_classes}")
-    facts = {key: facts[key] for key in (*TYPES, "step")}
-    facts = {key: tuple(value) if isinstance(value, list) else value for key, value in facts.items()}
+    facts = {key: tuple(facts[key]) if isinstance(facts[key], list) else facts[key] for key in (*TYPES, "step")}
     return Generator(network, arguments=facts.pop("model"), **facts)
 
 
@@ -86,10 +80,9 @@ def _is_right(key: str, value: Any) -> bool:
         return len(value) > 0 and all(type(name) in (int, str) for name in value)
     if key == "pixel_range" and value is not None:
         are_numbers = len(value) == 2 and all(type(number) in (int, float) for number in value)
-        return are_numbers and -MOST_PIXEL <= value[0] < value[1] <= MOST_PIXEL
+        return are_numbers and -(2**16) <= value[0] < value[1] <= 2**16
     if key in ("noise_shape", "sample_shape"):
-        are_sizes = len(value) <= MOST_DIMENSIONS and all(is_count(size, 1) for size in value)
-        return are_sizes and math.prod(value) <= MOST_NUMBERS
+        return len(value) <= 32 and all(is_count(size, 1) for size in value) and math.prod(value) <= 2**31
     return True
 
 
@@ -112,7 +105,7 @@ def _download(name: str, kinds: Sequence[str]) -> Path:
     advice = f"copy its folder {' or '.join(folders)} here and name that, or try again"
     with explained(f"cannot download {HUB}{name} from huggingface.co/{REPOSITORY}: {advice}"):
         try:  # snapshot_download asks the same, but would wait for an answer for ever.
-            files = [file.rfilename for file in hub.model_info(REPOSITORY, timeout=HUB_SECONDS).siblings or ()]
+            files = [file.rfilename for file in hub.model_info(REPOSITORY, timeout=10).siblings or ()]
             for folder in folders:
                 if f"{folder}/{WEIGHTS}" in files:
                     return Path(hub.snapshot_download(REPOSITORY, allow_patterns=[f"{folder}/*"])) / folder

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from ..errors import UserError, explained, reason
 
-MOST_JSON = 2**28  # A JSON file has at most so many bytes; the index of ImageNet's latents has about 10 MB.
+MOST_JSON = 2**28  # This many bytes: the index of ImageNet's latents has about 10 MB.
 
 
 @contextmanager
@@ -35,7 +35,6 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def _sync(path: Path) -> None:
-    """Have the system write the file, or what the folder lists, to disk; returns when that is done."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -44,14 +43,14 @@ def _sync(path: Path) -> None:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Read the JSON object in the file ``path``; it raises ValueError for a file that is anything else."""
+    """Read the JSON object in the file ``path``; it raises UserError for a file that is anything else."""
     if path.stat().st_size > MOST_JSON or not path.is_file():
-        raise ValueError(f"it is no regular file of at most {MOST_JSON} bytes")
+        raise UserError(f"it is no regular file of at most {MOST_JSON} bytes")
     text = path.read_bytes()
     with explained("it is no JSON"):
         content = json.loads(text, parse_constant=int)  # NaN and Infinity are no JSON, and no int.
     if not isinstance(content, dict):
-        raise ValueError(f"it holds a {type(content).__name__}, expected an object")
+        raise UserError(f"it holds a {type(content).__name__}, expected an object")
     return content
 
 
