@@ -4,7 +4,6 @@ As in the release's cache, each image is centre-cropped and encoded as it is and
 is one draw from the VAE's posterior, with the same noise for both. :mod:`drifting.data.latents` describes the format.
 """
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -24,7 +23,7 @@ from .data.image_split import ImageError
 from .data.latents import INDEX, read_index
 from .errors import UserError, explained
 from .hub.vae import LATENT_SCALE, VAE, encode_images
-from .utils.files import atomic_write
+from .utils.files import atomic_write, write_object
 
 Encoder = Callable[[Tensor], tuple[Tensor, Tensor]]  # It gives mean and deviation of the latents of [B, 3, H, W].
 SHARD_SIZE = 8192  # That many images have 134 MB of 4 × 32 × 32 latents.
@@ -37,7 +36,7 @@ NUMBERS = {  # Options with their default, least value and description.
 def main(argv: Sequence[str] | None = None) -> int:
     purpose = "Encode images to latents. The same command again goes on where the last one stopped."
     parser = ArgumentParser("python -m drifting.cache_latents", description=purpose)
-    kinds = [name for name, source in DATASETS.items() if "path" not in source.unused and name != "latents"]
+    kinds = [name for name in DATASETS if name not in ("digits", "latents")]
     parser.add_argument("source", metavar="SRC", help="folder of the images, or a name on the Hugging Face hub")
     parser.add_argument("destination", metavar="DST", type=Path, help="folder for the latents")
     parser.add_argument("--data", choices=kinds, default="folder", help="what SRC holds (default: folder)")
@@ -94,10 +93,10 @@ def cache_latents(
     elif any(destination.iterdir()):
         raise UserError(f"{destination} has files but no {INDEX}: choose another DST, or empty it")
     if not index["complete"]:
-        _write_index(destination, index)
+        write_object(file, index, indent=None)
         for name, split in splits.items():
             _cache_split(destination, index, name, split, encode, batch_size, workers)
-        _write_index(destination, index | {"complete": True})
+        write_object(file, index | {"complete": True}, indent=None)
     return index | {"complete": True}
 
 
@@ -124,7 +123,7 @@ def _cache_split(
                     np.save(opened, np.concatenate(latents))
                 content["shards"].append({"file": file, "count": sum(map(len, latents))})
                 index["shape"] = list(latents[0].shape[2:])
-            _write_index(destination, index)
+            write_object(destination / INDEX, index, indent=None)
     if not content["labels"]:
         raise UserError(f"not one {name} image can be decoded, see above")
 
@@ -148,11 +147,6 @@ def _draw_latents(images: Tensor, indices: list[int], encode: Encoder) -> np.nda
     shape = mean.shape[2:]
     noise = np.stack([np.random.default_rng(index).standard_normal(shape, np.float32) for index in indices])
     return (mean + std * torch.from_numpy(noise)).transpose(0, 1).numpy().astype(np.float16)
-
-
-def _write_index(destination: Path, index: dict[str, Any]) -> None:
-    with atomic_write(destination / INDEX) as part:
-        part.write_text(json.dumps(index) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,8 +7,7 @@ from ..config.schema import DataConfig
 from ..errors import UserError
 from ..utils.named import is_own, nearest
 from .dataset import Dataset, Draw, Split, training_batches
-from .folder import load_folder
-from .huggingface import load_huggingface
+from .image_files import load_folder, load_huggingface
 from .latents import COMMAND, load_latents
 from .own import load_own
 from .published import FASHION_MNIST, MNIST, load_cifar10, load_digits

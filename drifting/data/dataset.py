@@ -17,8 +17,6 @@ from torch.utils import data
 
 from ..errors import UserError
 
-HELD_OUT = 10  # One sample in so many is for testing, where a data set has no such split of its own.
-
 
 class Draw(NamedTuple):
     """A training sample as one epoch sees it: flip and crop follow from the data's seed, epoch and sample."""
@@ -75,9 +73,9 @@ class Dataset:
 
 
 def hold_out(names: Iterable[str | bytes]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the indices of training and of test samples; a hash of each sample's name decides, whatever the others."""
+    """Return the indices of training samples and of one test sample in ten, on which a hash of its name decides."""
     digests = (hashlib.blake2b(os.fsencode(name), digest_size=8).digest() for name in names)
-    held = np.array([int.from_bytes(digest, "big") % HELD_OUT == 0 for digest in digests], dtype=bool)
+    held = np.array([int.from_bytes(digest, "big") % 10 == 0 for digest in digests], dtype=bool)
     return np.flatnonzero(~held), np.flatnonzero(held)
 
 
@@ -118,19 +116,14 @@ def _ignore_ctrl_c(worker: int) -> None:
 
 @contextmanager
 def telling_of_dead_workers() -> Iterator[None]:
-    """Inside, a worker that fails or dies raises UserError in one line.
-
-    The DataLoader notices a dead one in any statement, and puts a worker's traceback before its message.
-    """
+    """Inside, a worker that fails or dies raises UserError in one line; the DataLoader notices it in any statement."""
     try:
         yield
-    except UserError as error:
-        if "Original Traceback" not in str(error):
-            raise
-        last = str(error).rstrip().splitlines()[-1]  # This is "drifting.errors.UserError: MESSAGE".
-        raise UserError(last.partition(": ")[2]) from error
-    except RuntimeError as error:
+    except (UserError, RuntimeError) as error:
+        lines = str(error).rstrip().splitlines()
+        if isinstance(error, UserError) and "Original Traceback" in str(error):
+            raise UserError(lines[-1].partition(": ")[2]) from error  # It is "drifting.errors.UserError: MESSAGE".
         if "DataLoader worker" not in str(error):
             raise
-        message = str(error).partition("\n")[0].rstrip(". ")
-        raise UserError(f"a process that reads data died ({message}): fewer data.workers need less memory") from error
+        died = f"a process that reads data died ({lines[0].rstrip('. ')})"
+        raise UserError(f"{died}: fewer data.workers need less memory") from error

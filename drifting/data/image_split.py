@@ -33,7 +33,7 @@ class ImageError(UserError):
 
 
 class ImageSplit(Split):
-    """``images`` brought to ``[C, size, size]`` in [-1, 1], with integer ``labels [N]``; ``white`` becomes 1, 0 is -1.
+    """``images`` brought to ``[C, size, size]``; black, which is 0, becomes -1, and ``white`` becomes 1.
 
     ``images`` is uint8 ``[N, H, W]`` or ``[N, H, W, 3]``, or has a Pillow image for each index.
     """

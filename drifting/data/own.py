@@ -95,18 +95,14 @@ def tell_numbers(names: tuple[int | str, ...]) -> None:
 
 
 class OwnSplit(Split):
-    """The items ``x``, ``(x,)`` or ``(x, y)`` of a user's map-style data set, called "training" or "test".
-
-    Samples become float32 and must all have the shape of the first one. ``labels`` are to be set.
-    """
-
-    shape: Any = None
+    """The items ``x``, ``(x,)`` or ``(x, y)`` of a user's map-style data set, all of one shape; its labels begin as 0."""
 
     def __init__(self, items: Any, name: str) -> None:
         if not len(items):
             raise UserError(f"the {name} data are empty")
         super().__init__(torch.zeros(len(items), dtype=torch.int64))
         self.items, self.name = items, name
+        self.shape: Any = None
         self.shape = self.sample(0, None).shape
 
     def sample(self, index: int, draw: Draw | None) -> Tensor:
@@ -124,11 +120,10 @@ class OwnSplit(Split):
 
 
 def load_own(config: DataConfig) -> Dataset:
-    """Load what the function or class ``config.name`` gives when it is called with ``config.arguments``.
+    """Load what the function or class ``config.name`` gives for ``config.arguments`` and the changed keys of ``data``.
 
     That is a pair (training, test) of map-style data sets; or one of them, of which one sample in ten is for testing;
-    or a :class:`Dataset`. Keys of ``data`` that differ from their defaults are arguments as well. Labels are integers
-    or text, or left out. Whatever goes wrong raises UserError.
+    or a :class:`Dataset`. Labels are integers or text, or left out. Whatever goes wrong raises UserError.
     """
     target = import_named(config.name, "data.name")
     changed = {key: getattr(config, key) for key in PASSED_ON if getattr(config, key) != getattr(DataConfig(), key)}
@@ -141,10 +136,10 @@ def load_own(config: DataConfig) -> Dataset:
 
 def _dataset(name: str, made: Any) -> Dataset:
     sources: tuple[Any, ...] = made if isinstance(made, tuple) and len(made) == 2 else (made,)
+    first = sources[0]
     for source in sources:
         if not hasattr(source, "__len__") or not hasattr(source, "__getitem__"):
             raise UserError(f"it gives a {type(source).__name__}, expected a map-style data set or a pair of them")
-    first = sources[0]
     if len(sources) == 1:
         parts = hold_out(map(str, range(len(made))))
         if not len(parts[1]):

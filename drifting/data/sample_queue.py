@@ -50,10 +50,9 @@ class RingBuffers:
 
 
 class SampleQueue:
-    """The newest ``queue_size`` samples of every class, and ``unconditional_queue_size`` of all classes together.
+    """The newest ``queue_size`` samples of every class, the positives, and newest samples of any, further negatives.
 
-    Class queues supply the positives of a label, the queue over all classes the unconditional negatives. Labels are
-    ``0 … num_classes - 1``. ``latent_shape`` is the shape of one sample, of any rank. Sizes below 1 raise ValueError.
+    Labels are ``0 … num_classes - 1``. ``latent_shape`` is the shape of one sample, of any rank.
     """
 
     def __init__(
@@ -90,8 +89,8 @@ class SampleQueue:
     ) -> Tensor:
         """Draw samples ``[L, num_samples, *latent_shape]`` of the classes ``labels [L]``, without replacement.
 
-        A class that holds fewer than ``num_samples`` repeats its samples, each equally often up to one. The CPU
-        ``generator`` chooses for all labels, independently, also where only a ``part`` of them is returned.
+        A class that holds fewer repeats its samples, each equally often up to one. The CPU ``generator`` chooses for
+        all labels, also where only a ``part`` of them is returned.
         """
         labels = self._checked(labels)
         empty = labels[self.by_class.count[labels] == 0]

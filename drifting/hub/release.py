@@ -3,7 +3,6 @@
 Its arrays are views of our parameters: flax has matrices ``[in, out]``, ours are ``[out, in]``, and so on.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from ..errors import UserError, explained, shown
 from ..models import MAE, MODELS, DriftingDiT
-from ..utils.files import atomic_write
+from ..utils.files import write_object
 from .flax_msgpack import read_arrays, write_arrays
 from .run_directory import build, misfits, read_description
 
@@ -93,8 +92,7 @@ def write_artifact(folder: Path, model: DriftingDiT | MAE, metadata: Any) -> Non
     write_arrays(folder / WEIGHTS, stored_arrays(model))
     metadata = {"path": f"params_ema/{WEIGHTS}", "model_config": model_config} | metadata
     metadata |= {"format": "flax.msgpack", "kind": kind, "backend": "jax"}
-    with atomic_write(folder / METADATA) as part:
-        part.write_text(json.dumps(metadata, indent=2) + "\n")
+    write_object(folder / METADATA, metadata)
 
 
 def our_config(kind: str, model_config: Any) -> dict[str, Any]:

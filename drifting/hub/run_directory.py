@@ -1,7 +1,6 @@
 """Run directories: where the files of a run are, and how its network is written among them and read again."""
 
 import errno
-import json
 import os
 import platform
 import sys
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from ..errors import MOST_SHOWN, UserError, explained, reason, shown
 from ..generation import Generator
 from ..models import MODELS, Classifier
-from ..utils.files import atomic_write, is_count, read_object
+from ..utils.files import atomic_write, is_count, read_object, write_object
 
 LOCK_SECONDS = 6  # Data-loader workers of a killed process may hold its lock for the five that they take to notice.
 OWN = "own"  # Every network that is none of ours is of this kind.
@@ -86,8 +85,7 @@ def write_model(run: RunDirectory, network: nn.Module, description: dict[str, An
     weights = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in _stored_state(network).items()}
     with atomic_write(run.weights) as part:
         save_file(weights, part)
-    with atomic_write(run.description) as part:
-        part.write_text(json.dumps(description | {"kind": kind, "model": arguments}, indent=2, default=str) + "\n")
+    write_object(run.description, description | {"kind": kind, "model": arguments})
 
 
 def read_any(path: Path, model: Model = None, kinds: Sequence[str] = tuple(NOUNS)) -> Described:

@@ -1,5 +1,4 @@
-"""Load trained models from a source: the Hugging Face hub (``hf://latent_L_sota``), an artifact of the release, which
-is a folder with ``ema_params.msgpack`` and ``metadata.json`` or with them in ``params_ema``, or a run of our own."""
+"""Load trained models from the Hugging Face hub (``hf://NAME``), an artifact of the release, or a run of our own."""
 
 import math
 import re
@@ -19,7 +18,6 @@ from .run_directory import GENERATORS, Described, Model, read_any
 from .vae import LATENT_CHANNELS
 
 HUB, REPOSITORY = "hf://", "Goodeat/drifting"
-RELEASE_DATA = "imagenet"
 TYPES: dict[str, Any] = {  # A description has values of these types.
     "model": dict, "name": str, "data": str, "latent": bool, "noise_shape": list, "sample_shape": list,
     "class_names": list, "pixel_range": (list, type(None)),
@@ -56,8 +54,8 @@ def as_generator(source: str | Path, network: nn.Module, description: dict[str, 
     """Join the network of ``source`` and its ``description``, where the release and earlier runs say less."""
     facts: dict[str, Any] = {"pixel_range": None} | description
     if isinstance(network, DriftingDiT):
-        data = description.get("data", RELEASE_DATA)
-        is_latent = data == "latents" or (data == RELEASE_DATA and network.out_chans == LATENT_CHANNELS)
+        data = description.get("data", "imagenet")  # The release trained on it, and earlier runs named their data.
+        is_latent = data == "latents" or (data == "imagenet" and network.out_chans == LATENT_CHANNELS)
         class_names = [str(number) for number in range(network.num_classes)]
         sample_shape = [network.out_chans, network.img_size, network.img_size]
         facts = {"data": data, "latent": is_latent, "pixel_range": [-1.0, 1.0], "class_names": class_names}
@@ -73,7 +71,6 @@ def as_generator(source: str | Path, network: nn.Module, description: dict[str, 
 
 
 def _is_right(key: str, value: Any) -> bool:
-    """Tell whether ``value`` may be what a description says of ``key``."""
     if not isinstance(value, TYPES[key]):
         return False
     if key == "class_names":
@@ -90,14 +87,11 @@ def locate(source: str | Path, kinds: Sequence[str] = tuple(MODELS)) -> tuple[Pa
     """Find the folder of ``source``, and tell whether an artifact is there; a model of the hub is downloaded."""
     if isinstance(source, str) and source.startswith(HUB):
         source = _download(source.removeprefix(HUB), kinds)
-    for folder in (Path(source), Path(source) / "params_ema"):
-        if (folder / WEIGHTS).is_file():
-            return folder, True
-    return Path(source), False
+    artifacts = [folder for folder in (Path(source), Path(source) / "params_ema") if (folder / WEIGHTS).is_file()]
+    return (artifacts or [Path(source)])[0], bool(artifacts)
 
 
 def _download(name: str, kinds: Sequence[str]) -> Path:
-    """Bring a model to the cache of the hub, if it is not there, and return its folder."""
     if not re.fullmatch(r"[\w.-]+", name):
         raise UserError(f"{HUB}{name}: expected {HUB}NAME, such as {HUB}latent_L_sota")
     hub = require("huggingface_hub", f"{HUB}{name}", "imagenet")

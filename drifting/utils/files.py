@@ -54,6 +54,12 @@ def read_object(path: Path) -> dict[str, Any]:
     return content
 
 
+def write_object(path: Path, content: dict[str, Any], indent: int | None = 2) -> None:
+    """Write a JSON object as :func:`atomic_write` does; values that JSON has no form for become text."""
+    with atomic_write(path) as part:
+        part.write_text(json.dumps(content, indent=indent, default=str) + "\n")
+
+
 def is_count(value: Any, least: int = 0) -> bool:
     """Tell whether a value of JSON is an integer of at least ``least``; true and false are none."""
     return type(value) is int and value >= least

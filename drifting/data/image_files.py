@@ -1,9 +1,12 @@
-"""Data sets that Hugging Face's ``datasets`` loads, from disk or from the hub."""
+"""Data sets of image files: folders with one sub-directory a class, and what Hugging Face's ``datasets`` loads."""
 
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from ..config.schema import DataConfig
@@ -12,7 +15,66 @@ from .dataset import Dataset, hold_out
 from .image_split import ImageError, decode_image, image_dataset, read_image
 from .own import number_splits
 
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 TEST_SPLITS = ("validation", "valid", "val", "test")  # ImageNet and others keep the labels of "test" to themselves.
+
+
+@dataclass(frozen=True)
+class Files:
+    """Image files below ``root``, decoded to RGB when they are asked for."""
+
+    root: Path
+    names: np.ndarray  # Workers that count references to a million strings would copy every page of them.
+
+    def __getitem__(self, index: int) -> Image.Image:
+        return read_image(self.root / os.fsdecode(self.names[index]))
+
+
+def load_folder(config: DataConfig, seed: int = 0) -> Dataset:
+    """Load ``path/train/CLASS/…`` and ``path/val/CLASS/…`` (or ``test``), or else hold out some of ``path/CLASS/…``."""
+    root = Path(config.path or "")
+    if not root.is_dir():
+        raise UserError(f"data.path is {root}, where there is no folder")
+    places = [root / "train", next(filter(Path.is_dir, (root / "val", root / "test")), root / "val")]
+    if not places[0].is_dir():
+        places = [root, root]
+    class_names = _sub_folders(places[0])
+    names, labels = _list_images(places[0], class_names)
+    if root in places:
+        found = [(names[rows], labels[rows]) for rows in hold_out(names)]
+    else:
+        found = [(names, labels), _list_images(places[1], class_names)]
+    for place, (names, _) in zip(places, found, strict=True):
+        if not len(names):
+            expected = f"a sub-directory for each class, with files that end in {' '.join(SUFFIXES)}"
+            raise UserError(f"there are too few images in {place}: expected {expected}")
+    splits = [(Files(place, names), labels) for place, (names, labels) in zip(places, found, strict=True)]
+    return image_dataset(config, seed, splits, tuple(class_names), 3)
+
+
+def _sub_folders(root: Path) -> list[str]:
+    entries = os.scandir(root) if root.is_dir() else ()
+    return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _list_images(root: Path, class_names: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """List paths relative to ``root`` with their labels, by class and name."""
+    for name in _sub_folders(root):
+        if name not in class_names:
+            raise UserError(f"{root / name} is a class that the training images do not have")
+    found = [(file, label) for label, name in enumerate(class_names) for file in sorted(_image_files(root, name))]
+    names = np.array([os.fsencode(file) for file, _ in found], dtype=bytes)
+    return names, np.array([label for _, label in found], dtype=np.int64)
+
+
+def _image_files(root: Path, class_name: str) -> Iterator[str]:
+    seen = set()  # Links may lead back to a folder that is above them.
+    for folder, links, names in os.walk(root / class_name, followlinks=True):
+        if (place := os.path.realpath(folder)) in seen:
+            links.clear()
+            continue
+        seen.add(place)
+        yield from (f"{os.path.relpath(folder, root)}/{name}" for name in names if name.lower().endswith(SUFFIXES))
 
 
 @dataclass(frozen=True)
@@ -36,7 +98,7 @@ def load_huggingface(config: DataConfig, seed: int = 0) -> Dataset:
     """Load the splits ``train`` and ``validation``, ``val`` or ``test``; without those, some rows are held out.
 
     The image column is the only one of that type. The label column is ``config.label_column`` if that is set, else the
-    only one of type ``ClassLabel``, else the one called ``label``. Images are decoded to RGB.
+    only one of type ``ClassLabel``, else the one called ``label``.
     """
     datasets: Any = require("datasets", "data.name=huggingface", "huggingface")
     tables = _load_tables(datasets, config)
@@ -73,9 +135,8 @@ def _load_tables(datasets: Any, config: DataConfig) -> tuple[Any, Any]:
     if isinstance(tables, dict):
         if "train" not in tables:
             raise UserError(f"data.path is {path}, which has the splits {', '.join(tables)}, expected train among them")
-        for name in TEST_SPLITS:
-            if name in tables:
-                return tables["train"], tables[name]
+        if tests := [tables[name] for name in TEST_SPLITS if name in tables]:
+            return tables["train"], tests[0]
         tables = tables["train"]
     rows, held = hold_out(map(str, range(len(tables))))
     if not len(rows) or not len(held):
