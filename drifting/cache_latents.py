@@ -1,8 +1,6 @@
-"""``python -m drifting.cache_latents SRC DST``: encode images once, to train on their latents.
-
-As in the release's cache, each image is centre-cropped and encoded as it is and mirrored, and what is kept of either
-is one draw from the VAE's posterior, with the same noise for both. :mod:`drifting.data.latents` describes the format.
-"""
+"""``python -m drifting.cache_latents SRC DST``: encode images once, to train on their latents. As in the release's
+cache, each image is centre-cropped and encoded as it is and mirrored, and what is kept of either is one draw from the
+VAE's posterior, with the same noise for both. :mod:`drifting.data.latents` describes the format."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -65,11 +63,9 @@ def cache_latents(
     dataset: Dataset, destination: Path, *, origin: dict[str, Any], encode: Encoder,
     batch_size: int = 32, shard_size: int = SHARD_SIZE, workers: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
-    """Write the latents of ``dataset`` that ``destination`` does not hold yet, and return its index.
-
-    The index keeps ``origin``, which says what ``dataset`` and ``encode`` are. Grey images are encoded as RGB.
-    """
-    splits = {"train": dataset.train, "test": dataset.test}
+    """Write the latents of ``dataset`` that ``destination`` does not hold yet, and return its index. The index keeps
+    ``origin``, which says what ``dataset`` and ``encode`` are. Grey images are encoded as RGB."""
+    splits, file = {"train": dataset.train, "test": dataset.test}, destination / INDEX
     sizes = {name: len(split) for name, split in splits.items()}
     index: dict[str, Any] = {
         "complete": False, "dtype": "float16", "scaling_factor": LATENT_SCALE, "shape": [],
@@ -77,9 +73,8 @@ def cache_latents(
         "class_names": list(dataset.class_names),
         "splits": {name: {"shards": [], "labels": [], "skipped": []} for name in splits},
     }  # fmt: skip
-    with explained("cannot write latents"):
+    with explained(f"cannot write latents to {destination}"):
         destination.mkdir(parents=True, exist_ok=True)
-    file = destination / INDEX
     if file.exists():
         now, index = index["settings"], read_index(destination)
         made = index["settings"]

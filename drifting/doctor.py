@@ -1,7 +1,5 @@
-"""``python -m drifting.doctor`` lists versions, devices and backends, and checks each usable backend.
-
-It compares outputs and gradients of the operator's forms, on small problems, with the dense reference in float64.
-"""
+"""``python -m drifting.doctor`` lists versions, devices and backends, and checks each usable backend. It compares
+outputs and gradients of the operator's forms, on small problems, with the dense reference in float64."""
 
 import importlib.metadata
 import os

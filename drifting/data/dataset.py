@@ -27,10 +27,8 @@ class Draw(NamedTuple):
 
 class Split(data.Dataset[tuple[Tensor, int]], ABC):
     """Samples with their class numbers, as a map-style data set for :class:`torch.utils.data.DataLoader`.
-
-    ``split[index]`` is a sample, float32 of any shape, and its class number, without augmentation;
-    ``split[Draw(epoch, index)]`` is the same as that epoch sees it. ``labels`` is int64 ``[N]`` on the CPU.
-    """
+    ``split[index]`` is a sample, float32 of any shape, and its class number, without augmentation; ``split[Draw(epoch,
+    index)]`` is the same as that epoch sees it. ``labels`` is int64 ``[N]`` on the CPU."""
 
     def __init__(self, labels: Tensor) -> None:
         self.labels = labels
@@ -54,10 +52,8 @@ class Split(data.Dataset[tuple[Tensor, int]], ABC):
 @dataclass(frozen=True)
 class Dataset:
     """Training and test samples of classes ``0 … num_classes - 1``; samples without labels have one class, "all".
-
     ``pixel_range`` holds the values of black and white in images ``[C, H, W]``; it is None where samples are no images.
-    Where ``latent`` is true, samples are latents of the Stable Diffusion VAE, which decode to images of this range.
-    """
+    Where ``latent`` is true, samples are latents of the Stable Diffusion VAE, which decode to images of this range."""
 
     name: str
     train: Split
@@ -80,10 +76,8 @@ def hold_out(names: Iterable[str | bytes]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def endless_shuffle(size: int, seed: int, start: int = 0) -> Iterator[Draw]:
-    """Draw samples ``0 … size - 1`` in a new random order every epoch, without end, from the draw ``start`` on.
-
-    The order depends on ``seed`` and the epoch only, so that a run that is resumed sees what it would have seen.
-    """
+    """Draw samples ``0 … size - 1`` in a new random order every epoch, without end, from the draw ``start`` on. The
+    order depends on ``seed`` and the epoch only, so that a run that is resumed sees what it would have seen."""
     first, offset = divmod(start, size)
     for epoch in count(first):
         order = np.random.default_rng([seed, epoch]).permutation(size)
@@ -95,9 +89,7 @@ def training_batches(
     split: Split, batch_size: int, seed: int, start: int = 0, workers: int = 0, part: slice | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Read batches of samples ``[B, *sample_shape]`` and labels ``[B]``, or ``part`` of each, from sample ``start`` on.
-
-    Their order is that of :func:`endless_shuffle`, whatever the ``workers``.
-    """
+    Their order is that of :func:`endless_shuffle`, whatever the ``workers``."""
     draws = endless_shuffle(len(split), seed, start)
     batches = (list(islice(draws, batch_size))[part or slice(None)] for _ in repeat(None))
     return read_batches(split, workers, batch_sampler=batches)

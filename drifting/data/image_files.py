@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,6 @@ from .own import number_splits
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 TEST_SPLITS = ("validation", "valid", "val", "test")  # ImageNet and others keep the labels of "test" to themselves.
-
-
-@dataclass(frozen=True)
-class Files:
-    """Image files below ``root``, decoded to RGB when they are asked for."""
-
-    root: Path
-    names: np.ndarray  # Workers that count references to a million strings would copy every page of them.
-
-    def __getitem__(self, index: int) -> Image.Image:
-        return read_image(self.root / os.fsdecode(self.names[index]))
 
 
 def load_folder(config: DataConfig, seed: int = 0) -> Dataset:
@@ -48,8 +37,12 @@ def load_folder(config: DataConfig, seed: int = 0) -> Dataset:
         if not len(names):
             expected = f"a sub-directory for each class, with files that end in {' '.join(SUFFIXES)}"
             raise UserError(f"there are too few images in {place}: expected {expected}")
-    splits = [(Files(place, names), labels) for place, (names, labels) in zip(places, found, strict=True)]
+    splits = [(partial(_file, place, names), labels) for place, (names, labels) in zip(places, found, strict=True)]
     return image_dataset(config, seed, splits, tuple(class_names), 3)
+
+
+def _file(root: Path, names: np.ndarray, index: int) -> Image.Image:
+    return read_image(root / os.fsdecode(names[index]))
 
 
 def _sub_folders(root: Path) -> list[str]:
@@ -63,6 +56,7 @@ def _list_images(root: Path, class_names: list[str]) -> tuple[np.ndarray, np.nda
         if name not in class_names:
             raise UserError(f"{root / name} is a class that the training images do not have")
     found = [(file, label) for label, name in enumerate(class_names) for file in sorted(_image_files(root, name))]
+    # Workers that count references to a million strings would copy every page of them.
     names = np.array([os.fsencode(file) for file, _ in found], dtype=bytes)
     return names, np.array([label for _, label in found], dtype=np.int64)
 
@@ -77,29 +71,10 @@ def _image_files(root: Path, class_name: str) -> Iterator[str]:
         yield from (f"{os.path.relpath(folder, root)}/{name}" for name in names if name.lower().endswith(SUFFIXES))
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Images in a column of a table, which holds their files: all data sets decode alike, and name what is broken."""
-
-    table: Any
-    column: str
-
-    def __getitem__(self, index: int) -> Image.Image:
-        cell = self.table[int(index)][self.column] or {"bytes": None, "path": None}
-        origin = f"image {index} of {self.table.split or 'the data set'} ({cell['path']})"
-        if cell["bytes"] is not None:
-            return decode_image(cell["bytes"], origin)
-        if cell["path"] is None:
-            raise ImageError(f"{origin} is missing")
-        return read_image(Path(cell["path"]))
-
-
 def load_huggingface(config: DataConfig, seed: int = 0) -> Dataset:
-    """Load the splits ``train`` and ``validation``, ``val`` or ``test``; without those, some rows are held out.
-
-    The image column is the only one of that type. The label column is ``config.label_column`` if that is set, else the
-    only one of type ``ClassLabel``, else the one called ``label``.
-    """
+    """Load the splits ``train`` and ``validation``, ``val`` or ``test``; without those, some rows are held out. The
+    image column is the only one of that type. The label column is ``config.label_column`` if that is set, else the only
+    one of type ``ClassLabel``, else the one called ``label``."""
     datasets: Any = require("datasets", "data.name=huggingface", "huggingface")
     tables = _load_tables(datasets, config)
     origin, features = f"data.path is {config.path}", tables[0].features
@@ -123,8 +98,19 @@ def load_huggingface(config: DataConfig, seed: int = 0) -> Dataset:
         if any(label is None or label < 0 for label in of_split):
             raise UserError(f"column {column!r} of the split {table.split} has rows without a known class")
         undecoded = table.cast_column(images[0], datasets.Image(decode=False)).select_columns(images)
-        splits.append((Rows(undecoded, images[0]), of_split))
+        splits.append((partial(_cell, undecoded, images[0]), of_split))
     return image_dataset(config, seed, splits, tuple(map(str, class_names)), 3)
+
+
+def _cell(table: Any, column: str, index: int) -> Image.Image:
+    """Decode an image of a table, which holds files: all data sets decode alike, and name what is broken."""
+    cell = table[int(index)][column] or {"bytes": None, "path": None}
+    origin = f"image {index} of {table.split or 'the data set'} ({cell['path']})"
+    if cell["bytes"] is not None:
+        return decode_image(cell["bytes"], origin)
+    if cell["path"] is None:
+        raise ImageError(f"{origin} is missing")
+    return read_image(Path(cell["path"]))
 
 
 def _load_tables(datasets: Any, config: DataConfig) -> tuple[Any, Any]:

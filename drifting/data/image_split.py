@@ -1,8 +1,6 @@
-"""From image files and arrays to normalised tensors: decoding, centre crops, random crops, flips.
-
-The random choices are functions of (seed, epoch, index), so that a resumed run sees the images it would have seen;
-torchvision's transforms draw them from a global generator.
-"""
+"""From image files and arrays to normalised tensors: decoding, centre crops, random crops, flips. The random choices
+are functions of (seed, epoch, index), so that a resumed run sees the images it would have seen; torchvision's
+transforms draw them from a global generator."""
 
 import io
 import math
@@ -33,10 +31,8 @@ class ImageError(UserError):
 
 
 class ImageSplit(Split):
-    """``images`` brought to ``[C, size, size]``; black, which is 0, becomes -1, and ``white`` becomes 1.
-
-    ``images`` is uint8 ``[N, H, W]`` or ``[N, H, W, 3]``, or has a Pillow image for each index.
-    """
+    """``images`` brought to ``[C, size, size]``; black, which is 0, becomes -1, and ``white`` becomes 1. ``images`` is
+    uint8 ``[N, H, W]`` or ``[N, H, W, 3]``, or returns a Pillow image for an index."""
 
     def __init__(
         self, images: Any, labels: ArrayLike, size: int, flip: bool = False, crop: bool = False, seed: int = 0,
@@ -46,8 +42,8 @@ class ImageSplit(Split):
         self.images, self.size, self.white, self.flip, self.crop, self.seed = images, size, white, flip, crop, seed
 
     def sample(self, index: int, draw: Draw | None) -> Tensor:
-        image, shape = self.images[index], (self.size, self.size)
-        box, mirrored = None, False
+        image = self.images(index) if callable(self.images) else self.images[index]
+        shape, box, mirrored = (self.size, self.size), None, False
         if draw is not None and (self.flip or self.crop):
             rng = np.random.default_rng([self.seed, *draw])
             mirrored = self.flip and rng.random() < 0.5
@@ -104,8 +100,6 @@ def decode_image(content: bytes, origin: str) -> Image.Image:
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:
     """Return the largest centred square at ``size``, halved by averaging, then bicubic, as ADM and the release do."""
-    if image.size == (size, size):
-        return image
     left, top = (max(0, side - MOST_ASPECT * min(image.size)) // 2 for side in image.size)
     image = image.crop((left, top, image.width - left, image.height - top))
     while min(image.size) >= 2 * size:

@@ -1,9 +1,7 @@
-"""Latents on disk, written once by ``python -m drifting.cache_latents`` and read memory-mapped in training.
-
-Each split has shards ``SPLIT/00000.npy`` of float16 ``[N, 2, C, h, w]``: the latent of each image and of its mirror
-image, multiplied by ``scaling_factor``. ``index.json`` says what the latents were made from and how, and lists the
-shards, labels and skipped images of each split.
-"""
+"""Latents on disk, written once by ``python -m drifting.cache_latents`` and read memory-mapped in training. Each split
+has shards ``SPLIT/00000.npy`` of float16 ``[N, 2, C, h, w]``: the latent of each image and of its mirror image,
+multiplied by ``scaling_factor``. ``index.json`` says what the latents were made from and how, and lists the shards,
+labels and skipped images of each split."""
 
 import re
 from pathlib import Path

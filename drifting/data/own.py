@@ -37,11 +37,9 @@ def distinct_labels(source: Any) -> set[Any] | None:
 
 
 def all_labels(source: Any) -> list[Any] | None:
-    """List the label of each sample of a map-style data set or of its DataLoader, or in a list of batches.
-
-    A data set that does not tell them is read once. The list is empty where samples have no labels, and None for what
-    can be read only once, or has no end.
-    """
+    """List the label of each sample of a map-style data set or of its DataLoader, or in a list of batches. A data set
+    that does not tell them is read once. The list is empty where samples have no labels, and None for what can be read
+    only once, or has no end."""
     if isinstance(source, DataLoader):
         return all_labels(source.dataset)
     if isinstance(source, IterableDataset) or not hasattr(source, "__len__"):
@@ -95,7 +93,7 @@ def tell_numbers(names: tuple[int | str, ...]) -> None:
 
 
 class OwnSplit(Split):
-    """The items ``x``, ``(x,)`` or ``(x, y)`` of a user's map-style data set, all of one shape; its labels begin as 0."""
+    """The items ``x``, ``(x,)`` or ``(x, y)`` of a user's map-style data set, of one shape; its labels begin as 0."""
 
     def __init__(self, items: Any, name: str) -> None:
         if not len(items):
@@ -121,10 +119,8 @@ class OwnSplit(Split):
 
 def load_own(config: DataConfig) -> Dataset:
     """Load what the function or class ``config.name`` gives for ``config.arguments`` and the changed keys of ``data``.
-
     That is a pair (training, test) of map-style data sets; or one of them, of which one sample in ten is for testing;
-    or a :class:`Dataset`. Labels are integers or text, or left out. Whatever goes wrong raises UserError.
-    """
+    or a :class:`Dataset`. Labels are integers or text, or left out. Whatever goes wrong raises UserError."""
     target = import_named(config.name, "data.name")
     changed = {key: getattr(config, key) for key in PASSED_ON if getattr(config, key) != getattr(DataConfig(), key)}
     check_arguments(target, arguments := changed | config.arguments, "data")

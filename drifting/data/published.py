@@ -139,10 +139,8 @@ class Memo(dict[int, Any]):
 
 
 class ArrayUnpickler(pickle._Unpickler):
-    """Reads plain data and arrays, and refuses whatever else a pickle refers to, which it could call.
-
-    The unpickler in C takes as much memory as a few bytes of a file ask it to; this one in Python only for bytearrays.
-    """
+    """Reads plain data and arrays, and refuses whatever else a pickle refers to, which it could call. The unpickler in
+    C takes as much memory as a few bytes of a file ask it to; this one in Python only for bytearrays."""
 
     dispatch = pickle._Unpickler.dispatch | dict.fromkeys((pickle.BYTEARRAY8[0], pickle.DUP[0]))
 

@@ -51,9 +51,7 @@ class RingBuffers:
 
 class SampleQueue:
     """The newest ``queue_size`` samples of every class, the positives, and newest samples of any, further negatives.
-
-    Labels are ``0 … num_classes - 1``. ``latent_shape`` is the shape of one sample, of any rank.
-    """
+    Labels are ``0 … num_classes - 1``. ``latent_shape`` is the shape of one sample, of any rank."""
 
     def __init__(
         self, queue_size: int = 128, num_classes: int = 1000, latent_shape: tuple[int, ...] = (4, 32, 32),
@@ -87,11 +85,9 @@ class SampleQueue:
     def sample(
         self, labels: Tensor, num_samples: int, generator: torch.Generator | None = None, part: slice = ALL
     ) -> Tensor:
-        """Draw samples ``[L, num_samples, *latent_shape]`` of the classes ``labels [L]``, without replacement.
-
-        A class that holds fewer repeats its samples, each equally often up to one. The CPU ``generator`` chooses for
-        all labels, also where only a ``part`` of them is returned.
-        """
+        """Draw samples ``[L, num_samples, *latent_shape]`` of the classes ``labels [L]``, without replacement. A class
+        that holds fewer repeats its samples, each equally often up to one. The CPU ``generator`` chooses for all
+        labels, also where only a ``part`` of them is returned."""
         labels = self._checked(labels)
         empty = labels[self.by_class.count[labels] == 0]
         if len(empty):

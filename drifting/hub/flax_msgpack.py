@@ -1,7 +1,5 @@
 """Read and write trees of arrays in the msgpack format of ``flax.serialization``, without flax. Nothing is unpickled.
-
-Arrays are msgpack extensions of type 1 around (shape, dtype name, bytes); those above 2³⁰ bytes are split in chunks.
-"""
+Arrays are msgpack extensions of type 1 around (shape, dtype name, bytes); those above 2³⁰ bytes are split in chunks."""
 
 import mmap
 from pathlib import Path

@@ -1,7 +1,5 @@
-"""Read and write artifacts of the official release (lambertae/drifting): ``ema_params.msgpack``, ``metadata.json``.
-
-Its arrays are views of our parameters: flax has matrices ``[in, out]``, ours are ``[out, in]``, and so on.
-"""
+"""Read and write artifacts of the official release (lambertae/drifting): ``ema_params.msgpack``, ``metadata.json``. Its
+arrays are views of our parameters: flax has matrices ``[in, out]``, ours are ``[out, in]``, and so on."""
 
 import re
 from collections.abc import Sequence
@@ -65,8 +63,7 @@ def read_artifact(folder: Path, kinds: Sequence[str] = tuple(MODELS)) -> tuple[D
         model: Any = build(MODELS[metadata["kind"]], our_config(metadata["kind"], metadata.get("model_config")))
         arrays = read_arrays(folder / WEIGHTS)
     arrays = {name.removeprefix("params/"): a.float() if a.is_floating_point() else a for name, a in arrays.items()}
-    problems = misfits(arrays, stored_arrays(model), arrays)
-    if problems:
+    if problems := misfits(arrays, stored_arrays(model), arrays):
         raise UserError(f"the weights in {folder} do not fit its model_config: {problems}")
     model.to_empty(device="cpu")
     with torch.no_grad():
@@ -90,9 +87,8 @@ def write_artifact(folder: Path, model: DriftingDiT | MAE, metadata: Any) -> Non
         raise UserError(f"base_channels is {width}: the release builds decoders of multiples of 32 only")
     model_config = {THEIR_NAMES.get(ours, ours): config[ours] for ours in DEFAULTS[kind]} | EXECUTION[kind]
     write_arrays(folder / WEIGHTS, stored_arrays(model))
-    metadata = {"path": f"params_ema/{WEIGHTS}", "model_config": model_config} | metadata
-    metadata |= {"format": "flax.msgpack", "kind": kind, "backend": "jax"}
-    write_object(folder / METADATA, metadata)
+    facts = {"path": f"params_ema/{WEIGHTS}", "model_config": model_config} | metadata
+    write_object(folder / METADATA, facts | {"format": "flax.msgpack", "kind": kind, "backend": "jax"})
 
 
 def our_config(kind: str, model_config: Any) -> dict[str, Any]:

@@ -74,10 +74,8 @@ def save_generator(run: RunDirectory, generator: Generator, quality: dict | None
 
 
 def write_model(run: RunDirectory, network: nn.Module, description: dict[str, Any]) -> None:
-    """Write ``model.safetensors``, and ``model.json`` with the network's kind, its arguments and ``description``.
-
-    The arguments of a network of ours are its ``config``, those of a user's own what ``description`` calls ``model``.
-    """
+    """Write ``model.safetensors``, and ``model.json`` with the network's kind, its arguments and ``description``. The
+    arguments of a network of ours are its ``config``, those of a user's own what ``description`` calls ``model``."""
     # A class derived from one of ours may compute anything: it is the user's own.
     kind = next((kind for kind, ours in KINDS.items() if type(network) is ours), OWN)
     arguments: Any = description.get("model", {}) if kind == OWN else network.config
@@ -89,11 +87,9 @@ def write_model(run: RunDirectory, network: nn.Module, description: dict[str, An
 
 
 def read_any(path: Path, model: Model = None, kinds: Sequence[str] = tuple(NOUNS)) -> Described:
-    """Read the network of the run in ``path``, in evaluation mode, and what its ``model.json`` says.
-
-    A user's own network is ``model``, which gets the weights, or what ``model`` builds of the arguments in that file.
-    The file names a class, but nothing is ever imported for it. Networks of ours are built on the CPU.
-    """
+    """Read the network of the run in ``path``, in evaluation mode, and what its ``model.json`` says. A user's own
+    network is ``model``, which gets the weights, or what ``model`` builds of the arguments in that file. The file names
+    a class, but nothing is ever imported for it. Networks of ours are built on the CPU."""
     run = RunDirectory(path)
     for file in (run.description, run.weights):
         if not file.is_file():

@@ -25,10 +25,8 @@ TYPES: dict[str, Any] = {  # A description has values of these types.
 
 
 def load_generator(source: str | Path, model: Model = None) -> Generator:
-    """Load the generator of ``source``, in evaluation mode; networks of ours are on the CPU.
-
-    A user's own network needs ``model``: an ``nn.Module``, which gets the weights, or what builds it of its arguments.
-    """
+    """Load the generator of ``source``, in evaluation mode; networks of ours are on the CPU. A user's own network needs
+    ``model``: an ``nn.Module``, which gets the weights, or what builds it of its arguments."""
     return as_generator(source, *open_model(source, GENERATORS, model))
 
 

@@ -16,10 +16,8 @@ MOST_JSON = 2**28  # This many bytes: the index of ImageNet's latents has about 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside ``path``; what the block wrote there is synced to disk, then moved to ``path``.
-
-    The folder is made if it is not there. Where anything fails, ``path`` stays as it was before.
-    """
+    """Give a temporary path beside ``path``; what the block wrote there is synced to disk, then moved to ``path``. The
+    folder is made if it is not there. Where anything fails, ``path`` stays as it was before."""
     part = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
