@@ -1,10 +1,7 @@
-"""``python -m drifting.cache_latents SRC DST``: encode images once, to train on their latents.
+"""``python -m drifting.cache_latents SRC DST``: encode images once, to train on their latents. As in the release's
+cache, each image is centre-cropped and encoded as it is and mirrored, and what is kept of either is one draw from the
+VAE's posterior, with the same noise for both. :mod:`drifting.data.latents` describes the format."""
 
-As in the release's cache, each image is centre-cropped and encoded as it is and mirrored, and what is kept of either
-is one draw from the VAE's posterior, with the same noise for both. :mod:`drifting.data.latents` describes the format.
-"""
-
-import json
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -22,9 +19,9 @@ from .data import DATASETS, Dataset, Split, open_dataset
 from .data.dataset import read_batches
 from .data.image_split import ImageError
 from .data.latents import INDEX, read_index
-from .errors import UserError, reason
+from .errors import UserError, explained
 from .hub.vae import LATENT_SCALE, VAE, encode_images
-from .utils.files import atomic_write
+from .utils.files import atomic_write, write_object
 
 Encoder = Callable[[Tensor], tuple[Tensor, Tensor]]  # It gives mean and deviation of the latents of [B, 3, H, W].
 SHARD_SIZE = 8192  # That many images have 134 MB of 4 × 32 × 32 latents.
@@ -35,11 +32,9 @@ NUMBERS = {  # Options with their default, least value and description.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = ArgumentParser(
-        prog="python -m drifting.cache_latents",
-        description="Encode images to latents. The same command again goes on where the last one stopped.",
-    )
-    kinds = [name for name, source in DATASETS.items() if "path" not in source.unused and name != "latents"]
+    purpose = "Encode images to latents. The same command again goes on where the last one stopped."
+    parser = ArgumentParser("python -m drifting.cache_latents", description=purpose)
+    kinds = [name for name in DATASETS if name not in ("digits", "latents")]
     parser.add_argument("source", metavar="SRC", help="folder of the images, or a name on the Hugging Face hub")
     parser.add_argument("destination", metavar="DST", type=Path, help="folder for the latents")
     parser.add_argument("--data", choices=kinds, default="folder", help="what SRC holds (default: folder)")
@@ -68,14 +63,9 @@ def cache_latents(
     dataset: Dataset, destination: Path, *, origin: dict[str, Any], encode: Encoder,
     batch_size: int = 32, shard_size: int = SHARD_SIZE, workers: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
-    """Write the latents of ``dataset`` that ``destination`` does not hold yet, and return its index.
-
-    The index keeps ``origin``, which says what ``dataset`` and ``encode`` are. Grey images are encoded as RGB.
-
-    Raises:
-        UserError: ``destination`` holds latents of another origin or cannot be written; not one image can be decoded.
-    """
-    splits = {"train": dataset.train, "test": dataset.test}
+    """Write the latents of ``dataset`` that ``destination`` does not hold yet, and return its index. The index keeps
+    ``origin``, which says what ``dataset`` and ``encode`` are. Grey images are encoded as RGB."""
+    splits, file = {"train": dataset.train, "test": dataset.test}, destination / INDEX
     sizes = {name: len(split) for name, split in splits.items()}
     index: dict[str, Any] = {
         "complete": False, "dtype": "float16", "scaling_factor": LATENT_SCALE, "shape": [],
@@ -83,39 +73,38 @@ def cache_latents(
         "class_names": list(dataset.class_names),
         "splits": {name: {"shards": [], "labels": [], "skipped": []} for name in splits},
     }  # fmt: skip
-    try:
+    with explained(f"cannot write latents to {destination}"):
         destination.mkdir(parents=True, exist_ok=True)
-        if (destination / INDEX).exists():
-            now, index = index["settings"], read_index(destination)
-            made = index["settings"]
-            changed = [f"{key}: {made.get(key)}, now {value}" for key, value in now.items() if made.get(key) != value]
-            if changed:
-                otherwise = "; ".join(changed)
-                raise UserError(f"{destination} holds latents made otherwise ({otherwise}): choose another DST")
-        elif any(destination.iterdir()):
-            raise UserError(f"{destination} has files but no {INDEX}: choose another DST, or empty it")
-        if not index["complete"]:
-            _write_index(destination, index)
-            for name, split in splits.items():
-                _cache_split(destination, index, name, split, encode, batch_size, workers)
-            _write_index(destination, index | {"complete": True})
-    except (OSError, KeyError, TypeError) as error:  # An earlier index that is damaged may lack anything.
-        raise UserError(f"cannot write latents: {reason(error)}") from error
+    if file.exists():
+        now, index = index["settings"], read_index(destination)
+        made = index["settings"]
+        changed = [f"{key}: {made.get(key)}, now {value}" for key, value in now.items() if made.get(key) != value]
+        if changed:
+            raise UserError(f"{destination} holds latents made otherwise ({'; '.join(changed)}): choose another DST")
+        with explained(f"{file} is damaged, choose another DST or empty this one"):
+            lists = [index["splits"][name][key] for name in splits for key in ("shards", "labels", "skipped")]
+            if any(not isinstance(part, list) for part in lists):
+                raise UserError("expected lists of shards, labels and skipped images")
+    elif any(destination.iterdir()):
+        raise UserError(f"{destination} has files but no {INDEX}: choose another DST, or empty it")
+    if not index["complete"]:
+        write_object(file, index, indent=None)
+        for name, split in splits.items():
+            _cache_split(destination, index, name, split, encode, batch_size, workers)
+        write_object(file, index | {"complete": True}, indent=None)
     return index | {"complete": True}
 
 
 def _cache_split(
     destination: Path, index: dict[str, Any], name: str, split: Split, encode: Encoder, batch_size: int, workers: int
 ) -> None:
-    """Write the shards of a split that ``index`` does not list yet, each listed once it is written."""
     content, size = index["splits"][name], index["settings"]["shard_size"]
     done = len(content["labels"]) + len(content["skipped"])
-    bar = tqdm(total=len(split), initial=done, unit="img", desc=f"encoding {name}", mininterval=0.5)
-    with bar:
+    with tqdm(total=len(split), initial=done, unit="img", desc=f"encoding {name}", mininterval=0.5) as bar:
         for start in range(done, len(split), size):
             latents, shard = [], range(start, min(start + size, len(split)))
-            batches = read_batches(shard, workers, batch_size=batch_size, collate_fn=partial(_read, split))
-            for images, numbers, labels, skipped in batches:
+            settings = {"batch_size": batch_size, "collate_fn": partial(_read, split)}
+            for images, numbers, labels, skipped in read_batches(shard, workers, **settings):
                 if numbers:
                     latents.append(_draw_latents(images, numbers, encode))
                 content["labels"] += labels
@@ -129,7 +118,7 @@ def _cache_split(
                     np.save(opened, np.concatenate(latents))
                 content["shards"].append({"file": file, "count": sum(map(len, latents))})
                 index["shape"] = list(latents[0].shape[2:])
-            _write_index(destination, index)
+            write_object(destination / INDEX, index, indent=None)
     if not content["labels"]:
         raise UserError(f"not one {name} image can be decoded, see above")
 
@@ -153,11 +142,6 @@ def _draw_latents(images: Tensor, indices: list[int], encode: Encoder) -> np.nda
     shape = mean.shape[2:]
     noise = np.stack([np.random.default_rng(index).standard_normal(shape, np.float32) for index in indices])
     return (mean + std * torch.from_numpy(noise)).transpose(0, 1).numpy().astype(np.float16)
-
-
-def _write_index(destination: Path, index: dict[str, Any]) -> None:
-    with atomic_write(destination / INDEX) as part:
-        part.write_text(json.dumps(index) + "\n")
 
 
 if __name__ == "__main__":

@@ -12,12 +12,10 @@ from .models import MAE, DriftingDiT
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    purpose = "Convert a model of the official release to ours, or back."
-    parser = ArgumentParser(prog="python -m drifting.convert", description=purpose)
+    parser = ArgumentParser("python -m drifting.convert", description="Convert models of the release to ours, or back.")
     parser.add_argument("source", metavar="SRC", help="hf://NAME, directory with ema_params.msgpack, or run directory")
     parser.add_argument("destination", metavar="DST", type=Path, help="directory to write the other format to")
     arguments = parser.parse_args(argv)
-
     destination, run = arguments.destination, RunDirectory(arguments.destination)
     folder, to_ours = locate(arguments.source)
     written = [run.weights, run.description] if to_ours else [destination / WEIGHTS, destination / METADATA]

@@ -1,8 +1,5 @@
-"""``python -m drifting.doctor`` lists versions, devices and backends, and checks each usable backend.
-
-The check compares the three forms of the operator with the dense reference in float64, forward and backward, on small
-problems, in ten seconds a backend at most. The exit status says whether all that was checked agreed.
-"""
+"""``python -m drifting.doctor`` lists versions, devices and backends, and checks each usable backend. It compares
+outputs and gradients of the operator's forms, on small problems, with the dense reference in float64."""
 
 import importlib.metadata
 import os
@@ -26,23 +23,18 @@ PACKAGES = (
     "tensorboard", "torchvision", "huggingface_hub", "diffusers", "torch-fidelity", "transformers", "datasets", "wandb",
 )  # fmt: skip
 
+X, POS, NEG = (4, 24, 12), (4, 20, 12), (4, 9, 12)
 LARGE = "drift_field of 600 points"  # The kernels that stream serve it, and Triton's interpreter takes minutes.
 FORMS: dict[str, Any] = {  # These are function, shapes of tensors and options.
     "compute_V": (drift_ops.compute_V, {"x": (24, 12), "x_data": (20, 12), "x_gen": (9, 12)}, {"sigma": 3.0}),
-    "drift_field": (
-        drift_ops.drift_field, {"x": (4, 24, 12), "pos": (4, 20, 12), "neg": (4, 9, 12)}, {"temperature": (0.5, 2.0)},
-    ),
-    "drift_loss": (
-        drift_ops.drift_loss, {"gen": (4, 24, 12), "fixed_pos": (4, 20, 12), "fixed_neg": (4, 9, 12)},
-        {"affinity_floor": 0.0},
-    ),
+    "drift_field": (drift_ops.drift_field, {"x": X, "pos": POS, "neg": NEG}, {"temperature": (0.5, 2.0)}),
+    "drift_loss": (drift_ops.drift_loss, {"gen": X, "fixed_pos": POS, "fixed_neg": NEG}, {"affinity_floor": 0.0}),
     LARGE: (drift_ops.drift_field, {"x": (600, 40), "pos": (500, 40)}, {"temperature": 2.0}),
 }  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    purpose = "What this machine has, and whether it works."
-    ArgumentParser(prog="python -m drifting.doctor", description=purpose).parse_args(argv)
+    ArgumentParser("python -m drifting.doctor", description="What this machine has, and if it works.").parse_args(argv)
     verdicts = []
     for name, value in _facts():
         print(f"  {name:<18}{value}" if value else name)
@@ -54,8 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(failed)
 
 
-def _facts() -> Iterator[tuple[str, str]]:
-    """Name what there is on this machine, with its value; headings have none."""
+def _facts() -> Iterator[tuple[str, str]]:  # Headings have no value.
     yield "versions", ""
     yield "python", f"{platform.python_version()} on {platform.platform()}"
     for package in PACKAGES:
@@ -76,8 +67,7 @@ def _facts() -> Iterator[tuple[str, str]]:
 def _check(name: str) -> str:
     """Say whether a usable backend agrees with the reference, and for which forms there was no time."""
     interpreted = name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    started = time.perf_counter()
-    problems, unchecked = [], []
+    started, problems, unchecked = time.perf_counter(), [], []
     for label in FORMS:
         if time.perf_counter() - started > SECONDS / 2 or (interpreted and label == LARGE):
             unchecked.append(label)
@@ -97,7 +87,6 @@ def _check(name: str) -> str:
 
 
 def _run(label: str, backend: str, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Compute output and gradients of a form on a backend."""
     function, shapes, options = FORMS[label]
     generator = torch.Generator().manual_seed(0)
     values = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}

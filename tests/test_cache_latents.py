@@ -214,6 +214,10 @@ def test_destinations_that_cannot_be_read_or_written(source, tmp_path):
     (tmp_path / "out" / "train" / "00002.npy").unlink()
     with pytest.raises(UserError, match="00002.npy is missing"):
         latents_of(tmp_path / "out")
+    index = json.loads((tmp_path / "out" / INDEX).read_text())
+    (tmp_path / "out" / INDEX).write_text(json.dumps({key: index[key] for key in index if key != "splits"}))
+    with pytest.raises(UserError, match="index.json is damaged.*: KeyError: 'splits'"):
+        cache(source, tmp_path / "out")
     (tmp_path / "out" / INDEX).unlink()
     with pytest.raises(UserError, match="has files but no index.json: choose another DST, or empty it"):
         cache(source, tmp_path / "out")

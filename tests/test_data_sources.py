@@ -12,9 +12,8 @@ from PIL import Image
 
 from drifting.config.schema import DataConfig
 from drifting.data import open_dataset
-from drifting.data.cifar10 import read_batch
-from drifting.data.idx import FASHION_MNIST, read_idx
 from drifting.data.image_split import ImageError
+from drifting.data.published import FASHION_MNIST, read_batch, read_idx
 from drifting.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -235,9 +234,9 @@ def test_folder_without_splits_holds_out_some_for_good(tmp_path):
     assert 8 <= len(before.test) <= 35 and len(before.train) + len(before.test) == 200
     write_images(tmp_path, {"emu": 50})
     after = open_dataset(folder(tmp_path))
-    held = [split.images.names[split.labels.numpy() < 2].tolist() for split in (before.test, after.test)]
+    held = [split.images.args[1][split.labels.numpy() < 2].tolist() for split in (before.test, after.test)]
     assert held[0] == held[1]
-    assert not set(after.train.images.names.tolist()) & set(after.test.images.names.tolist())
+    assert not set(after.train.images.args[1].tolist()) & set(after.test.images.args[1].tolist())
 
 
 def test_folder_names_broken_images_and_classes_out_of_place(tmp_path):

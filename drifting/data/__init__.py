@@ -6,14 +6,11 @@ from typing import NamedTuple
 from ..config.schema import DataConfig
 from ..errors import UserError
 from ..utils.named import is_own, nearest
-from .cifar10 import load_cifar10
 from .dataset import Dataset, Draw, Split, training_batches
-from .digits import load_digits
-from .folder import load_folder
-from .huggingface import load_huggingface
-from .idx import FASHION_MNIST, MNIST
+from .image_files import load_folder, load_huggingface
 from .latents import COMMAND, load_latents
 from .own import load_own
+from .published import FASHION_MNIST, MNIST, load_cifar10, load_digits
 from .sample_queue import SampleQueue
 
 __all__ = ["DATASETS", "Dataset", "Draw", "SampleQueue", "Split", "load_digits", "open_dataset", "training_batches"]
@@ -43,10 +40,7 @@ DATASETS = {
 
 def open_dataset(config: DataConfig, seed: int = 0) -> Dataset:
     """Open the data set that ``config`` describes, one of ours or the user's own; ``seed`` decides on flips and crops.
-
-    Raises:
-        UserError: it is unknown, is not there, cannot be read or needs a package; or a key is set in vain, or missing.
-    """
+    It raises UserError where the data set cannot be had, and where a key of ``data`` is missing or set in vain."""
     if is_own(config.name):
         return load_own(config)
     if config.name not in DATASETS:

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count, islice, repeat
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,10 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import data
 
-from ..config.schema import DataConfig
 from ..errors import UserError
-
-HELD_OUT = 10  # One sample in so many is for testing, where a data set has no such split of its own.
 
 
 class Draw(NamedTuple):
@@ -31,10 +27,8 @@ class Draw(NamedTuple):
 
 class Split(data.Dataset[tuple[Tensor, int]], ABC):
     """Samples with their class numbers, as a map-style data set for :class:`torch.utils.data.DataLoader`.
-
-    ``split[index]`` is a sample, float32 of any shape, and its class number, without augmentation;
-    ``split[Draw(epoch, index)]`` is the same as that epoch sees it. ``labels`` is int64 ``[N]`` on the CPU.
-    """
+    ``split[index]`` is a sample, float32 of any shape, and its class number, without augmentation; ``split[Draw(epoch,
+    index)]`` is the same as that epoch sees it. ``labels`` is int64 ``[N]`` on the CPU."""
 
     def __init__(self, labels: Tensor) -> None:
         self.labels = labels
@@ -58,10 +52,8 @@ class Split(data.Dataset[tuple[Tensor, int]], ABC):
 @dataclass(frozen=True)
 class Dataset:
     """Training and test samples of classes ``0 … num_classes - 1``; samples without labels have one class, "all".
-
     ``pixel_range`` holds the values of black and white in images ``[C, H, W]``; it is None where samples are no images.
-    Where ``latent`` is true, samples are latents of the Stable Diffusion VAE, which decode to images of this range.
-    """
+    Where ``latent`` is true, samples are latents of the Stable Diffusion VAE, which decode to images of this range."""
 
     name: str
     train: Split
@@ -76,28 +68,16 @@ class Dataset:
         return len(self.class_names)
 
 
-def find_files(config: DataConfig, folders: Iterable[str], names: list[str], what: str, remedy: str) -> list[Path]:
-    """Find files of those names, compressed (``.gz``) or not, in ``config.path`` or one of the usual ``folders``."""
-    places = [Path(folder) for folder in ((config.path,) if config.path else folders)]
-    for folder in places:
-        files = [folder / name if (folder / name).is_file() else folder / f"{name}.gz" for name in names]
-        if all(file.is_file() for file in files):
-            return files
-    raise UserError(f"data.name is {config.name}, but {what} are not in {' or '.join(map(str, places))}: {remedy}")
-
-
 def hold_out(names: Iterable[str | bytes]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the indices of training and of test samples; a hash of each sample's name decides, whatever the others."""
+    """Return the indices of training samples and of one test sample in ten, on which a hash of its name decides."""
     digests = (hashlib.blake2b(os.fsencode(name), digest_size=8).digest() for name in names)
-    held = np.array([int.from_bytes(digest, "big") % HELD_OUT == 0 for digest in digests], dtype=bool)
+    held = np.array([int.from_bytes(digest, "big") % 10 == 0 for digest in digests], dtype=bool)
     return np.flatnonzero(~held), np.flatnonzero(held)
 
 
 def endless_shuffle(size: int, seed: int, start: int = 0) -> Iterator[Draw]:
-    """Draw samples ``0 … size - 1`` in a new random order every epoch, without end, from the draw ``start`` on.
-
-    The order depends on ``seed`` and the epoch only, so that a run that is resumed sees what it would have seen.
-    """
+    """Draw samples ``0 … size - 1`` in a new random order every epoch, without end, from the draw ``start`` on. The
+    order depends on ``seed`` and the epoch only, so that a run that is resumed sees what it would have seen."""
     first, offset = divmod(start, size)
     for epoch in count(first):
         order = np.random.default_rng([seed, epoch]).permutation(size)
@@ -109,9 +89,7 @@ def training_batches(
     split: Split, batch_size: int, seed: int, start: int = 0, workers: int = 0, part: slice | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Read batches of samples ``[B, *sample_shape]`` and labels ``[B]``, or ``part`` of each, from sample ``start`` on.
-
-    Their order is that of :func:`endless_shuffle`, whatever the ``workers``.
-    """
+    Their order is that of :func:`endless_shuffle`, whatever the ``workers``."""
     draws = endless_shuffle(len(split), seed, start)
     batches = (list(islice(draws, batch_size))[part or slice(None)] for _ in repeat(None))
     return read_batches(split, workers, batch_sampler=batches)
@@ -130,19 +108,14 @@ def _ignore_ctrl_c(worker: int) -> None:
 
 @contextmanager
 def telling_of_dead_workers() -> Iterator[None]:
-    """Inside, a worker that fails or dies raises UserError in one line.
-
-    The DataLoader notices a dead one in any statement, and puts a worker's traceback before its message.
-    """
+    """Inside, a worker that fails or dies raises UserError in one line; the DataLoader notices it in any statement."""
     try:
         yield
-    except UserError as error:
-        if "Original Traceback" not in str(error):
-            raise
-        last = str(error).rstrip().splitlines()[-1]  # This is "drifting.errors.UserError: MESSAGE".
-        raise UserError(last.partition(": ")[2]) from error
-    except RuntimeError as error:
+    except (UserError, RuntimeError) as error:
+        lines = str(error).rstrip().splitlines()
+        if isinstance(error, UserError) and "Original Traceback" in str(error):
+            raise UserError(lines[-1].partition(": ")[2]) from error  # It is "drifting.errors.UserError: MESSAGE".
         if "DataLoader worker" not in str(error):
             raise
-        message = str(error).partition("\n")[0].rstrip(". ")
-        raise UserError(f"a process that reads data died ({message}): fewer data.workers need less memory") from error
+        died = f"a process that reads data died ({lines[0].rstrip('. ')})"
+        raise UserError(f"{died}: fewer data.workers need less memory") from error

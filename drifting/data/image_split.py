@@ -1,8 +1,6 @@
-"""From image files and arrays to normalised tensors: decoding, centre crops, random crops, flips.
-
-The random choices are made here rather than by torchvision, whose transforms draw from a global generator: each is a
-function of (seed, epoch, index), so that a resumed run sees the images it would have seen.
-"""
+"""From image files and arrays to normalised tensors: decoding, centre crops, random crops, flips. The random choices
+are functions of (seed, epoch, index), so that a resumed run sees the images it would have seen; torchvision's
+transforms draw them from a global generator."""
 
 import io
 import math
@@ -20,15 +18,11 @@ from ..config.schema import DataConfig
 from ..errors import UserError, reason
 from .dataset import Dataset, Draw, Split
 
-# Random resized crops as the release trains with, and as is usual for ImageNet.
-CROP_AREA = (0.2, 1.0)  # The share of the image's area.
-CROP_ASPECT = (3 / 4, 4 / 3)  # Width over height.
-CROP_TRIALS = 10
-
+# Random resized crops have these shares of the image's area and widths over heights, in the release and elsewhere.
+CROP_AREA, CROP_ASPECT = (0.2, 1.0), (3 / 4, 4 / 3)
 # Pillow decodes these formats only (for PostScript, it would run a program), up to so many bytes and pixels.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
-MOST_BYTES = 2**28
-MOST_PIXELS = 2**26
+MOST_BYTES, MOST_PIXELS = 2**28, 2**26
 MOST_ASPECT = 16  # Of an image longer than that, the middle is resized.
 
 
@@ -37,10 +31,8 @@ class ImageError(UserError):
 
 
 class ImageSplit(Split):
-    """``images`` brought to ``[C, size, size]`` in [-1, 1], with integer ``labels [N]``; ``white`` becomes 1, 0 is -1.
-
-    ``images`` is uint8 ``[N, H, W]`` or ``[N, H, W, 3]``, or has a Pillow image for each index.
-    """
+    """``images`` brought to ``[C, size, size]``; black, which is 0, becomes -1, and ``white`` becomes 1. ``images`` is
+    uint8 ``[N, H, W]`` or ``[N, H, W, 3]``, or returns a Pillow image for an index."""
 
     def __init__(
         self, images: Any, labels: ArrayLike, size: int, flip: bool = False, crop: bool = False, seed: int = 0,
@@ -50,8 +42,8 @@ class ImageSplit(Split):
         self.images, self.size, self.white, self.flip, self.crop, self.seed = images, size, white, flip, crop, seed
 
     def sample(self, index: int, draw: Draw | None) -> Tensor:
-        image, shape = self.images[index], (self.size, self.size)
-        box, mirrored = None, False
+        image = self.images(index) if callable(self.images) else self.images[index]
+        shape, box, mirrored = (self.size, self.size), None, False
         if draw is not None and (self.flip or self.crop):
             rng = np.random.default_rng([self.seed, *draw])
             mirrored = self.flip and rng.random() < 0.5
@@ -61,10 +53,8 @@ class ImageSplit(Split):
         elif not isinstance(image, np.ndarray) or image.shape[:2] != shape:  # Others are faster without Pillow.
             image = centre_crop(_as_image(image), self.size)
         pixels = np.asarray(image).reshape(*shape, -1)[:, :: -1 if mirrored else 1]
-        values = pixels.transpose(2, 0, 1).astype(np.float32, order="C")
-        values /= self.white / 2
-        values -= 1
-        return torch.from_numpy(values)
+        values = torch.from_numpy(pixels.transpose(2, 0, 1).astype(np.float32, order="C"))
+        return values.div_(self.white / 2).sub_(1)
 
 
 def _as_image(image: Image.Image | np.ndarray) -> Image.Image:
@@ -110,8 +100,6 @@ def decode_image(content: bytes, origin: str) -> Image.Image:
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:
     """Return the largest centred square at ``size``, halved by averaging, then bicubic, as ADM and the release do."""
-    if image.size == (size, size):
-        return image
     left, top = (max(0, side - MOST_ASPECT * min(image.size)) // 2 for side in image.size)
     image = image.crop((left, top, image.width - left, image.height - top))
     while min(image.size) >= 2 * size:
@@ -125,7 +113,7 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
 def random_crop(width: int, height: int, rng: np.random.Generator) -> tuple[float, float, float, float]:
     """Draw a box of random area and aspect ratio inside an image, or the largest centred one if ten do not fit."""
     low, high = np.log(CROP_ASPECT)
-    for _ in range(CROP_TRIALS):
+    for _ in range(10):
         area = width * height * rng.uniform(*CROP_AREA)
         aspect = math.exp(rng.uniform(low, high))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))

@@ -1,10 +1,7 @@
-"""Latents on disk, written once by ``python -m drifting.cache_latents`` and read memory-mapped in training.
-
-Each split has shards ``SPLIT/00000.npy`` of float16 ``[N, 2, C, h, w]``: the latent of each image and of its mirror
-image, multiplied by ``scaling_factor``. ``index.json`` holds that factor, ``complete``, ``settings`` (what the latents
-were made from and how), ``dtype``, ``shape`` (``[C, h, w]``), ``class_names`` and ``splits``: for each its ``shards``
-(``file`` and ``count``), the ``labels`` of its latents, and the images ``skipped`` with the reason.
-"""
+"""Latents on disk, written once by ``python -m drifting.cache_latents`` and read memory-mapped in training. Each split
+has shards ``SPLIT/00000.npy`` of float16 ``[N, 2, C, h, w]``: the latent of each image and of its mirror image,
+multiplied by ``scaling_factor``. ``index.json`` says what the latents were made from and how, and lists the shards,
+labels and skipped images of each split."""
 
 import re
 from pathlib import Path
@@ -15,12 +12,11 @@ import torch
 from torch import Tensor
 
 from ..config.schema import DataConfig
-from ..errors import UserError, reason
+from ..errors import UserError, explained, reason
 from ..utils.files import read_object
 from .dataset import Dataset, Draw, Split
 
-COMMAND = "`python -m drifting.cache_latents`"
-INDEX = "index.json"
+COMMAND, INDEX = "`python -m drifting.cache_latents`", "index.json"
 
 
 class LatentSplit(Split):
@@ -47,21 +43,19 @@ class LatentSplit(Split):
         return torch.from_numpy(latent.astype(np.float32))
 
     def _shard(self, number: int) -> np.ndarray:
-        """Return the latents ``[N, 2, C, h, w]`` of a shard, memory-mapped."""
-        if number not in self.shards:
-            file = self.files[number]
-            if not file.is_file():
-                raise UserError(f"{file} is missing")
-            shard = np.load(file, mmap_mode="r", allow_pickle=False)
-            if shard.dtype != np.float16 or list(shard.shape[1:]) != [2, *self.shape]:
-                held = f"{file} holds {shard.dtype} {list(shard.shape)}"
-                raise UserError(f"{held}, expected float16 [N, 2, {str(self.shape)[1:]}")
-            self.shards[number] = shard
-        return self.shards[number]
+        if number in self.shards:
+            return self.shards[number]
+        file = self.files[number]
+        if not file.is_file():
+            raise UserError(f"{file} is missing")
+        shard = self.shards[number] = np.load(file, mmap_mode="r", allow_pickle=False)
+        if shard.dtype != np.float16 or list(shard.shape[1:]) != [2, *self.shape]:
+            held = f"{file} holds {shard.dtype} {list(shard.shape)}"
+            raise UserError(f"{held}, expected float16 [N, 2, {str(self.shape)[1:]}")
+        return shard
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the open shards, which would be sent to workers as copies of the files."""
-        return self.__dict__ | {"shards": {}}
+        return self.__dict__ | {"shards": {}}  # Open shards would be sent to workers as copies of the files.
 
 
 def load_latents(config: DataConfig, seed: int = 0) -> Dataset:
@@ -81,11 +75,8 @@ def load_latents(config: DataConfig, seed: int = 0) -> Dataset:
 
 
 def read_index(root: Path) -> dict[str, Any]:
-    """Read the index in ``root``; raises UserError where it is damaged."""
-    try:
+    with explained(f"{root / INDEX} cannot be read"):
         index = read_object(root / INDEX)
         if not isinstance(index.get("complete"), bool) or not isinstance(index.get("settings"), dict):
-            raise ValueError(f"it is no index of {COMMAND}")
-    except ValueError as error:
-        raise UserError(f"{root / INDEX} cannot be read: {error}") from error
+            raise UserError(f"it is no index of {COMMAND}")
     return index

@@ -11,14 +11,12 @@ from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 from tqdm import tqdm
 
 from ..config.schema import DataConfig
-from ..errors import UserError, reason
+from ..errors import UserError, explained
 from ..utils.named import check_arguments, import_named
 from .dataset import Dataset, Draw, Split, hold_out
 
 ALL = ("all",)  # The one class of samples without labels.
-MOST_NAMED = 10  # This many labels are named in a message.
-PROBED = 1000  # At most so many training samples tell the range of pixels.
-PIXEL_RANGES = ((0.0, 1.0), (-1.0, 1.0))  # The first that holds all values is that of images.
+MOST_NAMED, PROBED = 10, 1000  # So many labels are named, and so many training samples tell the range of pixels.
 PASSED_ON = ("path", "image_size", "flip", "crop", "subset", "label_column")
 
 
@@ -33,17 +31,15 @@ def label_of(item: Any) -> Any:
 
 
 def distinct_labels(source: Any) -> set[Any] | None:
-    """Return the labels that occur in what :func:`all_labels` takes."""
+    """Return the labels that occur in what :func:`all_labels` takes, None where it returns None."""
     labels = all_labels(source)
     return labels if labels is None else set(labels)
 
 
 def all_labels(source: Any) -> list[Any] | None:
-    """List the label of each sample of a map-style data set or of its DataLoader, or in a list of batches.
-
-    A data set that does not tell them is read once. The list is empty where samples have no labels, and None for what
-    can be read only once, or has no end.
-    """
+    """List the label of each sample of a map-style data set or of its DataLoader, or in a list of batches. A data set
+    that does not tell them is read once. The list is empty where samples have no labels, and None for what can be read
+    only once, or has no end."""
     if isinstance(source, DataLoader):
         return all_labels(source.dataset)
     if isinstance(source, IterableDataset) or not hasattr(source, "__len__"):
@@ -63,7 +59,6 @@ def all_labels(source: Any) -> list[Any] | None:
 
 
 def _plain(labels: Any) -> list[Any]:
-    """Return labels as a list of Python's own values."""
     if hasattr(labels, "tolist"):  # Tensors and arrays have it.
         labels = labels.tolist()
     if not isinstance(labels, (list, tuple)):
@@ -98,30 +93,24 @@ def tell_numbers(names: tuple[int | str, ...]) -> None:
 
 
 class OwnSplit(Split):
-    """The items ``x``, ``(x,)`` or ``(x, y)`` of a user's map-style data set, called "training" or "test".
-
-    Samples become float32 and must all have the shape of the first one. ``labels`` are to be set.
-    """
-
-    shape: Any = None
+    """The items ``x``, ``(x,)`` or ``(x, y)`` of a user's map-style data set, of one shape; its labels begin as 0."""
 
     def __init__(self, items: Any, name: str) -> None:
         if not len(items):
             raise UserError(f"the {name} data are empty")
         super().__init__(torch.zeros(len(items), dtype=torch.int64))
         self.items, self.name = items, name
+        self.shape: Any = None
         self.shape = self.sample(0, None).shape
 
     def sample(self, index: int, draw: Draw | None) -> Tensor:
-        try:
+        with explained(f"sample {index} of the {self.name} data cannot be used"):
             x = sample_of(self.items[index])
             if not isinstance(x, (Tensor, np.ndarray, np.generic, int, float)):
                 raise UserError(f"it is a {type(x).__name__}, expected a tensor, an array or a number")
             sample = x.detach().cpu() if isinstance(x, Tensor) else torch.from_numpy(np.array(x))
             if sample.is_complex():
                 raise UserError("it has complex numbers, expected real ones")
-        except Exception as error:  # The user's code may raise anything.
-            raise UserError(f"sample {index} of the {self.name} data cannot be used: {reason(error)}") from error
         if self.shape not in (None, sample.shape):
             which = f"sample {index} of the {self.name} data has the shape {list(sample.shape)}"
             raise UserError(f"{which}, the first one {list(self.shape)}: bring all to one shape")
@@ -129,29 +118,24 @@ class OwnSplit(Split):
 
 
 def load_own(config: DataConfig) -> Dataset:
-    """Load what the function or class ``config.name`` gives when it is called with ``config.arguments``.
-
+    """Load what the function or class ``config.name`` gives for ``config.arguments`` and the changed keys of ``data``.
     That is a pair (training, test) of map-style data sets; or one of them, of which one sample in ten is for testing;
-    or a :class:`Dataset`. Keys of ``data`` that differ from their defaults are arguments as well. Labels are integers
-    or text, or left out. Whatever goes wrong raises UserError.
-    """
+    or a :class:`Dataset`. Labels are integers or text, or left out. Whatever goes wrong raises UserError."""
     target = import_named(config.name, "data.name")
     changed = {key: getattr(config, key) for key in PASSED_ON if getattr(config, key) != getattr(DataConfig(), key)}
-    arguments = changed | config.arguments
-    check_arguments(target, arguments, "data")
-    try:
+    check_arguments(target, arguments := changed | config.arguments, "data")
+    with explained(f"data.name is {config.name}"):
         made = target(**arguments)
-        return made if isinstance(made, Dataset) else _dataset(config.name, made)
-    except Exception as error:  # The user's code may raise anything.
-        raise UserError(f"data.name is {config.name}: {reason(error)}") from error
+        dataset = made if isinstance(made, Dataset) else _dataset(config.name, made)
+    return dataset
 
 
 def _dataset(name: str, made: Any) -> Dataset:
     sources: tuple[Any, ...] = made if isinstance(made, tuple) and len(made) == 2 else (made,)
+    first = sources[0]
     for source in sources:
         if not hasattr(source, "__len__") or not hasattr(source, "__getitem__"):
             raise UserError(f"it gives a {type(source).__name__}, expected a map-style data set or a pair of them")
-    first = sources[0]
     if len(sources) == 1:
         parts = hold_out(map(str, range(len(made))))
         if not len(parts[1]):
@@ -177,8 +161,9 @@ def _pixel_range(train: OwnSplit, source: Any) -> tuple[float, float] | None:
     values = torch.stack([extreme for index in probed for extreme in train.sample(index, None).aminmax()])
     is_image = len(train.shape) == 3 and train.shape[0] in (1, 3)
     if not hasattr(source, "pixel_range"):
-        ranges = PIXEL_RANGES if is_image else ()
-        return next(((low, high) for low, high in ranges if low <= values.min() and values.max() <= high), None)
+        # The first of [0, 1] and [-1, 1] that holds all values is the range of images.
+        black = next((low for low in (0.0, -1.0) if low <= values.min() and values.max() <= 1), None)
+        return None if black is None or not is_image else (black, 1.0)
     if source.pixel_range is None:
         return None
     black, white = source.pixel_range

@@ -14,8 +14,7 @@ class RingBuffers:
     def __init__(self, rows: int, size: int, sample_shape: tuple[int, ...], device: torch.device | str) -> None:
         self.size = size
         self.samples = torch.zeros(rows, size, *sample_shape, device=device)
-        self.count = torch.zeros(rows, dtype=torch.long)  # How many samples a row holds.
-        self.head = torch.zeros(rows, dtype=torch.long)  # The slot of the next write.
+        self.count, self.head = torch.zeros(2, rows, dtype=torch.long)  # A row's samples, and its slot of the next.
 
     def push(self, samples: Tensor, row: Tensor) -> None:
         """Append ``samples [B, *sample_shape]`` to the buffers ``row [B]``, in order; the oldest ones fall out."""
@@ -26,8 +25,8 @@ class RingBuffers:
         rank[order] = torch.arange(len(row)) - first
         kept = (added[row] - rank <= self.size).nonzero().squeeze(1)  # Of a large batch, the newest fit.
         slot = (self.head[row] + rank) % self.size
-        device = self.samples.device
-        self.samples[row[kept].to(device), slot[kept].to(device)] = samples[kept.to(samples.device)].to(self.samples)
+        where = (row[kept].to(self.samples.device), slot[kept].to(self.samples.device))
+        self.samples[where] = samples[kept.to(samples.device)].to(self.samples)
         self.count = (self.count + added).clamp(max=self.size)
         self.head = (self.head + added) % self.size
 
@@ -37,8 +36,7 @@ class RingBuffers:
         key = torch.rand(len(row), self.size, generator=generator)
         key.masked_fill_(torch.arange(self.size) >= count, 2.0)  # Empty slots sort last.
         slot = key.argsort(1).gather(1, torch.arange(num) % count)[part]  # [L, num]
-        device = self.samples.device
-        return self.samples[row[part].unsqueeze(1).to(device), slot.to(device)]
+        return self.samples[row[part].unsqueeze(1).to(self.samples.device), slot.to(self.samples.device)]
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"samples": self.samples, "count": self.count, "head": self.head}
@@ -52,11 +50,8 @@ class RingBuffers:
 
 
 class SampleQueue:
-    """The newest ``queue_size`` samples of every class, and ``unconditional_queue_size`` of all classes together.
-
-    Class queues supply the positives of a label, the queue over all classes the unconditional negatives. Labels are
-    ``0 … num_classes - 1``. ``latent_shape`` is the shape of one sample, of any rank. Sizes below 1 raise ValueError.
-    """
+    """The newest ``queue_size`` samples of every class, the positives, and newest samples of any, further negatives.
+    Labels are ``0 … num_classes - 1``. ``latent_shape`` is the shape of one sample, of any rank."""
 
     def __init__(
         self, queue_size: int = 128, num_classes: int = 1000, latent_shape: tuple[int, ...] = (4, 32, 32),
@@ -90,11 +85,9 @@ class SampleQueue:
     def sample(
         self, labels: Tensor, num_samples: int, generator: torch.Generator | None = None, part: slice = ALL
     ) -> Tensor:
-        """Draw samples ``[L, num_samples, *latent_shape]`` of the classes ``labels [L]``, without replacement.
-
-        A class that holds fewer than ``num_samples`` repeats its samples, each equally often up to one. The CPU
-        ``generator`` chooses for all labels, independently, also where only a ``part`` of them is returned.
-        """
+        """Draw samples ``[L, num_samples, *latent_shape]`` of the classes ``labels [L]``, without replacement. A class
+        that holds fewer repeats its samples, each equally often up to one. The CPU ``generator`` chooses for all
+        labels, also where only a ``part`` of them is returned."""
         labels = self._checked(labels)
         empty = labels[self.by_class.count[labels] == 0]
         if len(empty):

@@ -1,7 +1,5 @@
 """Read and write trees of arrays in the msgpack format of ``flax.serialization``, without flax. Nothing is unpickled.
-
-Arrays are msgpack extensions of type 1 around (shape, dtype name, bytes); those above 2³⁰ bytes are split in chunks.
-"""
+Arrays are msgpack extensions of type 1 around (shape, dtype name, bytes); those above 2³⁰ bytes are split in chunks."""
 
 import mmap
 from pathlib import Path
@@ -15,20 +13,19 @@ from ..errors import UserError, explained, shown
 from ..utils.files import atomic_write
 
 ARRAY, SCALAR = 1, 3  # These are extension types; SCALAR is a numpy scalar, written like an array.
-CHUNKED = "__msgpack_chunked_array__"
-CHUNK_BYTES = 2**30
+CHUNKED, CHUNK_BYTES = "__msgpack_chunked_array__", 2**30
 MOST_DIMENSIONS = 32  # Shapes are the only lists in these files.
-NAMES = "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"
-DTYPES = {name: getattr(torch, name) for name in NAMES}
+NAMES = "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool"
+DTYPES = {name: getattr(torch, name) for name in NAMES.split()}
 
 
 def read_arrays(path: Path) -> dict[str, Tensor]:
     """Read the arrays of a file; their names are paths in its tree, such as ``encoder/conv1/kernel``."""
-    hooks = {"ext_hook": _unpack_array, "object_hook": _flatten}
     with explained(f"{path} is no tree of arrays in flax's msgpack format"):
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             # Without the limit, a file of nested lists that announce a million items each would fill the memory.
-            tree = msgpack.unpackb(content, max_array_len=MOST_DIMENSIONS, **hooks)
+            limits = {"max_array_len": MOST_DIMENSIONS}
+            tree = msgpack.unpackb(content, ext_hook=_unpack_array, object_hook=_flatten, **limits)
         arrays = tree if isinstance(tree, dict) else {"all of it": tree}
         for name, array in arrays.items():
             if not isinstance(array, Tensor):
@@ -42,8 +39,7 @@ def _unpack_array(code: int, data: bytes) -> Tensor:
     shape, name, content = msgpack.unpackb(data, max_array_len=MOST_DIMENSIONS)
     if name not in DTYPES:
         raise UserError(f"an array of dtype {shown(repr(name))}, expected one of: {', '.join(DTYPES)}")
-    dtype = DTYPES[name]
-    values = torch.frombuffer(bytearray(content), dtype=dtype) if content else torch.empty(0, dtype=dtype)
+    values = torch.frombuffer(bytearray(content), dtype=DTYPES[name]) if content else torch.empty(0, dtype=DTYPES[name])
     return values.reshape(shape)
 
 
@@ -78,11 +74,9 @@ def write_arrays(path: Path, arrays: dict[str, Tensor]) -> None:
 
 def _write(file: BinaryIO, packer: msgpack.Packer, node: Any) -> None:
     """Write one array at a time, so that the file is never in memory as a whole."""
-    if not isinstance(node, dict):
-        file.write(packer.pack(node))
-        return
-    file.write(packer.pack_map_header(len(node)))
-    for key, child in node.items():
+    is_tree = isinstance(node, dict)
+    file.write(packer.pack_map_header(len(node)) if is_tree else packer.pack(node))
+    for key, child in node.items() if is_tree else ():
         file.write(packer.pack(key))
         _write(file, packer, child)
 

@@ -1,10 +1,6 @@
-"""Read and write artifacts of the official release (lambertae/drifting): ``ema_params.msgpack``, ``metadata.json``.
+"""Read and write artifacts of the official release (lambertae/drifting): ``ema_params.msgpack``, ``metadata.json``. Its
+arrays are views of our parameters: flax has matrices ``[in, out]``, ours are ``[out, in]``, and so on."""
 
-The release's ``model_config`` becomes our constructors' arguments and the other way around, and its arrays are views of
-our parameters: flax has matrices ``[in, out]``, ours are ``[out, in]``, and so on.
-"""
-
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,12 +11,11 @@ from torch import Tensor
 
 from ..errors import UserError, explained, shown
 from ..models import MAE, MODELS, DriftingDiT
-from ..utils.files import atomic_write
+from ..utils.files import write_object
 from .flax_msgpack import read_arrays, write_arrays
 from .run_directory import build, misfits, read_description
 
 WEIGHTS, METADATA = "ema_params.msgpack", "metadata.json"
-
 # These are the release's names of our arguments where they differ, and the values that model_config may leave out.
 THEIR_NAMES = {
     "style_vocab": "noise_classes", "num_style_tokens": "noise_coords", "img_size": "input_size",
@@ -37,13 +32,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "layers": (2, 2, 2, 2), "input_patch_size": 1,
     },
 }  # fmt: skip
-NO_STYLE = {"style_vocab": 0, "num_style_tokens": 1}  # The release says so that there are no style codes.
-EXECUTION = {  # These say how the release computes, not what.
-    "gen": {"use_bf16": False, "attn_fp32": True, "use_remat": False},
-    "mae": {"use_bf16": False},
-}
-# The file has a matrix here, where our network has the filters of a convolution.
-PATCH_KERNEL = "LightningDiT_0/TorchLinear_0/Dense_0/kernel"
+# These keys say how the release computes, not what.
+EXECUTION = {"gen": {"use_bf16": False, "attn_fp32": True, "use_remat": False}, "mae": {"use_bf16": False}}
+PATCH_KERNEL = "LightningDiT_0/TorchLinear_0/Dense_0/kernel"  # It is a matrix there, and filters of a convolution here.
 
 # Each pattern turns a part of the name of our parameter into the release's, where flax has numbered the modules.
 GENERATOR_PATHS = {
@@ -59,8 +50,6 @@ GENERATOR_PATHS = {
 }  # fmt: skip
 SWIGLU_PATHS = {rf"mlp\.{ours}": f"SwiGLUFFN_0/TorchLinear_{index}" for index, ours in enumerate(("w1", "w3", "w2"))}
 GELU_PATHS = {rf"mlp\.{ours}": f"StandardMLP_0/TorchLinear_{index}" for index, ours in enumerate(("w1", "w2"))}
-LAYER_NORM_PATHS = {r"(q_norm|k_norm)\.weight": r"\1/scale"}
-DENSE_PATHS = {r"(TorchLinear_\d)": r"\1/Dense_0"}  # The release's TorchLinear wraps a Dense.
 MAE_PATHS: dict[str, Any] = {
     r"stage_norms\.(\d)": lambda match: f"layer{int(match[1]) + 1}_norm", r"(up\d\d)\.norm": r"\1/concat_norm_fn",
     r"stages\.(\d)\.(\d+)": r"stages_\1/layers_\2", r"shortcut\.0": "proj_conv", r"shortcut\.1": "proj_gn",
@@ -74,8 +63,7 @@ def read_artifact(folder: Path, kinds: Sequence[str] = tuple(MODELS)) -> tuple[D
         model: Any = build(MODELS[metadata["kind"]], our_config(metadata["kind"], metadata.get("model_config")))
         arrays = read_arrays(folder / WEIGHTS)
     arrays = {name.removeprefix("params/"): a.float() if a.is_floating_point() else a for name, a in arrays.items()}
-    problems = misfits(arrays, stored_arrays(model), arrays)
-    if problems:
+    if problems := misfits(arrays, stored_arrays(model), arrays):
         raise UserError(f"the weights in {folder} do not fit its model_config: {problems}")
     model.to_empty(device="cpu")
     with torch.no_grad():
@@ -92,17 +80,15 @@ def write_artifact(folder: Path, model: DriftingDiT | MAE, metadata: Any) -> Non
     if isinstance(model, DriftingDiT):
         kind = "gen"
         config |= {"cond_dim": model.class_embed.embedding_dim, "out_chans": model.out_chans}
-        config |= {} if model.num_style_tokens else NO_STYLE
+        if not model.num_style_tokens:  # This is how the release says that there are no style codes.
+            config |= {"style_vocab": 0, "num_style_tokens": 1}
     elif config["base_channels"] % 32:
-        raise UserError(
-            f"base_channels is {config['base_channels']}: the release builds decoders of multiples of 32 only"
-        )
+        width = config["base_channels"]
+        raise UserError(f"base_channels is {width}: the release builds decoders of multiples of 32 only")
     model_config = {THEIR_NAMES.get(ours, ours): config[ours] for ours in DEFAULTS[kind]} | EXECUTION[kind]
     write_arrays(folder / WEIGHTS, stored_arrays(model))
-    metadata = {"path": f"params_ema/{WEIGHTS}", "model_config": model_config} | metadata
-    metadata |= {"format": "flax.msgpack", "kind": kind, "backend": "jax"}
-    with atomic_write(folder / METADATA) as part:
-        part.write_text(json.dumps(metadata, indent=2) + "\n")
+    facts = {"path": f"params_ema/{WEIGHTS}", "model_config": model_config} | metadata
+    write_object(folder / METADATA, facts | {"format": "flax.msgpack", "kind": kind, "backend": "jax"})
 
 
 def our_config(kind: str, model_config: Any) -> dict[str, Any]:
@@ -125,7 +111,8 @@ def release_arrays(model: DriftingDiT | MAE) -> dict[str, Tensor]:
     arrays: dict[str, Tensor] = {}
     if isinstance(model, DriftingDiT):
         paths, vector_name = GENERATOR_PATHS | (SWIGLU_PATHS if model.config["use_swiglu"] else GELU_PATHS), "weight"
-        paths |= DENSE_PATHS | ({} if model.config["use_rmsnorm"] else LAYER_NORM_PATHS)
+        paths |= {r"(TorchLinear_\d)": r"\1/Dense_0"}  # The release's TorchLinear wraps a Dense.
+        paths |= {} if model.config["use_rmsnorm"] else {r"(q_norm|k_norm)\.weight": r"\1/scale"}
         arrays |= {f"noise_embeds_{n}/embedding": model.style_codebooks[n] for n in range(model.num_style_tokens)}
     for name, parameter in model.named_parameters():
         if name == "style_codebooks":

@@ -1,7 +1,6 @@
 """Run directories: where the files of a run are, and how its network is written among them and read again."""
 
 import errno
-import json
 import os
 import platform
 import sys
@@ -19,13 +18,9 @@ from torch import Tensor, nn
 from ..errors import MOST_SHOWN, UserError, explained, reason, shown
 from ..generation import Generator
 from ..models import MODELS, Classifier
-from ..utils.files import atomic_write, is_count, read_object
+from ..utils.files import atomic_write, is_count, read_object, write_object
 
 LOCK_SECONDS = 6  # Data-loader workers of a killed process may hold its lock for the five that they take to notice.
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
-# Files hold no other tensors than these, whose dtypes begin otherwise.
-WEIGHTS, NO_WEIGHTS = "real numbers of 16 bits or more", ("torch.complex", "torch.float8", "torch.float4")
-
 OWN = "own"  # Every network that is none of ours is of this kind.
 GENERATORS = ("gen", OWN)
 KINDS: dict[str, type[nn.Module]] = {**MODELS, "classifier": Classifier}
@@ -39,13 +34,9 @@ class RunDirectory:
     """Each attribute is a path inside the folder of a run."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.config = path / "config.yaml"
-        self.metrics = path / "metrics.jsonl"
-        self.weights = path / "model.safetensors"
-        self.description = path / "model.json"
-        self.checkpoints = path / "checkpoints"
-        self.samples = path / "samples"
+        self.path, self.checkpoints, self.samples = path, path / "checkpoints", path / "samples"
+        self.config, self.metrics = path / "config.yaml", path / "metrics.jsonl"
+        self.weights, self.description = path / "model.safetensors", path / "model.json"
 
     @property
     def best(self) -> "RunDirectory":
@@ -56,18 +47,17 @@ class RunDirectory:
     def lock(self) -> Iterator[None]:
         """Keep other processes from having this lock; it is gone with the process, however that ends."""
         path = self.path / ".lock"
-        lock, now = FileLock(path), f"{datetime.now():%Y-%m-%d %H:%M:%S}"
+        lock = FileLock(path)
         try:
             try:
                 lock.acquire(timeout=LOCK_SECONDS)
-                path.write_text(f"process {os.getpid()} on {platform.node()}, since {now}\n")
+                path.write_text(f"process {os.getpid()} on {platform.node()}, since {datetime.now():%F %T}\n")
             except Timeout as error:
                 holder = shown(path.read_text(errors="replace")) or "just started"
-                raise UserError(
-                    f"{self.path} is being trained by another process ({holder}): wait for it, or choose another --out"
-                ) from error
+                busy = f"{self.path} is being trained by another process ({holder})"
+                raise UserError(f"{busy}: wait for it, or choose another --out") from error
             except OSError as error:
-                if error.errno not in NO_LOCKS:
+                if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
                     raise UserError(f"cannot write {path}: {reason(error)}") from error
                 print(f"{self.path} is on a file system without locks: train only one run there", file=sys.stderr)
             yield
@@ -77,18 +67,15 @@ class RunDirectory:
 
 def save_generator(run: RunDirectory, generator: Generator, quality: dict | None = None, **more: Any) -> None:
     """Write ``model.safetensors`` and ``model.json``, all that sampling needs, with ``quality`` if measured."""
-    facts = dict(vars(generator))
-    network, arguments = facts.pop("model"), dict(facts.pop("arguments"))
-    name = generator.name or f"{type(network).__module__}:{type(network).__qualname__}"
-    more |= {} if quality is None else {"quality": quality}
-    write_model(run, network, facts | {"name": name, "model": arguments} | more)
+    network, facts = generator.model, dict(vars(generator))
+    facts["model"] = dict(facts.pop("arguments"))
+    facts["name"] = generator.name or f"{type(network).__module__}:{type(network).__qualname__}"
+    write_model(run, network, facts | more | ({} if quality is None else {"quality": quality}))
 
 
 def write_model(run: RunDirectory, network: nn.Module, description: dict[str, Any]) -> None:
-    """Write ``model.safetensors``, and ``model.json`` with the network's kind, its arguments and ``description``.
-
-    The arguments of a network of ours are its ``config``, those of a user's own what ``description`` calls ``model``.
-    """
+    """Write ``model.safetensors``, and ``model.json`` with the network's kind, its arguments and ``description``. The
+    arguments of a network of ours are its ``config``, those of a user's own what ``description`` calls ``model``."""
     # A class derived from one of ours may compute anything: it is the user's own.
     kind = next((kind for kind, ours in KINDS.items() if type(network) is ours), OWN)
     arguments: Any = description.get("model", {}) if kind == OWN else network.config
@@ -96,17 +83,13 @@ def write_model(run: RunDirectory, network: nn.Module, description: dict[str, An
     weights = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in _stored_state(network).items()}
     with atomic_write(run.weights) as part:
         save_file(weights, part)
-    with atomic_write(run.description) as part:
-        content = description | {"kind": kind, "model": arguments}
-        part.write_text(json.dumps(content, indent=2, default=str) + "\n")
+    write_object(run.description, description | {"kind": kind, "model": arguments})
 
 
 def read_any(path: Path, model: Model = None, kinds: Sequence[str] = tuple(NOUNS)) -> Described:
-    """Read the network of the run in ``path``, in evaluation mode, and what its ``model.json`` says.
-
-    A user's own network is ``model``, which gets the weights, or what ``model`` builds of the arguments in that file.
-    The file names a class, but nothing is ever imported for it. Networks of ours are built on the CPU.
-    """
+    """Read the network of the run in ``path``, in evaluation mode, and what its ``model.json`` says. A user's own
+    network is ``model``, which gets the weights, or what ``model`` builds of the arguments in that file. The file names
+    a class, but nothing is ever imported for it. Networks of ours are built on the CPU."""
     run = RunDirectory(path)
     for file in (run.description, run.weights):
         if not file.is_file():
@@ -118,10 +101,8 @@ def read_any(path: Path, model: Model = None, kinds: Sequence[str] = tuple(NOUNS
         raise UserError(f"{path} holds a {KINDS[kind].__name__}, a network of ours: leave out --model (or model=...)")
     if kind == OWN and model is None:
         name = shown(description.get("name", "module:Name"))
-        raise UserError(
-            f"{path} holds a network of your own, {name}: name it with --model {name} "
-            "(or load_generator(folder, model=...))"
-        )
+        naming = f"name it with --model {name} (or load_generator(folder, model=...))"
+        raise UserError(f"{path} holds a network of your own, {name}: {naming}")
     if not isinstance(model, nn.Module):
         with explained(f"{run.description} cannot be read"):
             model = build(model or KINDS[kind], description.get("model"), "cpu" if kind == OWN else "meta")
@@ -141,9 +122,8 @@ def read_description(file: Path, kinds: Sequence[str]) -> dict[str, Any]:
     """Read what ``file`` says of the network beside it: its ``kind``, which is one of ``kinds``, ``step`` and more."""
     with explained(f"{file} cannot be read, and only it tells what the weights are of"):
         content = read_object(file)
-    # The release may leave out the kind. Every generator of it has cond_dim.
-    release_config = content.get("model_config")
-    is_mae = isinstance(release_config, dict) and "cond_dim" not in release_config
+    config = content.get("model_config")  # The release may leave out the kind. Every generator of it has cond_dim.
+    is_mae = isinstance(config, dict) and "cond_dim" not in config
     description = {"kind": "mae" if is_mae else "gen", "step": 0} | content
     kind, step = description["kind"], description["step"]
     if kind not in list(kinds):
@@ -155,10 +135,7 @@ def read_description(file: Path, kinds: Sequence[str]) -> dict[str, Any]:
 
 
 def build(network: Callable[..., nn.Module], arguments: Any, device: str = "meta") -> nn.Module:
-    """Build ``network(**arguments)``, by default on the meta device, where weights of any size take no memory.
-
-    Whatever a file may give as ``arguments``, it raises nothing but :class:`UserError`.
-    """
+    """Build ``network(**arguments)``, by default on the meta device, where weights of any size take no memory."""
     name = getattr(network, "__name__", type(network).__name__)
     with explained(f"there is no {name} of the arguments {shown(arguments)}"), torch.device(device):
         built = network(**arguments)
@@ -172,17 +149,15 @@ def _stored_state(network: nn.Module) -> dict[str, Tensor]:
     state = network.state_dict(keep_vars=True)
     for name, tensor in state.items():
         kind = str(tensor.dtype) if isinstance(tensor, Tensor) else type(tensor).__name__
-        if not isinstance(tensor, Tensor) or kind.startswith(NO_WEIGHTS):
-            raise UserError(f"{name} of {type(network).__name__} is a {kind}, expected tensors only, of {WEIGHTS}")
+        if not isinstance(tensor, Tensor) or kind.startswith(("torch.complex", "torch.float8", "torch.float4")):
+            expected = "tensors only, of real numbers of 16 bits or more"
+            raise UserError(f"{name} of {type(network).__name__} is a {kind}, expected {expected}")
     named = {id(tensor): (name, tensor) for name, tensor in reversed(state.items())}
     return dict(named.values())
 
 
 def misfits(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], finite: Collection[str]) -> str:
-    """Word what keeps the ``tensors`` of a file from being the ``expected`` ones of a network; nothing if they fit.
-
-    Tensors fit where names, shapes and dtypes are equal and those named in ``finite`` have neither NaN nor infinity.
-    """
+    """Word how ``tensors`` differ from those ``expected``, and which of those named in ``finite`` are not; else ""."""
     problems = []
     for name in sorted(expected.keys() | tensors.keys()):
         pair = tensors.get(name), expected.get(name)

@@ -1,5 +1,4 @@
-"""Load trained models from a source: the Hugging Face hub (``hf://latent_L_sota``), an artifact of the release, which
-is a folder with ``ema_params.msgpack`` and ``metadata.json`` or with them in ``params_ema``, or a run of our own."""
+"""Load trained models from the Hugging Face hub (``hf://NAME``), an artifact of the release, or a run of our own."""
 
 import math
 import re
@@ -18,24 +17,16 @@ from .release import WEIGHTS, read_artifact
 from .run_directory import GENERATORS, Described, Model, read_any
 from .vae import LATENT_CHANNELS
 
-REPOSITORY = "Goodeat/drifting"
-HUB = "hf://"
-HUB_SECONDS = 10  # The hub has this long to answer.
-RELEASE_DATA = "imagenet"
+HUB, REPOSITORY = "hf://", "Goodeat/drifting"
 TYPES: dict[str, Any] = {  # A description has values of these types.
     "model": dict, "name": str, "data": str, "latent": bool, "noise_shape": list, "sample_shape": list,
     "class_names": list, "pixel_range": (list, type(None)),
 }  # fmt: skip
-MOST_PIXEL = 2**16  # The values that stand for black and white are at most so large.
-MOST_DIMENSIONS, MOST_NUMBERS = 32, 2**31  # These bound the shapes of noise and samples.
 
 
 def load_generator(source: str | Path, model: Model = None) -> Generator:
-    """Load the generator of ``source``, in evaluation mode; networks of ours are on the CPU.
-
-    A network of the user's own needs ``model``: an ``nn.Module``, which gets the trained weights, or what builds one of
-    the arguments of its training.
-    """
+    """Load the generator of ``source``, in evaluation mode; networks of ours are on the CPU. A user's own network needs
+    ``model``: an ``nn.Module``, which gets the weights, or what builds it of its arguments."""
     return as_generator(source, *open_model(source, GENERATORS, model))
 
 
@@ -61,35 +52,32 @@ def as_generator(source: str | Path, network: nn.Module, description: dict[str, 
     """Join the network of ``source`` and its ``description``, where the release and earlier runs say less."""
     facts: dict[str, Any] = {"pixel_range": None} | description
     if isinstance(network, DriftingDiT):
-        data = description.get("data", RELEASE_DATA)
-        is_latent = data == "latents" or (data == RELEASE_DATA and network.out_chans == LATENT_CHANNELS)
+        data = description.get("data", "imagenet")  # The release trained on it, and earlier runs named their data.
+        is_latent = data == "latents" or (data == "imagenet" and network.out_chans == LATENT_CHANNELS)
         class_names = [str(number) for number in range(network.num_classes)]
+        sample_shape = [network.out_chans, network.img_size, network.img_size]
         facts = {"data": data, "latent": is_latent, "pixel_range": [-1.0, 1.0], "class_names": class_names}
         facts |= description | {"name": "drifting_dit", "model": network.config}
-        facts["noise_shape"] = list(network.noise_shape)
-        facts["sample_shape"] = [network.out_chans, network.img_size, network.img_size]
+        facts |= {"noise_shape": list(network.noise_shape), "sample_shape": sample_shape}
     for key in TYPES:
         if not _is_right(key, facts.get(key)):
             raise UserError(f"{source}: its {key} is {shown(facts.get(key))}, which no training of ours writes")
     if isinstance(network, DriftingDiT) and len(facts["class_names"]) > network.num_classes:
         raise UserError(f"{source} has {len(facts['class_names'])} class_names, its network {network.num_classes}")
-    facts = {key: facts[key] for key in (*TYPES, "step")}
-    facts = {key: tuple(value) if isinstance(value, list) else value for key, value in facts.items()}
+    facts = {key: tuple(facts[key]) if isinstance(facts[key], list) else facts[key] for key in (*TYPES, "step")}
     return Generator(network, arguments=facts.pop("model"), **facts)
 
 
 def _is_right(key: str, value: Any) -> bool:
-    """Tell whether ``value`` may be what a description says of ``key``."""
     if not isinstance(value, TYPES[key]):
         return False
     if key == "class_names":
         return len(value) > 0 and all(type(name) in (int, str) for name in value)
     if key == "pixel_range" and value is not None:
         are_numbers = len(value) == 2 and all(type(number) in (int, float) for number in value)
-        return are_numbers and -MOST_PIXEL <= value[0] < value[1] <= MOST_PIXEL
+        return are_numbers and -(2**16) <= value[0] < value[1] <= 2**16
     if key in ("noise_shape", "sample_shape"):
-        are_sizes = len(value) <= MOST_DIMENSIONS and all(is_count(size, 1) for size in value)
-        return are_sizes and math.prod(value) <= MOST_NUMBERS
+        return len(value) <= 32 and all(is_count(size, 1) for size in value) and math.prod(value) <= 2**31
     return True
 
 
@@ -97,14 +85,11 @@ def locate(source: str | Path, kinds: Sequence[str] = tuple(MODELS)) -> tuple[Pa
     """Find the folder of ``source``, and tell whether an artifact is there; a model of the hub is downloaded."""
     if isinstance(source, str) and source.startswith(HUB):
         source = _download(source.removeprefix(HUB), kinds)
-    for folder in (Path(source), Path(source) / "params_ema"):
-        if (folder / WEIGHTS).is_file():
-            return folder, True
-    return Path(source), False
+    artifacts = [folder for folder in (Path(source), Path(source) / "params_ema") if (folder / WEIGHTS).is_file()]
+    return (artifacts or [Path(source)])[0], bool(artifacts)
 
 
 def _download(name: str, kinds: Sequence[str]) -> Path:
-    """Bring a model to the cache of the hub, if it is not there, and return its folder."""
     if not re.fullmatch(r"[\w.-]+", name):
         raise UserError(f"{HUB}{name}: expected {HUB}NAME, such as {HUB}latent_L_sota")
     hub = require("huggingface_hub", f"{HUB}{name}", "imagenet")
@@ -112,7 +97,7 @@ def _download(name: str, kinds: Sequence[str]) -> Path:
     advice = f"copy its folder {' or '.join(folders)} here and name that, or try again"
     with explained(f"cannot download {HUB}{name} from huggingface.co/{REPOSITORY}: {advice}"):
         try:  # snapshot_download asks the same, but would wait for an answer for ever.
-            files = [file.rfilename for file in hub.model_info(REPOSITORY, timeout=HUB_SECONDS).siblings or ()]
+            files = [file.rfilename for file in hub.model_info(REPOSITORY, timeout=10).siblings or ()]
             for folder in folders:
                 if f"{folder}/{WEIGHTS}" in files:
                     return Path(hub.snapshot_download(REPOSITORY, allow_patterns=[f"{folder}/*"])) / folder

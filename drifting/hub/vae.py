@@ -9,9 +9,7 @@ from torch import Tensor
 from ..errors import explained, require
 
 VAE = "stabilityai/sd-vae-ft-mse"
-LATENT_CHANNELS = 4
-LATENT_SCALE = 0.18215  # It gives stored latents about unit variance.
-DECODE_BATCH, ENCODE_BATCH = 16, 64  # This many images are decoded, or encoded, at once.
+LATENT_CHANNELS, LATENT_SCALE = 4, 0.18215  # The scale gives stored latents about unit variance.
 
 
 @cache
@@ -28,18 +26,15 @@ def require_vae(device: torch.device) -> Any:
 def decode_latents(latents: Tensor) -> Tensor:
     """Decode latents ``[B, 4, h, w]`` to float32 images ``[B, 3, 8h, 8w]`` in [-1, 1], in bfloat16 on GPUs."""
     vae = require_vae(latents.device)
-    parts = latents.div(LATENT_SCALE).to(vae.dtype).split(DECODE_BATCH)
+    parts = latents.div(LATENT_SCALE).to(vae.dtype).split(16)
     return torch.cat([vae.decode(part).sample.float() for part in parts])
 
 
 @torch.no_grad()
 def encode_images(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Encode images ``[B, 3, H, W]``, or grey ones ``[B, 1, H, W]``, in [-1, 1], in bfloat16 on GPUs.
-
-    It returns mean and standard deviation of the latents times ``LATENT_SCALE``, float32 ``[B, 4, H/8, W/8]`` each.
-    """
+    """Return mean and deviation of scaled latents, float32 ``[B, 4, H/8, W/8]``, of images ``[B, 1 or 3, H, W]``."""
     vae = require_vae(images.device)
-    parts = images.expand(-1, 3, -1, -1).to(vae.dtype).split(ENCODE_BATCH)
+    parts = images.expand(-1, 3, -1, -1).to(vae.dtype).split(64)
     posteriors = [vae.encode(part).latent_dist for part in parts]
     mean, std = (torch.cat([getattr(p, moment) for p in posteriors]).float() for moment in ("mean", "std"))
     return mean * LATENT_SCALE, std * LATENT_SCALE

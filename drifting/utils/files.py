@@ -11,15 +11,13 @@ from safetensors import SafetensorError
 
 from ..errors import UserError, explained, reason
 
-MOST_JSON = 2**28  # A JSON file has at most so many bytes; the index of ImageNet's latents has about 10 MB.
+MOST_JSON = 2**28  # This many bytes: the index of ImageNet's latents has about 10 MB.
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside ``path``; what the block wrote there is synced to disk, then moved to ``path``.
-
-    The folder is made if it is not there. Where anything fails, ``path`` stays as it was before.
-    """
+    """Give a temporary path beside ``path``; what the block wrote there is synced to disk, then moved to ``path``. The
+    folder is made if it is not there. Where anything fails, ``path`` stays as it was before."""
     part = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -35,7 +33,6 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def _sync(path: Path) -> None:
-    """Have the system write the file, or what the folder lists, to disk; returns when that is done."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -44,15 +41,21 @@ def _sync(path: Path) -> None:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Read the JSON object in the file ``path``; it raises ValueError for a file that is anything else."""
+    """Read the JSON object in the file ``path``; it raises UserError for a file that is anything else."""
     if path.stat().st_size > MOST_JSON or not path.is_file():
-        raise ValueError(f"it is no regular file of at most {MOST_JSON} bytes")
+        raise UserError(f"it is no regular file of at most {MOST_JSON} bytes")
     text = path.read_bytes()
     with explained("it is no JSON"):
         content = json.loads(text, parse_constant=int)  # NaN and Infinity are no JSON, and no int.
     if not isinstance(content, dict):
-        raise ValueError(f"it holds a {type(content).__name__}, expected an object")
+        raise UserError(f"it holds a {type(content).__name__}, expected an object")
     return content
+
+
+def write_object(path: Path, content: dict[str, Any], indent: int | None = 2) -> None:
+    """Write a JSON object as :func:`atomic_write` does; values that JSON has no form for become text."""
+    with atomic_write(path) as part:
+        part.write_text(json.dumps(content, indent=indent, default=str) + "\n")
 
 
 def is_count(value: Any, least: int = 0) -> bool:
