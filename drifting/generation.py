@@ -90,14 +90,10 @@ def _weight_of(model: nn.Module) -> Tensor:
 
 @torch.no_grad()
 def generate(
-    model: nn.Module,
-    batch_size: int,
-    y: Tensor | None = None,
-    cfg_scale: float | Tensor = 1.0,
-    device: torch.device | str | None = None,
-    generator: torch.Generator | None = None,
+    model: nn.Module, batch_size: int, y: Tensor | None = None, cfg_scale: float | Tensor = 1.0,
+    device: torch.device | str | None = None, generator: torch.Generator | None = None,
     noise_shape: Sequence[int] | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Draw noise and generate samples ``[B, *sample_shape]`` in one forward pass, in evaluation mode.
 
     Args:
@@ -161,13 +157,9 @@ class Generator:
         return self.pixel_range is not None
 
     def generate(
-        self,
-        batch_size: int,
-        y: Labels | None = None,
-        cfg_scale: float | Tensor = 1.0,
-        device: torch.device | str | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
+        self, batch_size: int, y: Labels | None = None, cfg_scale: float | Tensor = 1.0,
+        device: torch.device | str | None = None, generator: torch.Generator | None = None,
+    ) -> Tensor:  # fmt: skip
         """Samples ``[batch_size, *sample_shape]`` in one forward pass, see :func:`generate`.
 
         Labels ``y [batch_size]`` are called as in training; None draws them uniformly.

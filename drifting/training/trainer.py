@@ -43,17 +43,10 @@ class DriftingTrainer:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        config: Config,
-        feature_extractor: Extractor | Sequence[Extractor],
-        *,
-        device: torch.device | str | None = None,
-        noise_shape: Sequence[int] | None = None,
-        class_names: ClassNames | None = None,
-        ranks: Ranks | None = None,
-        **facts: Any,
-    ) -> None:
+        self, model: nn.Module, config: Config, feature_extractor: Extractor | Sequence[Extractor], *,
+        device: torch.device | str | None = None, noise_shape: Sequence[int] | None = None,
+        class_names: ClassNames | None = None, ranks: Ranks | None = None, **facts: Any,
+    ) -> None:  # fmt: skip
         self.config, self.ranks = config, ranks or Ranks()
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model, self.signature, self.facts = model.to(self.device), Signature.of(model, noise_shape), facts
@@ -198,12 +191,9 @@ class DriftingTrainer:
         return {"avg_loss": loss, "num_steps": num_steps, "grad_norm": grad_norm, "sample_spread": spread}
 
     def generate(
-        self,
-        batch_size: int,
-        labels: Labels | None = None,
-        cfg_scale: float | Tensor = 1.0,
+        self, batch_size: int, labels: Labels | None = None, cfg_scale: float | Tensor = 1.0,
         generator: torch.Generator | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Samples ``[batch_size, *sample_shape]`` of the averaged network, see :meth:`drifting.Generator.generate`."""
         return self.generator().generate(batch_size, labels, cfg_scale, generator=generator)
 
@@ -236,23 +226,13 @@ def _joined(parts: list[FeatureMaps]) -> FeatureMaps:
 
 
 def create_trainer(
-    model: nn.Module,
-    feature_extractor: Extractor | Sequence[Extractor] = "latent",
-    learning_rate: float = 1e-4,
-    device: torch.device | str | None = None,
-    queue_size: int = 128,
-    cfg_scale_range: Sequence[float] = (1.0, 7.5),
-    uncond_prob: float = 0.1,
-    *,
-    noise_shape: Sequence[int] | None = None,
-    class_names: Sequence[int | str] | None = None,
-    pixel_range: tuple[float, float] | None = None,
-    decay_steps: int | None = None,
-    labels_per_step: int | None = None,
-    seed: int = 0,
-    ranks: Ranks | None = None,
+    model: nn.Module, feature_extractor: Extractor | Sequence[Extractor] = "latent", learning_rate: float = 1e-4,
+    device: torch.device | str | None = None, queue_size: int = 128, cfg_scale_range: Sequence[float] = (1.0, 7.5),
+    uncond_prob: float = 0.1, *, noise_shape: Sequence[int] | None = None,
+    class_names: Sequence[int | str] | None = None, pixel_range: tuple[float, float] | None = None,
+    decay_steps: int | None = None, labels_per_step: int | None = None, seed: int = 0, ranks: Ranks | None = None,
     **settings: Any,
-) -> DriftingTrainer:
+) -> DriftingTrainer:  # fmt: skip
     """A trainer with its loss, queue, AdamW and schedule, for use in a script.
 
     Args:
