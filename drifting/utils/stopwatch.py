@@ -36,7 +36,7 @@ class Stopwatch:
         return taken
 
     def read(self, steps: int, images: int) -> dict[str, float]:
-        """What one of ``steps`` steps of ``images`` images took since the last call, by phase; speed and peak memory."""
+        """What one of ``steps`` steps of ``images`` images took since the last call by phase, speed, peak memory."""
         seconds = self.take()
         seconds.pop("evaluation", None)  # It is part of no step.
         total = sum(seconds.values())
