@@ -28,8 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     samples, labels = read_samples(Path(arguments.source))
     evaluator = _open_evaluator(arguments)
     evaluation.warn_of_few(evaluator, len(samples))
-    report = {"samples": arguments.source, "num_samples": len(samples)} | evaluator(samples, labels)
-    print(json.dumps(report, indent=2))
+    facts = {"samples": arguments.source, "num_samples": len(samples)}
+    print(json.dumps(facts | evaluator(samples, labels), indent=2))
     return 0
 
 

@@ -12,14 +12,15 @@ from .reading import AnyConfig, read_config, save_config, set_value, values_of
 
 Values = dict[str, Any]  # A configuration, with dotted keys.
 RECORD = "changes.json"
-KEYS = {
-    "never": "seed model data.name data.image_size data.subset data.label_column step.queue_size step.latents "
-    "step.unconditional_queue_size optimizer.ema_decay",
-    "free": "train evaluation data.path data.workers step.queue_device step.labels_at_once step.images_at_once "
-    "step.compile step.activation_checkpointing step.fsdp",
-    "asked": "train.batch_size",
-}
-RESUME = {key: how for how, keys in KEYS.items() for key in keys.split()}
+NEVER = (
+    "seed", "model", "data.name", "data.image_size", "data.subset", "data.label_column", "step.queue_size",
+    "step.unconditional_queue_size", "step.latents", "optimizer.ema_decay",
+)  # fmt: skip
+FREE = (
+    "train", "evaluation", "data.path", "data.workers", "step.queue_device", "step.labels_at_once",
+    "step.images_at_once", "step.compile", "step.activation_checkpointing", "step.fsdp",
+)  # fmt: skip
+RESUME = dict.fromkeys(NEVER, "never") | dict.fromkeys(FREE, "free") | {"train.batch_size": "asked"}
 
 
 def resume_of(key: str) -> str:

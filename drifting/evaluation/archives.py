@@ -5,9 +5,8 @@ any. Statistics of features are ``mu [D]`` and ``sigma [D, D]``, those of spatia
 """
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from zipfile import is_zipfile
 
 import numpy as np
@@ -23,8 +22,7 @@ Samples = NDArray[Any]  # uint8 images [N, H, W, C], or float32 [N, *sample_shap
 Labels = NDArray[np.int64]  # [N]
 
 
-@dataclass(frozen=True)
-class Reference:
+class Reference(NamedTuple):
     """What a file holds to compare generated images with: images, statistics of the features of images, or both."""
 
     images: Samples | None

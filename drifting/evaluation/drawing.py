@@ -34,7 +34,7 @@ def spread_labels(num: int, choices: Sequence[int]) -> Tensor:
 def draw_samples(generator: Generator, numbers: Tensor, cfg_scale: float = 1.0, seed: int = 0) -> NDArray[Any]:
     """Images uint8 ``[N, H, W, C]``, or else samples float32 ``[N, *sample_shape]``, of the classes ``numbers [N]``."""
     model, latent, pixel_range = generator.model, generator.latent, generator.pixel_range
-    source = torch.Generator().manual_seed(seed)
+    source = torch.Generator().manual_seed(seed)  # It is on the CPU, which makes samples alike on any device.
     size = max(1, min(BATCH, BATCH_VALUES // max(1, prod(generator.sample_shape))))
     weight = next(model.parameters(), torch.empty(0))
     samples, count = np.empty(0), 0

@@ -23,7 +23,6 @@ from .features import FRECHET_DISTANCE, INCEPTION, Features, ImageFeatures, conc
 from .measures import Gaussian, Manifold, Points, fit_gaussian, frechet_distance, inception_score, nearest_distance
 
 Quality = dict[str, float]
-REFERENCE_SAMPLES = 50_000  # So many images are generated where the reference is a file, as is the field's custom.
 FEATURE_SAMPLES = 5000  # So many are generated, and taken of the training images, where it is a data set.
 MANIFOLD_IMAGES = 10_000  # Precision and recall take at most so many real images, as ADM does.
 MOST_REAL = 2000  # Of a split, at most so many small samples are measured.
@@ -34,9 +33,9 @@ ROUNDING = 1e-6  # Less than this share of a distance is taken for 0.
 class Evaluator:
     """Judges generated samples by real ones; build it once and call it often.
 
-    It leaves out the measures that its features or the real samples do not have. ``recognised_share`` is the share that
-    a classifier of the data takes for their label, ``frechet_ratio`` is relative to the Fréchet distance of training
-    samples, and ``nearest_ratio`` to the nearest distance of test samples: near 0, the generator has memorised.
+    It leaves out the measures that its features or the real samples do not have. ``recognised_share`` is the share of
+    samples that a classifier of the data takes for their label. ``frechet_ratio`` is relative to the Fréchet distance
+    of training samples, and ``nearest_ratio`` to the nearest distance of test samples: near 0, the generator memorised.
     """
 
     features: "ImageFeatures | Values"
@@ -46,7 +45,7 @@ class Evaluator:
     train: Points | None = None  # … and the nearest distance those of training samples.
     shape: tuple[int, ...] | None = None  # That of a sample, (H, W, C) of an image; None takes images of any shape.
     dtype: str = "uint8"  # Images are uint8, other samples float32.
-    num_samples: int = REFERENCE_SAMPLES  # This many are meant to be judged: Fréchet distances depend on their number.
+    num_samples: int = 50_000  # This many are judged, by the field's custom: Fréchet distances depend on their number.
     of_data: Quality = field(default_factory=dict)  # Measures of real samples are told beside those of generated ones.
 
     def __post_init__(self) -> None:

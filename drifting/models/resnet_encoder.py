@@ -16,7 +16,7 @@ class ResNetEncoder(nn.Module):
     """A ResNet with GroupNorm whose first stage has full resolution and ``base_channels``.
 
     Each later one has twice the channels and half the resolution. ``layers`` are the numbers of residual blocks of the
-    four stages, square patches of side ``input_patch_size`` of an image become the first layer's pixels.
+    four stages, and patches of side ``input_patch_size`` of an image become the first layer's pixels.
     """
 
     def __init__(

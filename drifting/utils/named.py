@@ -17,7 +17,7 @@ def is_own(name: str) -> bool:
 
 
 def import_named(name: str, key: str) -> Any:
-    """Import the class or function ``module:Name``, which the user's own ``key`` or option names: its code runs."""
+    """Import ``module:Name``, whose code runs: the command line or a configuration file of the user must name it."""
     module_name, _, attribute = name.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())

@@ -36,9 +36,9 @@ class Stopwatch:
         return taken
 
     def read(self, steps: int, images: int) -> dict[str, float]:
-        """Seconds of a step and its phases but "evaluation", since the last call; speed and peak memory."""
+        """What one of ``steps`` steps of ``images`` images took since the last call by phase, speed, peak memory."""
         seconds = self.take()
-        seconds.pop("evaluation", None)
+        seconds.pop("evaluation", None)  # It is part of no step.
         total = sum(seconds.values())
         of_process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         memory = torch.cuda.max_memory_allocated() if self.on_gpu else of_process
