@@ -15,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from ..config.schema import DataConfig
-from ..errors import UserError, reason
+from ..errors import UserError, explained, reason
 from .dataset import Dataset, Draw, Split
 
 # Random resized crops have these shares of the image's area and widths over heights, in the release and elsewhere.
@@ -73,12 +73,11 @@ def image_dataset(
 
 def read_image(path: Path) -> Image.Image:
     """Read an image file in RGB; raises ImageError, or another UserError where the image need not be at fault."""
-    try:
-        if not path.is_file() and path.exists() or path.stat().st_size > MOST_BYTES:
-            raise ImageError(f"{path} is no file of at most {MOST_BYTES} bytes: delete it")
-        content = path.read_bytes()
-    except OSError as error:  # A process that reads data would lose the file's name.
-        raise UserError(f"{path} cannot be read: {reason(error)}") from error
+    with explained(f"{path} cannot be read"):  # A process that reads data would lose the file's name.
+        is_small = path.stat().st_size <= MOST_BYTES and path.is_file()
+        content = path.read_bytes() if is_small else b""
+    if not is_small:
+        raise ImageError(f"{path} is no file of at most {MOST_BYTES} bytes: delete it")
     return decode_image(content, str(path))
 
 

@@ -73,13 +73,12 @@ class IdxFiles(NamedTuple):
         return image_dataset(config, seed, splits, self.class_names, 1, height)
 
 
-MNIST = IdxFiles(
-    DIGITS, ("data/mnist", "data/MNIST/raw", "/usr/share/datasets/mnist"), "set data.path to the folder that holds them"
-)
+FOLDER = "set data.path to the folder that holds them"
+MNIST = IdxFiles(DIGITS, ("data/mnist", "data/MNIST/raw", "/usr/share/datasets/mnist"), FOLDER)
 FASHION_MNIST = IdxFiles(
     ("T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"),
     ("data/fashion_mnist", "data/FashionMNIST/raw", "/usr/share/datasets/fashion-mnist"),
-    "install the Debian package dataset-fashion-mnist, or set data.path to the folder that holds them",
+    f"install the Debian package dataset-fashion-mnist, or {FOLDER}",
 )
 
 

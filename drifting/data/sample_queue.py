@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 ALL = slice(None)
 
@@ -14,7 +14,8 @@ class RingBuffers:
     def __init__(self, rows: int, size: int, sample_shape: tuple[int, ...], device: torch.device | str) -> None:
         self.size = size
         self.samples = torch.zeros(rows, size, *sample_shape, device=device)
-        self.count, self.head = torch.zeros(2, rows, dtype=torch.long)  # A row's samples, and its slot of the next.
+        # These say how many samples a row holds, and which slot of it the next sample goes to.
+        self.count, self.head = torch.zeros(2, rows, dtype=torch.long)
 
     def push(self, samples: Tensor, row: Tensor) -> None:
         """Append ``samples [B, *sample_shape]`` to the buffers ``row [B]``, in order; the oldest ones fall out."""
@@ -30,7 +31,7 @@ class RingBuffers:
         self.count = (self.count + added).clamp(max=self.size)
         self.head = (self.head + added) % self.size
 
-    def draw(self, row: Tensor, num: int, generator: torch.Generator | None, part: slice) -> Tensor:
+    def draw(self, row: Tensor, num: int, generator: Generator | None, part: slice) -> Tensor:
         """Draw samples ``[L, num, *sample_shape]`` of the buffers ``row [L]``, of which it returns a ``part``."""
         count = self.count[row].unsqueeze(1)  # [L, 1]
         key = torch.rand(len(row), self.size, generator=generator)
@@ -82,9 +83,7 @@ class SampleQueue:
         self.by_class.push(samples, labels)
         self.unconditional.push(samples, torch.zeros_like(labels))
 
-    def sample(
-        self, labels: Tensor, num_samples: int, generator: torch.Generator | None = None, part: slice = ALL
-    ) -> Tensor:
+    def sample(self, labels: Tensor, num_samples: int, generator: Generator | None = None, part: slice = ALL) -> Tensor:
         """Draw samples ``[L, num_samples, *latent_shape]`` of the classes ``labels [L]``, without replacement. A class
         that holds fewer repeats its samples, each equally often up to one. The CPU ``generator`` chooses for all
         labels, also where only a ``part`` of them is returned."""
@@ -94,9 +93,7 @@ class SampleQueue:
             raise ValueError(f"no samples of class {int(empty[0])} in the queue yet: add() some before sampling it")
         return self.by_class.draw(labels, num_samples, generator, part)
 
-    def sample_unconditional(
-        self, num_samples: int, generator: torch.Generator | None = None, part: slice = ALL
-    ) -> Tensor:
+    def sample_unconditional(self, num_samples: int, generator: Generator | None = None, part: slice = ALL) -> Tensor:
         """Draw samples ``[num_samples, *latent_shape]`` of any class as :meth:`sample` does, or a ``part`` of them."""
         if not self.unconditional.count.item():
             raise ValueError("the queue is empty: add() samples before drawing from it")
