@@ -12,8 +12,9 @@ from PIL import Image
 
 from drifting.config.schema import DataConfig
 from drifting.data import open_dataset
+from drifting.data.cifar10 import read_batch
+from drifting.data.idx import FASHION_MNIST, read_idx
 from drifting.data.image_split import ImageError
-from drifting.data.published import FASHION_MNIST, read_batch, read_idx
 from drifting.errors import UserError
 
 RNG = np.random.default_rng(0)

@@ -26,8 +26,9 @@ from test_data_sources import Call, idx_bytes, pixels, write_batch
 from drifting.config import Config, DataConfig, PretrainConfig, load_config, read_config, save_config
 from drifting.config.reading import CONFIG_DIR
 from drifting.data import open_dataset
+from drifting.data.cifar10 import read_batch
+from drifting.data.idx import read_idx
 from drifting.data.latents import INDEX
-from drifting.data.published import read_batch, read_idx
 from drifting.errors import UserError
 from drifting.evaluation.archives import read_reference, read_samples
 from drifting.generation import Generator

@@ -6,11 +6,14 @@ from typing import NamedTuple
 from ..config.schema import DataConfig
 from ..errors import UserError
 from ..utils.named import is_own, nearest
+from .cifar10 import load_cifar10
 from .dataset import Dataset, Draw, Split, training_batches
-from .image_files import load_folder, load_huggingface
+from .digits import load_digits
+from .folder import load_folder
+from .huggingface import load_huggingface
+from .idx import FASHION_MNIST, MNIST
 from .latents import COMMAND, load_latents
 from .own import load_own
-from .published import FASHION_MNIST, MNIST, load_cifar10, load_digits
 from .sample_queue import SampleQueue
 
 __all__ = ["DATASETS", "Dataset", "Draw", "SampleQueue", "Split", "load_digits", "open_dataset", "training_batches"]

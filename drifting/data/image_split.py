@@ -61,6 +61,16 @@ def _as_image(image: Image.Image | np.ndarray) -> Image.Image:
     return Image.fromarray(image) if isinstance(image, np.ndarray) else image
 
 
+def find_files(config: DataConfig, folders: tuple[str, ...], names: list[str], what: str, remedy: str) -> list[Path]:
+    """Find files of those names, compressed (``.gz``) or not, in ``config.path`` or one of the usual ``folders``."""
+    places = [Path(folder) for folder in ((config.path,) if config.path else folders)]
+    for folder in places:
+        files = [folder / name if (folder / name).is_file() else folder / f"{name}.gz" for name in names]
+        if all(file.is_file() for file in files):
+            return files
+    raise UserError(f"data.name is {config.name}, but {what} are not in {' or '.join(map(str, places))}: {remedy}")
+
+
 def image_dataset(
     config: DataConfig, seed: int, splits: Iterable[tuple[Any, ArrayLike]], class_names: tuple[str, ...], channels: int,
     size: int = 0, white: int = 255,
