@@ -103,11 +103,13 @@ def read_any(path: Path, model: Model = None, kinds: Sequence[str] = tuple(NOUNS
         name = shown(description.get("name", "module:Name"))
         naming = f"name it with --model {name} (or load_generator(folder, model=...))"
         raise UserError(f"{path} holds a network of your own, {name}: {naming}")
-    if not isinstance(model, nn.Module):
-        with explained(f"{run.description} cannot be read"):
-            model = build(model or KINDS[kind], description.get("model"), "cpu" if kind == OWN else "meta")
     with explained(f"{run.weights} cannot be loaded"):
         weights = load_file(run.weights)
+    if not isinstance(model, nn.Module):
+        with explained(f"{run.description} cannot be read"):
+            arguments = description.get("model")
+            model = _build_own(model, arguments, weights) if model else build(KINDS[kind], arguments)
+    with explained(f"{run.weights} cannot be loaded"):
         # A buffer of a user's own network may hold infinities, as attention masks do.
         finite = dict(model.named_parameters(remove_duplicate=False)) if kind == OWN else weights
         problems = misfits(weights, _stored_state(model), finite)
@@ -142,6 +144,17 @@ def build(network: Callable[..., nn.Module], arguments: Any, device: str = "meta
     if not isinstance(built, nn.Module):
         raise UserError(f"{name} returns a {type(built).__name__}, expected a torch.nn.Module")
     return built
+
+
+def _build_own(network: Callable[..., nn.Module], arguments: Any, weights: Mapping[str, Tensor]) -> nn.Module:
+    """Build a user's own network on the CPU, unless one without memory already shows that ``weights`` do not fit it."""
+    try:
+        weightless = build(network, arguments)
+        if misfits(weights, _stored_state(weightless), ()):
+            return weightless
+    except (UserError, RuntimeError):  # Not every network can be built on the meta device, nor has shapes there.
+        pass
+    return build(network, arguments, "cpu")
 
 
 def _stored_state(network: nn.Module) -> dict[str, Tensor]:
