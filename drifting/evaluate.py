@@ -103,11 +103,13 @@ def _open_evaluator(arguments: Any) -> evaluation.Evaluator:
         settings, dataset = EvaluationConfig(features=features, reference=paths), None
     else:
         config = _config(*paths or [source]) if len(paths) < 2 else None
+        if config is None and not paths and arguments.data is not None:
+            config = Config(data=DataConfig(arguments.data))  # A script has saved the generator, without its data.
         if config is None:
             expected = "--reference must name a run directory of `python -m drifting.train` or .npz files"
-            raise UserError(f"there is nothing to compare {source} with: {expected}")
+            raise UserError(f"there is nothing to compare {source} with: {expected}, or --data data of your own")
         settings = replace(config.evaluation, features=features or config.evaluation.features)
-        dataset = None if settings.reference else _open_dataset(config.data, arguments.data)
+        dataset = None if settings.reference else _open_dataset(config, arguments.data)
     evaluator = evaluation.open_evaluator(settings, dataset)
     if evaluator is None:
         why = "its samples are latents, too large, or have too few real ones to compare with"
@@ -115,13 +117,14 @@ def _open_evaluator(arguments: Any) -> evaluation.Evaluator:
     return evaluator
 
 
-def _open_dataset(data: DataConfig, name: str | None) -> Dataset:
+def _open_dataset(config: Config, name: str | None) -> Dataset:
     """The data set of a run. One of the user's own is imported by the ``name`` of the command line only."""
+    data = config.data
     if is_own(data.name) and name is None:
         raise UserError(f"the run's data are {data.name}: name them with --data {data.name}")
     if name is not None and not (is_own(data.name) and is_own(name)):
         raise UserError(f"--data is {name}, the run's data are {data.name}: it is for data of your own")
-    return open_dataset(replace(data, name=name or data.name))
+    return open_dataset(replace(data, name=name or data.name), config.seed)
 
 
 def _config(source: str) -> Config | None:

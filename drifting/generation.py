@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import reason
+from .errors import reason, shown
 
-LABEL_NAMES = ("y", "label", "labels", "condition")  # An optional argument is given only where it is called so …
-SCALE_NAMES = ("cfg_scale", "scale", "guidance", "alpha")  # … or so.
+# An optional argument is given only where it is called so …
+LABEL_NAMES = ("y", "label", "labels", "condition", "class_label", "class_labels", "classes", "cond")
+SCALE_NAMES = ("cfg_scale", "scale", "guidance", "alpha", "guidance_scale", "cfg")  # … or so.
 
 ClassNames = tuple[int | str, ...]
 Labels = Tensor | Sequence[int] | Sequence[str]
@@ -30,12 +31,15 @@ class Signature:
     conditions: int
 
     @classmethod
-    def of(cls, model: nn.Module, noise_shape: Sequence[int] | None = None) -> "Signature":
+    def of(cls, model: nn.Module, noise_shape: Sequence[int] | int | None = None) -> "Signature":
         """Read the signature of ``model``, whose attribute ``noise_shape`` is used where none is given.
 
         It raises ValueError where both are missing, or the network does not take one to three tensors.
         """
-        name, shape = type(model).__name__, noise_shape or getattr(model, "noise_shape", noise_shape)
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"the network is {shown(model)}, expected an instance of torch.nn.Module")
+        model = unwrapped(model)
+        name, shape = type(model).__name__, getattr(model, "noise_shape", None) if noise_shape is None else noise_shape
         if shape is None:
             raise ValueError(
                 f"the network {name} does not say what noise it takes: give it an attribute noise_shape, "
@@ -51,7 +55,10 @@ class Signature:
             if parameter.default is not parameter.empty and parameter.name not in optional_names:
                 break
             conditions += 1
-        return cls(tuple(shape), conditions)
+        sizes = (shape,) if isinstance(shape, int) else tuple(shape)
+        if not all(isinstance(size, int) and size > 0 for size in sizes):
+            raise ValueError(f"noise_shape is {shape!r}, expected sizes of 1 or more such as (64,) or (3, 32, 32)")
+        return cls(sizes, conditions)
 
     def draw(self, model: nn.Module, num: int, generator: torch.Generator | None, device: Any) -> dict[str, Tensor]:
         """All that is random in ``num`` samples: noise ``z [num, *noise_shape]``, and by name whatever else, such as
@@ -67,19 +74,25 @@ class Signature:
         conditions = [condition.to(device) for condition in (y, cfg_scale)[: self.conditions]]
         return model(moved.pop("z"), *conditions, **moved)
 
-    def sample_shape(self, model: nn.Module) -> tuple[int, ...]:
-        """The shape of one sample, which two trial samples show; a network that cannot make them raises ValueError."""
+    def sample_shape(self, model: nn.Module, num_classes: int = 1) -> tuple[int, ...]:
+        """The shape of one sample, which two trial samples show, of the first and the last of ``num_classes`` labels.
+
+        A network that cannot make them raises ValueError.
+        """
         drawn = self.draw(model, 2, torch.Generator().manual_seed(0), "cpu")
         taken = ", ".join(("z", "y", "cfg_scale")[: 1 + self.conditions])
-        called = f"{type(model).__name__} ({taken}) with z {list(drawn['z'].shape)}"
+        called = f"{type(unwrapped(model)).__name__} ({taken}) with z {list(drawn['z'].shape)}"
+        called += f" and y [0, {num_classes - 1}]" if num_classes > 1 and self.conditions else ""
         try:
             with torch.no_grad(), evaluating(model):
-                samples = self.call(model, drawn, torch.zeros(2, dtype=torch.int64), torch.ones(2))
+                samples = self.call(model, drawn, torch.tensor([0, num_classes - 1]), torch.ones(2))
         except Exception as error:  # A user's network may raise anything.
             raise ValueError(f"the network {called} fails: {reason(error)}") from error
         if not isinstance(samples, Tensor) or samples.shape[:1] != (2,):
             got = list(samples.shape) if isinstance(samples, Tensor) else type(samples).__name__
             raise ValueError(f"the network {called} returns {got}, expected a tensor [2, …]")
+        if not samples.is_floating_point():
+            raise ValueError(f"the network {called} returns {samples.dtype}, expected floating-point numbers")
         return tuple(samples.shape[1:])
 
 
@@ -88,9 +101,16 @@ def _weight_of(model: nn.Module) -> Tensor:
     return next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network that ``torch.compile`` has wrapped, or ``model`` itself."""
+    inner = getattr(model, "_orig_mod", model)
+    assert isinstance(inner, nn.Module)
+    return inner
+
+
 @torch.no_grad()
 def generate(
-    model: nn.Module, batch_size: int, y: Tensor | None = None, cfg_scale: float | Tensor = 1.0,
+    model: nn.Module, batch_size: int, y: Tensor | Sequence[int] | None = None, cfg_scale: float | Tensor = 1.0,
     device: torch.device | str | None = None, generator: torch.Generator | None = None,
     noise_shape: Sequence[int] | None = None,
 ) -> Tensor:  # fmt: skip
@@ -117,7 +137,7 @@ def generate(
         if num_classes is None:
             raise ValueError(f"the network {type(model).__name__} takes labels and has no num_classes: give labels y")
         y = torch.randint(num_classes, (batch_size,), generator=generator, device=source)
-    scale = torch.as_tensor(cfg_scale, dtype=torch.float32)
+    y, scale = torch.as_tensor(y), torch.as_tensor(cfg_scale, dtype=torch.float32)
     for name, value, shapes in (("y", y, [(batch_size,)]), ("cfg_scale", scale, [(), (batch_size,)])):
         if value.shape not in shapes:
             raise ValueError(f"{name} has shape {list(value.shape)}, expected [{batch_size}], one for each sample")
@@ -154,7 +174,9 @@ class Generator:
 
     @property
     def makes_images(self) -> bool:
-        return self.pixel_range is not None
+        """Whether samples are images [1 or 3, H, W], or decode to them."""
+        is_image = len(self.sample_shape) == 3 and self.sample_shape[0] in (1, 3)
+        return self.pixel_range is not None and (self.latent or is_image)
 
     def generate(
         self, batch_size: int, y: Labels | None = None, cfg_scale: float | Tensor = 1.0,

@@ -13,7 +13,7 @@ from torch import nn
 from .cli import parse_training_command, run_command
 from .config import Config, LossConfig
 from .data import Dataset, open_dataset
-from .errors import UserError
+from .errors import UserError, explained
 from .hub.run_directory import RunDirectory, build
 from .hub.sources import load_mae
 from .models import NETWORKS, FeatureStack
@@ -87,7 +87,8 @@ def _extractor(config: LossConfig, shape: tuple[int, ...]) -> nn.Module:
         extractor: Any = name
         if is_own(name):
             own = import_named(name, "loss.feature_extractor")
-            extractor = own() if isinstance(own, type) else own
+            with explained(f"loss.feature_extractor is {name}"):
+                extractor = own() if isinstance(own, type) else own
         elif name == "mae":
             try:
                 mae = load_mae(str(config.mae))

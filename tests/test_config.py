@@ -466,6 +466,33 @@ def test_recorded_values_are_checked(tmp_path):
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "key, here, there, expected",
+    [
+        (
+            "loss.feature_extractor",
+            ["input"],
+            ["evil:Part"],
+            "which only a command line or a configuration file of yours",
+        ),
+        ("model.name", "drifting_dit", "evil:Net", "model.name: evil:Net, now drifting_dit"),
+        ("data.name", "digits", "evil:data", "data.name: evil:data, now digits"),
+    ],
+)
+def test_a_run_directory_names_nothing_to_import(tmp_path, key, here, there, expected):
+    """Its record says that the user has changed a part of ours to one of his own."""
+    path, config = tmp_path / "config.yaml", load_config("digits", ["loss.feature_extractor=input"])
+    save_config(config, path)
+    change = {"step": 1, "key": key, "old": here, "new": there}
+    (tmp_path / "changes.json").write_text(json.dumps({"changes": [change]}))
+    with pytest.raises(UserError, match=expected) as caught:
+        config_in_force(path, config)
+    assert "\n" not in str(caught.value)
+    asked = load_config("digits", ["loss.feature_extractor=[evil:Part]"])
+    if key == "loss.feature_extractor":
+        assert config_in_force(path, asked, [key]) == asked
+
+
 def test_some_keys_cannot_change_within_a_run(own):
     def asked(schema, key, value="1"):
         return parse_training_command(["--change", f"{key}={value}"], "train", "", schema, default[schema])[2]

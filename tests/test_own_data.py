@@ -1,5 +1,6 @@
 """A user's own data sets, by name: every kind of sample and label, and what is said of those that cannot be used."""
 
+import random
 import sys
 import types
 from collections.abc import Callable
@@ -188,6 +189,14 @@ def test_arguments(own):
         own(Noise, arguments={"kinds": 3}, crop=True)
     with pytest.raises(UserError, match="TypeError: .*missing 1 required positional argument: 'kinds'"):
         own(Noise)
+
+
+def test_what_it_draws_at_random_follows_from_the_seed(own):
+    def noise():
+        return Items([torch.rand(2) + np.random.rand() + random.random() for _ in range(50)])
+
+    one, same = (own(noise).train.samples() for _ in range(2))
+    assert torch.equal(one, same)
 
 
 def test_our_own_kind_of_data_set_is_taken_as_it_is(own):

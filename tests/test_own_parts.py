@@ -1,17 +1,20 @@
 """A user's own networks, data and features in the trainer: any shapes, any labels, and one line where nothing fits."""
 
+import json
 import os
 import subprocess
 import sys
 from copy import deepcopy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, TensorDataset
 
 import drifting
+from drifting import evaluate, sample
 from drifting.errors import UserError
 from drifting.training import create_trainer
 
@@ -135,6 +138,48 @@ def test_labels_are_numbered_once_and_told(data, names, capsys, tmp_path):
     assert torch.equal(*drawn)
 
 
+class Pairs(torch.utils.data.Dataset):
+    """Points and labels, and an attribute that tells something else than the labels."""
+
+    def __init__(self, make, **attributes):
+        self.make = make
+        vars(self).update(attributes)
+
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, index):
+        return self.make(torch.full((2,), float(index)), [3, 7][index % 2])
+
+
+def columns(items):
+    return torch.stack([item["x"] for item in items]), [item["label"] for item in items]
+
+
+@pytest.mark.parametrize(
+    "loader",
+    [
+        DataLoader(Pairs(lambda x, y: {"x": x, "label": y}), batch_size=8, collate_fn=columns),
+        DataLoader(Pairs(lambda x, y: (x, y), targets=None, labels={3: "cat", 7: "dog"}), batch_size=8),
+        DataLoader(Pairs(lambda x, y: (x, y), targets=[4, 8] * 10), batch_size=8),
+        DataLoader(ConcatDataset([Pairs(lambda x, y: (x, y))] * 2), batch_size=8),
+    ],
+)
+def test_labels_are_those_of_the_batches(loader):
+    trainer = trainer_of(Labelled(2))
+    trainer.train_epoch(loader)
+    assert trainer.groups.class_names == (3, 7)
+
+
+def test_a_compiled_network_is_saved_as_itself(tmp_path):
+    trainer = trainer_of(torch.compile(Labelled(2), backend="eager"), class_names=[0, 1, 2])
+    trainer.train_step(torch.randn(9, 2), [0, 1, 2] * 3)
+    trainer.save(tmp_path)
+    again = drifting.load_generator(tmp_path, model=Labelled(2))
+    drawn = [each.generate(2, [0, 2], generator=torch.Generator().manual_seed(0)) for each in (trainer, again)]
+    assert torch.equal(*drawn)
+
+
 def test_labels_of_steps_without_a_loader():
     trainer = trainer_of(Labelled(2), class_names=["b", "a"])
     trainer.train_step(torch.randn(4, 2), ["a", "b", "b", "a"])
@@ -146,7 +191,7 @@ def test_labels_of_steps_without_a_loader():
 
 
 def test_labels_that_are_neither_numbers_nor_text():
-    with pytest.raises(ValueError, match="a label is 0.*, expected integers or text"):
+    with pytest.raises(ValueError, match="a label is 0.*, expected an integer or text"):
         trainer_of(Labelled(2)).train_step(torch.randn(2, 2), torch.tensor([0.7, 1.7]))
 
 
@@ -189,12 +234,63 @@ def test_features_of_any_kind(extractor, maps):
     assert {name.removesuffix("/scale") for name in info if name.endswith("/scale")} == maps
 
 
+# -------------------------------------------------------------------------------------------------------- commands
+
+
+@pytest.fixture
+def saved(tmp_path, monkeypatch):
+    """A module of the user's own in the current folder, and a trainer of its network with labels -1, 3 and 7."""
+    (tmp_path / "parts_of_a_test.py").write_text(
+        "import torch\nfrom torch.utils.data import TensorDataset\nfrom tests_of_parts import Labelled\n"
+        "class Net(Labelled):\n    def __init__(self): super().__init__(2)\n"
+        "def data():\n    y = torch.tensor([-1, 3, 7] * 20)\n    x = torch.randn(60, 2) / 9 + y[:, None]\n"
+        "    return TensorDataset(x, y), TensorDataset(x, y)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "tests_of_parts", sys.modules[__name__])
+    monkeypatch.delitem(sys.modules, "parts_of_a_test", raising=False)
+
+    def save(**settings):
+        trainer = trainer_of(Labelled(2), class_names=[-1, 3, 7], **settings)
+        trainer.train_step(torch.randn(9, 2), [-1, 3, 7] * 3)
+        trainer.save("saved")
+
+    return save
+
+
+def test_what_a_script_has_saved_is_evaluated_on_data_of_its_own(saved, capsys):
+    saved()
+    command = ["saved", "--model", "parts_of_a_test:Net", "--num", "30"]
+    evaluate.main([*command, "--data", "parts_of_a_test:data"])
+    assert json.loads(capsys.readouterr().out)["frechet_distance"] > 0
+    with pytest.raises(UserError, match="--reference must name .*, or --data data of your own"):
+        evaluate.main(command)
+
+
+def test_a_range_of_values_makes_no_images_of_vectors(saved):
+    """They are clamped, and stay vectors."""
+    saved(pixel_range=(0, 1))
+    sample.main(["saved", "--model", "parts_of_a_test:Net", "--num", "6", "--out", "samples.npz"])
+    samples = np.load("samples.npz")["arr_0"]
+    assert samples.shape == (6, 2) and samples.dtype == np.float32 and samples.min() >= 0 and samples.max() <= 1
+
+
 # -------------------------------------------------------------------------------------------------------- refusals
 
 
 class Four(nn.Module):
     def forward(self, a, b, c, d):
         return a
+
+
+class Rounded(Net):
+    def forward(self, z):
+        return super().forward(z).long()
+
+
+class NoGradient(Net):
+    def forward(self, z):
+        return super().forward(z).detach()
 
 
 STEP = torch.ones(4, 4)
@@ -207,11 +303,24 @@ REFUSALS = [
     (lambda: trainer_of(Net(2)).train_step(STEP), r"makes samples \[2\], the data have \[4\]"),
     (lambda: trainer_of(Net(4), feature_extractor="latent"), "is for images .C, H, W.: use 'input' or one of your own"),
     (lambda: trainer_of(Net(4), feature_extractor="conv"), "feature_extractor is 'conv', expected 'input'"),
-    (lambda: trainer_of(Net(4), feature_extractor=lambda x: x.sum()).train_step(STEP), r"shape \[\] for"),
-    (lambda: trainer_of(Net(4), feature_extractor=lambda x: x.long()).train_step(STEP), "int64, expected"),
+    (lambda: trainer_of(Net(4), feature_extractor=lambda x: x.sum()).train_step(STEP), r"has shape \[\] and"),
+    (
+        lambda: trainer_of(Net(4), feature_extractor=lambda x: x.long()).train_step(STEP),
+        "int64 for 2 samples, expected",
+    ),
     (lambda: trainer_of(Net(4), feature_extractor=lambda x: {}).train_step(STEP), "returned no maps"),
     (lambda: trainer_of(Net(4), feature_extractor=lambda x: x.detach()).train_step(STEP), "no_grad"),
     (lambda: trainer_of(Net(4), activation_checkpointing=True), "Net has no attribute of that name"),
+    (lambda: trainer_of(Net), "the network is <class .*Net'>, expected an instance of torch.nn.Module"),
+    (lambda: trainer_of(nn.Linear(3, 2), noise_shape=(4.0,)), r"noise_shape is \(4.0,\), expected sizes of 1 or more"),
+    (lambda: trainer_of(Rounded(2)), r"Rounded \(z\) with z \[2, 4\] returns torch.int64, expected floating-point"),
+    (lambda: trainer_of(NoGradient(2)).train_step(STEP[:, :2]), "NoGradient have no gradient: its forward must not"),
+    (lambda: trainer_of(Net(2).requires_grad_(False)), "Net has no parameters to train"),
+    (lambda: trainer_of(Labelled(2, classes=2), class_names=[0, 1, 2]), r"and y \[0, 2\] fails: IndexError"),
+    (lambda: trainer_of(Net(4), feature_extractor=lambda x: 1 / 0), r"samples \[2, 4\], fails: ZeroDivisionError"),
+    (lambda: trainer_of(Net(4), class_names=[1, 1]), r"class_names is \[1, 1\], expected different"),
+    (lambda: trainer_of(Labelled(4), class_names=[0, 1]).train_step(STEP), "no labels, expected 4 of"),
+    (lambda: trainer_of(Labelled(4)).train_epoch(iter([(STEP, [n] * 4) for n in (0, 1)])), "create_trainer.class_n"),
     (lambda: drifting.generate(Labelled(2), 3), "takes labels and has no num_classes: give labels y"),
     (lambda: drifting.generate(Labelled(2), 3, torch.zeros(2).long()), r"y has shape \[2\], expected \[3\]"),
     (lambda: drifting.generate(Labelled(2), 3, torch.zeros(3).long(), torch.ones(2)), r"cfg_scale has shape \[2\]"),

@@ -155,7 +155,7 @@ def fake_vae(monkeypatch):
         def decode(self, latents):
             return SimpleNamespace(sample=latents[:, :3].repeat_interleave(2, 2).repeat_interleave(2, 3))
 
-    monkeypatch.setattr(vae, "_load_vae", lambda device: FakeVae())
+    monkeypatch.setattr(vae, "require_vae", lambda device: FakeVae())
 
 
 def test_latents_are_drawn_in_each_step(fake_vae):

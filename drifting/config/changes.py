@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import UserError, explained
 from ..utils.files import atomic_write, read_object
+from ..utils.named import is_own
 from .reading import AnyConfig, read_config, save_config, set_value, values_of
 
 Values = dict[str, Any]  # A configuration, with dotted keys.
@@ -39,7 +40,10 @@ def config_in_force(path: Path, config: AnyConfig, asked: Collection[str] = ()) 
     replaced = [(change["key"], change["old"]) for change in recorded(path)]
     result, others = copy.deepcopy(config), []
     for key, old, new in differences(_values_in_force(path, config), values_of(config)):
-        if (key, new) in replaced and key not in asked:
+        if (key, new) in replaced and key not in asked and resume_of(key) == "asked":
+            if any(is_own(str(name)) for name in (old if isinstance(old, list) else [old])):
+                why = "which only a command line or a configuration file of yours may name"
+                raise UserError(f"{path.parent} has changed {key} to {old}, {why}: give that --change again")
             set_value(result, key, old, "a recorded change: ")
         elif key not in asked:
             others.append(f"{key}: {old}, now {new}")

@@ -1,5 +1,6 @@
 """A user's own data: its labels and their class numbers, and data sets by the name ``module:Name`` as ours are."""
 
+import random
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset, TensorDataset, default_collate
 from tqdm import tqdm
 
 from ..config.schema import DataConfig
@@ -41,19 +42,24 @@ def all_labels(source: Any) -> list[Any] | None:
     that does not tell them is read once. The list is empty where samples have no labels, and None for what can be read
     only once, or has no end."""
     if isinstance(source, DataLoader):
-        return all_labels(source.dataset)
+        labels = all_labels(source.dataset)  # A collate_fn of the user's own may make labels of anything.
+        return labels if labels or source.collate_fn is default_collate else None
     if isinstance(source, IterableDataset) or not hasattr(source, "__len__"):
         return None
     if isinstance(source, Subset):
         labels = all_labels(source.dataset)
         return labels and [labels[index] for index in source.indices]
+    if isinstance(source, ConcatDataset):
+        return [label for part in source.datasets for label in all_labels(part) or []]
     if isinstance(source, TensorDataset):
         return _plain(label_of(source.tensors))
-    for name in ("targets", "labels"):
-        if hasattr(source, name):
-            return _plain(getattr(source, name))
     if not len(source) or label_of(source[0]) is None:
         return []
+    for name in ("targets", "labels"):  # They are believed only if samples have them: a transform may change labels.
+        told = _plain(getattr(source, name, None))
+        probed = {0, len(source) // 2, len(source) - 1}
+        if len(told) == len(source) and all(_plain(label_of(source[index])) == [told[index]] for index in probed):
+            return told
     indices = tqdm(range(len(source)), desc="labels", unit="sample", delay=1, leave=False, disable=None)
     return [label for index in indices for label in _plain(label_of(source[index]))]
 
@@ -117,13 +123,16 @@ class OwnSplit(Split):
         return sample.float()
 
 
-def load_own(config: DataConfig) -> Dataset:
+def load_own(config: DataConfig, seed: int) -> Dataset:
     """Load what the function or class ``config.name`` gives for ``config.arguments`` and the changed keys of ``data``.
     That is a pair (training, test) of map-style data sets; or one of them, of which one sample in ten is for testing;
-    or a :class:`Dataset`. Labels are integers or text, or left out. Whatever goes wrong raises UserError."""
+    or a :class:`Dataset`. Labels are integers or text, or left out. What the function draws at random follows from
+    ``seed``, on every rank. Whatever goes wrong raises UserError."""
     target = import_named(config.name, "data.name")
     changed = {key: getattr(config, key) for key in PASSED_ON if getattr(config, key) != getattr(DataConfig(), key)}
     check_arguments(target, arguments := changed | config.arguments, "data")
+    for set_seed in (torch.manual_seed, random.seed, np.random.seed):
+        set_seed(seed % 2**32)
     with explained(f"data.name is {config.name}"):
         made = target(**arguments)
         dataset = made if isinstance(made, Dataset) else _dataset(config.name, made)

@@ -42,7 +42,10 @@ def draw_samples(generator: Generator, numbers: Tensor, cfg_scale: float = 1.0, 
         with torch.autocast(weight.device.type, torch.bfloat16, enabled=latent and weight.is_cuda):
             batch = generate(model, len(number), number, cfg_scale, None, source, generator.noise_shape).float()
         batch = decode_latents(batch) if latent else batch
-        values = batch.cpu().numpy() if pixel_range is None else to_uint8(batch, pixel_range)
+        if pixel_range is None or not generator.makes_images:
+            values = (batch if pixel_range is None else batch.clamp(*pixel_range)).cpu().numpy()
+        else:
+            values = to_uint8(batch, pixel_range)
         if not count:  # 50,000 images of ImageNet are 10 GB, which concatenation would hold twice.
             samples = np.empty((len(numbers), *values.shape[1:]), values.dtype)
         samples[count : count + len(values)] = values

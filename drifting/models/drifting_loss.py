@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import drift_ops
 from drift_ops.reference import unit_drift
 
+from ..errors import reason
 from ..utils.stopwatch import Stopwatch
 from . import feature_extractor as extractors
 from .feature_extractor import load_convnext
@@ -91,9 +92,17 @@ class DriftingLoss(nn.Module):
         with torch.no_grad():
             fixed_groups = self.groups(x_real if x_uncond is None else torch.cat([x_real, x_uncond], 1))
         gen = self.groups(x_gen)
-        if x_gen.requires_grad and not any(groups.requires_grad for groups in gen.values()):
-            raise ValueError("no feature map has a gradient: the feature extractor must not work under torch.no_grad()")
         return self.of_groups(gen, *split_groups(fixed_groups, x_real.shape[1]), weight)
+
+    def check_extractor(self, sample_shape: Sequence[int], device: torch.device) -> None:
+        """Try the extractor on two samples of that shape; one that does not return maps of them raises ValueError."""
+        samples = torch.zeros(1, 2, *sample_shape, device=device, requires_grad=True)
+        try:
+            self.groups(samples * 1)  # An extractor may change samples in place, but not a leaf.
+        except Exception as error:  # A user's extractor may raise anything.
+            name = extractors.extractor_name(self.feature_extractor)
+            tried = f"the feature extractor {name}, tried on samples {[2, *sample_shape]}, fails"
+            raise ValueError(f"{tried}: {reason(error)}") from error
 
     def groups(self, samples: Tensor) -> FeatureMaps:
         """Maps of samples ``[L, n, *shape]`` as groups ``[L·T, n, D]``, from one forward pass of the extractor."""
@@ -102,6 +111,8 @@ class DriftingLoss(nn.Module):
             self.stopwatch.enter("encoder")
         with torch.autocast(samples.device.type, torch.bfloat16, enabled=self.bf16):
             maps = extractors.named_maps(self.feature_extractor(samples.flatten(0, 1)), L * n, self.feature_extractor)
+        if torch.is_grad_enabled() and samples.requires_grad and not any(of.requires_grad for of in maps.values()):
+            raise ValueError("no feature map has a gradient: the feature extractor must not work under torch.no_grad()")
         groups = {}
         for name, feature in maps.items():
             feature = feature.bfloat16() if self.bf16 else feature  # Autocast leaves some operations in float32.

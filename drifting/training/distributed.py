@@ -108,6 +108,9 @@ def join_ranks() -> Iterator[Ranks]:
 
 def shard(model: nn.Module, ranks: Ranks) -> None:
     """Let each rank keep a shard of every parameter (FSDP2), in place; ``blocks``, if any, are gathered one by one."""
+    number = next((name for name, parameter in model.named_parameters() if not parameter.ndim), None)
+    if number is not None:
+        raise ValueError(f"step.fsdp is true, but the parameter {number} is a number, which has no shards: make it [1]")
     # Our images are views where a patch is the whole image, and nothing changes them in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     assert ranks.group is not None

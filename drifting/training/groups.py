@@ -83,8 +83,14 @@ class ClassGroups:
             )
         self.learn_labels([(samples, labels)])
         numbers = torch.zeros(len(samples), dtype=torch.int64)
+        if labels is None and self.labelled and len(self.class_names or ALL) > 1:
+            raise ValueError(f"a batch has no labels, expected {len(samples)} of class_names {self.class_names}")
         if labels is not None and self.labelled and self.class_names is not None:
-            numbers = class_numbers(labels, self.class_names)
+            try:
+                numbers = class_numbers(labels, self.class_names)
+            except ValueError as error:
+                hint = "if the first batch lacks some, give all to create_trainer(class_names=...)"
+                raise ValueError(f"{error}; {hint}") from error
         self._queue().add(self.ranks.gather(samples), self.ranks.gather(numbers))
 
     def _queue(self) -> SampleQueue:

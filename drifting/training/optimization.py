@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..config import Config, PretrainConfig
+from ..models import MODELS
 from .distributed import Ranks, shard
 
 GATHERED = states.StateDictOptions(full_state_dict=True, cpu_offload=True)  # The whole of it is on the host of rank 0.
@@ -27,6 +29,8 @@ class TrainedWeights:
     """
 
     def __init__(self, model: nn.Module, config: Config | PretrainConfig, ranks: Ranks, device: torch.device) -> None:
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError(f"the network {type(model).__name__} has no parameters to train, expected at least one")
         self.model, self.config, self.steps = model.to(device), config.optimizer, config.train.steps
         decays = config.optimizer.ema_decay
         self.averages = {
@@ -40,7 +44,12 @@ class TrainedWeights:
             for module in (model, *(average.module for average in self.averages.values())):
                 shard(module, ranks)
         elif ranks.group is not None:
-            self.distributed = DistributedDataParallel(model, process_group=ranks.group)
+            # A step need not use all parameters of a user's own network; it is no mistake if it does.
+            warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
+            is_ours = isinstance(model, tuple(MODELS.values()))
+            self.distributed = DistributedDataParallel(
+                model, process_group=ranks.group, find_unused_parameters=not is_ours
+            )
         rate, decay = self.config.learning_rate, self.config.weight_decay
         self.optimizer = torch.optim.AdamW(model.parameters(), rate, (0.9, 0.95), weight_decay=decay, fused=True)
         self.step = 0

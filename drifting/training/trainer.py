@@ -11,8 +11,9 @@ from tqdm import tqdm
 
 from ..config import Config
 from ..config.reading import set_value
-from ..data.own import label_of, sample_of
-from ..generation import ClassNames, Generator, Labels, Signature
+from ..data.own import label_of, number_labels, sample_of
+from ..errors import shown
+from ..generation import ClassNames, Generator, Labels, Signature, unwrapped
 from ..hub.run_directory import RunDirectory, save_generator
 from ..models import DriftingDiT, DriftingLoss
 from ..models.drifting_loss import Extractor, FeatureMaps, split_groups
@@ -50,7 +51,7 @@ class DriftingTrainer:
         self.config, self.ranks = config, ranks or Ranks()
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model, self.signature, self.facts = model.to(self.device), Signature.of(model, noise_shape), facts
-        self.sample_shape = self.signature.sample_shape(model)
+        self.sample_shape = self.signature.sample_shape(model, len(class_names or (0,)))
         self.groups = ClassGroups(
             config, self.sample_shape, self.ranks, self.device, class_names,
             labelled=self.signature.conditions > 0, num_classes=getattr(model, "num_classes", None),
@@ -61,6 +62,7 @@ class DriftingTrainer:
             in_chans=self.sample_shape[0] if len(self.sample_shape) == 3 else None, bf16=config.step.bf16,
             process_group=self.ranks.group,
         ).to(self.device)  # fmt: skip
+        self.loss_fn.check_extractor(self.sample_shape, self.device)
         if hasattr(model, "activation_checkpointing"):
             model.activation_checkpointing = config.step.activation_checkpointing  # type: ignore[assignment]
         elif config.step.activation_checkpointing:
@@ -98,7 +100,7 @@ class DriftingTrainer:
             collapse, 1 is right), ``skipped_steps``, and what the loss reports of each feature map.
         """
         self.stopwatch.enter("communication")
-        self.groups.add(x.to(self.device, non_blocking=True), y)
+        self.groups.add(torch.as_tensor(x).to(self.device, non_blocking=True), y)
         self.stopwatch.enter("other")
         groups = self.groups.draw(self.step, use_cfg_training)  # labels c, scales α, y⁺ ~ p(·|c), y⁻ ~ p(·|∅)
         self.model.train()
@@ -168,6 +170,9 @@ class DriftingTrainer:
         y, alpha = (t[part].repeat_interleave(num) for t in (groups.label, groups.cfg_scale))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=step.bf16):
             samples = self.signature.call(self.weights.distributed, drawn, y, alpha).float()
+        if torch.is_grad_enabled() and not samples.requires_grad:
+            name = type(self.model).__name__
+            raise ValueError(f"the samples of the network {name} have no gradient: its forward must not detach them")
         self.stopwatch.enter_at_gradient(samples, "generator")
         if step.clamp and self.facts.get("pixel_range") is not None and not self.facts.get("latent"):
             samples = samples.clamp(*self.facts["pixel_range"])
@@ -199,7 +204,7 @@ class DriftingTrainer:
 
     def generator(self, model: nn.Module | None = None) -> Generator:
         """The averaged network, or another average of it, with what is known of its samples."""
-        model = self.ema_model if model is None else model
+        model = unwrapped(self.ema_model if model is None else model)
         names = self.groups.class_names or tuple(range(getattr(model, "num_classes", 1)))
         ours = {"name": "drifting_dit", "arguments": model.config} if isinstance(model, DriftingDiT) else {}
         facts, noise_shape = self.facts | ours, self.signature.noise_shape
@@ -272,6 +277,8 @@ def create_trainer(
         if section is None:
             raise TypeError(f"create_trainer() got an unexpected keyword argument {name!r}")
         set_value(config, f"{section}.{name}", value.tolist() if hasattr(value, "tolist") else value)
+    if class_names is not None and len(number_labels(class_names, "class_names has")) < len(class_names):
+        raise ValueError(f"class_names is {shown(class_names)}, expected different labels, one or more")
     return DriftingTrainer(
         model, config, feature_extractor, device=device, noise_shape=noise_shape, pixel_range=pixel_range, ranks=ranks,
         class_names=None if class_names is None else tuple(class_names),
