@@ -16,6 +16,7 @@ from .errors import UserError
 from .evaluation import evaluator as evaluation
 from .evaluation.archives import read_samples, write_samples
 from .evaluation.drawing import check_drawing, spread_labels
+from .generation import label_numbers
 from .hub.run_directory import RunDirectory
 from .hub.sources import HUB, load_generator
 from .utils.named import import_named, is_own
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     evaluator = _open_evaluator(arguments)
     evaluation.warn_of_few(evaluator, len(samples))
     facts = {"samples": arguments.source, "num_samples": len(samples)}
-    print(json.dumps(facts | evaluator(samples, labels), indent=2))
+    print(json.dumps(facts | evaluator(samples, evaluator.class_numbers(labels)), indent=2))
     return 0
 
 
@@ -91,7 +92,8 @@ def _judge_generator(arguments: Any) -> int:
     facts = {"source": arguments.source, "step": generator.step, "seed": arguments.seed, "num_samples": num}
     try:
         if arguments.save_npz is not None:
-            write_samples(arguments.save_npz, best_samples, numbers.numpy())
+            labels = torch.tensor(label_numbers(generator.class_names))[numbers]
+            write_samples(arguments.save_npz, best_samples, labels.numpy())
     finally:  # Where the samples cannot be written, the measures are not lost.
         print(json.dumps(facts | best | sweep, indent=2))
     return 0

@@ -5,6 +5,7 @@ noise, labels and guidance scales. Noise and samples may have any shapes, which 
 """
 
 import inspect
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -198,14 +199,20 @@ class Generator:
 def class_numbers(labels: Labels, names: ClassNames) -> Tensor:
     """Class numbers, int64 ``[B]``, of labels as they are called: their places in ``names``.
 
-    Integers are class numbers already where all names are text. An unknown label raises ValueError.
+    Integers are class numbers already where names are text of other than integers. An unknown label raises ValueError.
     """
     values: list[Any] = labels.tolist() if isinstance(labels, Tensor) else list(labels)
     are_numbers = all(type(value) is int for value in values) and all(isinstance(name, str) for name in names)
-    called: Sequence[Any] = range(len(names)) if are_numbers else names
+    called: Sequence[Any] = label_numbers(names) if are_numbers else names
     place = {name: number for number, name in enumerate(called)}
     for value in values:
         if value not in place:
             shown = ", ".join(map(str, called[:10])) + (", …" if len(called) > 10 else "")
             raise ValueError(f"there is no label {value!r}, expected one of: {shown}")
     return torch.tensor([place[value] for value in values], dtype=torch.int64)
+
+
+def label_numbers(names: ClassNames) -> tuple[int, ...]:
+    """What files of samples call the classes: their names where these are different integers, else their numbers."""
+    numbers = {int(name) for name in map(str, names) if re.fullmatch(r"-?[0-9]{1,9}", name)}
+    return tuple(map(int, names)) if len(numbers) == len(names) else tuple(range(len(names)))

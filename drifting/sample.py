@@ -10,7 +10,7 @@ from .cli import ArgumentParser, run_command
 from .errors import UserError
 from .evaluation.archives import write_samples
 from .evaluation.drawing import check_drawing, draw_samples, spread_labels
-from .generation import ClassNames
+from .generation import ClassNames, label_numbers
 from .hub.sources import load_generator
 from .hub.vae import require_vae
 from .utils.images import save_grid
@@ -39,14 +39,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         shape = list(generator.sample_shape)
         raise UserError(f"--out is {out}, but samples {shape} are no images: expected a file in .npz")
     chosen = parse_labels(arguments.labels, generator.class_names)
-    numbers = spread_labels(num, list(chosen))
+    numbers = spread_labels(num, chosen)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if generator.latent:
         require_vae(device)
     generator.model.to(device)
     samples = draw_samples(generator, numbers, arguments.cfg_scale, arguments.seed)
     if out.suffix == ".npz":
-        write_samples(out, samples, torch.tensor([chosen[number] for number in numbers.tolist()]).numpy())
+        write_samples(out, samples, torch.tensor(label_numbers(generator.class_names))[numbers].numpy())
     else:
         save_grid(samples, math.ceil(math.sqrt(num)), out)
     labels = ", ".join(str(generator.class_names[number]) for number in numbers.unique().tolist())
@@ -54,21 +54,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def parse_labels(text: str | None, names: ClassNames) -> dict[int, int]:
-    """The class numbers that ``--labels`` asks for, and what ``arr_1`` calls each: the number given, or class number.
-
-    Labels are given by name, or by class number where no class has that name.
-    """
+def parse_labels(text: str | None, names: ClassNames) -> list[int]:
+    """The class numbers that ``--labels`` asks for by name, or by class number where no class has that name."""
     if text is None:
-        return {number: number for number in range(len(names))}
+        return list(range(len(names)))
     place = {str(number): number for number in range(len(names))} | {str(name): n for n, name in enumerate(names)}
-    chosen = {}
+    chosen = []
     for label in map(str.strip, text.split(",")):
         if label not in place:
             known = ", ".join(map(str, names[:10])) + (", …" if len(names) > 10 else "")
             raise UserError(f"--labels names {label!r}, expected 0 to {len(names) - 1} or some of: {known}")
-        chosen[place[label]] = int(label) if label.isdecimal() else place[label]
-    return chosen
+        chosen.append(place[label])
+    return list(dict.fromkeys(chosen))
 
 
 if __name__ == "__main__":

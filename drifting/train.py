@@ -39,8 +39,10 @@ def train(config: Config, out: Path, ranks: Ranks = Ranks(), asked: Collection[s
     """
     directory = RunDirectory(out)
     with loop.opened_run(directory, config, ranks, asked) as config:
-        dataset = open_dataset(config.data, config.seed)
-        loop.train(GeneratorRun(directory, build_trainer(config, dataset, ranks), dataset))
+        with ranks.agreed():
+            dataset = open_dataset(config.data, config.seed)
+            trainer = build_trainer(config, dataset, ranks)
+        loop.train(GeneratorRun(directory, trainer, dataset))
 
 
 def build_trainer(config: Config, dataset: Dataset, ranks: Ranks) -> DriftingTrainer:

@@ -186,7 +186,7 @@ def test_mistake_is_one_line_and_status_2(tmp_path):
         (train_classifier, ["--data", "nope"], "argument --data: invalid choice"),
         (sample, ["{nowhere}", "--num", "1", "--out", "a.png"], "there is no run directory"),
         (sample, ["{empty}", "--num", "1", "--out", "a.png"], "holds no model.json"),
-        (sample, ["{broken}", "--num", "1", "--out", "a.png"], "cannot be read"),
+        (sample, ["{broken}", "--num", "1", "--out", "a.png"], "model.safetensors cannot be loaded"),
         (sample, ["{run}", "--num", "0", "--out", "a.png"], "--num is 0, expected 1 or more"),
         (sample, ["{run}", "--num", "x", "--out", "a.png"], "argument --num: invalid int value"),
         (sample, ["{run}", "--num", "1", "--out", "a.jpg"], "ends in .npz or .png"),

@@ -22,6 +22,7 @@ from cases import EVERY_KERNEL, load_library
 
 import drift_ops
 from drift_ops import cuda
+from drift_ops.backends import _WHY_NOT
 
 ROOT = Path(__file__).parents[1]
 BUDGETS = ROOT / "tests/cuda_budgets.json"
@@ -85,6 +86,7 @@ def built(tmp_path_factory) -> tuple[Path, str]:
 def module(built, monkeypatch):
     """Has drift_ops use what was built, whether or not its installation left the CUDA kernels out."""
     monkeypatch.setattr(cuda, "_cuda", load_library(built[0]))
+    monkeypatch.setitem(_WHY_NOT, "cuda", cuda.why_not)  # Another test may have asked before.
 
 
 def test_budgets(built):

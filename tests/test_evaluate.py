@@ -347,7 +347,7 @@ def test_samples_in_files(tmp_path, capsys, monkeypatch):
     with pytest.raises(UserError, match="arr_0 is float32 .*, expected uint8"):
         read_reference(tmp_path / "x.npz")
     monkeypatch.setattr(evaluate, "_config", lambda source: Config())
-    monkeypatch.setattr(evaluate, "open_dataset", lambda config: data)
+    monkeypatch.setattr(evaluate, "open_dataset", lambda config, seed: data)
     assert evaluate.main([str(tmp_path / "x.npz"), "--reference", str(tmp_path)]) == 0
     assert json.loads(capsys.readouterr().out)["frechet_ratio"] == 1
 
@@ -360,7 +360,7 @@ def test_parts_of_ones_own_are_named_on_the_command_line(tmp_path, capsys, monke
     config = Config(data=DataConfig(name="absent:blobs", arguments={"classes": 3}))
     monkeypatch.setattr(evaluate, "_config", lambda source: config)
     monkeypatch.setattr(evaluate, "load_generator", lambda source, model: opened.append(model) or generator)
-    monkeypatch.setattr(evaluate, "open_dataset", lambda config: opened.append(config) or blobs((2,)))
+    monkeypatch.setattr(evaluate, "open_dataset", lambda config, seed: opened.append(config) or blobs((2,)))
     with pytest.raises(UserError, match="^the run's data are absent:blobs: name them with --data absent:blobs$"):
         evaluate.main([str(tmp_path)])
     command = [str(tmp_path), "--num", "50", "--data", "own_line:blobs", "--model", "own_line:Line"]

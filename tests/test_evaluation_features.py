@@ -316,7 +316,7 @@ def test_files_that_are_no_archives_are_told(tmp_path):
     for name, message in (("text", no_archive), ("array", no_archive), ("absent", "there is no file")):
         with pytest.raises(UserError, match=message):
             read_reference(tmp_path / f"{name}.npz")
-    with pytest.raises(UserError, match=r"arr_1 is float64 \[2\], expected integers from 0 to 2147483647 \[3\]"):
+    with pytest.raises(UserError, match=r"arr_1 is float64 \[2\], expected integers below 2147483648 \[3\]"):
         read_samples(tmp_path / "labels.npz")
 
 

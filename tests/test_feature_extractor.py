@@ -129,7 +129,8 @@ def test_wrong_input(latent):
 
 
 def test_resnet_without_torchvision_says_what_to_do(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchvision", None)
+    for name in ("torchvision", "torchvision.models"):  # Another test may have imported it.
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UserError, match=r"not installed: pip install 'drifting\[resnet\]'"):
         FeatureExtractor()
 

@@ -15,6 +15,8 @@ from torch.utils.data import ConcatDataset, DataLoader, TensorDataset
 
 import drifting
 from drifting import evaluate, sample
+from drifting.config import load_config
+from drifting.config.reading import save_config
 from drifting.errors import UserError
 from drifting.training import create_trainer
 
@@ -265,6 +267,29 @@ def test_what_a_script_has_saved_is_evaluated_on_data_of_its_own(saved, capsys):
     assert json.loads(capsys.readouterr().out)["frechet_distance"] > 0
     with pytest.raises(UserError, match="--reference must name .*, or --data data of your own"):
         evaluate.main(command)
+
+
+def test_labels_in_files_of_samples(saved, capsys):
+    """They are the labels of the data, negative ones too, whether or not the option names them."""
+    saved()
+    for option, expected in (([], [-1] * 2 + [3] * 2 + [7] * 2), (["--labels=7,-1"], [7] * 3 + [-1] * 3)):
+        sample.main(["saved", "--model", "parts_of_a_test:Net", "--num", "6", "--out", "samples.npz", *option])
+        assert np.load("samples.npz")["arr_1"].tolist() == expected
+    real = torch.tensor([-1.0, 3.0, 7.0])[:, None].expand(3, 2).numpy()
+    np.savez("real.npz", real, np.array([-1, 3, 7]))
+    capsys.readouterr()
+    save_config(load_config(overrides=["data=parts_of_a_test:data"]), Path("saved/config.yaml"))
+    evaluate.main(["real.npz", "--reference", "saved", "--data", "parts_of_a_test:data"])
+    assert json.loads(capsys.readouterr().out)["recognised_share"] == 1
+
+
+def test_labels_that_are_text_of_integers():
+    """A data set by name has such names; its labels 1, 2 and 3 are no class numbers."""
+    generator = drifting.Generator(Labelled(2).eval(), (4,), (2,), ("1", "2", "3"))
+    seeds = [torch.Generator().manual_seed(0) for _ in range(2)]
+    assert torch.equal(*[generator.generate(2, y, generator=seed) for y, seed in zip(([1, 2], ["1", "2"]), seeds)])  # noqa: B905
+    with pytest.raises(ValueError, match="there is no label 0, expected one of: 1, 2, 3"):
+        generator.generate(1, [0])
 
 
 def test_a_range_of_values_makes_no_images_of_vectors(saved):

@@ -43,8 +43,8 @@ def read_samples(path: Path) -> tuple[Samples, Labels | None]:
         _check_images(path, samples, ", or float32 [N, ...] of samples that are no images")
     if labels is not None:
         is_right = labels.shape == (len(samples),) and labels.dtype.kind in "iu"
-        is_right = is_right and bool(labels.min() >= 0 and labels.max() < 2**31)
-        _check(path, "arr_1", labels, is_right, f"integers from 0 to 2147483647 [{len(samples)}]")
+        is_right = is_right and bool(labels.min() >= -(2**31) and labels.max() < 2**31)
+        _check(path, "arr_1", labels, is_right, f"integers below 2147483648 [{len(samples)}]")
     return samples, None if labels is None else labels.astype(np.int64)
 
 

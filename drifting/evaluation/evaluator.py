@@ -16,7 +16,7 @@ from tqdm import tqdm
 from ..config.schema import EvaluationConfig
 from ..data import Dataset, Split
 from ..errors import UserError
-from ..generation import Generator
+from ..generation import Generator, label_numbers
 from .archives import Labels, Samples, read_reference
 from .drawing import draw_samples
 from .features import FRECHET_DISTANCE, INCEPTION, Features, ImageFeatures, concatenate, open_features
@@ -46,11 +46,19 @@ class Evaluator:
     shape: tuple[int, ...] | None = None  # That of a sample, (H, W, C) of an image; None takes images of any shape.
     dtype: str = "uint8"  # Images are uint8, other samples float32.
     num_samples: int = 50_000  # This many are judged, by the field's custom: Fréchet distances depend on their number.
+    labels: tuple[int, ...] | None = None  # What files of samples call the classes of the data.
     of_data: Quality = field(default_factory=dict)  # Measures of real samples are told beside those of generated ones.
 
     def __post_init__(self) -> None:
         self.distance = self.features.distance  # The name of the Fréchet distance, which is low for good samples.
         self.fewest = 4 * len(self.statistics.mean)  # With fewer samples, this distance says little.
+
+    def class_numbers(self, labels: Labels | None) -> Labels | None:
+        """The class numbers of labels ``[N]`` as a file has them; -1 for those that the data do not have."""
+        if labels is None or self.labels is None:
+            return labels
+        place = {label: number for number, label in enumerate(self.labels)}
+        return np.array([place.get(label, -1) for label in labels.tolist()])
 
     def __call__(self, samples: Samples, labels: Labels | None) -> Quality:
         """Measures of ``samples [N, *shape]``, which were generated for ``labels [N]`` if these are known."""
@@ -154,6 +162,7 @@ def _evaluator_of_data(dataset: Dataset, features: ImageFeatures | Values) -> Ev
     evaluator = Evaluator(
         features, *_fit_both(test), shape=(*shape[1:], shape[0]) if is_image else shape,
         dtype="uint8" if is_image else "float32", num_samples=1300 if small else FEATURE_SAMPLES,
+        labels=label_numbers(dataset.class_names),
     )  # fmt: skip
     of_data = evaluator.of_data
     of_data[f"{features.distance}_train"] = frechet_distance(fit_gaussian(train), evaluator.statistics)
