@@ -114,7 +114,7 @@ def _open_evaluator(arguments: Any) -> evaluation.Evaluator:
         dataset = None if settings.reference else _open_dataset(config, arguments.data)
     evaluator = evaluation.open_evaluator(settings, dataset)
     if evaluator is None:
-        why = "its samples are latents, too large, or have too few real ones to compare with"
+        why = "its samples are latents, have more than 2048 values, or have too few real ones to compare with"
         raise UserError(f"{source} cannot be measured as it is, {why}: name --features or --reference")
     return evaluator
 

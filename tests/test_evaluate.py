@@ -277,7 +277,7 @@ def test_images_in_colour_or_not_square(shape):
 
 def test_what_cannot_be_measured_is_told():
     for data in (
-        blobs((1025,)),
+        blobs((2049,)),
         blobs((4, 2, 2), latent=True, pixel_range=(-1.0, 1.0)),
         blobs((2,), counts=(90, 1)),
         blobs((2,), counts=(0, 9)),

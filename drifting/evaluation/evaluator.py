@@ -26,6 +26,7 @@ Quality = dict[str, float]
 FEATURE_SAMPLES = 5000  # So many are generated, and taken of the training images, where it is a data set.
 MANIFOLD_IMAGES = 10_000  # Precision and recall take at most so many real images, as ADM does.
 MOST_REAL = 2000  # Of a split, at most so many small samples are measured.
+MOST_VALUES = 2048  # Samples of more say little in a Fréchet distance; Inception has as many features.
 ROUNDING = 1e-6  # Less than this share of a distance is taken for 0.
 
 
@@ -98,7 +99,7 @@ def open_evaluator(config: EvaluationConfig, dataset: Dataset | None) -> Evaluat
     assert dataset is not None
     if config.features is None:
         enough = min(len(dataset.train), len(dataset.test)) > 1
-        small = not dataset.latent and prod(dataset.sample_shape) <= 1024  # Measures of larger ones mean little.
+        small = not dataset.latent and prod(dataset.sample_shape) <= MOST_VALUES
         return _evaluator_of_data(dataset, Values(dataset)) if small and enough else None
     if dataset.pixel_range is None:
         raise UserError(f"evaluation.features is {config.features}, but samples of {dataset.name} are no images")
