@@ -182,6 +182,13 @@ def test_a_compiled_network_is_saved_as_itself(tmp_path):
     assert torch.equal(*drawn)
 
 
+def test_labels_that_are_left_aside_are_told(capsys):
+    trainer = trainer_of(Net(2))
+    for _ in range(2):
+        trainer.train_step(torch.randn(4, 2), [0, 1, 0, 1])
+    assert capsys.readouterr().err == "the network takes no labels: all samples form one group\n"
+
+
 def test_labels_of_steps_without_a_loader():
     trainer = trainer_of(Labelled(2), class_names=["b", "a"])
     trainer.train_step(torch.randn(4, 2), ["a", "b", "b", "a"])

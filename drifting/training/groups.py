@@ -1,6 +1,7 @@
 """Which samples a step compares: by class, the generated and the real samples of a label."""
 
 import math
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -82,9 +83,11 @@ class ClassGroups:
                 "the two must be alike"
             )
         self.learn_labels([(samples, labels)])
-        numbers = torch.zeros(len(samples), dtype=torch.int64)
-        if labels is None and self.labelled and len(self.class_names or ALL) > 1:
+        numbers, several = torch.zeros(len(samples), dtype=torch.int64), len(self.class_names or ALL) > 1
+        if labels is None and self.labelled and several:
             raise ValueError(f"a batch has no labels, expected {len(samples)} of class_names {self.class_names}")
+        if several and not self.labelled and self.queue is None and self.ranks.main:
+            print("the network takes no labels: all samples form one group", file=sys.stderr)
         if labels is not None and self.labelled and self.class_names is not None:
             try:
                 numbers = class_numbers(labels, self.class_names)
