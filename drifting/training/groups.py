@@ -83,10 +83,11 @@ class ClassGroups:
                 "the two must be alike"
             )
         self.learn_labels([(samples, labels)])
-        numbers, several = torch.zeros(len(samples), dtype=torch.int64), len(self.class_names or ALL) > 1
-        if labels is None and self.labelled and several:
+        numbers = torch.zeros(len(samples), dtype=torch.int64)
+        if labels is None and len(self.class_names or ALL) > 1:
             raise ValueError(f"a batch has no labels, expected {len(samples)} of class_names {self.class_names}")
-        if several and not self.labelled and self.queue is None and self.ranks.main:
+        is_first = self.queue is None and self.ranks.main
+        if is_first and not self.labelled and len(distinct_labels([(samples, labels)]) or ()) > 1:
             print("the network takes no labels: all samples form one group", file=sys.stderr)
         if labels is not None and self.labelled and self.class_names is not None:
             try:
