@@ -2,7 +2,7 @@
 
 import importlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -36,6 +36,11 @@ def shown(value: Any, most: int = SHOWN) -> str:
     """Word a value in one line of bounded length, without control characters."""
     text = "".join(filter(str.isprintable, value if isinstance(value, str) else repr(value)))
     return text if len(text) <= most else f"{text[:most]}…"
+
+
+def some_of(values: Sequence[Any]) -> str:
+    """Word the first ten of many values in a list."""
+    return ", ".join(map(str, values[:10])) + (", …" if len(values) > 10 else "")
 
 
 @contextmanager

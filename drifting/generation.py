@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import reason, shown
+from .errors import reason, shown, some_of
 
 # An optional argument is given only where it is called so …
 LABEL_NAMES = ("y", "label", "labels", "condition", "class_label", "class_labels", "classes", "cond")
@@ -207,8 +207,7 @@ def class_numbers(labels: Labels, names: ClassNames) -> Tensor:
     place = {name: number for number, name in enumerate(called)}
     for value in values:
         if value not in place:
-            shown = ", ".join(map(str, called[:10])) + (", …" if len(called) > 10 else "")
-            raise ValueError(f"there is no label {value!r}, expected one of: {shown}")
+            raise ValueError(f"there is no label {value!r}, expected one of: {some_of(called)}")
     return torch.tensor([place[value] for value in values], dtype=torch.int64)
 
 

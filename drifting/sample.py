@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from .cli import ArgumentParser, run_command
-from .errors import UserError
+from .errors import UserError, some_of
 from .evaluation.archives import write_samples
 from .evaluation.drawing import check_drawing, draw_samples, spread_labels
 from .generation import ClassNames, label_numbers
@@ -62,8 +62,7 @@ def parse_labels(text: str | None, names: ClassNames) -> list[int]:
     chosen = []
     for label in map(str.strip, text.split(",")):
         if label not in place:
-            known = ", ".join(map(str, names[:10])) + (", …" if len(names) > 10 else "")
-            raise UserError(f"--labels names {label!r}, expected 0 to {len(names) - 1} or some of: {known}")
+            raise UserError(f"--labels names {label!r}, expected 0 to {len(names) - 1} or some of: {some_of(names)}")
         chosen.append(place[label])
     return list(dict.fromkeys(chosen))
 

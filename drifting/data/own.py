@@ -12,12 +12,12 @@ from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset,
 from tqdm import tqdm
 
 from ..config.schema import DataConfig
-from ..errors import UserError, explained
+from ..errors import UserError, explained, some_of
 from ..utils.named import check_arguments, import_named
 from .dataset import Dataset, Draw, Split, hold_out
 
 ALL = ("all",)  # The one class of samples without labels.
-MOST_NAMED, PROBED = 10, 1000  # So many labels are named, and so many training samples tell the range of pixels.
+PROBED = 1000  # So many training samples tell the range of pixels.
 PASSED_ON = ("path", "image_size", "flip", "crop", "subset", "label_column")
 
 
@@ -94,8 +94,7 @@ def number_splits(splits: Sequence[list[Any]], found: str) -> tuple[tuple[int | 
 def tell_numbers(names: tuple[int | str, ...]) -> None:
     """Say on stderr which class numbers labels have, where these are others than the labels."""
     if names not in (ALL, tuple(range(len(names)))):
-        shown = ", ".join(map(str, names[:MOST_NAMED])) + (", …" if len(names) > MOST_NAMED else "")
-        print(f"labels {shown} are classes 0 to {len(names) - 1}", file=sys.stderr)
+        print(f"labels {some_of(names)} are classes 0 to {len(names) - 1}", file=sys.stderr)
 
 
 class OwnSplit(Split):

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..config.schema import Config, GuidanceConfig
 from ..data import SampleQueue
 from ..data.own import ALL, distinct_labels, number_labels, tell_numbers
+from ..errors import some_of
 from ..generation import ClassNames, Labels, class_numbers
 from .distributed import Ranks
 
@@ -84,8 +85,9 @@ class ClassGroups:
             )
         self.learn_labels([(samples, labels)])
         numbers = torch.zeros(len(samples), dtype=torch.int64)
-        if labels is None and len(self.class_names or ALL) > 1:
-            raise ValueError(f"a batch has no labels, expected {len(samples)} of class_names {self.class_names}")
+        names = self.class_names or ALL
+        if labels is None and len(names) > 1:
+            raise ValueError(f"a batch has no labels, expected {len(samples)} of class_names {some_of(names)}")
         is_first = self.queue is None and self.ranks.main
         if is_first and not self.labelled and len(distinct_labels([(samples, labels)]) or ()) > 1:
             print("the network takes no labels: all samples form one group", file=sys.stderr)
