@@ -26,10 +26,15 @@ Labels = Tensor | Sequence[int] | Sequence[str]
 
 @dataclass(frozen=True)
 class Signature:
-    """How a network is called: the shape of one sample's noise, and how many of label and guidance scale it takes."""
+    """How a network is called: the shape of one sample's noise, and how many of label and guidance scale it takes.
+
+    A network with an attribute ``conditions_once``, which is true, takes them once for all consecutive samples that
+    share them, ``[L]``; others take them for each sample, ``[B]``.
+    """
 
     noise_shape: tuple[int, ...]
     conditions: int
+    conditions_once: bool = False
 
     @classmethod
     def of(cls, model: nn.Module, noise_shape: Sequence[int] | int | None = None) -> "Signature":
@@ -59,7 +64,7 @@ class Signature:
         sizes = (shape,) if isinstance(shape, int) else tuple(shape)
         if not all(isinstance(size, int) and size > 0 for size in sizes):
             raise ValueError(f"noise_shape is {shape!r}, expected sizes of 1 or more such as (64,) or (3, 32, 32)")
-        return cls(sizes, conditions)
+        return cls(sizes, conditions, bool(getattr(model, "conditions_once", False)))
 
     def draw(self, model: nn.Module, num: int, generator: torch.Generator | None, device: Any) -> dict[str, Tensor]:
         """All that is random in ``num`` samples: noise ``z [num, *noise_shape]``, and by name whatever else, such as
@@ -69,10 +74,14 @@ class Signature:
         return drawn if draw_extra is None else drawn | draw_extra(num, generator, device)
 
     def call(self, model: nn.Module, drawn: dict[str, Tensor], y: Tensor, cfg_scale: Tensor) -> Tensor:
-        """Samples ``[B, …]`` of what was drawn, labels and guidance scales ``[B]``, all moved to where ``model`` is."""
+        """Samples ``[B, …]`` of what was drawn, all moved to where ``model`` is.
+
+        Labels and guidance scales ``[L]`` are each those of B/L consecutive samples.
+        """
         device, dtype = _weight_of(model).device, _weight_of(model).dtype
         moved = {name: v.to(device, dtype if v.is_floating_point() else v.dtype) for name, v in drawn.items()}
-        conditions = [condition.to(device) for condition in (y, cfg_scale)[: self.conditions]]
+        repeats = 1 if self.conditions_once else len(moved["z"]) // max(1, len(y))
+        conditions = [each.repeat_interleave(repeats).to(device) for each in (y, cfg_scale)[: self.conditions]]
         return model(moved.pop("z"), *conditions, **moved)
 
     def sample_shape(self, model: nn.Module, num_classes: int = 1) -> tuple[int, ...]:

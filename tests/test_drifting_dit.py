@@ -125,9 +125,19 @@ def test_fresh_model_returns_zero():
 
 def test_fresh_blocks_pass_their_input_through():
     model = DriftingDiT(**TINY)
-    x, cond = torch.randn(2, 5, 32), torch.randn(2, 32)
+    x, cond = torch.randn(2, 5, 32), torch.randn(2, 1, 32)
     for block in model.blocks:
         assert torch.equal(block(x, cond, None), x)
+
+
+@settings(max_examples=20, deadline=None)
+@given(labels=st.integers(1, 3), each=st.integers(1, 3), styles=st.integers(0, 2), cls_tokens=st.integers(0, 2))
+def test_labels_that_consecutive_samples_share_are_given_once(labels, each, styles, cls_tokens):
+    model = tiny(num_style_tokens=styles, n_cls_tokens=cls_tokens)
+    z, _, style = inputs(model, labels * each)
+    y, scale = torch.randint(10, (labels,)), 1 + torch.rand(labels)
+    expected = model(z, y.repeat_interleave(each), scale.repeat_interleave(each), style)
+    torch.testing.assert_close(model(z, y, scale, style), expected)
 
 
 def test_scale_as_number_and_as_tensor_agree():
@@ -306,7 +316,7 @@ def test_impossible_sizes(changes, message):
         ({"z": torch.zeros(8, 8)}, "z has shape"),
         ({"y": torch.tensor([0, 10])}, "y has values from 0 to 10, expected 0 … 9"),
         ({"y": torch.tensor([-1, 0])}, "y has values from -1"),
-        ({"y": torch.tensor([1])}, r"expected an integer tensor of shape \[2\]"),
+        ({"y": torch.tensor([1, 1, 1])}, r"expected an integer tensor of shape \[2\]"),
         ({"y": torch.tensor([1.0, 2.0])}, "y is torch.float32"),
         ({"style": torch.full((2, 3), 5)}, "style has values from 5 to 5"),
         ({"style": torch.zeros(2, 4, dtype=torch.long)}, r"expected an integer tensor of shape \[2, 3\]"),

@@ -32,7 +32,7 @@ class DriftingDiT(nn.Module):
     what passes from block to block and computes the rest twice.
     """
 
-    activation_checkpointing = False
+    activation_checkpointing, conditions_once = False, True
 
     def __init__(
         self, img_size: int = 32, patch_size: int = 2, in_chans: int = 4, num_classes: int = 1000,
@@ -83,7 +83,8 @@ class DriftingDiT(nn.Module):
     def forward(self, z: Tensor, y: Tensor, cfg_scale: float | Tensor = 1.0, style: Tensor | None = None) -> Tensor:
         """Images ``[B, out_chans, img_size, img_size]`` of Gaussian noise ``z [B, in_chans, img_size, img_size]``.
 
-        Labels ``y [B]`` are integers, guidance scales 1 or more, one for all or ``[B]``. Integer style codes
+        Labels ``y [B]`` are integers, guidance scales 1 or more, one for all or ``[B]``. Where as many consecutive
+        samples share each label and scale, ``[L]`` of them do, and are embedded once. Integer style codes
         ``[B, num_style_tokens]`` are drawn where they are None; a model without codebooks ignores them. A wrong shape
         or dtype raises ValueError. So do values out of range on the CPU; elsewhere looking would stall the queue.
         """
@@ -91,37 +92,46 @@ class DriftingDiT(nn.Module):
         if z.shape[1:] != self.noise_shape:
             expected = f"[B, {self.in_chans}, {size}, {size}]: noise of the size of this model"
             raise ValueError(f"z has shape {list(z.shape)}, expected {expected}")
-        cond = self.condition(y, cfg_scale, style, batch_size=B)  # [B, cond_dim]
+        cond = self.condition(y, cfg_scale, style, batch_size=B)  # [L, cond_dim], with style codes [B, cond_dim]
         x = self.patch_embed(z).flatten(2).transpose(1, 2) + self.pos_embed  # [B, grid², embed_dim]
+        x = x.unflatten(0, (len(cond), B // max(1, len(cond))))  # [L, B/L, grid², embed_dim]
+        cond = cond[:, None, None]
         if self.n_cls_tokens:
-            x = torch.cat([self.cls_proj(cond).unsqueeze(1) + self.cls_embed, x], 1)
-        rope = rotary_angles(x.shape[1], self.head_dim, x.device) if self.use_rope else None
+            in_context = self.cls_proj(cond) + self.cls_embed  # [L, 1, n_cls_tokens, embed_dim]
+            x = torch.cat([in_context.expand(-1, x.shape[1], -1, -1), x], 2)
+        rope = rotary_angles(x.shape[2], self.head_dim, x.device) if self.use_rope else None
         for block in self.blocks:
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, cond, rope, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, cond, rope)
-        x = self.final(x[:, self.n_cls_tokens :], cond)  # [B, grid², patch² · out_chans]
+        x = self.final(x[:, :, self.n_cls_tokens :], cond)  # [L, B/L, grid², patch² · out_chans]
         x = x.view(B, self.grid, self.grid, self.patch_size, self.patch_size, self.out_chans)
         return x.permute(0, 5, 1, 3, 2, 4).reshape(B, self.out_chans, size, size)
 
     def condition(self, y: Tensor, cfg_scale: float | Tensor, style: Tensor | None, batch_size: int) -> Tensor:
-        """The condition vector ``[B, cond_dim]``: class embedding + sum of style codes + 0.02 · CFG-scale embedding."""
-        _check_indices("y", y, (batch_size,), self.num_classes)
+        """Condition vectors ``[L, cond_dim]``: class embedding + sum of style codes + 0.02 · CFG-scale embedding.
+
+        Style codes are each sample's own, which makes it ``[B, cond_dim]``.
+        """
+        labels = len(y) if y.ndim == 1 and len(y) and batch_size % len(y) == 0 else batch_size
+        _check_indices("y", y, (labels,), self.num_classes)
+        # A tensor of one number is filled on the device, which copies nothing from the host.
+        scale = cfg_scale if isinstance(cfg_scale, Tensor) else torch.full((), float(cfg_scale), device=y.device)
+        if scale.shape not in ((), (labels,)):
+            raise ValueError(f"cfg_scale has shape {list(scale.shape)}, expected a number or [{labels}], as the labels")
         cond = self.class_embed(y)
+        guidance = 0.02 * self.cfg_embed(scale.to(cond.device, torch.float32).expand(labels))
         if self.num_style_tokens:
             if style is None:
                 style = torch.randint(self.style_vocab, (batch_size, self.num_style_tokens), device=y.device)
             _check_indices("style", style, (batch_size, self.num_style_tokens), self.style_vocab)
             # As one embedding of all codebooks: unlike indexing's, its gradient adds up in a fixed order.
             row = style + self.style_vocab * torch.arange(self.num_style_tokens, device=style.device)
-            cond = cond + F.embedding(row, self.style_codebooks.flatten(0, 1)).sum(1)
-        # A tensor of one number is filled on the device, which copies nothing from the host.
-        scale = cfg_scale if isinstance(cfg_scale, Tensor) else torch.full((), float(cfg_scale), device=cond.device)
-        scale = scale.to(cond.device, torch.float32)
-        if scale.shape not in ((), (batch_size,)):
-            raise ValueError(f"cfg_scale has shape {list(scale.shape)}, expected a number or [{batch_size}]")
-        return cond + 0.02 * self.cfg_embed(scale.expand(batch_size))
+            of_style = F.embedding(row, self.style_codebooks.flatten(0, 1)).sum(1)
+            cond, guidance = (of_label.repeat_interleave(batch_size // labels, 0) for of_label in (cond, guidance))
+            cond = cond + of_style
+        return cond + guidance
 
     def draw_extra(self, num: int, generator: torch.Generator | None, device: torch.device) -> dict[str, Tensor]:
         """Random style codes ``[num, num_style_tokens]``, if the model has codebooks."""
@@ -183,16 +193,16 @@ class FinalLayer(nn.Module):
 
 
 class Modulation(nn.Linear):
-    """Shifts, scales and gates ``[B, 1, ·]`` of adaLN; autocast must not round them, which would err on all tokens."""
+    """Shifts, scales and gates ``[L, 1, 1, ·]`` of adaLN; autocast must not round what would err on all tokens."""
 
     def forward(self, cond: Tensor) -> Tensor:
         device = "cpu" if cond.is_meta else cond.device.type  # There is no autocast on the meta device.
         with torch.autocast(device, enabled=False):
-            return super().forward(F.silu(cond.to(self.weight.dtype))).unsqueeze(1)
+            return super().forward(F.silu(cond.to(self.weight.dtype)))
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over tokens ``[B, N, dim]``, with norms on queries and keys and rotary positions."""
+    """Multi-head self-attention over tokens ``[…, N, dim]``, with norms on queries and keys and rotary positions."""
 
     def __init__(self, dim: int, num_heads: int, use_qknorm: bool, use_rmsnorm: bool) -> None:
         super().__init__()
@@ -203,14 +213,14 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
-        B, N, dim = x.shape
-        qkv = self.qkv(x).view(B, N, 3, self.num_heads, dim // self.num_heads)
+        N, dim = x.shape[-2:]
+        qkv = self.qkv(x).view(-1, N, 3, self.num_heads, dim // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, N, head_dim]
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         out = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
-        return self.proj(out.transpose(1, 2).reshape(B, N, dim))
+        return self.proj(out.transpose(1, 2).reshape(x.shape))
 
 
 class SwiGLU(nn.Module):

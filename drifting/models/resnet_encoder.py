@@ -125,13 +125,22 @@ def multiscale_maps(
         else:
             tiles = feature.reshape(B, C, H // p, p, W // p, p).permute(0, 2, 4, 3, 5, 1)  # [B, H/p, W/p, p, p, C]
             patches = tiles.reshape(B, H * W // p**2, p**2, C)
-        var, mean = torch.var_mean(patches.float(), dim=2, correction=0)
+        var, mean = _var_mean(patches.float())
         suffix = "" if p is None else f"_{p}"
         if p in mean_sizes:
             maps[f"{name}_mean{suffix}"] = mean.to(feature.dtype)
         if p in std_sizes:
             maps[f"{name}_std{suffix}"] = (var + STD_EPS).sqrt().to(feature.dtype)
     return maps
+
+
+def _var_mean(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Variance and mean ``[B, T, C]`` over the locations of ``patches [B, T, K, C]``."""
+    if patches.device.type != "cpu":
+        return torch.var_mean(patches, dim=2, correction=0)
+    # There, torch.var_mean over a middle dimension is scalar code, and two vectorised passes take half its time.
+    mean = patches.mean(2, keepdim=True)
+    return (patches - mean).square().mean(2), mean.squeeze(2)
 
 
 def channel_rms(x: Tensor) -> Tensor:

@@ -167,9 +167,9 @@ class DriftingTrainer:
         num, step = self.config.step.gen_per_label, self.config.step
         torch.manual_seed(groups.seeds[part][0])  # A part that is generated twice drops out the same values.
         drawn = {name: values[part].flatten(0, 1) for name, values in inputs.items()}
-        y, alpha = (t[part].repeat_interleave(num) for t in (groups.label, groups.cfg_scale))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=step.bf16):
-            samples = self.signature.call(self.weights.distributed, drawn, y, alpha).float()
+            label, cfg_scale = groups.label[part], groups.cfg_scale[part]
+            samples = self.signature.call(self.weights.distributed, drawn, label, cfg_scale).float()
         if torch.is_grad_enabled() and not samples.requires_grad:
             name = type(self.model).__name__
             raise ValueError(f"the samples of the network {name} have no gradient: its forward must not detach them")
