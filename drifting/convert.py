@@ -6,7 +6,7 @@ from pathlib import Path
 from .cli import ArgumentParser, run_command
 from .errors import UserError
 from .hub.release import METADATA, WEIGHTS, write_artifact
-from .hub.run_directory import RunDirectory, save_generator, write_model
+from .hub.run_directory import KINDS, RunDirectory, save_generator, write_model
 from .hub.sources import as_generator, locate, open_model
 from .models import MAE, DriftingDiT
 
@@ -21,8 +21,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     written = [run.weights, run.description] if to_ours else [destination / WEIGHTS, destination / METADATA]
     if any(file.exists() for file in written):
         raise UserError(f"{destination} has {' or '.join(file.name for file in written)} already: name another DST")
-    model, description = open_model(folder)
-    assert isinstance(model, (DriftingDiT, MAE))
+    model, description = open_model(folder, KINDS)
+    if not isinstance(model, (DriftingDiT, MAE)):
+        raise UserError(f"{folder} holds a {type(model).__name__}, expected a DriftingDiT or MAE, as the release has")
     if to_ours and isinstance(model, DriftingDiT):
         save_generator(run, as_generator(folder, model, description), release=description)
     elif to_ours:

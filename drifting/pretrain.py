@@ -32,7 +32,6 @@ ROWS, COLUMNS = 8, 8  # These are of a picture.
 def main(argv: Sequence[str] | None = None) -> int:
     purpose = "Train a masked autoencoder."
     config, out, asked = parse_training_command(argv, "pretrain", purpose, PretrainConfig, "mae_fashion_mnist")
-    loop.leave_a_core_free()
     with join_ranks() as ranks:
         pretrain(config, out, ranks, asked)
     return 0

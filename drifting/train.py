@@ -25,7 +25,6 @@ from .utils.named import check_arguments, facts_taken, import_named, is_own
 
 def main(argv: Sequence[str] | None = None) -> int:
     config, out, asked = parse_training_command(argv, "train", "Train a generator.", Config, "digits")
-    loop.leave_a_core_free()
     with join_ranks() as ranks:
         train(config, out, ranks, asked)
     return 0

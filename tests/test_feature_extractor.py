@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
 from drifting.errors import UserError
 from drifting.models import DriftingLoss, FeatureExtractor, FeatureStack, InputFeatureExtractor, LatentFeatureExtractor
@@ -23,6 +24,28 @@ def test_pixels():
     for name in ("input", "pixels"):  # its name and its old name
         ((found, pixels),) = build_extractor(name, None)(x).items()
         assert found == name and torch.equal(pixels, x.reshape(3, 1, 40))
+
+
+@settings(deadline=None, max_examples=30)
+@given(channels=st.integers(1, 3), height=st.integers(1, 13), width=st.integers(1, 13))
+def test_pyramid(channels, height, width):
+    x = torch.randn(2, channels, height, width, dtype=torch.float64, requires_grad=True)
+    maps = build_extractor("pyramid", channels)(x)
+    assert list(maps) == ["global", "half", "quarter", "patches_2", "patches_4"]
+    assert torch.equal(maps["global"], x.flatten(1).unsqueeze(1))
+    for parts, name in ((2, "half"), (4, "quarter")):
+        if height % parts == width % parts == 0:
+            torch.testing.assert_close(maps[name][:, 0], F.avg_pool2d(x, parts).flatten(1))
+        h, w, down, across = (-(-side // part) for part in (parts, 4) for side in (height, width))
+        rows, columns = -(-(height - h) // down) + 1, -(-(width - w) // across) + 1
+        patches = maps[f"patches_{parts}"].unflatten(2, (channels, h, w))
+        assert patches.shape[1] == rows * columns
+        for t in range(patches.shape[1]):  # what reaches beyond the image repeats its border
+            at = [(torch.arange(n) + start).clamp(max=side - 1) for n, start, side in
+                  ((h, t // columns * down, height), (w, t % columns * across, width))]  # fmt: skip
+            assert torch.equal(patches[:, t], x[:, :, at[0]][:, :, :, at[1]])
+    sum(value.sum() for value in maps.values()).backward()
+    assert (x.grad > 0).all()  # every pixel counts
 
 
 def test_stack_has_the_maps_of_all(latent):

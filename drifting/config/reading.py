@@ -11,9 +11,9 @@ import yaml
 
 from ..errors import UserError, explained
 from ..utils.files import atomic_write
-from ..utils.named import is_own, nearest
+from ..utils.named import nearest
 from .keys import expected_of, keys_of, typed
-from .schema import Config, PretrainConfig
+from .schema import Config, PretrainConfig, takes_arguments
 
 CONFIG_DIR = Path(__file__).parents[1] / "configs"
 MOST_BYTES = 2**17  # A configuration file has at most so many.
@@ -50,7 +50,7 @@ def read_config(name_or_file: str, overrides: Sequence[str], schema: type[AnyCon
     for section in OPEN:
         name = f"{section}.name"
         old, new = str(file.get(name, "")), str(command.get(name, file.get(name, "")))
-        if old != new and (is_own(old) or is_own(new)):  # Another part starts from its own defaults.
+        if old != new and any(takes_arguments(section, part) for part in (old, new)):  # It has defaults of its own.
             file = {key: value for key, value in file.items() if not key.startswith(f"{section}.")}
     config, values = schema(), file | command
     for key in sorted(values, key=lambda key: not key.endswith(".name")):  # A name says which keys there are.
@@ -85,7 +85,7 @@ def set_value(config: Config | PretrainConfig, key: str, value: Any, origin: str
     section, _, name = key.rpartition(".")
     part: Any = getattr(config, section, None) if section else config
     keys = keys_of(type(config))
-    if _is_argument(part, name):
+    if _is_argument(section, part, name):
         part.arguments[name] = value
     elif key in keys:
         words, holds = keys[key].metadata["rule"]
@@ -141,11 +141,12 @@ def _sections(config: Config | PretrainConfig) -> dict[str, Any]:
     sections = {name: dict(vars(part)) if is_dataclass(part) else part for name, part in vars(config).items()}
     for section in OPEN:
         part, arguments = getattr(config, section), sections[section].pop("arguments", {})
-        ours = {name: value for name, value in sections[section].items() if not _is_argument(part, name)}
+        ours = {name: value for name, value in sections[section].items() if not _is_argument(section, part, name)}
         sections[section] = ours | arguments
     return sections
 
 
-def _is_argument(part: Any, name: str) -> bool:
-    """Tell whether the key ``name`` of a section is an argument of the user's own part that the section names."""
-    return is_own(getattr(part, "name", "")) and not (name in ("name", "workers") and hasattr(part, name))
+def _is_argument(section: str, part: Any, name: str) -> bool:
+    """Tell whether the key ``name`` of a section is an argument of what the section names."""
+    is_ours = name in ("name", "workers") and hasattr(part, name)
+    return takes_arguments(section, getattr(part, "name", "")) and not is_ours

@@ -4,18 +4,29 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Any
 
+from ..utils.named import is_own
 from .keys import FROM_0, FROM_1, FROM_2, POSITIVE, SHARE, each, key, one_of
 
 DATA_NAMES = ("digits", "mnist", "fashion_mnist", "cifar10", "folder", "huggingface", "latents")
 DRIFTING_DIT = "drifting_dit"
-EXTRACTORS = each(one_of("latent", "input", "pixels", "resnet18", "convnext_v2", "mae", own=True))
+SMALL_NETWORKS = ("conv_decoder", "residual_mlp")
+EXTRACTORS = each(one_of("latent", "input", "pixels", "pyramid", "resnet18", "convnext_v2", "mae", own=True))
 SCALE_RANGE = "[least, greatest] with 1 <= least <= greatest", lambda v: len(v) == 2 and 1 <= v[0] <= v[1] < inf
+NETWORK = one_of(DRIFTING_DIT, *SMALL_NETWORKS, own=True)
 SHARE_RANGE = "[least, greatest] with 0 < least <= greatest <= 1", lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 1
 FOUR = "four numbers of 1 or more", lambda v: len(v) == 4 and min(v) >= 1
 SEED = "All randomness of a run follows from this number."
 DATA = "The training data. If name is module:Name of your own, all other keys but workers are its arguments."
-MODEL = "The generator. If name is module:Name of your own, all other keys are its arguments."
+MODEL = (
+    f"The generator. These are keys of {DRIFTING_DIT}. Of {', '.join(SMALL_NETWORKS)} and of module:Name of your own, "
+    "all keys but the name are arguments."
+)
 TRAIN = "The length of the run, and what happens when."
+
+
+def takes_arguments(section: str, name: str) -> bool:
+    """Tell whether the keys of a section are arguments of the part called ``name``, instead of keys in this file."""
+    return is_own(name) or (section == "model" and name in SMALL_NETWORKS)
 
 
 @dataclass
@@ -33,7 +44,7 @@ class DataConfig:
 
 @dataclass
 class ModelConfig:
-    name: str = key(DRIFTING_DIT, "This network is trained; model=NAME is the same.", one_of(DRIFTING_DIT, own=True))
+    name: str = key(DRIFTING_DIT, "This network is trained; model=NAME is the same.", NETWORK)
     patch_size: int = key(2, "A token stands for a square with this side.", FROM_1)
     embed_dim: int = key(768, "A token has this many values, a multiple of 4 and of 2 * num_heads.", FROM_1)
     depth: int = key(12, "The network has this many transformer blocks.", FROM_1)
@@ -47,7 +58,7 @@ class ModelConfig:
     def keywords(self) -> dict[str, Any]:
         """The arguments of the network: all values of the section but its name."""
         ours = {name: value for name, value in vars(self).items() if name not in ("name", "arguments")}
-        return ours if self.name == DRIFTING_DIT else dict(self.arguments)
+        return dict(self.arguments) if takes_arguments("model", self.name) else ours
 
 
 @dataclass

@@ -4,7 +4,7 @@ import errno
 import os
 import platform
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -17,14 +17,16 @@ from torch import Tensor, nn
 
 from ..errors import MOST_SHOWN, UserError, explained, reason, shown
 from ..generation import Generator
-from ..models import MODELS, Classifier
+from ..models import MODELS, Classifier, ConvDecoder, ResidualMLP
 from ..utils.files import atomic_write, is_count, read_object, write_object
 
 LOCK_SECONDS = 6  # Data-loader workers of a killed process may hold its lock for the five that they take to notice.
 OWN = "own"  # Every network that is none of ours is of this kind.
-GENERATORS = ("gen", OWN)
-KINDS: dict[str, type[nn.Module]] = {**MODELS, "classifier": Classifier}
-NOUNS = {"gen": "generator", "mae": "masked autoencoder", "classifier": "classifier", OWN: "network of your own"}
+SMALL: dict[str, type[nn.Module]] = {"conv_decoder": ConvDecoder, "residual_mlp": ResidualMLP}
+GENERATORS = ("gen", *SMALL, OWN)
+KINDS: dict[str, type[nn.Module]] = {**MODELS, **SMALL, "classifier": Classifier}
+NOUNS = dict.fromkeys(("gen", *SMALL), "generator")
+NOUNS |= {"mae": "masked autoencoder", "classifier": "classifier", OWN: "network of your own"}
 
 Model = nn.Module | Callable[..., nn.Module] | None  # This is a user's own network or what builds it.
 Described = tuple[nn.Module, dict[str, Any]]  # This is a network and what the file beside its weights says.
@@ -86,7 +88,7 @@ def write_model(run: RunDirectory, network: nn.Module, description: dict[str, An
     write_object(run.description, description | {"kind": kind, "model": arguments})
 
 
-def read_any(path: Path, model: Model = None, kinds: Sequence[str] = tuple(NOUNS)) -> Described:
+def read_any(path: Path, model: Model = None, kinds: Collection[str] = tuple(NOUNS)) -> Described:
     """Read the network of the run in ``path``, in evaluation mode, and what its ``model.json`` says. A user's own
     network is ``model``, which gets the weights, or what ``model`` builds of the arguments in that file. The file names
     a class, but nothing is ever imported for it. Networks of ours are built on the CPU."""
@@ -120,7 +122,7 @@ def read_any(path: Path, model: Model = None, kinds: Sequence[str] = tuple(NOUNS
     return model.eval(), description
 
 
-def read_description(file: Path, kinds: Sequence[str]) -> dict[str, Any]:
+def read_description(file: Path, kinds: Collection[str]) -> dict[str, Any]:
     """Read what ``file`` says of the network beside it: its ``kind``, which is one of ``kinds``, ``step`` and more."""
     with explained(f"{file} cannot be read, and only it tells what the weights are of"):
         content = read_object(file)
@@ -128,9 +130,10 @@ def read_description(file: Path, kinds: Sequence[str]) -> dict[str, Any]:
     is_mae = isinstance(config, dict) and "cond_dim" not in config
     description = {"kind": "mae" if is_mae else "gen", "step": 0} | content
     kind, step = description["kind"], description["step"]
-    if kind not in list(kinds):
+    if not isinstance(kind, str) or kind not in kinds:
         noun = NOUNS.get(str(kind), f"network of kind {shown(kind)}")
-        raise UserError(f"{file.parent} holds a {noun}, not a {' or '.join(NOUNS[kind] for kind in kinds)}")
+        nouns = dict.fromkeys(NOUNS[kind] for kind in kinds)
+        raise UserError(f"{file.parent} holds a {noun}, not a {' or '.join(nouns)}")
     if not is_count(step):
         raise UserError(f"{file}: step is {shown(step)}, expected the number of steps of the training")
     return description

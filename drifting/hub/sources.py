@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ def load_mae(source: str | Path) -> MAE:
     return mae
 
 
-def open_model(source: str | Path, kinds: Sequence[str] = tuple(MODELS), model: Model = None) -> Described:
+def open_model(source: str | Path, kinds: Collection[str] = tuple(MODELS), model: Model = None) -> Described:
     """Load the network of ``source``, which is of one of ``kinds``, and its ``metadata.json`` or ``model.json``."""
     of_release = [kind for kind in kinds if kind in MODELS]
     folder, is_artifact = locate(source, of_release)

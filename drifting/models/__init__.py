@@ -1,18 +1,22 @@
-"""Generator, feature extractors, masked autoencoder, classifier and the drifting loss."""
+"""Generators, feature extractors, masked autoencoder, classifier and the drifting loss."""
 
 from .classifier import Classifier
+from .conv_decoder import ConvDecoder
 from .drifting_dit import DriftingDiT, DriftingDiTBase, DriftingDiTLarge, DriftingDiTSmall, DriftingDiTXL
 from .drifting_loss import DriftingLoss, SimpleDriftingLoss
 from .feature_extractor import ConvNeXtFeatureExtractor, FeatureExtractor, FeatureStack
 
-from .feature_extractor import InputFeatureExtractor, LatentFeatureExtractor  # isort: skip
+from .feature_extractor import InputFeatureExtractor, LatentFeatureExtractor, PyramidExtractor  # isort: skip
 from .mae import MAE
+from .residual_mlp import ResidualMLP
 
-NETWORKS = {"drifting_dit": DriftingDiT}  # Generators by their name in configurations.
-MODELS: dict[str, type[DriftingDiT] | type[MAE]] = {"gen": DriftingDiT, "mae": MAE}  # Models by their kind in files.
+# Generators by their name in configurations, and what the release has by its kind there.
+NETWORKS = {"drifting_dit": DriftingDiT, "conv_decoder": ConvDecoder, "residual_mlp": ResidualMLP}
+MODELS: dict[str, type[DriftingDiT] | type[MAE]] = {"gen": DriftingDiT, "mae": MAE}
 
 __all__ = [
-    "MAE", "MODELS", "NETWORKS", "Classifier", "ConvNeXtFeatureExtractor", "DriftingDiT", "DriftingDiTBase",
-    "DriftingDiTLarge", "DriftingDiTSmall", "DriftingDiTXL", "DriftingLoss", "FeatureExtractor", "FeatureStack",
-    "InputFeatureExtractor", "LatentFeatureExtractor", "SimpleDriftingLoss",
+    "MAE", "MODELS", "NETWORKS", "Classifier", "ConvDecoder", "ConvNeXtFeatureExtractor", "DriftingDiT",
+    "DriftingDiTBase", "DriftingDiTLarge", "DriftingDiTSmall", "DriftingDiTXL", "DriftingLoss", "FeatureExtractor",
+    "FeatureStack", "InputFeatureExtractor", "LatentFeatureExtractor", "PyramidExtractor", "ResidualMLP",
+    "SimpleDriftingLoss",
 ]  # fmt: skip

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..generation import generate
+from .conditions import check_conditions, check_indices
 
 NORM_EPS = 1e-6
 MOST = {"depth": 512, "num_style_tokens": 4096, "n_cls_tokens": 4096}  # These arguments go from 0 to so many.
@@ -114,22 +115,17 @@ class DriftingDiT(nn.Module):
 
         Style codes are each sample's own, which makes it ``[B, cond_dim]``.
         """
-        labels = len(y) if y.ndim == 1 and len(y) and batch_size % len(y) == 0 else batch_size
-        _check_indices("y", y, (labels,), self.num_classes)
-        # A tensor of one number is filled on the device, which copies nothing from the host.
-        scale = cfg_scale if isinstance(cfg_scale, Tensor) else torch.full((), float(cfg_scale), device=y.device)
-        if scale.shape not in ((), (labels,)):
-            raise ValueError(f"cfg_scale has shape {list(scale.shape)}, expected a number or [{labels}], as the labels")
-        cond = self.class_embed(y)
-        guidance = 0.02 * self.cfg_embed(scale.to(cond.device, torch.float32).expand(labels))
+        scale = check_conditions(y, cfg_scale, batch_size, self.num_classes, self.class_embed.weight.device)
+        cond, guidance = self.class_embed(y), 0.02 * self.cfg_embed(scale)
         if self.num_style_tokens:
             if style is None:
                 style = torch.randint(self.style_vocab, (batch_size, self.num_style_tokens), device=y.device)
-            _check_indices("style", style, (batch_size, self.num_style_tokens), self.style_vocab)
+            check_indices("style", style, (batch_size, self.num_style_tokens), self.style_vocab)
             # As one embedding of all codebooks: unlike indexing's, its gradient adds up in a fixed order.
             row = style + self.style_vocab * torch.arange(self.num_style_tokens, device=style.device)
             of_style = F.embedding(row, self.style_codebooks.flatten(0, 1)).sum(1)
-            cond, guidance = (of_label.repeat_interleave(batch_size // labels, 0) for of_label in (cond, guidance))
+            each = batch_size // max(1, len(y))
+            cond, guidance = (of_labels.repeat_interleave(each, 0) for of_labels in (cond, guidance))
             cond = cond + of_style
         return cond + guidance
 
@@ -301,13 +297,3 @@ def _check_sizes(config: dict) -> None:
         raise ValueError(f"embed_dim={dim} is not a multiple of 4, which 2-D sin-cos positions need")
     if config["use_rope"] and width % 2:
         raise ValueError(f"a head is embed_dim/num_heads = {width} wide; RoPE needs an even width")
-
-
-def _check_indices(name: str, index: Tensor, shape: tuple[int, ...], size: int) -> None:
-    if index.shape != shape or index.dtype not in (torch.int64, torch.int32):
-        expected = f"an integer tensor of shape {list(shape)}"
-        raise ValueError(f"{name} is {index.dtype} {list(index.shape)}, expected {expected}")
-    if index.device.type == "cpu" and not torch.compiler.is_compiling() and index.numel():
-        low, high = index.min().item(), index.max().item()
-        if low < 0 or high >= size:
-            raise ValueError(f"{name} has values from {low} to {high}, expected 0 … {size - 1}")

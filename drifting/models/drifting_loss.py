@@ -26,9 +26,10 @@ class DriftingLoss(nn.Module):
     Samples may have any shape; only the extractors made for images want images.
 
     Args:
-        feature_extractor: 'input' (the sample itself; 'pixels' is its old name), 'latent', 'resnet18', 'convnext_v2',
-            a module or function from samples ``[B, *shape]`` to a tensor ``[B, D]`` or ``[B, T, D]`` or a dict of such
-            maps, or several of these in a list. A module is frozen here.
+        feature_extractor: 'input' (the sample itself; 'pixels' is its old name), 'pyramid' (small images at several
+            sizes and in parts), 'latent', 'resnet18', 'convnext_v2', a module or function from samples ``[B, *shape]``
+            to a tensor ``[B, D]`` or ``[B, T, D]`` or a dict of such maps, or several of these in a list. A module is
+            frozen here.
         temperatures: bandwidths of the kernel, each > 0: R of the paper's field, sigma of the Gaussian one.
         normalize_features, normalize_drift: both are part of the paper's field, only the Gaussian one goes without.
         field: 'paper' is the release's :func:`drift_ops.drift_loss`, 'gaussian' :func:`drift_ops.compute_V_multiscale`.
@@ -183,8 +184,10 @@ def build_extractor(extractor: Extractor | Sequence[Extractor], in_chans: int | 
         return extractors.FunctionExtractor(extractor)
     if extractor in ("input", "pixels"):
         return extractors.InputFeatureExtractor(str(extractor))
-    latent, resnet = extractors.LatentFeatureExtractor, extractors.FeatureExtractor
-    of_images: dict[Any, Callable] = {"latent": latent, "resnet18": resnet, "convnext_v2": load_convnext}
+    of_images: dict[Any, Callable[[int], nn.Module]] = {
+        "latent": extractors.LatentFeatureExtractor, "pyramid": lambda in_chans: extractors.PyramidExtractor(),
+        "resnet18": extractors.FeatureExtractor, "convnext_v2": load_convnext,
+    }  # fmt: skip
     if extractor not in of_images:
         expected = f"'input', {', '.join(map(repr, of_images))}, a module or function of your own, or a list of these"
         raise ValueError(f"feature_extractor is {extractor!r}, expected {expected}")

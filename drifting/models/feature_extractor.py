@@ -1,5 +1,6 @@
 """Feature extractors: samples to maps ``{name: [B, T, D]}`` of T locations; gradients pass, parameters never train."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -30,6 +31,29 @@ class InputFeatureExtractor(FrozenModule):
 
     def forward(self, x: Tensor) -> FeatureMaps:
         return {self.__name__: x.reshape(len(x), 1, -1)}
+
+
+class PyramidExtractor(FrozenModule):
+    """An image at several sizes and in parts, without training: for small images, of any size and channels.
+
+    ``global [B, 1, D]`` is the image, ``half`` and ``quarter [B, 1, D]`` are its averages over squares of side 2 and 4.
+    ``patches_2`` and ``patches_4 [B, T, D]`` are its parts with a half and a quarter of its sides, which begin every
+    quarter of a side. The last row and column are repeated where such parts do not tile the image.
+    """
+
+    def forward(self, x: Tensor) -> FeatureMaps:
+        """Maps of images ``x [B, C, H, W]``."""
+        maps = {"global": x.flatten(1).unsqueeze(1)}
+        sides = {parts: (math.ceil(x.shape[2] / parts), math.ceil(x.shape[3] / parts)) for parts in (2, 4)}
+        for name, parts in (("half", 2), ("quarter", 4)):
+            maps[name] = F.adaptive_avg_pool2d(x, sides[parts]).flatten(1).unsqueeze(1)
+        down, across = sides[4]
+        for parts, (height, width) in sides.items():
+            below, beside = (height - x.shape[2]) % down, (width - x.shape[3]) % across
+            padded = F.pad(x, (0, beside, 0, below), mode="replicate") if below or beside else x
+            tiles = padded.unfold(2, height, down).unfold(3, width, across)  # [B, C, rows, columns, height, width]
+            maps[f"patches_{parts}"] = tiles.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+        return maps
 
 
 class FunctionExtractor(FrozenModule):

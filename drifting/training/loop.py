@@ -1,6 +1,5 @@
 """What the training commands share: the run directory, the loop over steps, and how it ends."""
 
-import os
 import signal
 import sys
 from abc import ABC, abstractmethod
@@ -11,7 +10,6 @@ from functools import partial
 from itertools import islice
 from typing import Any, Generic, TypeVar
 
-import torch
 from tqdm import tqdm
 
 from ..config import AnyConfig
@@ -54,12 +52,6 @@ class Run(ABC, Generic[AnyTrainer]):
 
     @abstractmethod
     def report(self, quality: Quality) -> None: ...
-
-
-def leave_a_core_free() -> None:
-    """Use all cores but one, unless OMP_NUM_THREADS says how many: what else runs would hold up all of them."""
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, torch.get_num_threads() - 1))
 
 
 @contextmanager

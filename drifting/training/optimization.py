@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..config import Config, PretrainConfig
-from ..models import MODELS
+from ..models import MAE, NETWORKS
 from .distributed import Ranks, shard
 
 GATHERED = states.StateDictOptions(full_state_dict=True, cpu_offload=True)  # The whole of it is on the host of rank 0.
@@ -46,7 +46,7 @@ class TrainedWeights:
         elif ranks.group is not None:
             # A step need not use all parameters of a user's own network; it is no mistake if it does.
             warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
-            is_ours = isinstance(model, tuple(MODELS.values()))
+            is_ours = isinstance(model, (*NETWORKS.values(), MAE))
             self.distributed = DistributedDataParallel(
                 model, process_group=ranks.group, find_unused_parameters=not is_ours
             )

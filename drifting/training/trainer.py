@@ -15,7 +15,7 @@ from ..data.own import label_of, number_labels, sample_of
 from ..errors import shown
 from ..generation import ClassNames, Generator, Labels, Signature, unwrapped
 from ..hub.run_directory import RunDirectory, save_generator
-from ..models import DriftingDiT, DriftingLoss
+from ..models import NETWORKS, DriftingLoss
 from ..models.drifting_loss import Extractor, FeatureMaps, split_groups
 from ..utils.stopwatch import Stopwatch
 from .distributed import Ranks, averaging_gradients
@@ -206,8 +206,10 @@ class DriftingTrainer:
         """The averaged network, or another average of it, with what is known of its samples."""
         model = unwrapped(self.ema_model if model is None else model)
         names = self.groups.class_names or tuple(range(getattr(model, "num_classes", 1)))
-        ours = {"name": "drifting_dit", "arguments": model.config} if isinstance(model, DriftingDiT) else {}
-        facts, noise_shape = self.facts | ours, self.signature.noise_shape
+        facts, noise_shape = dict(self.facts), self.signature.noise_shape
+        for name, network in NETWORKS.items():
+            if isinstance(model, network):
+                facts |= {"name": name, "arguments": model.config}
         return Generator(model, noise_shape, self.sample_shape, names, step=self.step, **facts)
 
     def save(self, folder: Path | str) -> None:

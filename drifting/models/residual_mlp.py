@@ -1,0 +1,93 @@
+"""Generators for small samples: a residual MLP from noise, label and guidance scale, and what else is built on it."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .conditions import check_conditions
+from .resnet_encoder import check_sizes
+
+
+class ConditionedMLP(nn.Module):
+    """Residual blocks from noise to ``[L, B/L, width]``, modulated (adaLN) by a vector of label and guidance scale α.
+
+    That vector is e(y) + log(α) g(y), with two embeddings e and g of the labels, so that α = 1 is e(y) alone.
+    """
+
+    def __init__(self, num_classes: int, noise_dim: int, width: int, depth: int, cond_dim: int) -> None:
+        super().__init__()
+        self.class_embed = nn.Embedding(num_classes, cond_dim)
+        self.guidance_embed = nn.Embedding(num_classes, cond_dim)
+        self.noise_proj, self.cond_proj = nn.Linear(noise_dim, width), nn.Linear(cond_dim, width)
+        self.blocks = nn.ModuleList(Block(width, cond_dim) for _ in range(depth))
+        # Noise and label begin with a say of the same size in what the network makes, and α with half of it.
+        nn.init.normal_(self.noise_proj.weight, std=1 / math.sqrt(noise_dim))
+        nn.init.normal_(self.guidance_embed.weight, std=0.5)
+
+    def forward(self, z: Tensor, y: Tensor, cfg_scale: float | Tensor) -> tuple[Tensor, Tensor]:
+        """Features of ``z [B, noise_dim]``, normalised by nothing yet, and condition vectors ``[L, 1, cond_dim]``."""
+        scale = check_conditions(y, cfg_scale, len(z), self.class_embed.num_embeddings, z.device)
+        cond = (self.class_embed(y) + scale.log().unsqueeze(1) * self.guidance_embed(y)).unsqueeze(1)
+        x = self.noise_proj(z).unflatten(0, (len(y), len(z) // max(1, len(y)))) + self.cond_proj(cond)
+        for block in self.blocks:
+            x = block(x, cond)
+        return x, cond
+
+
+class Block(nn.Module):
+    """Norm, two layers, and a gate that is 1 at first; shift, scale and gate depend on the condition."""
+
+    def __init__(self, width: int, cond_dim: int) -> None:
+        super().__init__()
+        self.norm, self.modulation = nn.RMSNorm(width), nn.Linear(cond_dim, 3 * width)
+        self.w1, self.w2 = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        nn.init.normal_(self.modulation.weight, std=0.3 / math.sqrt(cond_dim))
+        nn.init.zeros_(self.modulation.bias)
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        shift, scale, gate = self.modulation(cond).chunk(3, -1)
+        return x + (1 + gate) * self.w2(F.silu(self.w1(self.norm(x) * (1 + scale) + shift)))
+
+
+class ResidualMLP(nn.Module):
+    """A generator ``G(z, y, α)`` of samples of any shape, which are small: an MLP sees nothing of images.
+
+    Args:
+        sample_shape: shape of one sample.
+        num_classes: labels are 0 … num_classes - 1.
+        noise_dim: a sample has this many Gaussian numbers.
+        width, depth: the network has ``depth`` residual blocks, whose inputs have ``width`` values.
+        cond_dim: width of the vector of label and guidance scale.
+
+    ``ResidualMLP(**network.config)`` builds the same network.
+    """
+
+    conditions_once = True
+
+    def __init__(
+        self, sample_shape: Sequence[int], num_classes: int = 1, noise_dim: int = 64, width: int = 512, depth: int = 3,
+        cond_dim: int = 64,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        check_sizes(num_classes=num_classes, noise_dim=noise_dim, width=width, depth=depth, cond_dim=cond_dim)
+        self.config: dict[str, Any] = dict(
+            sample_shape=list(sample_shape), num_classes=num_classes, noise_dim=noise_dim, width=width, depth=depth,
+            cond_dim=cond_dim,
+        )  # fmt: skip
+        self.noise_shape, self.sample_shape, self.num_classes = (noise_dim,), tuple(sample_shape), num_classes
+        self.trunk = ConditionedMLP(num_classes, noise_dim, width, depth, cond_dim)
+        self.norm = nn.RMSNorm(width)
+        self.proj, self.cond_proj = (nn.Linear(size, math.prod(sample_shape)) for size in (width, cond_dim))
+
+    def forward(self, z: Tensor, y: Tensor, cfg_scale: float | Tensor = 1.0) -> Tensor:
+        """Samples ``[B, *sample_shape]`` of Gaussian noise ``z [B, noise_dim]``.
+
+        Integer labels ``y`` and guidance scales, 1 or more, are ``[B]``, or ``[L]`` where each is that of B/L
+        consecutive samples; one scale may be for all. Wrong shapes raise ValueError.
+        """
+        x, cond = self.trunk(z, y, cfg_scale)
+        samples = self.proj(self.norm(x)) + self.cond_proj(cond)  # [L, B/L, values]
+        return samples.reshape(len(z), *self.sample_shape)
