@@ -98,7 +98,7 @@ def test_step_has_the_shapes_of_algorithm_1():
     trainer = make_trainer()
     seen = Recorder(trainer)
     metrics = trainer.train_step(*batch())
-    ((gen, pos, uncond, weight),) = seen.loss_inputs
+    ((gen, pos, uncond, weight, _),) = seen.loss_inputs
     ((z, y, alpha, style),) = seen.model_inputs
     assert gen.shape == (L, G, 2, 4, 4) and pos.shape == (L, P, 2, 4, 4) and uncond.shape == (L, U, 2, 4, 4)
     assert z.shape == (L * G, 2, 4, 4) and style.shape == (L * G, 2)
@@ -131,7 +131,7 @@ def test_no_guidance_no_negatives(trained):
     trainer = make_trainer(**({} if trained else {"uncond_prob": 1.0}))
     seen = Recorder(trainer)
     trainer.train_step(*batch(), **trained)
-    assert seen.loss_inputs[0][2:] == (None, None)
+    assert seen.loss_inputs[0][2:4] == (None, None)
     assert (seen.model_inputs[0][2] == 1).all()
 
 

@@ -80,6 +80,7 @@ class StepConfig:
     queue_size: int = key(128, "This many real samples of each label are kept to draw from.", FROM_1)
     unconditional_queue_size: int = key(1000, "This many of all labels together are kept.", FROM_1)
     queue_device: str | None = key(None, "Real samples are kept there; null: beside the model.", one_of("cpu", "cuda"))
+    queue_features: bool = key(False, "The queue keeps features of real samples too: each is encoded once.")
     clamp: bool = key(True, "Generated pixels are clamped to the range of real ones.")
     labels_at_once: int | None = key(None, "Memory holds this many labels at once; null: all.", FROM_1)
     bf16: bool = key(False, "The networks compute in bfloat16; weights, distances and loss stay float32.")

@@ -11,9 +11,12 @@ ALL = slice(None)
 class RingBuffers:
     """``rows`` ring buffers of ``size`` samples each. Samples live on ``device``, the bookkeeping on the host."""
 
-    def __init__(self, rows: int, size: int, sample_shape: tuple[int, ...], device: torch.device | str) -> None:
+    def __init__(
+        self, rows: int, size: int, sample_shape: tuple[int, ...], device: torch.device | str,
+        dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         self.size = size
-        self.samples = torch.zeros(rows, size, *sample_shape, device=device)
+        self.samples = torch.zeros(rows, size, *sample_shape, device=device, dtype=dtype)
         # These say how many samples a row holds, and which slot of it the next sample goes to.
         self.count, self.head = torch.zeros(2, rows, dtype=torch.long)
 
@@ -31,13 +34,13 @@ class RingBuffers:
         self.count = (self.count + added).clamp(max=self.size)
         self.head = (self.head + added) % self.size
 
-    def draw(self, row: Tensor, num: int, generator: Generator | None, part: slice) -> Tensor:
-        """Draw samples ``[L, num, *sample_shape]`` of the buffers ``row [L]``, of which it returns a ``part``."""
+    def draw(self, row: Tensor, num: int, generator: Generator | None, rows: slice = ALL, part: slice = ALL) -> Tensor:
+        """Draw samples ``[L, num, *sample_shape]`` of the buffers ``row [L]``: a ``part`` of those of ``rows``."""
         count = self.count[row].unsqueeze(1)  # [L, 1]
         key = torch.rand(len(row), self.size, generator=generator)
         key.masked_fill_(torch.arange(self.size) >= count, 2.0)  # Empty slots sort last.
-        slot = key.argsort(1).gather(1, torch.arange(num) % count)[part]  # [L, num]
-        return self.samples[row[part].unsqueeze(1).to(self.samples.device), slot.to(self.samples.device)]
+        slot = key.argsort(1).gather(1, torch.arange(num) % count)[rows, part]  # [l, n]
+        return self.samples[row[rows].unsqueeze(1).to(self.samples.device), slot.to(self.samples.device)]
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"samples": self.samples, "count": self.count, "head": self.head}
@@ -52,19 +55,20 @@ class RingBuffers:
 
 class SampleQueue:
     """The newest ``queue_size`` samples of every class, the positives, and newest samples of any, further negatives.
-    Labels are ``0 … num_classes - 1``. ``latent_shape`` is the shape of one sample, of any rank."""
+    Labels are ``0 … num_classes - 1``. ``latent_shape`` is the shape of one sample, of any rank, and ``dtype`` its
+    type, by default torch's."""
 
     def __init__(
         self, queue_size: int = 128, num_classes: int = 1000, latent_shape: tuple[int, ...] = (4, 32, 32),
-        device: torch.device | str = "cpu", unconditional_queue_size: int = 1000,
+        device: torch.device | str = "cpu", unconditional_queue_size: int = 1000, dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         sizes = {"queue_size": queue_size, "num_classes": num_classes}
         for name, value in (sizes | {"unconditional_queue_size": unconditional_queue_size}).items():
             if value < 1:
                 raise ValueError(f"{name} is {value}, expected 1 or more")
         self.num_classes, self.latent_shape = num_classes, tuple(latent_shape)
-        self.by_class = RingBuffers(num_classes, queue_size, self.latent_shape, device)
-        self.unconditional = RingBuffers(1, unconditional_queue_size, self.latent_shape, device)
+        self.by_class = RingBuffers(num_classes, queue_size, self.latent_shape, device, dtype)
+        self.unconditional = RingBuffers(1, unconditional_queue_size, self.latent_shape, device, dtype)
 
     def __len__(self) -> int:
         return int(self.by_class.count.sum())
@@ -97,7 +101,7 @@ class SampleQueue:
         """Draw samples ``[num_samples, *latent_shape]`` of any class as :meth:`sample` does, or a ``part`` of them."""
         if not self.unconditional.count.item():
             raise ValueError("the queue is empty: add() samples before drawing from it")
-        return self.unconditional.draw(torch.zeros(1, dtype=torch.long), num_samples, generator, ALL)[0, part]
+        return self.unconditional.draw(torch.zeros(1, dtype=torch.long), num_samples, generator, part=part)[0]
 
     def state_dict(self) -> dict[str, Any]:
         return {"by_class": self.by_class.state_dict(), "unconditional": self.unconditional.state_dict()}

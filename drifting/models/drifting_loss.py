@@ -75,13 +75,15 @@ class DriftingLoss(nn.Module):
         return self.loss_and_info(x_gen, x_real, x_uncond, weight_uncond)[0]
 
     def loss_and_info(
-        self, x_gen: Tensor, x_real: Tensor, x_uncond: Tensor | None = None, weight_uncond: Tensor | None = None
-    ) -> LossAndInfo:
+        self, x_gen: Tensor, x_real: Tensor, x_uncond: Tensor | None = None, weight_uncond: Tensor | None = None,
+        real: tuple[FeatureMaps, FeatureMaps] | None = None,
+    ) -> LossAndInfo:  # fmt: skip
         """Sum over feature maps (eq. 14 of the paper) of the mean loss over the map's groups, one a label and location.
 
         Generated samples ``[L, G, *shape]`` of L labels get a gradient, real ones ``[L, P, *shape]`` attract them. Real
         samples ``[L, U, *shape]`` of any label repel like generated ones (section 3.5 of the paper), each with weight
-        ≥ 0 ``[L]`` relative to one of these, 1 if None. Shapes that do not fit each other raise ValueError.
+        ≥ 0 ``[L]`` relative to one of these, 1 if None. Shapes that do not fit each other raise ValueError. ``real``
+        has the :meth:`groups` of the real samples, first of those that attract, where they are known already.
 
         Beside the loss come 0-d tensors to log. For the paper's field, whose loss itself is constant by construction,
         ``{map}/scale`` is the mean distance, and ``{map}/lambda_{R}`` the RMS of the raw drift at R in units of
@@ -90,16 +92,17 @@ class DriftingLoss(nn.Module):
         if self.field == "gaussian" and x_uncond is not None:
             raise ValueError("field='gaussian' has no unconditional negatives: leave x_uncond out or use field='paper'")
         weight = _checked_weight(x_gen, x_real, x_uncond, weight_uncond)
-        with torch.no_grad():
-            fixed_groups = self.groups(x_real if x_uncond is None else torch.cat([x_real, x_uncond], 1))
-        gen = self.groups(x_gen)
-        return self.of_groups(gen, *split_groups(fixed_groups, x_real.shape[1]), weight)
+        if real is None:
+            with torch.no_grad():
+                fixed_groups = self.groups(x_real if x_uncond is None else torch.cat([x_real, x_uncond], 1))
+            real = split_groups(fixed_groups, x_real.shape[1])
+        return self.of_groups(self.groups(x_gen), *real, weight)
 
-    def check_extractor(self, sample_shape: Sequence[int], device: torch.device) -> None:
-        """Try the extractor on two samples of that shape; one that does not return maps of them raises ValueError."""
+    def check_extractor(self, sample_shape: Sequence[int], device: torch.device) -> FeatureMaps:
+        """The maps ``[T, 2, D]`` of two samples of that shape; an extractor that returns none raises ValueError."""
         samples = torch.zeros(1, 2, *sample_shape, device=device, requires_grad=True)
         try:
-            self.groups(samples * 1)  # An extractor may change samples in place, but not a leaf.
+            return self.groups(samples * 1)  # An extractor may change samples in place, but not a leaf.
         except Exception as error:  # A user's extractor may raise anything.
             name = extractors.extractor_name(self.feature_extractor)
             tried = f"the feature extractor {name}, tried on samples {[2, *sample_shape]}, fails"

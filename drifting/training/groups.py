@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,9 @@ from ..data import SampleQueue
 from ..data.own import ALL, distinct_labels, number_labels, tell_numbers
 from ..errors import some_of
 from ..generation import ClassNames, Labels, class_numbers
+from ..models.drifting_loss import FeatureMaps, split_groups
 from .distributed import Ranks
+from .real_features import RealFeatures
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Groups:
     pos: Tensor  # [l, P, *sample_shape]: real samples of the labels
     uncond: Tensor | None  # [l, U, *sample_shape]: real samples of any label, the unconditional negatives
     weight: Tensor | None  # [l]: the weight of each of these relative to a generated sample
+    maps: tuple[FeatureMaps, FeatureMaps] | None  # [l·T, P, D] and [l·T, U or 0, D]: those of pos and uncond, if kept
 
 
 @dataclass
@@ -47,6 +50,8 @@ class ClassGroups:
     labelled: bool  # A network that takes no labels has all samples in one class.
     num_classes: int | None  # The network knows this many labels, if it says so.
     queue: SampleQueue | None = None  # It is made with the first samples, when all labels are known.
+    keep_features: Callable[[SampleQueue, Ranks], RealFeatures | None] | None = None  # It is called at that time.
+    features: RealFeatures | None = None  # They are those of the samples in the queue, where they are kept.
 
     def __post_init__(self) -> None:
         self.size = self.config.step.labels_per_step  # A step has this many groups, on all ranks.
@@ -97,13 +102,20 @@ class ClassGroups:
             except ValueError as error:
                 hint = "if the first batch lacks some, give all to create_trainer(class_names=...)"
                 raise ValueError(f"{error}; {hint}") from error
-        self._queue().add(self.ranks.gather(samples), self.ranks.gather(numbers))
+        queue = self._queue()
+        vectors = None if self.features is None else self.features.encode(samples)
+        numbers = self.ranks.gather(numbers)
+        queue.add(self.ranks.gather(samples), numbers)
+        if self.features is not None and vectors is not None:
+            self.features.queue.add(self.ranks.gather(vectors), numbers)
 
     def _queue(self) -> SampleQueue:
         if self.queue is None:
             step, num_classes = self.config.step, len(self.class_names or ALL)
             device, unconditional_size = step.queue_device or self.device, step.unconditional_queue_size
             self.queue = SampleQueue(step.queue_size, num_classes, self.sample_shape, device, unconditional_size)
+            if self.keep_features is not None:
+                self.features = self.keep_features(self.queue, self.ranks)
         return self.queue
 
     def draw(self, step: int, guided: bool) -> Groups:
@@ -115,23 +127,43 @@ class ClassGroups:
         available = queue.available_labels
         order = torch.randperm(len(available), generator=random)
         label = available[order[torch.arange(L) % len(available)]]  # [L]
-        pos = queue.sample(label, config.pos_per_label, random, mine).to(self.device)  # [l, P, *sample_shape]
+        P, U = config.pos_per_label, config.uncond_per_label
+        # The positives are [l, P, *sample_shape], and their maps [l·T, P, D].
+        pos, pos_maps = self._drawn(lambda queue: queue.sample(label, P, random, mine), random)
         cfg_scale = sample_cfg_scale(L, self.config.guidance, random) if guided else torch.ones(L)
-        uncond = weight = None
+        uncond = uncond_maps = weight = None
         if cfg_scale.max() > 1:
-            U = config.uncond_per_label
-            uncond = queue.sample_unconditional(L * U, random, slice(mine.start * U, mine.stop * U))
-            uncond = uncond.to(self.device).unflatten(0, (-1, U))  # [l, U, *sample_shape]
+            part = slice(mine.start * U, mine.stop * U)
+            # The negatives are [l, U, *sample_shape], and their maps [l·T, U, D].
+            uncond, uncond_maps = self._drawn(
+                lambda queue: queue.sample_unconditional(L * U, random, part).unflatten(0, (-1, U)), random
+            )
             weight = uncond_weight(cfg_scale[mine], config.gen_per_label, U).to(self.device)
-        return Groups(label[mine], cfg_scale[mine], seeds[mine], pos, uncond, weight)
+        maps = None if pos_maps is None else (pos_maps, uncond_maps or split_groups(pos_maps, P)[1])
+        return Groups(label[mine], cfg_scale[mine], seeds[mine], pos, uncond, weight, maps)
+
+    def _drawn(
+        self, draw: Callable[[SampleQueue], Tensor], random: torch.Generator
+    ) -> tuple[Tensor, FeatureMaps | None]:
+        """The samples ``[l, n, *sample_shape]`` that ``draw`` takes by ``random``, and their maps if these are kept."""
+        state = random.get_state()
+        samples = draw(self._queue()).to(self.device)
+        if self.features is None:
+            return samples, None
+        random.set_state(state)  # The same slots are drawn from the queue of features.
+        return samples, self.features.groups(draw(self.features.queue))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"class_names": list(self.class_names or ()), "queue": self.queue and self.queue.state_dict()}
+        features = None if self.features is None else self.features.queue.state_dict()
+        queue = self.queue and self.queue.state_dict()
+        return {"class_names": list(self.class_names or ()), "queue": queue, "features": features}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.class_names = tuple(state["class_names"]) or None
         if state["queue"] is not None:
             self._queue().load_state_dict(state["queue"])
+            if self.features is not None:
+                self.features.load(state.get("features"), self._queue())  # Older versions have kept none.
 
 
 def sample_cfg_scale(num: int, config: GuidanceConfig, generator: torch.Generator | None = None) -> Tensor:

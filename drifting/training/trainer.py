@@ -21,6 +21,7 @@ from ..utils.stopwatch import Stopwatch
 from .distributed import Ranks, averaging_gradients
 from .groups import ClassGroups, Groups
 from .optimization import TrainedWeights
+from .real_features import MapLayout, keep_features
 
 SECTIONS = ("loss", "step", "guidance", "optimizer")  # Their keys are arguments of create_trainer.
 # These defaults of scripts differ from the paper's, whose runs are longer and larger.
@@ -62,7 +63,9 @@ class DriftingTrainer:
             in_chans=self.sample_shape[0] if len(self.sample_shape) == 3 else None, bf16=config.step.bf16,
             process_group=self.ranks.group,
         ).to(self.device)  # fmt: skip
-        self.loss_fn.check_extractor(self.sample_shape, self.device)
+        trial = self.loss_fn.check_extractor(self.sample_shape, self.device)
+        if config.step.queue_features:
+            self.groups.keep_features = partial(keep_features, self.loss_fn, MapLayout(trial), self.device)
         if hasattr(model, "activation_checkpointing"):
             model.activation_checkpointing = config.step.activation_checkpointing  # type: ignore[assignment]
         elif config.step.activation_checkpointing:
@@ -130,7 +133,7 @@ class DriftingTrainer:
             parts = [slice(at, at + at_once) for at in range(0, num, at_once)]
             return self._backward_in_parts(generate, groups, parts, share)
         gen = generate(slice(None))
-        loss, info = self.loss_fn.loss_and_info(gen, groups.pos, groups.uncond, groups.weight)
+        loss, info = self.loss_fn.loss_and_info(gen, groups.pos, groups.uncond, groups.weight, groups.maps)
         (loss * share).backward()
         return gen, loss, info
 
@@ -149,7 +152,7 @@ class DriftingTrainer:
         with torch.no_grad():
             samples = [generate(part) for part in parts]
             gen = _joined([loss_fn.groups(of_part) for of_part in samples])
-            pos, neg = split_groups(_joined([loss_fn.groups(fixed[part]) for part in parts]), P)
+            pos, neg = groups.maps or split_groups(_joined([loss_fn.groups(fixed[part]) for part in parts]), P)
         # Memory's peak is here: the features of all labels, each once, and the gradients.
         leaves = [of_map.requires_grad_() for of_map in gen.values()]
         loss, info = loss_fn.of_groups(gen, pos, neg, weight.unsqueeze(1).expand(-1, fixed.shape[1] - P))
