@@ -42,9 +42,9 @@ class GeneratorRun(Run[DriftingTrainer]):
         return evaluator
 
     def evaluate(self) -> Quality:
-        """Measure every average at every guidance scale; the best is the trainer's best, and its measures are returned.
+        """Measure every average at every guidance scale; the best two become the trainer's, and their measures return.
 
-        Its weights are left in ``directory.best``, unless those there are better and were measured alike.
+        The weights are left in ``directory.best``, unless those there are better and were measured alike.
         """
         qualities: list[Quality] = []
         for decay in self.config.optimizer.ema_decay:
@@ -52,6 +52,7 @@ class GeneratorRun(Run[DriftingTrainer]):
         best = evaluation.best_quality(qualities, self.evaluator.distance) if self.evaluator is not None else {}
         quality = self.ranks.on_all(lambda: best)[0]
         self.trainer.best_decay = quality.get("ema_decay", self.trainer.best_decay)
+        self.trainer.best_cfg_scale = quality.get("cfg_scale", self.trainer.best_cfg_scale)
         self.ranks.on_main(partial(self._keep, self.trainer.ema_model, quality))
         return quality
 
@@ -110,6 +111,8 @@ class GeneratorRun(Run[DriftingTrainer]):
         if self.evaluator is not None:
             distance, best = self.evaluator.distance, _best_so_far(self.directory)
             _print_measures(quality, distance, "image" if pictured else "sample")
+            if len(self.config.evaluation.cfg_scales) > 1:
+                print(f"\nbest guidance scale {quality['cfg_scale']}, which samples have by default")
             if best.get(distance, math.inf) < quality[distance]:
                 print(f"\nbest: {best[distance]:.2f} at step {best['step']}, kept in {self.directory.best.path}")
         print(f"\nsamples: {self.directory.samples}" if pictured else "")
