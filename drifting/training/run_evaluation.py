@@ -140,8 +140,8 @@ def _print_measures(quality: Quality, distance: str, noun: str) -> None:
         (f"distance to the nearest training {noun}", "nearest_distance", "8.2f", "test"),
         ("sFID", "sfid", "8.2f", "train"),
         ("Inception score", "inception_score", "8.1f", "test"),
-        ("precision", "precision", "8.1%", "test"),
-        ("recall", "recall", "8.1%", "test"),
+        ("precision", "precision", "8.1%", "train"),
+        ("recall", "recall", "8.1%", "train"),
     ]
     print(f"\n{f'{noun}s in one step each':40} generated      real")
     for title, measure, form, split in rows:
