@@ -96,14 +96,13 @@ class GeneratorRun(Run[DriftingTrainer]):
         self.trainer.save(self.directory.path)
 
     def describe(self, record: dict[str, Any], quality: Quality) -> str:
-        maps = list(record["lambda"].values())  # The mean λ of each R over the feature maps is shown.
-        words = [f"λ{R}={sum(m[R] for m in maps) / len(maps):.4f}" for R in maps[0]]
-        words += [f"spread={record['sample_spread']:.2f}"]
+        words = [f"λ={record['lambda_mean']:.4f}", f"spread={record['sample_spread']:.2f}"]
         words += [f"skipped={record['skipped_steps']}"] if record["skipped_steps"] else []
         if self.evaluator is not None and quality:
             distance = self.evaluator.distance
             words += [f"{'FID' if distance == 'fid' else 'Fréchet'}={quality[distance]:.2f}"]
             words += [f"({quality['frechet_ratio']:.2f}x train)"] if "frechet_ratio" in quality else []
+            words += [f"{measure}={quality[measure]:.0%}" for measure in ("precision", "recall") if measure in quality]
         return " ".join(words)
 
     def report(self, quality: Quality) -> None:
