@@ -15,7 +15,7 @@ from .data import Dataset, open_dataset
 from .errors import UserError
 from .evaluation import evaluator as evaluation
 from .evaluation.archives import read_samples, write_samples
-from .evaluation.drawing import check_drawing, spread_labels
+from .evaluation.drawing import DEFAULT_SCALE, check_drawing, spread_labels
 from .generation import label_numbers
 from .hub.run_directory import RunDirectory
 from .hub.sources import HUB, load_generator
@@ -46,7 +46,7 @@ def _parse(argv: Sequence[str] | None) -> Any:
     add("--model", metavar="module:Name", help="the run's network, where it is your own")
     add("--data", metavar="module:Name", help="the run's data set, where it is your own")
     add("--num", type=int, help="how many samples to generate")
-    text = "guidance scales, 1 or more; of several, the best is reported"
+    text = f"guidance scales, 1 or more; of several, the best is reported (default: {DEFAULT_SCALE})"
     add("--cfg-scale", "--cfg", type=float, nargs="+", metavar="SCALE", default=[], help=text)
     add("--seed", type=int, default=0)
     add("--save-npz", type=Path, metavar="FILE.npz", help="where to write the best scale's samples")
@@ -54,7 +54,7 @@ def _parse(argv: Sequence[str] | None) -> Any:
     source, num, path = arguments.source, arguments.num, arguments.save_npz
     if num is not None and num < 2:
         raise UserError(f"--num is {num}, expected 2 or more")
-    for scale in arguments.cfg_scale or [1.0]:
+    for scale in arguments.cfg_scale or [None]:
         check_drawing(scale, arguments.seed)
     if path is not None and path.suffix != ".npz":
         raise UserError(f"--save-npz is {path}, expected a file that ends in .npz")
@@ -73,7 +73,7 @@ def _judge_generator(arguments: Any) -> int:
     generator = load_generator(arguments.source, model)
     evaluator, config = _open_evaluator(arguments), _config(arguments.source) or Config()
     num = arguments.num or config.evaluation.num_samples or evaluator.num_samples
-    scales = arguments.cfg_scale or config.evaluation.cfg_scales
+    scales = arguments.cfg_scale or [generator.cfg_scale]
     numbers = spread_labels(num, range(len(generator.class_names)))
     evaluation.warn_of_few(evaluator, num)
     generator.model.to("cuda" if torch.cuda.is_available() else "cpu")

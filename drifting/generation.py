@@ -179,6 +179,7 @@ class Generator:
     latent: bool = False  # Samples are latents of the Stable Diffusion VAE, which decode to images of that range.
     data: str = ""  # The data set has this name.
     step: int = 0  # The network was trained for this many steps.
+    cfg_scale: float = 1.0  # Samples have this guidance scale by default: the one that evaluated best, if any was.
     name: str = ""  # This name of ours, or module:Name, builds the network …
     arguments: Mapping[str, Any] = field(default_factory=dict)  # … with these arguments, which are values of JSON.
 
@@ -189,19 +190,21 @@ class Generator:
         return self.pixel_range is not None and (self.latent or is_image)
 
     def generate(
-        self, batch_size: int, y: Labels | None = None, cfg_scale: float | Tensor = 1.0,
+        self, batch_size: int, y: Labels | None = None, cfg_scale: float | Tensor | None = None,
         device: torch.device | str | None = None, generator: torch.Generator | None = None,
     ) -> Tensor:  # fmt: skip
         """Samples ``[batch_size, *sample_shape]`` in one forward pass, see :func:`generate`.
 
-        Labels ``y [batch_size]`` are called as in training; None draws them uniformly.
+        Labels ``y [batch_size]`` are called as in training; None draws them uniformly. None for ``cfg_scale`` is the
+        generator's own.
         """
         source = None if generator is None else generator.device
         if y is None:
             numbers = torch.randint(len(self.class_names), (batch_size,), generator=generator, device=source)
         else:
             numbers = class_numbers(y, self.class_names)
-        samples = generate(self.model, batch_size, numbers, cfg_scale, device, generator, self.noise_shape)
+        scale = self.cfg_scale if cfg_scale is None else cfg_scale
+        samples = generate(self.model, batch_size, numbers, scale, device, generator, self.noise_shape)
         return samples if self.latent or self.pixel_range is None else samples.clamp(*self.pixel_range)
 
 

@@ -9,7 +9,7 @@ import torch
 from .cli import ArgumentParser, run_command
 from .errors import UserError, some_of
 from .evaluation.archives import write_samples
-from .evaluation.drawing import check_drawing, draw_samples, spread_labels
+from .evaluation.drawing import DEFAULT_SCALE, check_drawing, draw_samples, spread_labels
 from .generation import ClassNames, label_numbers
 from .hub.sources import load_generator
 from .hub.vae import require_vae
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--num", type=int, required=True, help="how many samples")
     parser.add_argument("--out", type=Path, required=True, help=".npz (arr_0 samples, arr_1 labels) or .png (a grid)")
     parser.add_argument("--labels", help="labels to spread the samples over, by name or number, such as 3,5")
-    parser.add_argument("--cfg-scale", type=float, default=1.0, help="guidance scale, 1 or more (default: 1)")
+    parser.add_argument("--cfg-scale", type=float, help=f"guidance scale, 1 or more (default: {DEFAULT_SCALE})")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", metavar="MODULE:NAME", help="the class of a network of your own")
     arguments = parser.parse_args(argv)

@@ -58,11 +58,14 @@ def test_measures_are_those_of_its_features(evaluator, trained, digits):
     assert quality["frechet_distance_train"] == pytest.approx(frechet_distance(train, test), rel=ROUNDING)
     assert quality["frechet_ratio"] == pytest.approx(1, abs=ROUNDING)
     assert quality["recognised_share"] > 0.9 and quality["precision"] > 0.8 and quality["recall"] > 0.8
+    for measure in ("precision", "recall"):
+        assert quality[f"{measure}_train"] == pytest.approx(quality[measure], abs=0.01)
     assert evaluator(images, (digits.train.labels.numpy() + 1) % 10)["recognised_share"] < 0.1
     noise = np.random.default_rng(0).integers(0, 256, images.shape).astype(np.uint8)
     assert evaluator(noise, digits.train.labels.numpy())["frechet_ratio"] > 5
     one_class = images[digits.train.labels.numpy() == 3]
-    assert evaluator(one_class, np.full(len(one_class), 3))["frechet_ratio"] > 5
+    quality = evaluator(one_class, np.full(len(one_class), 3))
+    assert quality["frechet_ratio"] > 5 and quality["recall"] < 0.2 < 0.8 < quality["precision"]
     with pytest.raises(
         ValueError, match=r"received 3 samples uint8 \[8, 4, 1\], expected at least 2 uint8 \[8, 8, 1\]"
     ):

@@ -119,6 +119,7 @@ def test_inception_score_is_that_of_torch_fidelity(torchvision):
 
 def inside(points: np.ndarray, centres: np.ndarray) -> float:
     """Share of ``points`` that are no farther from some centre than its third-nearest neighbour, point by point."""
+    points, centres = np.asarray(points), np.asarray(centres)
     radii = [np.sort(np.linalg.norm(centres - centre, axis=1))[3] for centre in centres]
     return np.mean([(np.linalg.norm(centres - point, axis=1) <= radii).any() for point in points])
 
@@ -128,7 +129,7 @@ def test_precision_and_recall_by_definition(torchvision, monkeypatch):
     rng = np.random.default_rng(0)
     real, generated = rng.standard_normal((120, 4)), 0.5 * rng.standard_normal((90, 4)) + 0.5
     a, b = (torch.from_numpy(points + 1000) for points in (real, generated))  # far from the origin
-    precision, recall = Manifold(a).share_inside(b), Manifold(b).share_inside(a)
+    precision, recall = Manifold(a).precision_and_recall(b)
     assert precision == inside(generated, real) and recall == inside(real, generated)
     assert 0.1 < recall < precision - 0.1 < 0.9  # narrow, so plausible but not varied
     fidelity = pytest.importorskip("torch_fidelity.metric_prc")
@@ -176,6 +177,27 @@ def test_wrong_labels_and_noise_are_noticed(digits, evaluator):
         ValueError, match=r"received 1 samples uint8 \[8, 8, 1\], expected at least 2 uint8 \[8, 8, 1\]"
     ):
         evaluator(images[:1], labels[:1])
+
+
+def test_collapse_shows_in_recall(digits, evaluator):
+    """Also where every single sample is a training image. What the training images measure stands beside."""
+    images, labels = to_uint8(digits.train.samples(), digits.pixel_range), digits.train.labels.numpy()
+    whole, half, few = (evaluator(images[chosen], None) for chosen in (labels >= 0, labels < 5, np.arange(1297) % 20))
+    for measure in ("precision", "recall"):
+        assert whole[measure] == pytest.approx(whole[f"{measure}_train"], abs=0.01) and whole[measure] > 0.85
+    assert half["precision"] > 0.85 and half["recall"] == pytest.approx(0.5, abs=0.05)
+    assert few["precision"] > 0.5 and few["recall"] == 0
+
+
+def test_the_manifold_of_real_samples_is_built_once(monkeypatch):
+    built, build = [], Manifold.__init__
+    monkeypatch.setattr(Manifold, "__init__", lambda self, points: built.append(len(points)) or build(self, points))
+    data = blobs((2,), counts=(90, 60))
+    evaluator = open_evaluator(EvaluationConfig(), data)
+    assert built == [60, 90]
+    for count in (30, 40):
+        evaluator(data.train.samples().numpy()[:count], None)
+    assert built == [60, 90, 30, 40]
 
 
 def test_pixels():
@@ -244,6 +266,8 @@ def test_samples_of_any_shape_are_measured_flattened(shape):
     assert memorised["frechet_distance"] == memorised["frechet_distance_train"] == pytest.approx(floor)
     assert memorised["frechet_ratio"] == 1 and memorised["nearest_ratio"] == pytest.approx(0, abs=1e-5)
     assert memorised["nearest_distance_test"] == pytest.approx(float(torch.cdist(test, train).amin(1).mean()))
+    for measure, share in (("precision", inside(train, test)), ("recall", inside(test, train))):
+        assert memorised[measure] == memorised[f"{measure}_train"] == pytest.approx(share, abs=0.02)
     assert memorised["recognised_share"] > 0.8 and memorised["recognised_share_test"] > 0.8
     assert evaluator(data.train.samples().numpy(), (labels + 1) % 3)["recognised_share"] < 0.2
     shifted = evaluator((data.test.samples() + 3).numpy(), None)
@@ -258,7 +282,7 @@ def test_samples_of_one_class_have_nothing_to_be_recognised_as():
     assert quality["nearest_ratio"] == pytest.approx(1)
     assert set(quality) == {
         "frechet_distance", "frechet_ratio", "frechet_distance_train", "nearest_distance", "nearest_ratio",
-        "nearest_distance_test",
+        "nearest_distance_test", "precision", "recall", "precision_train", "recall_train",
     }  # fmt: skip
 
 

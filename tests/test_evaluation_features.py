@@ -13,14 +13,14 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from drifting import evaluate
+from drifting import evaluate, sample
 from drifting.config.reading import load_config
 from drifting.config.schema import EvaluationConfig
 from drifting.errors import UserError
 from drifting.evaluation import evaluator as evaluation
 from drifting.evaluation import features as evaluation_features
 from drifting.evaluation.archives import read_reference, read_samples
-from drifting.evaluation.drawing import draw_samples
+from drifting.evaluation.drawing import draw_samples, spread_labels
 from drifting.evaluation.evaluator import open_evaluator
 from drifting.evaluation.features import Features, ImageFeatures, open_features
 from drifting.evaluation.measures import fit_gaussian, frechet_distance, inception_score
@@ -368,15 +368,22 @@ def test_statistics_and_images_may_be_in_two_files(classifier, tmp_path):
     assert "precision" not in open_evaluator(EvaluationConfig(str(classifier), paths[:1]), None)(images, None)
 
 
-def test_sweep_reports_the_best_scale_and_saves_its_images(trained, tmp_path, capsys, monkeypatch):
-    """Of a generator whose images change with the scale, which those of an untrained one do not."""
-    path = tmp_path / "some" / "best.npz"
+@pytest.fixture
+def guided():
+    """Our network's images change with the guidance scale, which those of an untrained one do not."""
     forward = DriftingDiT.forward
 
     def shifted(self, z, y, cfg_scale, style=None):
-        return forward(self, z, y) + cfg_scale.view(-1, 1, 1, 1) * z / 5
+        scale = cfg_scale.repeat_interleave(len(z) // len(cfg_scale))  # Consecutive samples may share one.
+        return forward(self, z, y) + scale.view(-1, 1, 1, 1) * z / 5
 
-    monkeypatch.setattr(DriftingDiT, "forward", shifted)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DriftingDiT, "forward", shifted)
+        yield
+
+
+def test_sweep_reports_the_best_scale_and_saves_its_images(trained, guided, tmp_path, capsys):
+    path = tmp_path / "some" / "best.npz"
     swept = report(capsys, trained, "--num", 100, "--cfg", 3.0, 1.0, 2.0, "--save-npz", path)
     scales = {row["cfg_scale"]: row["frechet_distance"] for row in swept["sweep"]}
     assert list(scales) == [3, 1, 2] and len(set(scales.values())) == 3
@@ -451,8 +458,8 @@ def test_training_is_measured_against_files(classifier, tmp_path, capsys):
     train(load_config("digits", [*SMALL, *settings]), tmp_path / "run")
     assert "Frechet distance to the reference" in capsys.readouterr().out
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
-    measured = report(capsys, tmp_path / "run")  # everything as in training
-    assert measured["num_samples"] == 80 and len(measured["sweep"]) == 2
+    measured = report(capsys, tmp_path / "run")  # everything as in training, at the scale that was best
+    assert measured["num_samples"] == 80 and "sweep" not in measured
     for measure in ("frechet_distance", "precision", "recall", "cfg_scale"):
         assert measured[measure] == pytest.approx(last[measure], rel=1e-6)
 
@@ -468,6 +475,33 @@ def test_images_of_another_size_stop_training_at_once(classifier, tmp_path):
     np.savez(tmp_path / "reference.npz", pictures(60, 0))
     with pytest.raises(UserError, match="received images of 3 channels, the features are of 1"):
         train(load_config("digits", [*SMALL, *settings]), tmp_path / "run")
+
+
+def test_the_best_guidance_scale_is_kept(guided, tmp_path, monkeypatch, capsys):
+    """It is the default of all that draws; ``best`` keeps that of its own weights."""
+    out, distances = tmp_path / "run", [0.0, 9.0, 3.0, 5.0, 8.0, 7.0, 4.0]  # of the trial, then of each scale
+    monkeypatch.setattr(run_evaluation.evaluation, "open_evaluator", lambda *args: Scripted(*distances))
+    drawn = []
+    monkeypatch.setattr(run_evaluation, "draw_samples", lambda *args: drawn.append(draw_samples(*args)) or drawn[-1])
+    settings = [*SMALL, "train.steps=4", "train.eval_every=2", "evaluation.cfg_scales=[1.0,2.0,3.5]"]
+    train(load_config("digits", settings), out)
+    assert "\nbest guidance scale 3.5," in capsys.readouterr().out
+    scales = {folder: json.loads((folder / "model.json").read_text())["cfg_scale"] for folder in (out, out / "best")}
+    assert scales == {out: 3.5, out / "best": 2.0}
+    monkeypatch.undo()
+    labels = spread_labels(100, range(10))
+    generator = load_generator(out)
+    assert (drawn[-1] == draw_samples(generator, labels, 3.5)).all()  # the picture's
+    assert (drawn[-1] != draw_samples(generator, labels, 1.0)).any()
+    arguments = [str(out), "--num", "100", "--out", str(tmp_path / "a.npz")]
+    assert sample.main(arguments) == 0
+    assert (np.load(tmp_path / "a.npz")["arr_0"] == drawn[-1]).all()
+    assert sample.main([*arguments, "--cfg-scale", "1"]) == 0
+    assert (np.load(tmp_path / "a.npz")["arr_0"] == draw_samples(generator, labels, 1.0)).all()
+    measured = report(capsys, out, "--num", 20)
+    assert measured["cfg_scale"] == 3.5 and "sweep" not in measured
+    assert measured == report(capsys, out, "--num", 20, "--cfg", 3.5) != report(capsys, out, "--num", 20, "--cfg", 2)
+    assert report(capsys, out / "best", "--num", 20)["cfg_scale"] == 2
 
 
 class Scripted:

@@ -1,6 +1,7 @@
 """Runs that go on from their checkpoints."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -62,7 +63,10 @@ def test_finished_run_has_nothing_to_do(finished, capsys):
     before = (finished / "metrics.jsonl").read_text()
     train(load_config("digits", TINY), finished)
     assert (finished / "metrics.jsonl").read_text() == before
-    assert "recognised as their class" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "recognised as their class" in printed and "best guidance scale" not in printed
+    for measure, real in (("precision", "90.7%"), ("recall", "89.8%")):
+        assert re.search(rf"^{measure} +\d+\.\d%  +{real}  \(train images\)$", printed, re.MULTILINE)
 
 
 def test_metrics_have_one_record_a_step(finished):

@@ -218,6 +218,24 @@ def test_generate_uses_the_best_average():
     assert (trainer.generate(batch_size=3) == 8).all()
 
 
+def test_generate_uses_the_best_guidance_scale(monkeypatch):
+    def scaled(self, z, y, cfg_scale, style=None):
+        return torch.zeros_like(z) + cfg_scale.view(-1, 1, 1, 1)
+
+    monkeypatch.setattr(DriftingDiT, "forward", scaled)
+    trainer = make_trainer()
+    assert (trainer.generate(2) == 1).all()
+    trainer.best_cfg_scale = 2.5
+    assert (trainer.generate(2) == 2.5).all() and trainer.generator().cfg_scale == 2.5
+    assert (trainer.generate(2, cfg_scale=1.5) == 1.5).all()
+    other = make_trainer()
+    other.load_state_dict(state := trainer.state_dict())
+    assert other.best_cfg_scale == 2.5
+    del state["best_cfg_scale"]  # Earlier checkpoints do not say it.
+    other.load_state_dict(state)
+    assert other.best_cfg_scale == 1
+
+
 def test_state_dict_continues_exactly():
     """Weights after 3 + 3 steps in two trainers equal those after 6 in one, bit for bit."""
     whole, first, second = (make_trainer(decay_steps=6, ema_decay=(0.5, 0.9)) for _ in range(3))

@@ -15,12 +15,13 @@ from ..generation import Generator, generate
 from ..hub.vae import decode_latents
 from ..utils.images import to_uint8
 
+DEFAULT_SCALE = "the one that evaluated best in training, else 1"  # So commands word it.
 BATCH, BATCH_VALUES = 500, 2**21  # So many samples are generated at once, unless they have more values than this.
 
 
-def check_drawing(cfg_scale: float, seed: int) -> None:
+def check_drawing(cfg_scale: float | None, seed: int) -> None:
     """Raise :class:`UserError` for a guidance scale or seed that a command is given, if it is out of range."""
-    if not 1 <= cfg_scale < inf:
+    if cfg_scale is not None and not 1 <= cfg_scale < inf:
         raise UserError(f"--cfg-scale is {cfg_scale}, expected 1 or more")
     if not 0 <= seed < 2**63:
         raise UserError(f"--seed is {seed}, expected 0 or more, below 2**63")
@@ -31,16 +32,20 @@ def spread_labels(num: int, choices: Sequence[int]) -> Tensor:
     return torch.tensor(choices)[(torch.arange(num) % len(choices)).sort().values]
 
 
-def draw_samples(generator: Generator, numbers: Tensor, cfg_scale: float = 1.0, seed: int = 0) -> NDArray[Any]:
-    """Images uint8 ``[N, H, W, C]``, or else samples float32 ``[N, *sample_shape]``, of the classes ``numbers [N]``."""
+def draw_samples(generator: Generator, numbers: Tensor, cfg_scale: float | None = None, seed: int = 0) -> NDArray[Any]:
+    """Images uint8 ``[N, H, W, C]``, or else samples float32 ``[N, *sample_shape]``, of the classes ``numbers [N]``.
+
+    None for ``cfg_scale`` is the generator's own.
+    """
     model, latent, pixel_range = generator.model, generator.latent, generator.pixel_range
+    scale = generator.cfg_scale if cfg_scale is None else cfg_scale
     source = torch.Generator().manual_seed(seed)  # It is on the CPU, which makes samples alike on any device.
     size = max(1, min(BATCH, BATCH_VALUES // max(1, prod(generator.sample_shape))))
     weight = next(model.parameters(), torch.empty(0))
     samples, count = np.empty(0), 0
     for number in tqdm(numbers.split(size), desc="generate", unit="batch", delay=1, leave=False, disable=None):
         with torch.autocast(weight.device.type, torch.bfloat16, enabled=latent and weight.is_cuda):
-            batch = generate(model, len(number), number, cfg_scale, None, source, generator.noise_shape).float()
+            batch = generate(model, len(number), number, scale, None, source, generator.noise_shape).float()
         batch = decode_latents(batch) if latent else batch
         if pixel_range is None or not generator.makes_images:
             values = (batch if pixel_range is None else batch.clamp(*pixel_range)).cpu().numpy()

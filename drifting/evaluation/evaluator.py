@@ -24,7 +24,7 @@ from .measures import Gaussian, Manifold, Points, fit_gaussian, frechet_distance
 
 Quality = dict[str, float]
 FEATURE_SAMPLES = 5000  # So many are generated, and taken of the training images, where it is a data set.
-MANIFOLD_IMAGES = 10_000  # Precision and recall take at most so many real images, as ADM does.
+MANIFOLD_SAMPLES = 10_000  # Precision and recall take at most so many real samples, as ADM does.
 MOST_REAL = 2000  # Of a split, at most so many small samples are measured.
 MOST_VALUES = 2048  # Samples of more say little in a Fréchet distance; Inception has as many features.
 ROUNDING = 1e-6  # Less than this share of a distance is taken for 0.
@@ -37,6 +37,7 @@ class Evaluator:
     It leaves out the measures that its features or the real samples do not have. ``recognised_share`` is the share of
     samples that a classifier of the data takes for their label. ``frechet_ratio`` is relative to the Fréchet distance
     of training samples, and ``nearest_ratio`` to the nearest distance of test samples: near 0, the generator memorised.
+    A generator that has collapsed to a part of the data has a low ``recall``, whatever its ``precision``.
     """
 
     features: "ImageFeatures | Values"
@@ -76,8 +77,7 @@ class Evaluator:
         if seen.logits is not None:
             quality["inception_score"], quality["inception_score_std"] = inception_score(seen.logits.cpu())
         if self.real is not None:
-            quality["precision"] = self.real.share_inside(seen.points)
-            quality["recall"] = Manifold(seen.points).share_inside(self.real.points)
+            quality["precision"], quality["recall"] = self.real.precision_and_recall(seen.points)
         if self.train is not None:
             quality["nearest_distance"] = nearest_distance(seen.points.numpy(), self.train)
         if seen.classes is not None and labels is not None:
@@ -156,7 +156,7 @@ class Values:
 
 
 def _evaluator_of_data(dataset: Dataset, features: ImageFeatures | Values) -> Evaluator:
-    """Compares with the test samples; the distance of training samples to these is the floor."""
+    """Compares with the test samples; what training samples measure is what can be had."""
     small, is_image, shape = isinstance(features, Values), dataset.pixel_range is not None, dataset.sample_shape
     train = _real(features, dataset, dataset.train, MOST_REAL if small else FEATURE_SAMPLES)[0].points
     test, labels = _real(features, dataset, dataset.test, MOST_REAL if small else len(dataset.test))
@@ -167,11 +167,11 @@ def _evaluator_of_data(dataset: Dataset, features: ImageFeatures | Values) -> Ev
     )  # fmt: skip
     of_data = evaluator.of_data
     of_data[f"{features.distance}_train"] = frechet_distance(fit_gaussian(train), evaluator.statistics)
+    evaluator.real = Manifold(_spread(test.points, MANIFOLD_SAMPLES))
+    of_data["precision_train"], of_data["recall_train"] = evaluator.real.precision_and_recall(train)
     if small:
         evaluator.train = train.numpy()
         of_data["nearest_distance_test"] = nearest_distance(test.points.numpy(), evaluator.train)
-    else:
-        evaluator.real = Manifold(_spread(test.points, MANIFOLD_IMAGES))
     if test.classes is not None:
         of_data["recognised_share_test"] = float((test.classes.cpu().numpy() == labels).mean())
     return evaluator
@@ -203,8 +203,8 @@ def _evaluator_of_files(paths: Sequence[str], source: str) -> Evaluator:
     if images is None:
         assert given is not None
         return Evaluator(features, *given)
-    seen = features(_spread(images, MANIFOLD_IMAGES) if given else images)
-    real = Manifold(_spread(seen.points, MANIFOLD_IMAGES))
+    seen = features(_spread(images, MANIFOLD_SAMPLES) if given else images)
+    real = Manifold(_spread(seen.points, MANIFOLD_SAMPLES))
     return Evaluator(features, *(given or _fit_both(seen)), real=real, shape=images.shape[1:])
 
 

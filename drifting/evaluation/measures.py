@@ -76,6 +76,10 @@ class Manifold:
         rank = min(4, len(points))  # A point is its own nearest.
         self.radii = torch.cat([block.kthvalue(rank, dim=1).values for block in self._distances(self.points)])
 
+    def precision_and_recall(self, points: Tensor) -> tuple[float, float]:
+        """The share of ``points [M, D]``, M ≥ 2, in this manifold, and the share of its own points in theirs."""
+        return self.share_inside(points), Manifold(points).share_inside(self.points)
+
     def share_inside(self, points: Tensor) -> float:
         inside = [(block <= self.radii).any(1) for block in self._distances(points.float())]
         return float(torch.cat(inside).double().mean())

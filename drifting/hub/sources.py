@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..errors import UserError, explained, require, shown
@@ -20,7 +21,7 @@ from .vae import LATENT_CHANNELS
 HUB, REPOSITORY = "hf://", "Goodeat/drifting"
 TYPES: dict[str, Any] = {  # A description has values of these types.
     "model": dict, "name": str, "data": str, "latent": bool, "noise_shape": list, "sample_shape": list,
-    "class_names": list, "pixel_range": (list, type(None)),
+    "class_names": list, "pixel_range": (list, type(None)), "cfg_scale": (int, float),
 }  # fmt: skip
 
 
@@ -50,13 +51,13 @@ def open_model(source: str | Path, kinds: Collection[str] = tuple(MODELS), model
 
 def as_generator(source: str | Path, network: nn.Module, description: dict[str, Any]) -> Generator:
     """Join the network of ``source`` and its ``description``, where the release and earlier runs say less."""
-    facts: dict[str, Any] = {"pixel_range": None} | description
+    facts: dict[str, Any] = {"pixel_range": None, "cfg_scale": 1.0} | description
     if isinstance(network, DriftingDiT):
         data = description.get("data", "imagenet")  # The release trained on it, and earlier runs named their data.
         is_latent = data == "latents" or (data == "imagenet" and network.out_chans == LATENT_CHANNELS)
         class_names = [str(number) for number in range(network.num_classes)]
         sample_shape = [network.out_chans, network.img_size, network.img_size]
-        facts = {"data": data, "latent": is_latent, "pixel_range": [-1.0, 1.0], "class_names": class_names}
+        facts |= {"data": data, "latent": is_latent, "pixel_range": [-1.0, 1.0], "class_names": class_names}
         facts |= description | {"name": "drifting_dit", "model": network.config}
         facts |= {"noise_shape": list(network.noise_shape), "sample_shape": sample_shape}
     for key in TYPES:
@@ -76,6 +77,8 @@ def _is_right(key: str, value: Any) -> bool:
     if key == "pixel_range" and value is not None:
         are_numbers = len(value) == 2 and all(type(number) in (int, float) for number in value)
         return are_numbers and -(2**16) <= value[0] < value[1] <= 2**16
+    if key == "cfg_scale":
+        return type(value) is not bool and 1 <= value <= torch.finfo(torch.float32).max
     if key in ("noise_shape", "sample_shape"):
         return len(value) <= 32 and all(is_count(size, 1) for size in value) and math.prod(value) <= 2**31
     return True

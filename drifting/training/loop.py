@@ -136,7 +136,8 @@ def _train_steps(run: Run[AnyTrainer], log: MetricsLog | None, signals: list[int
             quality = run.evaluate() if evaluating else quality
             logged = step if logging else logged
             if log is not None and logging:
-                record = {"step": step} | to_record(metrics) | {"timing": timing}
+                rate = trainer.weights.learning_rate(step - 1)  # The step that was just taken had this one.
+                record = {"step": step, "learning_rate": rate} | to_record(metrics) | {"timing": timing}
                 bar.set_postfix_str(run.describe(record, quality), refresh=False)
                 log.write(record | (quality if evaluating else {}))
             bar.update()

@@ -14,12 +14,19 @@ from ..errors import UserError, reason, require
 from ..utils.files import atomic_write
 from .checkpoint import checkpoints_in
 
+OVERVIEW = {  # These scalars are what to look at first. TensorBoard sorts groups by name, so theirs is at the top.
+    "lambda_mean": "0_overview/lambda",
+    "learning_rate": "0_overview/learning_rate",
+    "timing/images_per_second": "0_overview/images_per_second",
+}
+
 
 class MetricsLog:
     """Appends records to ``path`` in a run directory, and writes them beside it as TensorBoard events.
 
-    Training goes on from ``step``: records after it are dropped. ``wandb_project``, of Weights & Biases, gets the
-    records too, as a run of the directory's name with these ``settings``.
+    The events have the scalars of ``OVERVIEW`` first, as far as a record has them. Training goes on from ``step``:
+    records after it are dropped. ``wandb_project``, of Weights & Biases, gets the same scalars too, as a run of the
+    directory's name with these ``settings``.
     """
 
     def __init__(self, path: Path, step: int, wandb_project: str | None = None, settings: Any = None) -> None:
@@ -36,7 +43,8 @@ class MetricsLog:
         """Write one record: its ``step``, and numbers or dictionaries of them."""
         valid = json.loads(json.dumps(record), parse_constant=lambda name: None)  # JSON has no NaN and no infinity.
         line = memoryview(f"{json.dumps(valid)}\n".encode())
-        scalars = {name: value for name, value in _flat(record).items() if name != "step"}
+        scalars = _flat({name: value for name, value in record.items() if name != "step"})
+        scalars = {tag: scalars.pop(name) for name, tag in OVERVIEW.items() if name in scalars} | scalars
         try:
             while line:
                 line = line[self.file.write(line) :]
@@ -82,7 +90,10 @@ def _flat(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def to_record(metrics: dict[str, Tensor]) -> dict[str, Any]:
-    """0-d tensors of a step as numbers, fetched at once, with ``scale: {map: …}`` and ``lambda: {map: {R: …}}``."""
+    """0-d tensors of a step as numbers, fetched at once, with ``scale: {map: …}`` and ``lambda: {map: {R: …}}``.
+
+    The mean of all λ is ``lambda_mean``.
+    """
     values = stack([value.detach().float() for value in metrics.values()]).tolist()
     record: dict[str, Any] = {}
     for (name, tensor), value in zip(metrics.items(), values, strict=True):
@@ -93,6 +104,9 @@ def to_record(metrics: dict[str, Tensor]) -> dict[str, Any]:
             record.setdefault("lambda", {}).setdefault(feature_map, {})[statistic.removeprefix("lambda_")] = value
         else:
             record.setdefault(statistic, {})[feature_map] = value
+    if "lambda" in record:
+        lambdas = [value for of_map in record["lambda"].values() for value in of_map.values()]
+        record["lambda_mean"] = sum(lambdas) / len(lambdas)
     return record
 
 

@@ -42,9 +42,9 @@ class GeneratorRun(Run[DriftingTrainer]):
         return evaluator
 
     def evaluate(self) -> Quality:
-        """Measure every average at every guidance scale; the best is the trainer's best, and its measures are returned.
+        """Measure every average at every guidance scale; the best two become the trainer's, and their measures return.
 
-        Its weights are left in ``directory.best``, unless those there are better and were measured alike.
+        The weights are left in ``directory.best``, unless those there are better and were measured alike.
         """
         qualities: list[Quality] = []
         for decay in self.config.optimizer.ema_decay:
@@ -52,6 +52,7 @@ class GeneratorRun(Run[DriftingTrainer]):
         best = evaluation.best_quality(qualities, self.evaluator.distance) if self.evaluator is not None else {}
         quality = self.ranks.on_all(lambda: best)[0]
         self.trainer.best_decay = quality.get("ema_decay", self.trainer.best_decay)
+        self.trainer.best_cfg_scale = quality.get("cfg_scale", self.trainer.best_cfg_scale)
         self.ranks.on_main(partial(self._keep, self.trainer.ema_model, quality))
         return quality
 
@@ -95,14 +96,13 @@ class GeneratorRun(Run[DriftingTrainer]):
         self.trainer.save(self.directory.path)
 
     def describe(self, record: dict[str, Any], quality: Quality) -> str:
-        maps = list(record["lambda"].values())  # The mean λ of each R over the feature maps is shown.
-        words = [f"λ{R}={sum(m[R] for m in maps) / len(maps):.4f}" for R in maps[0]]
-        words += [f"spread={record['sample_spread']:.2f}"]
+        words = [f"λ={record['lambda_mean']:.4f}", f"spread={record['sample_spread']:.2f}"]
         words += [f"skipped={record['skipped_steps']}"] if record["skipped_steps"] else []
         if self.evaluator is not None and quality:
             distance = self.evaluator.distance
             words += [f"{'FID' if distance == 'fid' else 'Fréchet'}={quality[distance]:.2f}"]
             words += [f"({quality['frechet_ratio']:.2f}x train)"] if "frechet_ratio" in quality else []
+            words += [f"{measure}={quality[measure]:.0%}" for measure in ("precision", "recall") if measure in quality]
         return " ".join(words)
 
     def report(self, quality: Quality) -> None:
@@ -110,6 +110,8 @@ class GeneratorRun(Run[DriftingTrainer]):
         if self.evaluator is not None:
             distance, best = self.evaluator.distance, _best_so_far(self.directory)
             _print_measures(quality, distance, "image" if pictured else "sample")
+            if len(self.config.evaluation.cfg_scales) > 1:
+                print(f"\nbest guidance scale {quality['cfg_scale']}, which samples have by default")
             if best.get(distance, math.inf) < quality[distance]:
                 print(f"\nbest: {best[distance]:.2f} at step {best['step']}, kept in {self.directory.best.path}")
         print(f"\nsamples: {self.directory.samples}" if pictured else "")
@@ -137,8 +139,8 @@ def _print_measures(quality: Quality, distance: str, noun: str) -> None:
         (f"distance to the nearest training {noun}", "nearest_distance", "8.2f", "test"),
         ("sFID", "sfid", "8.2f", "train"),
         ("Inception score", "inception_score", "8.1f", "test"),
-        ("precision", "precision", "8.1%", "test"),
-        ("recall", "recall", "8.1%", "test"),
+        ("precision", "precision", "8.1%", "train"),
+        ("recall", "recall", "8.1%", "train"),
     ]
     print(f"\n{f'{noun}s in one step each':40} generated      real")
     for title, measure, form, split in rows:

@@ -35,10 +35,10 @@ class DriftingTrainer:
     real samples of that label and away from each other and, where the label's guidance scale α is above 1, from real
     samples of any label. :func:`create_trainer` explains the arguments; ``facts`` are further ones of ``Generator``.
 
-    ``step`` counts the steps taken; ``best_decay`` says which average :meth:`generate` uses, and whoever evaluates them
-    may set it. ``stopwatch`` knows how long the phases of the steps took: "communication" of samples and metrics,
-    "generator", "encoder" and "operator" forward and backward, with the exchange of statistics and gradients,
-    "optimizer" and averages, "other", and between steps "data".
+    ``step`` counts the steps taken; ``best_decay`` says which average :meth:`generate` uses, and ``best_cfg_scale`` its
+    guidance scale by default: whoever evaluates them may set both. ``stopwatch`` knows how long the phases of the steps
+    took: "communication" of samples and metrics, "generator", "encoder" and "operator" forward and backward, with the
+    exchange of statistics and gradients, "optimizer" and averages, "other", and between steps "data".
 
     All randomness of step n follows from (seed, n), so that a resumed run repeats an uninterrupted one. A step seeds
     torch's global generators, from which dropout draws. A step whose loss or gradient is not finite changes nothing.
@@ -77,7 +77,7 @@ class DriftingTrainer:
         if config.step.compile:
             self.weights.distributed.compile()
             self.loss_fn.feature_extractor.compile()
-        self.best_decay = config.optimizer.ema_decay[0]
+        self.best_decay, self.best_cfg_scale = config.optimizer.ema_decay[0], 1.0
         self.stopwatch = self.loss_fn.stopwatch = Stopwatch(self.device)
 
     @property
@@ -199,7 +199,7 @@ class DriftingTrainer:
         return {"avg_loss": loss, "num_steps": num_steps, "grad_norm": grad_norm, "sample_spread": spread}
 
     def generate(
-        self, batch_size: int, labels: Labels | None = None, cfg_scale: float | Tensor = 1.0,
+        self, batch_size: int, labels: Labels | None = None, cfg_scale: float | Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:  # fmt: skip
         """Samples ``[batch_size, *sample_shape]`` of the averaged network, see :meth:`drifting.Generator.generate`."""
@@ -209,7 +209,7 @@ class DriftingTrainer:
         """The averaged network, or another average of it, with what is known of its samples."""
         model = unwrapped(self.ema_model if model is None else model)
         names = self.groups.class_names or tuple(range(getattr(model, "num_classes", 1)))
-        facts, noise_shape = dict(self.facts), self.signature.noise_shape
+        facts, noise_shape = self.facts | {"cfg_scale": self.best_cfg_scale}, self.signature.noise_shape
         for name, network in NETWORKS.items():
             if isinstance(model, network):
                 facts |= {"name": name, "arguments": model.config}
@@ -221,13 +221,15 @@ class DriftingTrainer:
 
     def state_dict(self) -> dict[str, Any]:
         """All that shapes the rest of the run, whole and on the host of rank 0. All ranks call this."""
-        return self.weights.state_dict() | {"groups": self.groups.state_dict(), "best_decay": self.best_decay}
+        best = {"best_decay": self.best_decay, "best_cfg_scale": self.best_cfg_scale}
+        return self.weights.state_dict() | {"groups": self.groups.state_dict()} | best
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict` of a trainer that was created with the same arguments."""
         self.weights.load_state_dict(state)
         self.groups.load_state_dict(state["groups"])
         self.best_decay = state["best_decay"]
+        self.best_cfg_scale = state.get("best_cfg_scale", 1.0)  # Earlier checkpoints do not say it.
 
 
 def _joined(parts: list[FeatureMaps]) -> FeatureMaps:
