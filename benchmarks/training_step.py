@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from drifting.config import Config, PretrainConfig, read_config
-from drifting.models import MAE, ConvNeXtFeatureExtractor, DriftingDiT
+from drifting.models import MAE, NETWORKS, ConvNeXtFeatureExtractor, DriftingDiT
 from drifting.training import DriftingTrainer
+from drifting.utils.named import facts_taken
 
 from .machine import ROOT, describe_machine, slug
 from .measure import default_device
@@ -45,12 +46,15 @@ def random_convnext() -> nn.Module:
 def build_trainer(config: Config, device: str) -> DriftingTrainer:
     """As ``drifting.train`` does, with random weights in the feature extractor.
 
-    So are those of the generator's last layer, which starts as 0, so that samples differ from each other.
+    So are those of the transformer's last layer, which starts as 0, so that samples differ from each other.
     """
     channels, size, classes = SAMPLES[config.data.name]
     torch.manual_seed(config.seed)
-    model = DriftingDiT(img_size=size, in_chans=channels, num_classes=classes, **config.model.keywords())
-    nn.init.normal_(model.final.proj.weight, std=config.model.embed_dim**-0.5)
+    network, sample_shape = NETWORKS[config.model.name], [channels, size, size]
+    facts = {"img_size": size, "in_chans": channels, "num_classes": classes, "sample_shape": sample_shape}
+    model = network(**facts_taken(network, facts), **config.model.keywords())
+    if isinstance(model, DriftingDiT):
+        nn.init.normal_(model.final.proj.weight, std=config.model.embed_dim**-0.5)
     extractors: list[str | nn.Module] = []
     for name in config.loss.feature_extractor:
         if name == "mae":

@@ -162,7 +162,7 @@ def test_phases_of_a_training_step(monkeypatch):
         trainer = build_trainer(config, device)
         convolution = trainer.loss_fn.feature_extractor.encoder.stages[0][0].conv1
         convolution.register_full_backward_hook(lambda *_: seen["extractor"].append(entered[-1]))
-        trainer.model.blocks[0].register_full_backward_hook(lambda *_: seen["generator"].append(entered[-1]))
+        trainer.model.trunk.blocks[0].register_full_backward_hook(lambda *_: seen["generator"].append(entered[-1]))
         return trainer
 
     build_trainer = training_step.build_trainer

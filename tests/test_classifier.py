@@ -86,7 +86,8 @@ def test_configuration_chooses_the_evaluator(trained, digits):
 def test_run_is_evaluated_with_it(trained, tmp_path, capsys):
     config = load_config(
         "digits",
-        ["model.embed_dim=16", "model.depth=1", "model.num_heads=2", "train.steps=2", "step.gen_per_label=4",
+        ["model=drifting_dit",
+         "model.embed_dim=16", "model.depth=1", "model.num_heads=2", "train.steps=2", "step.gen_per_label=4",
          "train.eval_every=0", f"evaluation.features={trained}"],
     )  # fmt: skip
     train(config, tmp_path)

@@ -23,6 +23,7 @@ from drifting.config.keys import keys_of
 from drifting.errors import UserError
 
 SMALL = [
+    "model=drifting_dit",
     "model.patch_size=4", "model.embed_dim=16", "model.depth=1", "model.num_heads=2", "step.gen_per_label=8",
     "train.log_every=2", "train.save_every=1000", "train.eval_every=0",
 ]  # fmt: skip

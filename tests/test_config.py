@@ -16,9 +16,10 @@ from drifting.config.keys import expected_of, key_help, keys_of
 from drifting.config.reading import CONFIG_DIR, MOST_BYTES, values_of
 from drifting.data import open_dataset
 from drifting.errors import UserError
-from drifting.models import MAE, DriftingDiT
+from drifting.models import MAE, NETWORKS, DriftingDiT
 from drifting.train import build_trainer
 from drifting.training.distributed import Ranks
+from drifting.utils.named import facts_taken
 
 
 def load_pretrain_config(name: str = "mae_fashion_mnist", overrides=()) -> PretrainConfig:
@@ -27,7 +28,8 @@ def load_pretrain_config(name: str = "mae_fashion_mnist", overrides=()) -> Pretr
 
 def build(overrides):
     """The trainer of the digits with these values, and what a user gets to read where it cannot be built."""
-    config = load_config("digits", ["model.embed_dim=16", "model.depth=1", "model.num_heads=2", *overrides])
+    small = ["model=drifting_dit", "model.embed_dim=16", "model.depth=1", "model.num_heads=2"]
+    config = load_config("digits", [*small, *overrides])
     return build_trainer(config, open_dataset(config.data), Ranks())
 
 
@@ -75,9 +77,11 @@ def test_every_shipped_configuration_is_tested():
 
 @pytest.mark.parametrize("name", GENERATORS)
 def test_shipped_generators_build(name):
-    (channels, size, classes), parameters = GENERATORS[name]
+    ((channels, size, classes), parameters), config = GENERATORS[name], load_config(name).model
+    facts = {"img_size": size, "in_chans": channels, "num_classes": classes, "sample_shape": (channels, size, size)}
+    network = NETWORKS[config.name]
     with torch.device("meta"):
-        model = DriftingDiT(size, in_chans=channels, num_classes=classes, **load_config(name).model.keywords())
+        model = network(**facts_taken(network, facts), **config.keywords())
     if parameters is not None:  # the paper's count
         assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, abs=0.5e6)
 
@@ -142,7 +146,8 @@ def test_configurations_of_the_other_kind_are_told_apart():
     "override, key",
     [("train.stepz=5", "train.steps"), ("steps=5", "train.steps"), ("tain.log_every=5", "train.log_every"),
      ("lr=1", None), ("learningrate=1", "optimizer.learning_rate"), ("sed=1", "seed"),
-     ("train.steps.x=1", "train.steps"), ("model.embeddim=4", "model.embed_dim"), ("optimizer.steps=4", "train.steps")],
+     ("train.steps.x=1", "train.steps"), ("optimizer.steps=4", "train.steps"),
+     ("loss.temperature=4", "loss.temperatures")],
 )  # fmt: skip
 def test_unknown_key_names_the_nearest(override, key):
     with pytest.raises(UserError, match="unknown key.*did you mean") as caught:
@@ -345,7 +350,10 @@ def test_another_network_starts_from_its_own_defaults(own):
     assert load_config(str(file), ["model=own_of_test:Anything", "model.a=1"]).model.arguments == {"a": 1}
     config = load_config(str(file), ["model=drifting_dit", "data=digits"])
     assert (config.model, config.data) == (Config().model, Config().data)
-    assert load_config("digits", ["model=drifting_dit", "model.depth=3"]).model.embed_dim == 256  # the same network
+    config = load_config("digits", ["model=residual_mlp", "model.depth=2"])  # the same network
+    assert config.model.arguments == {"width": 256, "depth": 2}
+    assert load_config("digits", ["model=drifting_dit", "model.depth=3"]).model.embed_dim == Config().model.embed_dim
+    assert load_config("ablation", ["model=conv_decoder"]).model.arguments == {}
 
 
 @pytest.mark.parametrize(
@@ -358,7 +366,7 @@ def test_another_network_starts_from_its_own_defaults(own):
      (["model=own_broken:Net"], "cannot be imported .*not_there"), (["model=own_exit:Net"], "cannot be imported"),
      (["model=:Net"], "cannot be imported"), (["loss.feature_extractor=own_of_test:Rows"], "loss.feature_extractor is"),
      (["model=convnet", "model.width=24"], "name is 'convnet', expected str, one of: drifting_dit, .*, or module:Name"),
-     (["model.width=24"], "unknown key 'model.width'"), (["model=[a]"], "expected str")],
+     (["model=drifting_dit", "model.width=24"], "unknown key 'model.width'"), (["model=[a]"], "expected str")],
 )  # fmt: skip
 def test_mistakes_about_own_parts_end_in_one_line(own, overrides, expected):
     with pytest.raises(UserError, match=expected) as caught:
@@ -382,7 +390,8 @@ def test_pixels_are_clamped_unless_the_configuration_says_otherwise(own):
     for clamp in (True, False):
         config = load_config(
             "digits",
-            ["model.embed_dim=16", "model.depth=1", "model.num_heads=2", "loss.feature_extractor=own_of_test:spy",
+            ["model=drifting_dit",
+             "model.embed_dim=16", "model.depth=1", "model.num_heads=2", "loss.feature_extractor=own_of_test:spy",
              f"step.clamp={clamp}"],
         )  # fmt: skip
         dataset = open_dataset(config.data)
@@ -475,7 +484,7 @@ def test_recorded_values_are_checked(tmp_path):
             ["evil:Part"],
             "which only a command line or a configuration file of yours",
         ),
-        ("model.name", "drifting_dit", "evil:Net", "model.name: evil:Net, now drifting_dit"),
+        ("model.name", "residual_mlp", "evil:Net", "model.name: evil:Net, now residual_mlp"),
         ("data.name", "digits", "evil:data", "data.name: evil:data, now digits"),
     ],
 )

@@ -201,6 +201,7 @@ def test_ranks_without_a_label_are_refused():
 def test_torchrun_and_going_on_alone(tmp_path):
     """Two processes with shards, then one: the run is that of one process. Cosine decay is off: steps change."""
     tiny = [
+        "model=drifting_dit",
         "model.patch_size=4", "model.embed_dim=16", "model.depth=1", "model.num_heads=2", "model.num_style_tokens=2",
         "step.gen_per_label=6", "step.pos_per_label=8", "train.batch_size=40", "train.log_every=1",
         "loss.temperatures=[0.5]", "optimizer.cosine_decay=false",

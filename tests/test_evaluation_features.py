@@ -30,7 +30,7 @@ from drifting.models import MAE, Classifier, DriftingDiT
 from drifting.train import train
 from drifting.training import run_evaluation
 
-SMALL = ["model.embed_dim=16", "model.depth=1", "model.num_heads=2", "step.gen_per_label=4", "train.eval_every=0"]
+SMALL = ["model=residual_mlp", "model.width=16", "model.depth=1", "step.gen_per_label=4", "train.eval_every=0"]
 
 
 def pictures(count: int, seed: int, channels: int = 3, size: int = 16) -> np.ndarray:

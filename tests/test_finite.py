@@ -13,6 +13,7 @@ from drifting.train import train
 from drifting.training.metrics import check_finite
 
 TINY = [
+    "model=drifting_dit",
     "model.patch_size=4", "model.embed_dim=16", "model.depth=1", "model.num_heads=2", "step.gen_per_label=4",
     "step.pos_per_label=8", "train.batch_size=40", "train.log_every=1", "train.save_every=2", "train.steps=6",
 ]  # fmt: skip

@@ -71,7 +71,7 @@ def test_phases_make_up_the_step():
 
 
 def test_the_log_says_where_time_went(tmp_path):
-    tiny = ["model.embed_dim=16", "model.num_heads=2", "step.gen_per_label=4", "train.log_every=2", "train.steps=4"]
+    tiny = ["model=residual_mlp", "model.width=16", "step.gen_per_label=4", "train.log_every=2", "train.steps=4"]
     train(load_config("digits", tiny), tmp_path)
     for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
         assert PHASES < set(json.loads(line)["timing"])
@@ -91,7 +91,7 @@ def squares(images: torch.Tensor) -> torch.Tensor:
 
 def test_what_to_look_at_first(tmp_path):
     """Mean λ, learning rate and images a second are a group at the top of TensorBoard, and in the records."""
-    settings = ["model.embed_dim=16", "model.num_heads=2", "step.gen_per_label=4", "train.log_every=2", "train.steps=4"]
+    settings = ["model=residual_mlp", "model.width=16", "step.gen_per_label=4", "train.log_every=2", "train.steps=4"]
     settings += ["optimizer.learning_rate=0.008", "optimizer.warmup_steps=8", "optimizer.cosine_decay=false"]
     settings += ["loss.feature_extractor=[input,test_metrics_log:squares]"]
     train(load_config("digits", settings), tmp_path)

@@ -259,6 +259,7 @@ def test_the_command_changes_it_freely(tmp_path, capfd):
     from drifting.train import train as run
 
     tiny = [
+        "model=drifting_dit",
         "model.patch_size=4", "model.embed_dim=16", "model.depth=1", "model.num_heads=2", "model.num_style_tokens=2",
         "step.gen_per_label=4", "step.pos_per_label=8", "train.batch_size=40",
     ]  # fmt: skip

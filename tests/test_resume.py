@@ -16,6 +16,7 @@ from drifting.errors import UserError
 from drifting.train import train
 
 TINY = [
+    "model=drifting_dit",
     "model.patch_size=4", "model.embed_dim=16", "model.depth=1", "model.num_heads=2", "model.num_style_tokens=2",
     "step.gen_per_label=4", "step.pos_per_label=8", "train.batch_size=40", "train.log_every=1", "train.eval_every=0",
     "guidance.uncond_prob=0.5", "train.save_every=3", "train.steps=6",
