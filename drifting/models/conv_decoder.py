@@ -32,7 +32,7 @@ class ConvDecoder(nn.Module):
 
     def __init__(
         self, sample_shape: Sequence[int], num_classes: int = 1, noise_dim: int = 64,
-        channels: Sequence[int] = (64, 32), width: int = 512, depth: int = 2, cond_dim: int = 64,
+        channels: Sequence[int] = (32, 16), width: int = 128, depth: int = 2, cond_dim: int = 64,
     ) -> None:  # fmt: skip
         super().__init__()
         check_sizes(num_classes=num_classes, noise_dim=noise_dim, width=width, depth=depth, cond_dim=cond_dim)

@@ -68,7 +68,7 @@ class ResidualMLP(nn.Module):
     conditions_once = True
 
     def __init__(
-        self, sample_shape: Sequence[int], num_classes: int = 1, noise_dim: int = 64, width: int = 512, depth: int = 3,
+        self, sample_shape: Sequence[int], num_classes: int = 1, noise_dim: int = 64, width: int = 256, depth: int = 3,
         cond_dim: int = 64,
     ) -> None:  # fmt: skip
         super().__init__()
