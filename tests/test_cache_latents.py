@@ -247,8 +247,8 @@ def fake_vae(monkeypatch):
 
 
 TINY = [
-    "data.name=latents", "data.flip=true", "model.patch_size=4", "model.embed_dim=16", "model.depth=1",
-    "model.num_heads=2", "step.labels_per_step=2", "step.gen_per_label=4", "step.pos_per_label=4",
+    "data.name=latents", "data.flip=true", "model=drifting_dit", "model.patch_size=4", "model.embed_dim=16",
+    "model.depth=1", "model.num_heads=2", "step.labels_per_step=2", "step.gen_per_label=4", "step.pos_per_label=4",
     "train.batch_size=8", "train.steps=2", "train.log_every=1", "train.save_every=2",
 ]  # fmt: skip
 

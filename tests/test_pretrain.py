@@ -80,7 +80,7 @@ def test_saved_weights_are_the_average(finished):
 
 def test_generator_trains_in_its_features(finished, tmp_path):
     settings = [
-        "model.embed_dim=16", "model.depth=1", "model.num_heads=2", "step.gen_per_label=4", "step.pos_per_label=4",
+        "model=residual_mlp", "model.width=16", "step.gen_per_label=4", "step.pos_per_label=4",
         "train.steps=2", "train.log_every=1", f"loss.mae={finished}",
     ]  # fmt: skip
     for extractors, expected in (("mae", {"global", "layer4_mean"}), ("[mae,pixels]", {"mae/layer4", "global"})):
