@@ -85,22 +85,25 @@ class Signature:
         return model(moved.pop("z"), *conditions, **moved)
 
     def sample_shape(self, model: nn.Module, num_classes: int = 1) -> tuple[int, ...]:
-        """The shape of one sample, which two trial samples show, of the first and the last of ``num_classes`` labels.
+        """The shape of one sample, which trial samples show, of the first and the last of ``num_classes`` labels.
 
-        A network that cannot make them raises ValueError.
+        There is one of each, or two where the network takes labels once for all samples that share them. A network that
+        cannot make them raises ValueError.
         """
-        drawn = self.draw(model, 2, torch.Generator().manual_seed(0), "cpu")
+        num = 4 if self.conditions_once else 2
+        drawn = self.draw(model, num, torch.Generator().manual_seed(0), "cpu")
         taken = ", ".join(("z", "y", "cfg_scale")[: 1 + self.conditions])
         called = f"{type(unwrapped(model)).__name__} ({taken}) with z {list(drawn['z'].shape)}"
         called += f" and y [0, {num_classes - 1}]" if num_classes > 1 and self.conditions else ""
+        called += " (its conditions_once is true, so that each label is of two samples)" if self.conditions_once else ""
         try:
             with torch.no_grad(), evaluating(model):
                 samples = self.call(model, drawn, torch.tensor([0, num_classes - 1]), torch.ones(2))
         except Exception as error:  # A user's network may raise anything.
             raise ValueError(f"the network {called} fails: {reason(error)}") from error
-        if not isinstance(samples, Tensor) or samples.shape[:1] != (2,):
+        if not isinstance(samples, Tensor) or samples.shape[:1] != (num,):
             got = list(samples.shape) if isinstance(samples, Tensor) else type(samples).__name__
-            raise ValueError(f"the network {called} returns {got}, expected a tensor [2, …]")
+            raise ValueError(f"the network {called} returns {got}, expected a tensor [{num}, …]")
         if not samples.is_floating_point():
             raise ValueError(f"the network {called} returns {samples.dtype}, expected floating-point numbers")
         return tuple(samples.shape[1:])

@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch import nn
 
+from drifting.config import load_config
 from drifting.errors import UserError
 from drifting.generation import Generator
 from drifting.hub import RunDirectory, load_generator, load_mae, save_generator, write_model
-from drifting.models import Classifier, DriftingDiT
+from drifting.models import Classifier, DriftingDiT, ResidualMLP
+from drifting.training import DriftingTrainer, create_trainer
 
 FACTS = {
     "noise_shape": (6,), "sample_shape": (5,), "class_names": ("n", "e"), "data": "own_parts:stripes", "step": 7,
@@ -214,6 +216,34 @@ def test_a_class_derived_from_ours_is_ones_own(tmp_path):
         load_generator(tmp_path)
     with pytest.raises(UserError, match="holds a network of your own, not a masked autoencoder"):
         load_mae(tmp_path)
+
+
+class Mirrored(ResidualMLP):
+    def __init__(self, size):
+        super().__init__((size,), num_classes=2)
+
+    def forward(self, z, y, cfg_scale):
+        return super().forward(z, y, cfg_scale).flip(1)
+
+
+def test_a_derived_class_keeps_its_name_and_the_arguments_it_was_built_of(tmp_path):
+    named = {"model.name": f"{__name__}:Mirrored", "model.size": 5, "loss.feature_extractor": "input"}
+    config = load_config("digits", [f"{key}={value}" for key, value in named.items()])
+    trainer = DriftingTrainer(Mirrored(5), config, "input", device="cpu", name=config.model.name, arguments={"size": 5})
+    trainer.save(tmp_path)
+    loaded = load_generator(tmp_path, model=Mirrored)
+    assert (loaded.name, loaded.arguments, loaded.sample_shape) == (config.model.name, {"size": 5}, (5,))
+
+
+def test_a_network_that_wrongly_inherits_labels_once_is_told_at_once():
+    class Tinted(ResidualMLP):
+        def forward(self, z, y, cfg_scale):
+            return super().forward(z, y, cfg_scale) + y.unsqueeze(1)
+
+    with pytest.raises(ValueError, match="Tinted .*conditions_once is true.* fails: RuntimeError"):
+        create_trainer(Tinted((5,), 2), "input", device="cpu")
+    Tinted.conditions_once = False
+    assert create_trainer(Tinted((5,), 2), "input", device="cpu").sample_shape == (5,)
 
 
 def test_a_state_that_safetensors_cannot_hold(tmp_path):

@@ -220,7 +220,7 @@ def test_generate_uses_the_best_average():
 
 def test_generate_uses_the_best_guidance_scale(monkeypatch):
     def scaled(self, z, y, cfg_scale, style=None):
-        return torch.zeros_like(z) + cfg_scale.view(-1, 1, 1, 1)
+        return torch.zeros_like(z) + cfg_scale.repeat_interleave(len(z) // len(y)).view(-1, 1, 1, 1)
 
     monkeypatch.setattr(DriftingDiT, "forward", scaled)
     trainer = make_trainer()

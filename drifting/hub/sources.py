@@ -12,7 +12,7 @@ from torch import nn
 
 from ..errors import UserError, explained, require, shown
 from ..generation import Generator
-from ..models import MAE, MODELS, DriftingDiT
+from ..models import MAE, MODELS, NETWORKS, DriftingDiT
 from ..utils.files import is_count
 from .release import WEIGHTS, read_artifact
 from .run_directory import GENERATORS, Described, Model, read_any
@@ -52,19 +52,22 @@ def open_model(source: str | Path, kinds: Collection[str] = tuple(MODELS), model
 def as_generator(source: str | Path, network: nn.Module, description: dict[str, Any]) -> Generator:
     """Join the network of ``source`` and its ``description``, where the release and earlier runs say less."""
     facts: dict[str, Any] = {"pixel_range": None, "cfg_scale": 1.0} | description
-    if isinstance(network, DriftingDiT):
+    if type(network) is DriftingDiT:
         data = description.get("data", "imagenet")  # The release trained on it, and earlier runs named their data.
         is_latent = data == "latents" or (data == "imagenet" and network.out_chans == LATENT_CHANNELS)
         class_names = [str(number) for number in range(network.num_classes)]
-        sample_shape = [network.out_chans, network.img_size, network.img_size]
         facts |= {"data": data, "latent": is_latent, "pixel_range": [-1.0, 1.0], "class_names": class_names}
-        facts |= description | {"name": "drifting_dit", "model": network.config}
-        facts |= {"noise_shape": list(network.noise_shape), "sample_shape": sample_shape}
+        facts |= description
+    ours: Any = network if type(network) in NETWORKS.values() else None
+    if ours is not None:  # It tells for itself what its file may have wrong.
+        name = next(name for name, its in NETWORKS.items() if type(ours) is its)
+        shapes = {"noise_shape": list(ours.noise_shape), "sample_shape": list(ours.sample_shape)}
+        facts |= {"name": name, "model": ours.config} | shapes
     for key in TYPES:
         if not _is_right(key, facts.get(key)):
             raise UserError(f"{source}: its {key} is {shown(facts.get(key))}, which no training of ours writes")
-    if isinstance(network, DriftingDiT) and len(facts["class_names"]) > network.num_classes:
-        raise UserError(f"{source} has {len(facts['class_names'])} class_names, its network {network.num_classes}")
+    if ours is not None and len(facts["class_names"]) > ours.num_classes:
+        raise UserError(f"{source} has {len(facts['class_names'])} class_names, its network {ours.num_classes}")
     facts = {key: tuple(facts[key]) if isinstance(facts[key], list) else facts[key] for key in (*TYPES, "step")}
     return Generator(network, arguments=facts.pop("model"), **facts)
 

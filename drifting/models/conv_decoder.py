@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .residual_mlp import ConditionedMLP
+from .drifting_dit import RMSNorm
+from .residual_mlp import ConditionedMLP, check_shape
 from .resnet_encoder import check_sizes
 
 
@@ -35,10 +36,9 @@ class ConvDecoder(nn.Module):
         channels: Sequence[int] = (32, 16), width: int = 128, depth: int = 2, cond_dim: int = 64,
     ) -> None:  # fmt: skip
         super().__init__()
-        check_sizes(num_classes=num_classes, noise_dim=noise_dim, width=width, depth=depth, cond_dim=cond_dim)
-        if len(sample_shape) != 3 or not 1 <= len(channels) <= 16:
-            received = f"sample_shape is {list(sample_shape)} and channels {list(channels)}"
-            raise ValueError(f"{received}, expected [channels, height, width] and 1 to 16 stages")
+        check_shape(sample_shape, ranks=[3])
+        if not isinstance(channels, Sequence) or not 1 <= len(channels) <= 16:
+            raise ValueError(f"channels is {channels!r}, expected a list of one number for each of 1 to 16 stages")
         check_sizes(**{f"channels[{stage}]": count for stage, count in enumerate(channels)})
         self.config: dict[str, Any] = dict(
             sample_shape=list(sample_shape), num_classes=num_classes, noise_dim=noise_dim, channels=list(channels),
@@ -47,7 +47,7 @@ class ConvDecoder(nn.Module):
         self.noise_shape, self.num_classes, self.sample_shape = (noise_dim,), num_classes, tuple(sample_shape)
         self.grid = tuple(math.ceil(side / 2 ** len(channels)) for side in sample_shape[1:])
         self.trunk = ConditionedMLP(num_classes, noise_dim, width, depth, cond_dim)
-        self.norm = nn.RMSNorm(width)
+        self.norm = RMSNorm(width)
         self.proj, self.cond_proj = (nn.Linear(size, channels[0] * math.prod(self.grid)) for size in (width, cond_dim))
         self.stages = nn.ModuleList()
         for before, after in zip(channels, [*channels[1:], sample_shape[0]], strict=True):

@@ -49,6 +49,7 @@ class DriftingDiT(nn.Module):
         self.img_size, self.patch_size, self.grid = img_size, patch_size, img_size // patch_size
         self.in_chans, self.noise_shape = in_chans, (in_chans, img_size, img_size)
         self.out_chans = in_chans if out_chans is None else out_chans
+        self.sample_shape = (self.out_chans, img_size, img_size)
         self.num_classes, self.num_style_tokens, self.style_vocab = num_classes, num_style_tokens, style_vocab
         self.n_cls_tokens, self.use_rope, self.head_dim = n_cls_tokens, use_rope, embed_dim // num_heads
         cond_dim = embed_dim if cond_dim is None else cond_dim

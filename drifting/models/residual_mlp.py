@@ -8,7 +8,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .conditions import check_conditions
+from .drifting_dit import RMSNorm
 from .resnet_encoder import check_sizes
+
+MOST_BLOCKS = 512
+
+
+def check_shape(sample_shape: Any, ranks: Sequence[int] = range(33)) -> None:
+    """Raise ValueError unless ``sample_shape`` is a list of sizes, as many as one of ``ranks``."""
+    if not isinstance(sample_shape, Sequence) or len(sample_shape) not in ranks:
+        expected = "[channels, height, width]" if list(ranks) == [3] else "a list of sizes, such as [64]"
+        raise ValueError(f"sample_shape is {sample_shape!r}, expected {expected}")
+    check_sizes(**{f"sample_shape[{place}]": size for place, size in enumerate(sample_shape)})
 
 
 class ConditionedMLP(nn.Module):
@@ -19,6 +30,9 @@ class ConditionedMLP(nn.Module):
 
     def __init__(self, num_classes: int, noise_dim: int, width: int, depth: int, cond_dim: int) -> None:
         super().__init__()
+        check_sizes(num_classes=num_classes, noise_dim=noise_dim, width=width, depth=depth, cond_dim=cond_dim)
+        if depth > MOST_BLOCKS:  # A damaged file must not fill the memory with blocks, which even the meta device does.
+            raise ValueError(f"depth is {depth}, expected {MOST_BLOCKS} at most")
         self.class_embed = nn.Embedding(num_classes, cond_dim)
         self.guidance_embed = nn.Embedding(num_classes, cond_dim)
         self.noise_proj, self.cond_proj = nn.Linear(noise_dim, width), nn.Linear(cond_dim, width)
@@ -29,8 +43,11 @@ class ConditionedMLP(nn.Module):
 
     def forward(self, z: Tensor, y: Tensor, cfg_scale: float | Tensor) -> tuple[Tensor, Tensor]:
         """Features of ``z [B, noise_dim]``, normalised by nothing yet, and condition vectors ``[L, 1, cond_dim]``."""
+        if z.shape[1:] != (self.noise_proj.in_features,):
+            raise ValueError(f"z has shape {list(z.shape)}, expected [B, {self.noise_proj.in_features}]")
         scale = check_conditions(y, cfg_scale, len(z), self.class_embed.num_embeddings, z.device)
-        cond = (self.class_embed(y) + scale.log().unsqueeze(1) * self.guidance_embed(y)).unsqueeze(1)
+        strength = scale.log().unsqueeze(1).to(self.guidance_embed.weight.dtype)
+        cond = (self.class_embed(y) + strength * self.guidance_embed(y)).unsqueeze(1)
         x = self.noise_proj(z).unflatten(0, (len(y), len(z) // max(1, len(y)))) + self.cond_proj(cond)
         for block in self.blocks:
             x = block(x, cond)
@@ -42,7 +59,7 @@ class Block(nn.Module):
 
     def __init__(self, width: int, cond_dim: int) -> None:
         super().__init__()
-        self.norm, self.modulation = nn.RMSNorm(width), nn.Linear(cond_dim, 3 * width)
+        self.norm, self.modulation = RMSNorm(width), nn.Linear(cond_dim, 3 * width)
         self.w1, self.w2 = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
         nn.init.normal_(self.modulation.weight, std=0.3 / math.sqrt(cond_dim))
         nn.init.zeros_(self.modulation.bias)
@@ -72,14 +89,14 @@ class ResidualMLP(nn.Module):
         cond_dim: int = 64,
     ) -> None:  # fmt: skip
         super().__init__()
-        check_sizes(num_classes=num_classes, noise_dim=noise_dim, width=width, depth=depth, cond_dim=cond_dim)
+        check_shape(sample_shape)
         self.config: dict[str, Any] = dict(
             sample_shape=list(sample_shape), num_classes=num_classes, noise_dim=noise_dim, width=width, depth=depth,
             cond_dim=cond_dim,
         )  # fmt: skip
         self.noise_shape, self.sample_shape, self.num_classes = (noise_dim,), tuple(sample_shape), num_classes
         self.trunk = ConditionedMLP(num_classes, noise_dim, width, depth, cond_dim)
-        self.norm = nn.RMSNorm(width)
+        self.norm = RMSNorm(width)
         self.proj, self.cond_proj = (nn.Linear(size, math.prod(sample_shape)) for size in (width, cond_dim))
 
     def forward(self, z: Tensor, y: Tensor, cfg_scale: float | Tensor = 1.0) -> Tensor:

@@ -114,6 +114,8 @@ def shard(model: nn.Module, ranks: Ranks) -> None:
     # Our images are views where a patch is the whole image, and nothing changes them in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     assert ranks.group is not None
+    for parameter in model.parameters():  # FSDP2 takes no weights that lie in memory otherwise, as in channels_last.
+        parameter.data = parameter.data.contiguous()
     mesh = DeviceMesh.from_group(ranks.group, next(model.parameters()).device.type)
     for block in getattr(model, "blocks", nn.ModuleList()).children():
         fully_shard(block, mesh=mesh)

@@ -71,7 +71,8 @@ class DriftingTrainer:
         elif config.step.activation_checkpointing:
             raise ValueError(
                 f"step.activation_checkpointing is true, but {type(model).__name__} has no attribute of that name: "
-                "a network of your own has one, looks at it and calls torch.utils.checkpoint itself"
+                "set it to false; a network of your own that can do it looks at such an attribute and calls "
+                "torch.utils.checkpoint itself"
             )
         self.weights = TrainedWeights(model, config, self.ranks, self.device)
         if config.step.compile:
@@ -211,8 +212,10 @@ class DriftingTrainer:
         names = self.groups.class_names or tuple(range(getattr(model, "num_classes", 1)))
         facts, noise_shape = self.facts | {"cfg_scale": self.best_cfg_scale}, self.signature.noise_shape
         for name, network in NETWORKS.items():
-            if isinstance(model, network):
+            if type(model) is network:
                 facts |= {"name": name, "arguments": model.config}
+            elif isinstance(model, network):  # It is the user's own, and whoever built it may have said how.
+                facts = {"arguments": model.config} | facts
         return Generator(model, noise_shape, self.sample_shape, names, step=self.step, **facts)
 
     def save(self, folder: Path | str) -> None:
@@ -249,9 +252,9 @@ def create_trainer(
 
     Args:
         model: the network; moved to ``device``.
-        feature_extractor: where samples are compared: ``'input'`` (the samples themselves), ``'latent'``,
-            ``'resnet18'``, a module or function from samples ``[B, *sample_shape]`` to ``[B, D]``, ``[B, T, D]`` or a
-            dict of such maps, or a list of these.
+        feature_extractor: where samples are compared: ``'input'`` (the samples themselves), ``'pyramid'``,
+            ``'latent'``, ``'resnet18'``, a module or function from samples ``[B, *sample_shape]`` to ``[B, D]``,
+            ``[B, T, D]`` or a dict of such maps, or a list of these.
         device: by default CUDA if there is one, else the CPU.
         noise_shape: shape of one sample's noise, where ``model`` has no attribute of that name.
         class_names: the labels, in the order of the class numbers that ``model`` is given; by default they are learnt
