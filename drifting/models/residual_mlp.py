@@ -4,9 +4,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..errors import shown
 from .conditions import check_conditions
 from .drifting_dit import RMSNorm
 from .resnet_encoder import check_sizes
@@ -46,6 +48,9 @@ class ConditionedMLP(nn.Module):
         if z.shape[1:] != (self.noise_proj.in_features,):
             raise ValueError(f"z has shape {list(z.shape)}, expected [B, {self.noise_proj.in_features}]")
         scale = check_conditions(y, cfg_scale, len(z), self.class_embed.num_embeddings, z.device)
+        is_seen = scale.device.type == "cpu" and not torch.compiler.is_compiling()  # Looking would stall a GPU's queue.
+        if is_seen and not ((scale >= 1) & (scale < math.inf)).all():
+            raise ValueError(f"cfg_scale is {shown(scale.tolist())}, expected finite numbers of 1 or more")
         strength = scale.log().unsqueeze(1).to(self.guidance_embed.weight.dtype)
         cond = (self.class_embed(y) + strength * self.guidance_embed(y)).unsqueeze(1)
         x = self.noise_proj(z).unflatten(0, (len(y), len(z) // max(1, len(y)))) + self.cond_proj(cond)
