@@ -24,6 +24,7 @@ from .models import MAE
 from .training import MAETrainer, Ranks, join_ranks, loop
 from .training.loop import Quality
 from .utils.images import save_panels, to_uint8
+from .utils.memory import keep_freed_memory
 
 TEST_IMAGES, TEST_BATCH = 2000, 250
 ROWS, COLUMNS = 8, 8  # These are of a picture.
@@ -32,6 +33,7 @@ ROWS, COLUMNS = 8, 8  # These are of a picture.
 def main(argv: Sequence[str] | None = None) -> int:
     purpose = "Train a masked autoencoder."
     config, out, asked = parse_training_command(argv, "pretrain", purpose, PretrainConfig, "mae_fashion_mnist")
+    keep_freed_memory()
     with join_ranks() as ranks:
         pretrain(config, out, ranks, asked)
     return 0

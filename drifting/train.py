@@ -20,11 +20,13 @@ from .models import NETWORKS, FeatureStack
 from .models.drifting_loss import build_extractor
 from .training import DriftingTrainer, Ranks, join_ranks, loop
 from .training.run_evaluation import GeneratorRun
+from .utils.memory import keep_freed_memory
 from .utils.named import check_arguments, facts_taken, import_named, is_own
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     config, out, asked = parse_training_command(argv, "train", "Train a generator.", Config, "digits")
+    keep_freed_memory()
     with join_ranks() as ranks:
         train(config, out, ranks, asked)
     return 0

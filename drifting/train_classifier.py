@@ -17,6 +17,7 @@ from .data import DATASETS, Dataset, Split, open_dataset, training_batches
 from .errors import UserError
 from .hub.run_directory import RunDirectory, write_model
 from .models import Classifier
+from .utils.memory import keep_freed_memory
 
 BATCH, TEST_BATCH = 100, 500
 LEARNING_RATE, WEIGHT_DECAY = 1e-2, 1e-2  # The rate is highest a third of the way; then it falls to 0.
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if run.config.exists():
         raise UserError(f"{run.path} holds a run of another kind: choose another --out")
     run.path.mkdir(parents=True, exist_ok=True)  # What cannot be written to is told before minutes of training.
+    keep_freed_memory()
     classifier = train_classifier(dataset, arguments.epochs, arguments.seed)
     accuracy = measure_accuracy(classifier, dataset.test)
     write_model(run, classifier, {"data": dataset.name, "test_accuracy": accuracy})
