@@ -351,7 +351,7 @@ def test_another_network_starts_from_its_own_defaults(own):
     config = load_config(str(file), ["model=drifting_dit", "data=digits"])
     assert (config.model, config.data) == (Config().model, Config().data)
     config = load_config("digits", ["model=residual_mlp", "model.depth=2"])  # the same network
-    assert config.model.arguments == {"width": 256, "depth": 2}
+    assert config.model.arguments == {"width": 128, "depth": 2}
     assert load_config("digits", ["model=drifting_dit", "model.depth=3"]).model.embed_dim == Config().model.embed_dim
     assert load_config("ablation", ["model=conv_decoder"]).model.arguments == {}
 
@@ -412,26 +412,26 @@ def test_asked_changes_are_recorded_and_stay_in_force(tmp_path):
     assert recorded(path) == []
 
     lower = load_config("digits", [f"{rate}=1e-3", "train.steps=900"])  # the number of steps is free
-    assert changes(command, lower) == ["optimizer.learning_rate: 0.003, now 0.001"]
-    with pytest.raises(UserError, match="holds a run with another .*learning_rate: 0.003, now 0.001.*say --change"):
+    assert changes(command, lower) == ["optimizer.learning_rate: 0.002, now 0.001"]
+    with pytest.raises(UserError, match="holds a run with another .*learning_rate: 0.002, now 0.001.*say --change"):
         config_in_force(path, lower)
     released, one = [0.02, 0.05, 0.2], [0.1]
-    for step, value, temperatures in ((40, 1e-3, released), (60, 1e-3, one), (80, 3e-3, one), (90, 1e-4, one)):
+    for step, value, temperatures in ((40, 1e-3, released), (60, 1e-3, one), (80, 2e-3, one), (90, 1e-4, one)):
         config = load_config("digits", [f"{rate}={value}", f"loss.temperatures={temperatures}"])
         config = config_in_force(path, config, [rate, "loss.temperatures"])
         keep_config(path, config, step)
         assert load_config(str(path)) == config
     assert recorded(path) == [
-        {"step": 40, "key": rate, "old": 3e-3, "new": 1e-3},
+        {"step": 40, "key": rate, "old": 2e-3, "new": 1e-3},
         {"step": 60, "key": "loss.temperatures", "old": [0.02, 0.05, 0.2], "new": [0.1]},
-        {"step": 80, "key": rate, "old": 1e-3, "new": 3e-3},
-        {"step": 90, "key": rate, "old": 3e-3, "new": 1e-4},
+        {"step": 80, "key": rate, "old": 1e-3, "new": 2e-3},
+        {"step": 90, "key": rate, "old": 2e-3, "new": 1e-4},
     ]
 
     resumed = config_in_force(path, command)
     assert resumed.optimizer.learning_rate == 1e-4 and resumed.loss.temperatures == [0.1]
-    assert command.optimizer.learning_rate == 3e-3
-    assert config_in_force(path, command, asked=[rate]).optimizer.learning_rate == 3e-3
+    assert command.optimizer.learning_rate == 2e-3
+    assert config_in_force(path, command, asked=[rate]).optimizer.learning_rate == 2e-3
     with pytest.raises(UserError, match="learning_rate: 0.0001, now 5.0"):
         config_in_force(path, load_config("digits", [f"{rate}=5"]))
 
@@ -446,7 +446,7 @@ def test_a_kill_between_record_and_configuration_refuses_nothing(tmp_path, again
     config = config_in_force(path, load_config("digits", again), [rate] if again else [])
     keep_config(path, config, 7)
     assert config.optimizer.learning_rate == load_config(str(path)).optimizer.learning_rate == 1e-3
-    assert recorded(path) == [{"step": 7, "key": rate, "old": 3e-3, "new": 1e-3}]
+    assert recorded(path) == [{"step": 7, "key": rate, "old": 2e-3, "new": 1e-3}]
 
 
 @pytest.mark.parametrize(
@@ -462,7 +462,7 @@ def test_a_damaged_record_of_changes_ends_in_one_line(tmp_path, content):
 
 
 def test_recorded_values_are_checked(tmp_path):
-    path, change = tmp_path / "config.yaml", {"step": 1, "key": "optimizer.learning_rate", "old": 3e-3, "new": "fast"}
+    path, change = tmp_path / "config.yaml", {"step": 1, "key": "optimizer.learning_rate", "old": 2e-3, "new": "fast"}
     save_config(load_config("digits"), path)
     for damage, expected in (
         ({}, "a recorded change: optimizer.learning_rate is 'fast', expected float"),
