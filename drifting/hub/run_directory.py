@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from ..errors import MOST_SHOWN, UserError, explained, reason, shown
 from ..generation import Generator
-from ..models import MODELS, Classifier, ConvDecoder, ResidualMLP
+from ..models import MODELS, NETWORKS, Classifier
 from ..utils.files import atomic_write, is_count, read_object, write_object
 
 LOCK_SECONDS = 6  # Data-loader workers of a killed process may hold its lock for the five that they take to notice.
 OWN = "own"  # Every network that is none of ours is of this kind.
-SMALL: dict[str, type[nn.Module]] = {"conv_decoder": ConvDecoder, "residual_mlp": ResidualMLP}
+SMALL: dict[str, type[nn.Module]] = {name: its for name, its in NETWORKS.items() if its is not MODELS["gen"]}
 GENERATORS = ("gen", *SMALL, OWN)
 KINDS: dict[str, type[nn.Module]] = {**MODELS, **SMALL, "classifier": Classifier}
 NOUNS = dict.fromkeys(("gen", *SMALL), "generator")

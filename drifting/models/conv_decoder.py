@@ -52,7 +52,7 @@ class ConvDecoder(nn.Module):
         self.stages = nn.ModuleList()
         for before, after in zip(channels, [*channels[1:], sample_shape[0]], strict=True):
             self.stages.append(Stage(before, after, cond_dim))
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # It is faster on CPUs, as on GPUs.
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # It is faster on CPUs.
 
     def forward(self, z: Tensor, y: Tensor, cfg_scale: float | Tensor = 1.0) -> Tensor:
         """Images ``[B, *sample_shape]``, for the arguments of :meth:`ResidualMLP.forward`."""

@@ -10,10 +10,8 @@ from torch.nn import functional as F
 
 from ..errors import shown
 from .conditions import check_conditions
-from .drifting_dit import RMSNorm
+from .drifting_dit import MOST, RMSNorm
 from .resnet_encoder import check_sizes
-
-MOST_BLOCKS = 512
 
 
 def check_shape(sample_shape: Any, ranks: Sequence[int] = range(33)) -> None:
@@ -33,8 +31,8 @@ class ConditionedMLP(nn.Module):
     def __init__(self, num_classes: int, noise_dim: int, width: int, depth: int, cond_dim: int) -> None:
         super().__init__()
         check_sizes(num_classes=num_classes, noise_dim=noise_dim, width=width, depth=depth, cond_dim=cond_dim)
-        if depth > MOST_BLOCKS:  # A damaged file must not fill the memory with blocks, which even the meta device does.
-            raise ValueError(f"depth is {depth}, expected {MOST_BLOCKS} at most")
+        if depth > MOST["depth"]:  # A damaged file must not fill the memory with blocks, even on the meta device.
+            raise ValueError(f"depth is {depth}, expected {MOST['depth']} at most")
         self.class_embed = nn.Embedding(num_classes, cond_dim)
         self.guidance_embed = nn.Embedding(num_classes, cond_dim)
         self.noise_proj, self.cond_proj = nn.Linear(noise_dim, width), nn.Linear(cond_dim, width)
