@@ -34,24 +34,29 @@ def check_points(
     like: Tensor | None = None,
     like_name: str = "",
     *,
-    rank: int | None = None,
+    least_rank: int = 2,
     empty: bool = False,
+    no_groups: bool = False,
 ) -> Tensor:
-    """``value`` as points ``[..., count, D]`` that go with the points ``like``: same groups, D, dtype and device."""
+    """``value`` as points ``[..., count, D]`` that go with the points ``like``: same groups, D, dtype and device.
+
+    With ``empty`` there may be no points, with ``no_groups`` no groups.
+    """
     points = check_tensor(name, value)
-    shape = tuple(points.shape)
-    if rank is not None and points.dim() != rank:
-        raise ValueError(f"{name}: got shape {shape}, expected {rank} dimensions [G, count, D]")
-    if points.dim() < 2:
-        raise ValueError(f"{name}: got shape {shape}, expected at least 2 dimensions [..., count, D]")
-    if points.shape[-1] == 0 or (points.numel() == 0 and not (empty and points.shape[-2] == 0 and 0 not in shape[:-2])):
-        raise ValueError(f"{name}: got shape {shape}, expected at least one point of at least one dimension")
+    shape = points.shape
+    if len(shape) < least_rank:
+        layout = "[..., count, D]" if least_rank == 2 else "[G, count, D]"
+        raise ValueError(f"{name}: got shape {tuple(shape)}, expected at least {least_rank} dimensions {layout}")
+    *groups, count, D = shape
+    if D == 0 or (count == 0 and not empty) or (0 in groups and not no_groups):
+        raise ValueError(f"{name}: got shape {tuple(shape)}, expected at least one point of at least one dimension")
     if like is None:
         return points
-    if points.dim() != like.dim() or points.shape[:-2] != like.shape[:-2] or points.shape[-1] != like.shape[-1]:
+    if shape[:-2] != like.shape[:-2] or D != like.shape[-1]:
         expected = [*map(str, like.shape[:-2]), "count", str(like.shape[-1])]
         raise ValueError(
-            f"{name}: got shape {shape}, expected [{', '.join(expected)}] to go with {like_name} {tuple(like.shape)}"
+            f"{name}: got shape {tuple(shape)}, expected [{', '.join(expected)}] to go with "
+            f"{like_name} {tuple(like.shape)}"
         )
     check_same("dtype", name, points.dtype, like_name, like.dtype)
     check_same("device", name, points.device, like_name, like.device)

@@ -85,6 +85,7 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+@functools.cache
 def implementation(name: str) -> ModuleType:
     """The module that implements the ops for a backend, loaded when first asked for."""
     return import_module(f".{name}", __package__)

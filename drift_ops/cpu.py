@@ -14,6 +14,8 @@ from torch import Tensor
 
 from . import streamed_loss
 from .native import address, of_dtype
+from .points import gathered, scattered
+from .spec import AffinitySpec, LossMap, LossSpec
 
 # Groups up to this many query-target pairs keep them in cache and go through the group kernel of form C; larger ones
 # are streamed. In the group kernel the distances of phase 1 are kept for phase 2 unless D is so small that computing
@@ -34,18 +36,7 @@ except ValueError as error:
     load_error = f"DRIFT_OPS_CPU_ISA: {error}"
 
 
-def _affinity(
-    q: Tensor,
-    k: Tensor,
-    kernel: str,
-    widths: Sequence[float],
-    temperature: float,
-    split: int,
-    has_self: bool,
-    floor: float,
-    least_distance: float,
-    self_distance: float,
-) -> Any:
+def _affinity(spec: AffinitySpec, q: Tensor, k: Tensor, first: int, unit: float = 1.0) -> Any:
     G, N, D = q.shape
     assert _cpu is not None
     return _cpu.Affinity(
@@ -53,72 +44,60 @@ def _affinity(
         N=N,
         M=k.shape[1],
         D=D,
-        split=split,
-        sides=2 if split else 1,
-        gaussian=kernel == "gaussian",
-        has_self=has_self,
-        widths=list(widths),
-        temperature=temperature,
-        floor=floor,
-        least_distance=least_distance,
-        self_distance=self_distance,
+        split=first if spec.sides == 2 else 0,
+        sides=spec.sides,
+        gaussian=spec.logit == "gaussian",
+        has_self=spec.has_self,
+        widths=[width * unit for width in spec.widths],
+        temperature=spec.temperature,
+        floor=spec.floor,
+        least_distance=spec.least_distance,
+        self_distance=spec.self_distance * unit,
         threads=torch.get_num_threads(),
     )
 
 
 def affinity_sums(
+    spec: AffinitySpec,
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor] | None,
     w: Tensor | None,
-    kernel: str,
-    widths: Sequence[float],
-    temperature: float,
-    split: int,
-    has_self: bool,
-    floor: float,
-    least_distance: float = 0.0,
-    self_distance: float = float("inf"),
     unit: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See :func:`drift_ops.ops.affinity_sums`; ``self_distance`` is added to the self pairs, infinity masks them.
-
-    ``widths`` and ``self_distance`` are in units of ``unit``, a 0-d tensor (None: 1).
-    """
-    (G, N, D), M, S = q.shape, k.shape[1], len(widths)
-    if unit is not None:
-        widths, self_distance = [width * float(unit) for width in widths], self_distance * float(unit)
-    sides = 2 if split else 1
-    num, den = q.new_empty(S, G, sides, N, D), q.new_empty(S, G, sides, N)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`drift_ops.ops.affinity_sums`; widths and the self distance are in units of ``unit``, a 0-d tensor."""
+    q, k, v, centre = gathered(q, keys, values)
+    (G, N, D), M, S = q.shape, k.shape[1], len(spec.widths)
+    num, den = q.new_empty(S, G, spec.sides, N, D), q.new_empty(S, G, spec.sides, N)
     row_stats, col_stats = q.new_empty(S, G, 2, N), q.new_empty(S, G, 2, M)
-    problem = _affinity(q, k, kernel, widths, temperature, split, has_self, floor, least_distance, self_distance)
+    problem = _affinity(spec, q, k, M - keys[-1].shape[1], 1.0 if unit is None else float(unit))
+    w = None if w is None else w.contiguous()
     of_dtype(problem, "forward", q.dtype)(*map(address, (q, k, v, w, num, den, row_stats, col_stats)))
-    return num, den, row_stats, col_stats
+    return num, den, row_stats, col_stats, centre
 
 
 def affinity_sums_backward(
+    spec: AffinitySpec,
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor] | None,
     w: Tensor | None,
     row_stats: Tensor,
     col_stats: Tensor,
+    centre: Tensor,
     grad_num: Tensor,
     grad_den: Tensor,
-    kernel: str,
-    widths: Sequence[float],
-    temperature: float,
-    split: int,
-    has_self: bool,
-    floor: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See :func:`drift_ops.ops.affinity_sums_backward`."""
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
+    """See :func:`drift_ops.ops.affinity_sums`."""
+    q, k, v, _ = gathered(q, keys, values, centre)
+    w = None if w is None else w.contiguous()
     grads = [torch.zeros_like(t) for t in (q, k, v)]
     grad_w = q.new_zeros(0) if w is None else torch.zeros_like(w)
-    problem = _affinity(q, k, kernel, widths, temperature, split, has_self, floor, 0.0, float("inf"))
+    problem = _affinity(spec, q, k, k.shape[1] - keys[-1].shape[1])
     arguments = (q, k, v, w, row_stats, col_stats, grad_num, grad_den, *grads, grad_w)
     of_dtype(problem, "backward", q.dtype)(*map(address, arguments))
-    return grads[0], grads[1], grads[2], grad_w
+    grad_q, grad_k, grad_v = grads
+    return grad_q, *scattered(keys, values, grad_k, grad_v), grad_w
 
 
 def _loss(points: Sequence[Tensor], weights: Sequence[Tensor]) -> Any:
@@ -133,59 +112,69 @@ def _loss(points: Sequence[Tensor], weights: Sequence[Tensor]) -> Any:
     )
 
 
-def kept_shape(points: Sequence[Tensor]) -> tuple[int, ...]:
+def _contiguous(of_map: LossMap) -> tuple[list[Tensor], list[Tensor]]:
+    points, weights = of_map.in_groups()
+    return [t.contiguous() for t in points], [w.contiguous() for w in weights]
+
+
+def kept_shape(spec: LossSpec, of_map: LossMap) -> tuple[int, ...]:
     """Shape of the distances that phase 1 of form C keeps for phase 2: [G, N, M padded to 16], or [0] for none."""
-    (G, N, D), M = points[0].shape, sum(t.shape[1] for t in points)
-    return (G, N, -(-M // 16) * 16) if N * M <= GROUP_PAIRS and D >= KEEP_DISTANCES_FROM_D else (0,)
+    (N, D), M = of_map.gen.shape[2:], sum(of_map.counts)
+    keeps = N * M <= GROUP_PAIRS and D >= KEEP_DISTANCES_FROM_D
+    return (of_map.groups, N, -(-M // 16) * 16) if keeps else (0,)
 
 
-def loss_scale(points: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Phase 1 of one map: ``[mean d·w, mean w]`` in float64, and the distances kept for phase 2."""
-    (G, N, _), M = points[0].shape, sum(t.shape[1] for t in points)
-    means = torch.empty(2, dtype=torch.float64)
-    kept = points[0].new_empty(kept_shape(points))
-    of_dtype(_loss(points, weights), "scale", points[0].dtype)(means.data_ptr(), address(kept))
-    return means.div_(torch.tensor([G * N * M, G * M])), kept
-
-
-def state_shape(points: Sequence[Tensor], R: int) -> tuple[int, ...]:
+def state_shape(spec: LossSpec, of_map: LossMap) -> tuple[int, ...]:
     """Shape of what phase 2 keeps for phase 3: the forces ``[R, G, N, D]`` before the division by λ."""
-    return (R, *points[0].shape)
+    return len(spec.R_list), of_map.groups, *of_map.gen.shape[2:]
+
+
+def loss_scale(spec: LossSpec, maps: Sequence[LossMap]) -> list[tuple[Tensor, Tensor]]:
+    """Phase 1: of each map ``[mean d·w, mean w]`` in float64, and the distances kept for phase 2."""
+    results = []
+    for of_map in maps:
+        points, weights = _contiguous(of_map)
+        G, N, M = of_map.groups, points[0].shape[1], sum(of_map.counts)
+        means = torch.empty(2, dtype=torch.float64)
+        kept = points[0].new_empty(kept_shape(spec, of_map))
+        of_dtype(_loss(points, weights), "scale", points[0].dtype)(means.data_ptr(), address(kept))
+        results.append((means.div_(torch.tensor([G * N * M, G * M])), kept))
+    return results
 
 
 def loss_moments(
-    points: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    kept: Tensor,
-    scale: Tensor,
-    R_list: Sequence[float],
-    floor: float,
-) -> tuple[Tensor, Tensor]:
-    """Phase 2 of one map: the forces ``[R, G, N, D]``, and the means of their products ``[G, R, R]``."""
-    gen, R = points[0], len(R_list)
-    (G, N, D), M = gen.shape, sum(t.shape[1] for t in points)
-    if N * M > GROUP_PAIRS:
-        return streamed_loss.loss_moments(affinity_sums, points, weights, scale, R_list, floor)
-    forces, moments = gen.new_empty(R, G, N, D), gen.new_empty(G, R, R)
-    native = of_dtype(_loss(points, weights), "moments", gen.dtype)
-    native(float(scale), list(R_list), floor, *map(address, (kept, forces, moments)))
-    return forces, moments
+    spec: LossSpec, maps: Sequence[LossMap], kept: Sequence[Tensor], scale: Tensor
+) -> list[tuple[Tensor, Tensor]]:
+    """Phase 2: of each map the forces ``[R, G, N, D]``, and the means of their products ``[G, R, R]``."""
+    results = []
+    for of_map, distances, s in zip(maps, kept, scale, strict=True):
+        points, weights = _contiguous(of_map)
+        if points[0].shape[1] * sum(of_map.counts) > GROUP_PAIRS:
+            results.append(streamed_loss.loss_moments(affinity_sums, spec, of_map, s))
+            continue
+        R = len(spec.R_list)
+        forces, moments = points[0].new_empty(state_shape(spec, of_map)), points[0].new_empty(of_map.groups, R, R)
+        native = of_dtype(_loss(points, weights), "moments", points[0].dtype)
+        native(float(s), list(spec.R_list), spec.floor, *map(address, (distances, forces, moments)))
+        results.append((forces, moments))
+    return results
 
 
 def loss_gradient(
-    points: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    forces: Tensor,
+    spec: LossSpec,
+    maps: Sequence[LossMap],
+    states: Sequence[Tensor],
     scale: Tensor,
     factors: Tensor,
-    incoming: Tensor,
-    R_list: Sequence[float],
-    floor: float,
-) -> Tensor:
-    """Phase 3 of one map: the gradient w.r.t. gen ``[G, N, D]``, from the forces and the global statistics."""
-    _, G, N, D = forces.shape
-    grad = forces.new_empty(G, N, D)
-    by = incoming * (-2 / (N * D * max(float(scale) / D**0.5, 1e-3)))
-    native = of_dtype(_cpu, "loss_gradient", forces.dtype)
-    native(G, N * D, factors.tolist(), torch.get_num_threads(), *map(address, (forces, by, grad)))
-    return grad
+    incoming: Sequence[Tensor],
+) -> list[Tensor]:
+    """Phase 3: of each map the gradient w.r.t. gen, from the forces and the global statistics."""
+    results = []
+    for of_map, forces, s, f, of_loss in zip(maps, states, scale, factors, incoming, strict=True):
+        _, G, N, D = forces.shape
+        grad = forces.new_empty(G, N, D)
+        by = of_loss * (-2 / (N * D * max(float(s) / D**0.5, spec.least_scale)))
+        native = of_dtype(_cpu, "loss_gradient", forces.dtype)
+        native(G, N * D, f.tolist(), torch.get_num_threads(), *map(address, (forces, by, grad)))
+        results.append(torch.empty_like(of_map.gen).copy_(grad.view(of_map.gen.shape)))
+    return results

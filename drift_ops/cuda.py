@@ -14,6 +14,8 @@ from torch import Tensor
 
 from . import streamed_loss
 from .native import address, of_dtype
+from .points import gathered, scattered
+from .spec import AffinitySpec, LossMap, LossSpec
 
 _cuda: ModuleType | None = None
 load_error: str | None = None  # why the compiled module cannot be used
@@ -44,19 +46,7 @@ def _launch_options(tensor: Tensor) -> dict[str, Any]:
     return {**on_device, "split_products": torch.get_float32_matmul_precision() == "highest"}
 
 
-def _affinity(
-    q: Tensor,
-    k: Tensor,
-    kernel: str,
-    widths: Sequence[float],
-    temperature: float,
-    split: int,
-    has_self: bool,
-    floor: float,
-    least_distance: float,
-    self_distance: float,
-    unit: Tensor | None,
-) -> Any:
+def _affinity(spec: AffinitySpec, q: Tensor, k: Tensor, first: int, unit: Tensor | None) -> Any:
     G, N, D = q.shape
     assert _cuda is not None
     return _cuda.Affinity(
@@ -64,72 +54,63 @@ def _affinity(
         N=N,
         M=k.shape[1],
         D=D,
-        split=split,
-        gaussian=kernel == "gaussian",
-        has_self=has_self,
-        widths=list(widths),
-        temperature=temperature,
-        floor=floor,
-        least_distance=least_distance,
-        self_distance=self_distance,
+        split=first if spec.sides == 2 else 0,
+        gaussian=spec.logit == "gaussian",
+        has_self=spec.has_self,
+        widths=list(spec.widths),
+        temperature=spec.temperature,
+        floor=spec.floor,
+        least_distance=spec.least_distance,
+        self_distance=spec.self_distance,
         unit=address(unit),
         **_launch_options(q),
     )
 
 
 def affinity_sums(
+    spec: AffinitySpec,
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor] | None,
     w: Tensor | None,
-    kernel: str,
-    widths: Sequence[float],
-    temperature: float,
-    split: int,
-    has_self: bool,
-    floor: float,
-    least_distance: float = 0.0,
-    self_distance: float = float("inf"),
     unit: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See :func:`drift_ops.ops.affinity_sums`; ``self_distance`` is added to the self pairs, infinity masks them.
-
-    ``widths`` and ``self_distance`` are in units of ``unit``, a 0-d float64 tensor on the device (None: 1).
-    """
-    (G, N, D), M, S = q.shape, k.shape[1], len(widths)
-    sides = 2 if split else 1
-    num, den = q.new_empty(S, G, sides, N, D), q.new_empty(S, G, sides, N)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`drift_ops.ops.affinity_sums`; widths and the self distance are in units of ``unit``, a 0-d float64
+    tensor on the device."""
+    q, k, v, centre = gathered(q, keys, values)
+    (G, N, D), M, S = q.shape, k.shape[1], len(spec.widths)
+    num, den = q.new_empty(S, G, spec.sides, N, D), q.new_empty(S, G, spec.sides, N)
     row_stats, col_stats = q.new_empty(S, G, 2, N), q.new_empty(S, G, 2, M)
-    problem = _affinity(q, k, kernel, widths, temperature, split, has_self, floor, least_distance, self_distance, unit)
+    problem = _affinity(spec, q, k, M - keys[-1].shape[1], unit)
     scratch = q.new_empty(of_dtype(problem, "forward_scratch", q.dtype)())
+    w = None if w is None else w.contiguous()
     of_dtype(problem, "forward", q.dtype)(*map(address, (q, k, v, w, num, den, row_stats, col_stats, scratch)))
-    return num, den, row_stats, col_stats
+    return num, den, row_stats, col_stats, centre
 
 
 def affinity_sums_backward(
+    spec: AffinitySpec,
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor] | None,
     w: Tensor | None,
     row_stats: Tensor,
     col_stats: Tensor,
+    centre: Tensor,
     grad_num: Tensor,
     grad_den: Tensor,
-    kernel: str,
-    widths: Sequence[float],
-    temperature: float,
-    split: int,
-    has_self: bool,
-    floor: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See :func:`drift_ops.ops.affinity_sums_backward`."""
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
+    """See :func:`drift_ops.ops.affinity_sums`."""
+    q, k, v, _ = gathered(q, keys, values, centre)
+    w = None if w is None else w.contiguous()
     grads = [torch.empty_like(t) for t in (q, k, v)]
     grad_w = q.new_empty(0) if w is None else torch.empty_like(w)
-    problem = _affinity(q, k, kernel, widths, temperature, split, has_self, floor, 0.0, float("inf"), None)
+    problem = _affinity(spec, q, k, k.shape[1] - keys[-1].shape[1], None)
     scratch = q.new_empty(of_dtype(problem, "backward_scratch", q.dtype)())
     arguments = (q, k, v, w, row_stats, col_stats, grad_num, grad_den, *grads, grad_w, scratch)
     of_dtype(problem, "backward", q.dtype)(*map(address, arguments))
-    return grads[0], grads[1], grads[2], grad_w
+    grad_q, grad_k, grad_v = grads
+    return grad_q, *scattered(keys, values, grad_k, grad_v), grad_w
 
 
 def _in_shared_memory(points: Sequence[Tensor], R: int) -> bool:
@@ -163,74 +144,90 @@ def _groups(
     )
 
 
-def kept_shape(points: Sequence[Tensor]) -> tuple[int, ...]:
+def kept_shape(spec: LossSpec, of_map: LossMap) -> tuple[int, ...]:
     """Shape of what phase 1 of form C keeps for phase 2: the distances ``[G, N, targets]`` if they take no more memory
     than gen, as the gradient does later; otherwise nothing."""
-    G, N, D = points[0].shape
-    targets = sum(t.shape[1] for t in points)
-    return (G, N, targets) if targets <= D and _in_shared_memory(points, R=1) else (0,)
+    (N, D), targets = of_map.gen.shape[2:], sum(of_map.counts)
+    keeps = targets <= D and _in_shared_memory(of_map.in_groups()[0], R=1)
+    return (of_map.groups, N, targets) if keeps else (0,)
 
 
-def loss_scale(points: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Phase 1 of one map: ``[mean d·w, mean w]`` in float64, and what :func:`kept_shape` says."""
+def loss_scale(spec: LossSpec, maps: Sequence[LossMap]) -> list[tuple[Tensor, Tensor]]:
+    """Phase 1: of each map ``[mean d·w, mean w]`` in float64, and what :func:`kept_shape` says."""
+    return [_loss_scale(spec, of_map) for of_map in maps]
+
+
+def _contiguous(of_map: LossMap) -> tuple[list[Tensor], list[Tensor]]:
+    points, weights = of_map.in_groups()
+    return [t.contiguous() for t in points], [w.contiguous() for w in weights]
+
+
+def _loss_scale(spec: LossSpec, of_map: LossMap) -> tuple[Tensor, Tensor]:
+    points, weights = _contiguous(of_map)
     gen = points[0]
-    means, kept = gen.new_empty(2, dtype=torch.float64), gen.new_empty(kept_shape(points))
+    means, kept = gen.new_empty(2, dtype=torch.float64), gen.new_empty(kept_shape(spec, of_map))
     if _in_shared_memory(points, R=1):
         groups = _groups(points, weights, kept, None, (), 0.0)
         scratch = gen.new_empty(groups.scratch(), dtype=torch.float64)
         groups.scale(address(means), address(scratch))
         return means, kept
-    q, targets, w = streamed_loss.centred(points, weights)
-    least = streamed_loss.LEAST_DISTANCE
-    problem = _affinity(q, targets, "laplace", (), 1.0, 0, True, 0.0, least, 0.0, None)
+    q, targets, w = streamed_loss.centred(of_map)
+    affinity = AffinitySpec("laplace", (), has_self=True, least_distance=spec.least_distance, self_distance=0.0)
+    problem = _affinity(affinity, q, targets, 0, None)
     scratch = gen.new_empty(of_dtype(problem, "scale_scratch", gen.dtype)(), dtype=torch.float64)
     of_dtype(problem, "scale", gen.dtype)(*map(address, (q, targets, w, means, scratch)))
     return means, kept
 
 
-def state_shape(points: Sequence[Tensor], R: int) -> tuple[int, ...]:
+def state_shape(spec: LossSpec, of_map: LossMap) -> tuple[int, ...]:
     """Shape of what phase 2 keeps for phase 3, which makes the gradient: the distances if they are small beside it,
     otherwise nothing; the forces ``[R, G, N, D]`` where groups are streamed."""
-    if not _in_shared_memory(points, R):
-        return (R, *points[0].shape)
-    return kept_shape(points) if 4 * sum(t.shape[1] for t in points) <= points[0].shape[2] else (0,)
+    R = len(spec.R_list)
+    if not _in_shared_memory(of_map.in_groups()[0], R):
+        return R, of_map.groups, *of_map.gen.shape[2:]
+    return kept_shape(spec, of_map) if 4 * sum(of_map.counts) <= of_map.gen.shape[3] else (0,)
 
 
 def loss_moments(
-    points: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    kept: Tensor,
-    scale: Tensor,
-    R_list: Sequence[float],
-    floor: float,
-) -> tuple[Tensor, Tensor]:
-    """Phase 2 of one map: the state of :func:`state_shape`, and the means of the forces' products ``[G, R, R]``."""
-    gen, R = points[0], len(R_list)
+    spec: LossSpec, maps: Sequence[LossMap], kept: Sequence[Tensor], scale: Tensor
+) -> list[tuple[Tensor, Tensor]]:
+    """Phase 2: of each map the state of :func:`state_shape`, and the means of the forces' products ``[G, R, R]``."""
+    return [_loss_moments(spec, *of_map) for of_map in zip(maps, kept, scale, strict=True)]
+
+
+def _loss_moments(spec: LossSpec, of_map: LossMap, kept: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    points, weights = _contiguous(of_map)
+    gen, R = points[0], len(spec.R_list)
     if not _in_shared_memory(points, R):
-        return streamed_loss.loss_moments(affinity_sums, points, weights, scale, R_list, floor)
-    state = kept.clone() if state_shape(points, R) == kept.shape else gen.new_empty(0)  # an op returns no input
+        return streamed_loss.loss_moments(affinity_sums, spec, of_map, scale)
+    state = kept.clone() if state_shape(spec, of_map) == kept.shape else gen.new_empty(0)  # an op returns no input
     moments = gen.new_empty(gen.shape[0], R, R)
-    groups = _groups(points, weights, kept, scale, R_list, floor)
+    groups = _groups(points, weights, kept, scale, spec.R_list, spec.floor)
     scratch = gen.new_empty(groups.scratch(), dtype=torch.float64)
     groups.moments(address(moments), address(scratch))
     return state, moments
 
 
 def loss_gradient(
-    points: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    state: Tensor,
+    spec: LossSpec,
+    maps: Sequence[LossMap],
+    states: Sequence[Tensor],
     scale: Tensor,
     factors: Tensor,
-    incoming: Tensor,
-    R_list: Sequence[float],
-    floor: float,
+    incoming: Sequence[Tensor],
+) -> list[Tensor]:
+    """Phase 3: of each map the gradient w.r.t. gen, with its strides."""
+    of_maps = zip(maps, states, scale, factors, incoming, strict=True)
+    return [_loss_gradient(spec, *of_map) for of_map in of_maps]
+
+
+def _loss_gradient(
+    spec: LossSpec, of_map: LossMap, state: Tensor, scale: Tensor, factors: Tensor, incoming: Tensor
 ) -> Tensor:
-    """Phase 3 of one map: the gradient w.r.t. gen ``[G, N, D]``."""
-    gen = points[0]
-    if _in_shared_memory(points, len(R_list)):
-        grad = torch.empty_like(gen)
-        groups = _groups(points, weights, state, scale, R_list, floor)
-        groups.gradient(*map(address, (factors.contiguous(), incoming, grad)))
-        return grad
-    return streamed_loss.loss_gradient(gen, state, scale, factors, incoming)
+    points, weights = _contiguous(of_map)
+    if not _in_shared_memory(points, len(spec.R_list)):
+        return streamed_loss.loss_gradient(spec, of_map.gen, state, scale, factors, incoming)
+    grad = torch.empty_like(points[0])
+    groups = _groups(points, weights, state, scale, spec.R_list, spec.floor)
+    groups.gradient(*map(address, (factors.contiguous(), incoming.contiguous(), grad)))
+    return torch.empty_like(of_map.gen).copy_(grad.view(of_map.gen.shape))

@@ -8,7 +8,8 @@ from torch import Tensor
 from . import ops, reference
 from .arguments import check_flag, check_points, check_positive, check_positives
 from .backends import choose
-from .points import as_problems, find_centre, to_compute_dtype
+from .points import as_problems, to_compute_dtype
+from .spec import AffinitySpec
 
 
 def compute_V(
@@ -92,30 +93,28 @@ def _gaussian_field(
         if chosen == "reference":
             V = reference.compute_V(points, data, gen, sigmas, temperature, normalize_features, normalize_drift)
             return V.to(x.dtype)
+        spec = AffinitySpec("gaussian", sigmas, temperature)
         q, sides = as_problems(points), [as_problems(data), as_problems(gen)]
-        if normalize_features:
-            value_centre = find_centre(*sides)
-            q = reference.unit_features(q)
-            key_centre = find_centre(q, *(reference.unit_features(y.detach()) for y in sides))
-        else:
-            value_centre = key_centre = find_centre(q, *sides)
-        q = q - key_centre
+        features = reference.unit_features if normalize_features else torch.Tensor.contiguous
+        q_features = features(q)
 
-        def mean_under_kernel(y: Tensor) -> Tensor:
-            """m_s − value_centre ``[G, N, D]``. What it makes of all points is gone before the next side's."""
-            v = y - value_centre
-            if normalize_features:
-                k = q if x_gen is x and y is sides[1] else reference.unit_features(y) - key_centre
-            else:
-                k = v
-            num, den, _, _ = ops.affinity_sums(q, k, v, None, "gaussian", sigmas, temperature, 0, False, 0.0, chosen)
+        def mean_under_kernel(y: Tensor) -> tuple[Tensor, Tensor]:
+            """m_s − centre ``[G, N, D]`` and the centre ``[G, 1, D]``."""
+            keys = q_features if x_gen is x and y is sides[1] else features(y)
+            values = [y] if normalize_features else None
+            num, den, centre = ops.affinity_sums(q_features, [keys], values, None, spec, chosen)
             den = den.unsqueeze(-1)  # [S, G, 1, N, 1]
             slack = 1e-8 * den.sum(-2, keepdim=True)  # the 1e-8 beside rowsum(A), before A is divided by its sum
-            # m − centre = (num − slack·centre) / (den + slack); the centres cancel, unless one side is empty
-            mean = (num - slack * value_centre.unsqueeze(1)) / (den + slack)
-            return mean[:, :, 0].mean(0)
+            centre = centre.unsqueeze(1)
+            # m − centre = (num − slack·centre) / (den + slack)
+            mean = (num - slack * centre.unsqueeze(1)) / (den + slack)
+            return mean[:, :, 0].mean(0), centre
 
-        V = mean_under_kernel(sides[0])
-        V = V + value_centre if gen.shape[-2] == 0 else V - mean_under_kernel(sides[1])
+        V, centre = mean_under_kernel(sides[0])
+        if gen.shape[-2] == 0:
+            V = V + centre
+        else:
+            of_gen, centre_of_gen = mean_under_kernel(sides[1])
+            V = V - of_gen + (centre - centre_of_gen)
         V = V.reshape(x.shape)
         return (reference.unit_drift(V) if normalize_drift else V).to(x.dtype)

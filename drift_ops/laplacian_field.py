@@ -8,7 +8,8 @@ from torch import Tensor
 from . import ops, reference
 from .arguments import check_flag, check_floor, check_points, check_positive, check_positives, check_weights
 from .backends import choose
-from .points import as_problems, find_centre, to_compute_dtype
+from .points import as_problems, to_compute_dtype
+from .spec import AffinitySpec
 
 
 def drift_field(
@@ -37,7 +38,8 @@ def drift_field(
         temperature: T from 1e-12 to 1e12, or a sequence of them, which share one set of distances.
         weight_pos, weight_neg: weights of A ``[..., P]``, ``[..., M]``; None means 1. The weight of x itself is 1.
         include_self: count x among the negatives.
-        affinity_floor: in [0, 1); the release's training loss has 1e-6.
+        affinity_floor: in [0, 1), of the squared affinity. 0 is the paper's; only :func:`drift_loss`, the release's
+            training loss, has 1e-6 by default.
         backend: ``"cpu"``, ``"reference"``, … or None for the best one available (see :func:`backends`).
 
     Returns:
@@ -77,22 +79,9 @@ def drift_field(
                 given += [t.new_ones(t.shape[:-1]) if w is None else w for t, w in ((n, w_neg), (p, w_pos))]
                 weights = as_problems(torch.cat(given, -1), 1)
             q, n, p = (as_problems(t) for t in (q, n, p))
-            centre = find_centre(q, n, p)
-            targets = torch.cat([*([q] if include_self else []), n, p], 1).sub_(centre)
-            q = targets[:, : q.shape[1]] if include_self else q - centre
-            num, den, _, _ = ops.affinity_sums(
-                q,
-                targets,
-                targets,
-                weights,
-                "laplace",
-                temperatures,
-                1.0,
-                targets.shape[1] - pos.shape[-2],
-                include_self,
-                affinity_floor,
-                chosen,
-            )
+            keys = [q, n, p] if include_self else [n, p]
+            spec = AffinitySpec("laplace", temperatures, floor=affinity_floor, has_self=include_self, sides=2)
+            num, den, _ = ops.affinity_sums(q, keys, None, weights, spec, chosen)
             den = den.unsqueeze(-1)  # [T, G, 2, N, 1]
             V = torch.addcmul(den[:, :, 0] * num[:, :, 1], den[:, :, 1], num[:, :, 0], value=-1).reshape(-1, *x.shape)
         return (V if several else V[0]).to(x.dtype)

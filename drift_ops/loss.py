@@ -1,7 +1,8 @@
 """Form C: the release's training loss, over all groups of one feature map or of several."""
 
+import functools
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from . import ops
 from .arguments import check_floor, check_points, check_positives, check_same, check_weights
 from .backends import choose
 from .points import to_compute_dtype
+from .spec import LossMap, LossSpec
 
 
 def drift_loss(
@@ -34,14 +36,17 @@ def drift_loss(
     along them. Only ``gen`` gets a gradient.
 
     Args:
-        gen: generated samples ``[G, N, D]``; float64, float32, or bfloat16/float16 computed in float32.
+        gen: generated samples ``[G, N, D]``; float64, float32, or bfloat16/float16 computed in float32. There may be
+            more leading dimensions, and any strides: maps ``[labels, samples, locations, D]`` go in as
+            ``[labels, locations, samples, D]`` by a transpose, and nothing is copied.
         fixed_pos: data ``[G, P, D]``, P ≥ 1.
         fixed_neg: further negatives ``[G, M, D]``; M = 0 and None mean none. ``gen`` itself is always among them.
         weight_gen, weight_pos, weight_neg: ``[G, N]``, ``[G, P]``, ``[G, M]``; None means 1.
         R_list: kernel widths from 1e-12 to 1e12, in units of the mean distance.
-        affinity_floor: in [0, 1). 1e-6 is the release's; 0 where it would swamp the field (large N, small D).
+        affinity_floor: in [0, 1), of the squared affinity. 1e-6 is the release's, which this form reproduces; it is 0
+            in :func:`drift_field`, and should be here where it would swamp the field (large N, small D).
         process_group: sum the statistics over these ranks, so that K ranks with G/K groups each equal one with G. All
-            maps together cost two all-reduces.
+            maps together cost two all-reduces. A rank may have no groups at all.
         backend: ``"cpu"``, ``"reference"``, … or None for the best one available (see :func:`backends`).
 
         ``gen``, ``fixed_pos``, ``fixed_neg`` and the weights may be lists with one entry a feature map; statistics are
@@ -55,107 +60,45 @@ def drift_loss(
 
     Source: the release's ``drift_loss.py``.
     """
-    if isinstance(gen, Tensor):
-        given = (gen, fixed_pos, fixed_neg, weight_gen, weight_pos, weight_neg)
-        maps = [_check_map(given, "")]
-    else:
-        maps = _check_maps(gen, fixed_pos, fixed_neg, weight_gen, weight_pos, weight_neg)
-    R_list = check_positives("R_list", R_list)
-    affinity_floor = check_floor(affinity_floor)
     if not isinstance(process_group, (dist.ProcessGroup, type(None))):
         raise TypeError(f"process_group: got {type(process_group).__name__}, expected a ProcessGroup or None")
-    first = maps[0][0][0]
+    empty = process_group is not None
+    if isinstance(gen, Tensor):
+        checked = [_check_map((gen, fixed_pos, fixed_neg, weight_gen, weight_pos, weight_neg), "", empty)]
+    else:
+        checked = _check_maps((gen, fixed_pos, fixed_neg, weight_gen, weight_pos, weight_neg), empty)
+    spec = LossSpec(check_positives("R_list", R_list), check_floor(affinity_floor))
+    first = checked[0][0]
     chosen = choose(backend, first.device, first.dtype)
     with torch.autocast(first.device.type, enabled=False):
-        if chosen != "triton":  # whose kernels read 16-bit points as they are
-            maps = [([to_compute_dtype(p) for p in points], weights) for points, weights in maps]
-        losses = _loss_of_maps(maps, R_list, affinity_floor, process_group, chosen)
-    infos = [
-        {"scale": scale, **{f"loss_{R}": squared[r] for r, R in enumerate(R_list)}} for _, scale, squared in losses
-    ]
+        one = first.new_ones((), dtype=torch.float64 if first.dtype == torch.float64 else torch.float32)
+        maps = [_loss_map(of_map, one, reads_16_bits=chosen == "triton") for of_map in checked]
+        reduce = None if process_group is None else functools.partial(_mean_over_ranks, maps, process_group)
+        losses, scale, squares = ops.loss(maps, spec, chosen, reduce)
+    dtype, names = losses[0].dtype, [f"loss_{R}" for R in spec.R_list]
+    of_maps = zip(scale.to(dtype).unbind(), squares.to(dtype).unbind(), strict=True)
+    infos = [{"scale": of_map, **dict(zip(names, lambdas.unbind(), strict=True))} for of_map, lambdas in of_maps]
     if isinstance(gen, Tensor):
-        return losses[0][0], infos[0]
-    return [loss for loss, _, _ in losses], infos
+        return losses[0].view(gen.shape[:-2]), infos[0]
+    return [loss.view(given.shape[:-2]) for loss, given in zip(losses, gen, strict=True)], infos
 
 
-Map = tuple[list[Tensor], list[Tensor]]  # points of gen, neg, pos [G, count, D] and their weights [G, count]
-
-
-def _loss_of_maps(
-    maps: list[Map],
-    R_list: tuple[float, ...],
-    affinity_floor: float,
-    process_group: dist.ProcessGroup | None,
-    backend: str,
-) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """For each map its loss ``[G]``, scale and λ_R² ``[R]``, in three phases, parted by the global statistics.
-
-    The third, the gradient, is for the backward.
-    """
-    points = [t.contiguous() for (gen, *fixed), _ in maps for t in (gen, *(t.detach() for t in fixed))]
-    constants = [t.detach() for t in points]
-    weights = [w.detach().contiguous() for _, of_map in maps for w in of_map]
-
-    means, kept = ops.loss_scale(constants, weights, backend)
-    mean_distance, mean_weight = _mean_over_ranks(means, maps, process_group).unbind(1)
-    scale = mean_distance / mean_weight  # [maps]
-    states, moments = ops.loss_moments(constants, weights, kept, scale, R_list, affinity_floor, backend)
-    # λ_r² is the mean of F_r²
-    squares = torch.stack([of_map.diagonal(dim1=1, dim2=2).mean(0, dtype=torch.float64) for of_map in moments])
-    squared_lambda = _mean_over_ranks(squares, maps, process_group)  # [maps, R]
-    factors = squared_lambda.clamp(min=1e-8).rsqrt()
-    options = (R_list, affinity_floor, backend)
-    losses = _LossOfMaps.apply(options, scale, factors, *points, *weights, *states, *moments)
-    dtype = moments[0].dtype
-    return list(zip(losses, scale.to(dtype).unbind(), squared_lambda.to(dtype).unbind(), strict=True))
-
-
-class _LossOfMaps(torch.autograd.Function):
-    """``mean (Σ_r F_r/λ_r)²`` of each group, ``[G]`` for every map; its gradient w.r.t. gen is
-    :func:`drift_ops.ops.loss_gradient`.
-
-    ``tensors`` are gen, neg, pos of every map, then their weights, then the states and then the moments of phase 2.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, options: tuple[Any, ...], scale: Tensor, factors: Tensor, *tensors: Tensor
-    ) -> tuple[Tensor, ...]:
-        points, weights, states, moments = _by_kind(tensors, (3, 3, 1, 1))
-        ctx.options = options
-        ctx.save_for_backward(scale, factors, *points, *weights, *states)
-        products = (factors.unsqueeze(2) * factors.unsqueeze(1)).to(moments[0].dtype)  # [maps, R, R]
-        return tuple((of_map * by).sum((1, 2)) for of_map, by in zip(moments, products.unbind(), strict=True))
-
-    @staticmethod
-    def backward(ctx: Any, *incoming: Tensor) -> tuple[Tensor | None, ...]:
-        scale, factors, *tensors = ctx.saved_tensors
-        points, weights, states = _by_kind(tensors, (3, 3, 1))
-        grads = ops.loss_gradient(points, weights, states, scale, factors, incoming, *ctx.options)
-        of_points = [t for grad in grads for t in (grad, None, None)]
-        return None, None, None, *of_points, *[None] * (5 * len(grads))
-
-
-def _by_kind(tensors: Sequence[Tensor], numbers: tuple[int, ...]) -> list[Sequence[Tensor]]:
-    """``tensors`` parted into lists, which have so many tensors a map."""
-    maps = len(tensors) // sum(numbers)
-    ends = [maps * end for end in accumulate(numbers, initial=0)]
-    return [tensors[start:end] for start, end in pairwise(ends)]
-
-
-def _mean_over_ranks(means: Tensor, maps: list[Map], process_group: dist.ProcessGroup | None) -> Tensor:
-    """``means [maps, …]`` over this rank's groups to means over the groups of all ranks, in one all-reduce."""
-    if process_group is None:
-        return means
-    counts = torch.tensor([[gen.shape[0]] for (gen, *_), _ in maps], dtype=means.dtype, pin_memory=means.is_cuda)
-    groups = counts.to(means.device, non_blocking=True)  # the host waits for nothing
-    totals = torch.cat([means * groups, groups], 1)
+def _mean_over_ranks(maps: list[LossMap], process_group: dist.ProcessGroup, means: Tensor) -> Tensor:
+    """``means [maps, n]`` over this rank's groups to means over the groups of all ranks, in one all-reduce."""
+    totals = torch.cat([means, means.new_empty(len(maps), 1)], 1)
+    start = 0
+    for groups, alike in groupby(of_map.groups for of_map in maps):  # no copy from the host, which capture forbids
+        stop = start + len(list(alike))
+        totals[start:stop, -1].fill_(groups)
+        totals[start:stop, :-1].mul_(groups)
+        start = stop
     dist.all_reduce(totals, group=process_group)
     return totals[:, :-1] / totals[:, -1:]
 
 
-def _check_maps(gen: object, *others: object) -> list[Map]:
-    """The arguments of :func:`drift_loss` given as lists, one entry a map; None is None for every map."""
+def _check_maps(given: tuple[Any, ...], empty: bool) -> list[tuple[Any, ...]]:
+    """See :func:`_check_map`, of arguments given as lists, one entry a map; None is None for every map."""
+    gen, *others = given
     names = ("gen", "fixed_pos", "fixed_neg", "weight_gen", "weight_pos", "weight_neg")
     if not isinstance(gen, Sequence) or isinstance(gen, str) or len(gen) == 0:
         raise TypeError(f"gen: got {type(gen).__name__}, expected a torch.Tensor [G, N, D] or a non-empty list of them")
@@ -167,25 +110,48 @@ def _check_maps(gen: object, *others: object) -> list[Map]:
             got = f"{len(other)} entries" if isinstance(other, Sequence) else type(other).__name__
             raise ValueError(f"{name}: got {got}, expected a list of {len(gen)}, one entry for each map of gen")
         lists.append(list(other))
-    maps = [_check_map(entries, f"[{m}]") for m, entries in enumerate(zip(*lists, strict=True))]
-    for m, (points, _) in enumerate(maps):
-        check_same("device", f"gen[{m}]", points[0].device, "gen[0]", maps[0][0][0].device)
-        check_same("dtype", f"gen[{m}]", points[0].dtype, "gen[0]", maps[0][0][0].dtype)
+    maps = [_check_map(entries, f"[{m}]", empty) for m, entries in enumerate(zip(*lists, strict=True))]
+    first = maps[0][0]
+    for m, (of_map, *_) in enumerate(maps):
+        check_same("device", f"gen[{m}]", of_map.device, "gen[0]", first.device)
+        check_same("dtype", f"gen[{m}]", of_map.dtype, "gen[0]", first.dtype)
     return maps
 
 
-def _check_map(given: tuple[Any, ...], index: str) -> Map:
-    """Checks the six tensors of one map, fills in what is None, and brings the weights to the dtype computed in."""
+def _check_map(given: tuple[Any, ...], index: str, empty: bool) -> tuple[Any, ...]:
+    """gen, neg, pos and their weights or None, from the arguments for a map; with ``empty`` it may have no groups."""
     gen, pos, neg, weight_gen, weight_pos, weight_neg = given
-    check_points(f"gen{index}", gen, rank=3)
-    check_points(f"fixed_pos{index}", pos, gen, f"gen{index}")
-    neg = gen.new_zeros(gen.shape[0], 0, gen.shape[2]) if neg is None else neg
-    check_points(f"fixed_neg{index}", neg, gen, f"gen{index}", empty=True)
-    points, weights = [], []
-    for kind, p, w in (("gen", gen, weight_gen), ("neg", neg, weight_neg), ("pos", pos, weight_pos)):
-        name = kind if kind == "gen" else f"fixed_{kind}"
-        check_weights(f"weight_{kind}{index}", w, p, f"{name}{index}")
-        dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
-        points.append(p)
-        weights.append(p.new_ones(p.shape[:2], dtype=dtype) if w is None else w.to(dtype))
-    return points, weights
+    check_points(f"gen{index}", gen, least_rank=3, no_groups=empty)
+    check_points(f"fixed_pos{index}", pos, gen, f"gen{index}", no_groups=empty)
+    if neg is None:
+        neg = gen.new_empty(*gen.shape[:-2], 0, gen.shape[-1])
+    else:
+        check_points(f"fixed_neg{index}", neg, gen, f"gen{index}", empty=True, no_groups=empty)
+    check_weights(f"weight_gen{index}", weight_gen, gen, f"gen{index}")
+    check_weights(f"weight_pos{index}", weight_pos, pos, f"fixed_pos{index}")
+    check_weights(f"weight_neg{index}", weight_neg, neg, f"fixed_neg{index}")
+    return gen, neg, pos, weight_gen, weight_neg, weight_pos
+
+
+def _loss_map(checked: tuple[Any, ...], one: Tensor, reads_16_bits: bool) -> LossMap:
+    """The map as kernels want it, in the dtype computed in; ``one`` is the weight of points that have none."""
+    points = [_in_two_dimensions(_saveable(p), 2) for p in checked[:3]]
+    given = zip(checked[:3], checked[3:], strict=True)
+    weights = [one.expand(p.shape[:-1]) if w is None else _saveable(w.to(one.dtype)) for p, w in given]
+    weights = [_in_two_dimensions(w, 1) for w in weights]
+    if not reads_16_bits:
+        points = [to_compute_dtype(p) for p in points]
+    return LossMap(tuple(points), tuple(weights))  # type: ignore[arg-type]
+
+
+def _saveable(t: Tensor) -> Tensor:
+    """``t``; a copy of what was made in inference mode, which no graph takes."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not t.is_inference():
+        return t
+    return t.clone()
+
+
+def _in_two_dimensions(t: Tensor, trailing: int) -> Tensor:
+    """The leading dimensions as two: ``[..., count, D]`` to ``[L, T, count, D]``; ``trailing=1``: ``[..., count]``."""
+    leading = t.dim() - trailing
+    return t.unsqueeze(1) if leading == 1 else t if leading == 2 else t.flatten(1, leading - 1)

@@ -1,215 +1,348 @@
-"""The operator as ``torch.library`` custom ops: what autograd, ``torch.compile`` and autocast see.
+"""How the public functions reach a backend, and what autograd, ``torch.compile`` and autocast see of it.
 
-Points are contiguous ``[G, count, D]`` float32 or float64 tensors; the public functions bring them there.
-Each op has a fake implementation (shapes only) and dispatches to the backend named in its last argument.
+Each step of the operator is a ``torch.library`` custom op with a fake implementation (shapes only), whose schema is
+made from its spec. In eager mode the backend is called as it is: the dispatcher would take longer than a small problem.
+Either way the values are the same in every bit.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .backends import implementation
+from .spec import AffinitySpec, LossMap, LossSpec
+
+_Spec = TypeVar("_Spec", AffinitySpec, LossSpec)
 
 
-@torch.library.custom_op("drift_ops::affinity_sums", mutates_args=())
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a backend may look at the memory of ``tensor``: nobody traces, and no transform of torch.func is on."""
+    return (
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and all(torch._C._get_dispatch_mode(key) is None for key in _TRACERS)
+    )
+
+
+_TRACERS = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
+
+
+def _define(tensors: str, spec: type[_Spec], results: str) -> Callable[[Callable[..., Any]], Any]:
+    """Makes a custom op of a function of tensors, a spec and a backend; see :func:`_given`."""
+
+    def define(function: Callable[..., Any]) -> Any:
+        schema = f"({tensors}, {spec.schema()}, str backend) -> {results}"
+        name = f"drift_ops::{function.__name__.removeprefix('_')}"
+        return torch.library.custom_op(name, function, mutates_args=(), schema=schema)
+
+    return define
+
+
+def _given(spec: type[_Spec], arguments: Sequence[Any]) -> tuple[_Spec, Any]:
+    """The spec and the module of the backend that the last arguments of an op stand for."""
+    *values, backend = arguments
+    return spec.of(values), implementation(backend)
+
+
+# Forms A and B.
+
+
+class _AffinitySums(torch.autograd.Function):
+    """:func:`affinity_sums`; ``tensors`` are q, w, the keys, and the values where these are not the keys."""
+
+    @staticmethod
+    def forward(spec: AffinitySpec, backend: str, keys: int, *tensors: Any) -> tuple[Tensor, ...]:
+        q, w, *others = tensors
+        if _is_plain(q):
+            of_keys, of_values = _rows(others[:keys]), _rows(others[keys:])
+            return implementation(backend).affinity_sums(spec, _rows(q), of_keys, of_values or None, w)
+        return _affinity_sums(q, others[:keys], others[keys:], w, *spec.values(), backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.spec, ctx.backend, ctx.keys, *tensors = inputs
+        ctx.save_for_backward(*tensors, *output[2:])
+        ctx.mark_non_differentiable(*output[2:])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *incoming: Tensor | None) -> tuple[Any, ...]:
+        q, w, *others, row_stats, col_stats, centre = ctx.saved_tensors
+        keys, values = others[: ctx.keys], others[ctx.keys :]
+        shapes = [(len(ctx.spec.widths), q.shape[0], ctx.spec.sides, *rest) for rest in (q.shape[1:], q.shape[1:2])]
+        grads = [q.new_zeros(s) if g is None else g for g, s in zip(incoming[:2], shapes, strict=True)]
+        tensors = (q, keys, values, w, row_stats, col_stats, centre, *grads)
+        if _is_plain(q) and not torch.is_grad_enabled():
+            found = _affinity_sums_backward_of(ctx.spec, implementation(ctx.backend), *tensors)
+        else:
+            found = _affinity_sums_backward(*tensors, *ctx.spec.values(), ctx.backend)
+        grad_q, of_keys, of_values, grad_w = found
+        return None, None, None, grad_q, None if w is None else grad_w, *of_keys, *of_values
+
+
 def affinity_sums(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor] | None,
     w: Tensor | None,
-    kernel: str,
-    widths: Sequence[float],
-    temperature: float,
-    split: int,
-    has_self: bool,
-    floor: float,
+    spec: AffinitySpec,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted sums of values under the doubly normalised affinity of queries and keys (forms A and B).
 
-    ``num[s, g, side, i] = Σ_{j in side} w_j A_ij v_j`` and ``den[...] = Σ_{j in side} w_j A_ij`` for each of S
-    ``widths`` (temperatures of the ``"laplace"`` kernel, sigmas of the ``"gaussian"`` one). Keys ``[0, split)``
-    are side 0 (negatives), the rest the last side; with ``split=0`` there is one side. ``has_self``: key i is query i,
-    and masked.
+    ``q`` is ``[G, N, D]``; ``keys`` and ``values`` (None: the keys) are ``[G, count, D]`` each, together M a problem;
+    ``w`` is ``[G, M]`` or None for ones.
 
     Returns:
-        ``num [S, G, sides, N, D]``, ``den [S, G, sides, N]``, and the softmax statistics the backward needs:
-        ``[S, G, 2, N]`` and ``[S, G, 2, M]``.
+        ``num[s, g, side, i] = Σ_{j in side} w_j A_ij (v_j − centre)`` and ``den[...] = Σ_{j in side} w_j A_ij`` for
+        each of S widths and of the sides, ``[S, G, sides, N, D]`` and ``[S, G, sides, N]``, differentiable w.r.t. every
+        tensor; and ``centre [G, D]``, a constant that the backend has chosen amid the values.
     """
-    return implementation(backend).affinity_sums(
-        q.contiguous(),
-        k.contiguous(),
-        v.contiguous(),
-        None if w is None else w.contiguous(),
-        kernel,
-        widths,
-        temperature,
-        split,
-        has_self,
-        floor,
-    )
+    keys = [k.view_as(k) for k in keys]  # dynamo wants to see no tensor twice, and queries may be keys
+    num, den, _, _, centre = _AffinitySums.apply(spec, backend, len(keys), q, w, *keys, *(values or ()))
+    return num, den, centre
 
 
-@affinity_sums.register_fake
-def _(q, k, v, w, kernel, widths, temperature, split, has_self, floor, backend):  # type: ignore[no-untyped-def]
-    (G, N, D), M, S, sides = q.shape, k.shape[1], len(widths), 2 if split else 1
-    return (
-        q.new_empty(S, G, sides, N, D),
-        q.new_empty(S, G, sides, N),
-        q.new_empty(S, G, 2, N),
-        q.new_empty(S, G, 2, M),
-    )
+@_define(
+    "Tensor q, Tensor[] keys, Tensor[] values, Tensor? w", AffinitySpec, "(Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+def _affinity_sums(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], w: Tensor | None, *rest: Any) -> Any:
+    """``num``, ``den``, for the backward the softmax statistics ``[S, G, 2, N]``, ``[S, G, 2, M]``, and the centre."""
+    spec, backend = _given(AffinitySpec, rest)
+    return backend.affinity_sums(spec, _rows(q), _rows(keys), _rows(values) or None, w)
 
 
-@torch.library.custom_op("drift_ops::affinity_sums_backward", mutates_args=())
-def affinity_sums_backward(
+@_affinity_sums.register_fake
+def _(q, keys, values, w, *rest):  # type: ignore[no-untyped-def]
+    spec = AffinitySpec.of(rest[:-1])
+    (G, N, D), M, S = q.shape, sum(k.shape[1] for k in keys), len(spec.widths)
+    shapes = ((S, G, spec.sides, N, D), (S, G, spec.sides, N), (S, G, 2, N), (S, G, 2, M), (G, D))
+    return tuple(q.new_empty(shape) for shape in shapes)
+
+
+@_define(
+    "Tensor q, Tensor[] keys, Tensor[] values, Tensor? w, Tensor row_stats, Tensor col_stats, Tensor centre, "
+    "Tensor grad_num, Tensor grad_den",
+    AffinitySpec,
+    "(Tensor, Tensor[], Tensor[], Tensor)",
+)
+def _affinity_sums_backward(*arguments: Any) -> Any:
+    """Vector-Jacobian product of :func:`affinity_sums`: gradients of q, keys, values, and w (empty without w)."""
+    return _affinity_sums_backward_of(*_given(AffinitySpec, arguments[9:]), *arguments[:9])
+
+
+def _affinity_sums_backward_of(
+    spec: AffinitySpec,
+    backend: Any,
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
     w: Tensor | None,
     row_stats: Tensor,
     col_stats: Tensor,
+    centre: Tensor,
     grad_num: Tensor,
     grad_den: Tensor,
-    kernel: str,
-    widths: Sequence[float],
-    temperature: float,
-    split: int,
-    has_self: bool,
-    floor: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Vector-Jacobian product of :func:`affinity_sums`: gradients of q, k, v, w (empty without w)."""
-    return implementation(backend).affinity_sums_backward(
-        q.contiguous(),
-        k.contiguous(),
-        v.contiguous(),
-        None if w is None else w.contiguous(),
-        row_stats,
-        col_stats,
-        grad_num.contiguous(),
-        grad_den.contiguous(),
-        kernel,
-        widths,
-        temperature,
-        split,
-        has_self,
-        floor,
-    )
+) -> Any:
+    incoming = grad_num.contiguous(), grad_den.contiguous()
+    statistics = row_stats, col_stats, centre
+    return backend.affinity_sums_backward(spec, _rows(q), _rows(keys), _rows(values) or None, w, *statistics, *incoming)
 
 
-@affinity_sums_backward.register_fake
-def _(q, k, v, w, row_stats, col_stats, grad_num, grad_den, *rest):  # type: ignore[no-untyped-def]
-    grad_w = q.new_empty(0) if w is None else torch.empty_like(w, memory_format=torch.contiguous_format)
-    return (*(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)), grad_w)
+@_affinity_sums_backward.register_fake
+def _(q, keys, values, w, *rest):  # type: ignore[no-untyped-def]
+    def alike(t: Tensor) -> Tensor:
+        return torch.empty_like(t, memory_format=torch.contiguous_format)
+
+    return alike(q), [alike(k) for k in keys], [alike(v) for v in values], q.new_empty(0) if w is None else alike(w)
 
 
-def _save_for_affinity_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, w, *ctx.options = inputs
-    _, _, row_stats, col_stats = output
-    ctx.save_for_backward(q, k, v, w, row_stats, col_stats)
+def _rows(t: Any) -> Any:
+    """Points, or lists of them, whose last dimension is contiguous; the others' strides are the backend's business."""
+    if isinstance(t, Tensor):
+        return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+    return [_rows(each) for each in t]
 
 
-def _affinity_backward(ctx: Any, grad_num: Tensor, grad_den: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v, w, row_stats, col_stats = ctx.saved_tensors
-    *grads, grad_w = affinity_sums_backward(q, k, v, w, row_stats, col_stats, grad_num, grad_den, *ctx.options)
-    return (*grads, None if w is None else grad_w, *[None] * len(ctx.options))
+# Form C.
 
 
-affinity_sums.register_autograd(_affinity_backward, setup_context=_save_for_affinity_backward)
+class _LossGradient(torch.autograd.Function):
+    """The losses of all maps as they are; their gradient w.r.t. gen is :func:`_loss_gradient`.
 
-
-@torch.library.custom_op("drift_ops::loss_scale", mutates_args=())
-def loss_scale(points: Sequence[Tensor], weights: Sequence[Tensor], backend: str) -> tuple[Tensor, list[Tensor]]:
-    """Form C, phase 1, for all maps: ``[mean d·w, mean w]`` of each, ``[maps, 2]`` float64, and what phase 2 keeps.
-
-    ``points`` and ``weights`` hold gen, neg, pos of map 0, then of map 1, and so on.
+    ``tensors`` are the losses, then gen, neg, pos of every map, then their weights, then what phase 2 has left.
     """
-    results = _phase("loss_scale", backend, _by_map(points), _by_map(weights))
-    return torch.stack([means for means, _ in results]), [kept for _, kept in results]
+
+    @staticmethod
+    def forward(spec: LossSpec, backend: str, scale: Tensor, factors: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(loss.clone() for loss in tensors[: len(tensors) // 8])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.spec, ctx.backend, scale, factors, *tensors = inputs
+        ctx.save_for_backward(scale, factors, *tensors[len(output) :])
+
+    @staticmethod
+    def backward(ctx: Any, *incoming: Tensor) -> tuple[Tensor | None, ...]:
+        scale, factors, *tensors = ctx.saved_tensors
+        maps = len(incoming)
+        points, weights, states = tensors[: 3 * maps], tensors[3 * maps : 6 * maps], tensors[6 * maps :]
+        if _is_plain(scale) and not torch.is_grad_enabled():
+            by_map = _by_map(points, weights)
+            grads = implementation(ctx.backend).loss_gradient(ctx.spec, by_map, states, scale, factors, incoming)
+        else:
+            grads = _loss_gradient(points, weights, states, scale, factors, incoming, *ctx.spec.values(), ctx.backend)
+        of_points = [t for grad in grads for t in (grad, None, None)]
+        return None, None, None, None, *[None] * maps, *of_points, *[None] * (4 * maps)
 
 
-@loss_scale.register_fake
-def _(points, weights, backend):  # type: ignore[no-untyped-def]
-    kept = [_fake_like(of_map[0], implementation(backend).kept_shape(of_map)) for of_map in _by_map(points)]
+MeanOverRanks = Callable[[Tensor], Tensor]
+
+
+def loss(
+    maps: Sequence[LossMap], spec: LossSpec, backend: str, mean_over_ranks: MeanOverRanks | None
+) -> tuple[Sequence[Tensor], Tensor, Tensor]:
+    """Form C: the loss ``[G]`` of every map, differentiable w.r.t. gen, the scales ``[maps]`` and λ_R² ``[maps, R]``.
+
+    Three phases, parted by the statistics over all groups, of which the third, the gradient, is for the backward.
+    ``mean_over_ranks`` takes float64 means ``[maps, n]`` over this rank's groups to those over all ranks'.
+    """
+    with torch.no_grad():
+        plain = _is_plain(maps[0].gen)
+        if plain and mean_over_ranks is None and hasattr(implementation(backend), "loss_forward"):
+            losses, scale, squares, factors, states = implementation(backend).loss_forward(spec, maps)
+        else:
+            losses, scale, squares, factors, states = _loss_in_phases(maps, spec, backend, plain, mean_over_ranks)
+    if torch.is_grad_enabled() and any(of_map.gen.requires_grad for of_map in maps):
+        points = [t for (gen, *fixed), _ in maps for t in (gen, *(t.detach() for t in fixed))]
+        weights = [w.detach() for _, of_map in maps for w in of_map]
+        losses = _LossGradient.apply(spec, backend, scale, factors, *losses, *points, *weights, *states)
+    return losses, scale, squares
+
+
+def _loss_in_phases(
+    maps: Sequence[LossMap], spec: LossSpec, backend: str, plain: bool, mean_over_ranks: MeanOverRanks | None
+) -> tuple[Sequence[Tensor], Tensor, Tensor, Tensor, Sequence[Tensor]]:
+    """Losses, scales, λ_R², 1/λ_R, and what phase 2 has left for phase 3."""
+    over_ranks = mean_over_ranks or (lambda means: means)
+    points = [t.detach() for of_map, _ in maps for t in of_map]
+    weights = [w.detach() for _, of_map in maps for w in of_map]
+    if plain:
+        found = implementation(backend).loss_scale(spec, maps)
+        means, kept = torch.stack([of_map for of_map, _ in found]), [k for _, k in found]
+    else:
+        means, kept = _loss_scale(points, weights, *spec.values(), backend)
+    mean_distance, mean_weight = over_ranks(means).unbind(1)
+    scale = mean_distance / mean_weight  # [maps]
+    if plain:
+        states, moments = zip(*implementation(backend).loss_moments(spec, maps, kept, scale), strict=True)
+    else:
+        states, moments = _loss_moments(points, weights, kept, scale, *spec.values(), backend)
+    # λ_r² is the mean of F_r², and the loss that of the square of Σ_r F_r/λ_r.
+    squares = torch.stack([of_map.diagonal(dim1=1, dim2=2).mean(0, dtype=torch.float64) for of_map in moments])
+    squares = over_ranks(squares)  # [maps, R]
+    factors = squares.clamp(min=spec.least_squared_lambda).rsqrt()
+    products = (factors.unsqueeze(2) * factors.unsqueeze(1)).to(moments[0].dtype)  # [maps, R, R]
+    losses = [(of_map * by).sum((1, 2)) for of_map, by in zip(moments, products.unbind(), strict=True)]
+    return losses, scale, squares, factors, states
+
+
+_MAPS = "Tensor[] points, Tensor[] weights"  # gen, neg, pos of map 0, then of map 1, and so on
+
+
+@_define(_MAPS, LossSpec, "(Tensor, Tensor[])")
+def _loss_scale(points: Sequence[Tensor], weights: Sequence[Tensor], *rest: Any) -> Any:
+    """Phase 1 for all maps: ``[mean d·w, mean w]`` of each, ``[maps, 2]`` float64, and what phase 2 keeps."""
+    spec, backend = _given(LossSpec, rest)
+    found = backend.loss_scale(spec, _by_map(points, weights))
+    return torch.stack([means for means, _ in found]), [kept for _, kept in found]
+
+
+@_loss_scale.register_fake
+def _(points, weights, *rest):  # type: ignore[no-untyped-def]
+    spec, backend = _given(LossSpec, rest)
+    kept = [_fake(of_map, backend.kept_shape(spec, of_map)) for of_map in _by_map(points, weights)]
     return points[0].new_empty(len(kept), 2, dtype=torch.float64), kept
 
 
-@torch.library.custom_op("drift_ops::loss_moments", mutates_args=())
-def loss_moments(
-    points: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    kept: Sequence[Tensor],
-    scale: Tensor,
-    R_list: Sequence[float],
-    floor: float,
-    backend: str,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Form C, phase 2, for all maps: what phase 3 needs, and ``mean_{i,dim}(F_r F_s)`` of the forces, ``[G, R, R]``.
+@_define(f"{_MAPS}, Tensor[] kept, Tensor scale", LossSpec, "(Tensor[], Tensor[])")
+def _loss_moments(
+    points: Sequence[Tensor], weights: Sequence[Tensor], kept: Sequence[Tensor], scale: Tensor, *rest: Any
+) -> Any:
+    """Phase 2 for all maps: what phase 3 needs, and ``mean_{i,dim}(F_r F_s)`` of the forces, ``[G, R, R]``.
 
     ``scale [maps]`` is the global scale of each map. λ_r² is the mean over groups of the moments' diagonal, and the
     loss a quadratic form in them, so that the forces themselves are wanted in the backward only.
     """
-    results = _phase("loss_moments", backend, _by_map(points), _by_map(weights), kept, scale, shared=(R_list, floor))
-    return [state for state, _ in results], [moments for _, moments in results]
+    spec, backend = _given(LossSpec, rest)
+    found = backend.loss_moments(spec, _by_map(points, weights), kept, scale)
+    return [state for state, _ in found], [moments for _, moments in found]
 
 
-@loss_moments.register_fake
-def _(points, weights, kept, scale, R_list, floor, backend):  # type: ignore[no-untyped-def]
-    R, maps = len(R_list), _by_map(points)
-    states = [_fake_like(of_map[0], implementation(backend).state_shape(of_map, R)) for of_map in maps]
-    return states, [_fake_like(of_map[0], (of_map[0].shape[0], R, R)) for of_map in maps]
+@_loss_moments.register_fake
+def _(points, weights, kept, scale, *rest):  # type: ignore[no-untyped-def]
+    spec, backend = _given(LossSpec, rest)
+    maps, R = _by_map(points, weights), len(spec.R_list)
+    states = [_fake(of_map, backend.state_shape(spec, of_map)) for of_map in maps]
+    return states, [_fake(of_map, (of_map.groups, R, R)) for of_map in maps]
 
 
-@torch.library.custom_op("drift_ops::loss_gradient", mutates_args=())
-def loss_gradient(
+@_define(f"{_MAPS}, Tensor[] states, Tensor scale, Tensor factors, Tensor[] incoming", LossSpec, "Tensor[]")
+def _loss_gradient(
     points: Sequence[Tensor],
     weights: Sequence[Tensor],
     states: Sequence[Tensor],
     scale: Tensor,
     factors: Tensor,
     incoming: Sequence[Tensor],
-    R_list: Sequence[float],
-    floor: float,
-    backend: str,
-) -> list[Tensor]:
-    """Form C, phase 3, for all maps: the gradient w.r.t. gen, ``−2 incoming_g Σ_r factors_r F_r / (N·D·s)``.
+    *rest: Any,
+) -> Any:
+    """Phase 3 for all maps: the gradient w.r.t. gen, ``−2 incoming_g Σ_r factors_r F_r / (N·D·s)``, laid out as gen is.
 
     ``scale [maps]`` and ``factors [maps, R]`` (= 1/λ_r), in float64, are the global statistics; ``incoming [G]`` is the
     gradient of a map's loss.
     """
-    statistics = (states, scale, factors, [of_map.contiguous() for of_map in incoming])
-    return _phase("loss_gradient", backend, _by_map(points), _by_map(weights), *statistics, shared=(R_list, floor))
+    spec, backend = _given(LossSpec, rest)
+    return backend.loss_gradient(spec, _by_map(points, weights), states, scale, factors, incoming)
 
 
-@loss_gradient.register_fake
+@_loss_gradient.register_fake
 def _(points, *rest):  # type: ignore[no-untyped-def]
-    return [torch.empty_like(gen, memory_format=torch.contiguous_format) for gen, _, _ in _by_map(points)]
+    return [torch.empty_like(gen) for gen in points[::3]]
 
 
-def _phase(name: str, backend: str, *of_maps: Iterable[Any], shared: tuple[Any, ...] = ()) -> list[Any]:
-    """The results of a phase for every map. Triton takes them all at once, for fewer launches; others one by one."""
-    phase = getattr(implementation(backend), name)
-    if backend == "triton":
-        return phase(*of_maps, *shared)
-    return [phase(*of_map, *shared) for of_map in zip(*of_maps, strict=True)]
+@_loss_gradient.register_vmap
+def _(info: Any, in_dims: Any, *arguments: Any) -> tuple[list[Tensor], list[int]]:
+    """For jacobians: the gradient is proportional to ``incoming``, which alone may have one entry a batch."""
+    *tensors, incoming = arguments[:6]
+    if any(dim is not None for dims in in_dims[:5] for dim in (dims if isinstance(dims, list) else [dims])):
+        raise NotImplementedError("drift_ops: vmap over the points of drift_loss is not supported, use more groups")
+    given = list(zip(incoming, in_dims[5], strict=True))
+    ones = [torch.ones_like(of_map if dim is None else of_map.select(dim, 0)) for of_map, dim in given]
+    grads = []
+    for grad, (of_map, dim) in zip(_loss_gradient(*tensors, ones, *arguments[6:]), given, strict=True):
+        by = of_map.unsqueeze(0).expand(info.batch_size, -1) if dim is None else of_map.movedim(dim, 0)
+        grads.append(by.unflatten(1, grad.shape[:2])[..., None, None].to(grad.dtype) * grad)
+    return grads, [0] * len(grads)
 
 
-def _by_map(of_all_maps: Sequence[Tensor]) -> list[Sequence[Tensor]]:
-    """gen, neg, pos of each map."""
-    return [of_all_maps[i : i + 3] for i in range(0, len(of_all_maps), 3)]
+def _by_map(points: Sequence[Tensor], weights: Sequence[Tensor]) -> list[LossMap]:
+    starts = range(0, len(points), 3)
+    return [LossMap(tuple(_rows(points[n : n + 3])), tuple(weights[n : n + 3])) for n in starts]  # type: ignore[arg-type]
 
 
-def _fake_like(t: Tensor, shape: Sequence[int]) -> Tensor:
-    """What a backend computes from ``t``: float64 for float64, float32 for all else."""
-    return t.new_empty(shape, dtype=torch.float64 if t.dtype == torch.float64 else torch.float32)
+def _fake(of_map: LossMap, shape: Sequence[int]) -> Tensor:
+    """What a backend computes from a map: float64 for float64, float32 for all else."""
+    dtype = torch.float64 if of_map.gen.dtype == torch.float64 else torch.float32
+    return of_map.gen.new_empty(shape, dtype=dtype)
 
 
 def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
     raise NotImplementedError("drift_ops: there is no double backward; use backend='reference' for second derivatives")
 
 
-for op in (affinity_sums_backward, loss_gradient):
-    op.register_autograd(_no_double_backward)
+for _op in (_affinity_sums_backward, _loss_gradient):
+    _op.register_autograd(_no_double_backward)

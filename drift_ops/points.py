@@ -1,5 +1,7 @@
 """How the points of users become the points of kernels: dtype, leading dimensions, origin."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -31,3 +33,32 @@ def find_centre(*points: Tensor) -> Tensor:
     near = [(radius <= 1.001 * average).to(radius.dtype).unsqueeze(1) for radius in radii]  # [G, 1, count]
     total = sum(n @ t for n, t in zip(near, points, strict=True))
     return total / sum(n.sum(2, keepdim=True) for n in near)
+
+
+def gathered(
+    q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor] | None, centre: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Contiguous ``q [G, N, D]``, ``k, v [G, M, D]`` about points amid them, and that of the values, ``[G, D]``.
+
+    For backends that stream: they want all keys in one array. ``centre`` is that of the values where it is known; keys
+    that are the values share it.
+    """
+    if centre is None:
+        centre = (find_centre(q, *keys) if values is None else find_centre(*values)).squeeze(1)
+    origin = centre.unsqueeze(1)
+    v = torch.cat(list(keys if values is None else values), 1).sub_(origin)
+    if values is None:
+        return q - origin, v, v, centre
+    origin = find_centre(q, *keys)
+    return q - origin, torch.cat(list(keys), 1).sub_(origin), v, centre
+
+
+def scattered(
+    keys: Sequence[Tensor], values: Sequence[Tensor] | None, grad_k: Tensor, grad_v: Tensor
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Gradients of what was :func:`gathered`: of every tensor of keys, and of values where these are not the keys."""
+    counts = [key.shape[1] for key in keys]
+    if values is None:
+        return [grad.clone() for grad in grad_k.add_(grad_v).split(counts, 1)], []
+    of_keys, of_values = grad_k.split(counts, 1), grad_v.split(counts, 1)
+    return [grad.clone() for grad in of_keys], [grad.clone() for grad in of_values]

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .spec import LossMap, LossSpec
+
 MASKED = -1e30  # a logit whose softmax is exactly 0; finite, so that a fully masked row has no NaN gradient
 
 
@@ -90,44 +92,49 @@ def drift_field(
     return torch.stack(fields)
 
 
-def kept_shape(points: Sequence[Tensor]) -> tuple[int, ...]:
+def kept_shape(spec: LossSpec, of_map: LossMap) -> tuple[int, ...]:
     """Shape of what phase 1 of form C keeps for phase 2: the distances ``[G, N, M]``."""
-    return (*points[0].shape[:2], sum(t.shape[1] for t in points))
+    return of_map.groups, of_map.counts[0], sum(of_map.counts)
 
 
-def state_shape(points: Sequence[Tensor], R: int) -> tuple[int, ...]:
+def state_shape(spec: LossSpec, of_map: LossMap) -> tuple[int, ...]:
     """Shape of what phase 2 of form C keeps for phase 3: the forces ``[R, G, N, D]``."""
-    return (R, *points[0].shape)
+    return len(spec.R_list), of_map.groups, *of_map.gen.shape[2:]
 
 
-def loss_scale(points: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Form C, phase 1: ``[mean d·w, mean w]`` over all groups, and the distances ``d [G, N, M]``.
+def loss_scale(spec: LossSpec, maps: Sequence[LossMap]) -> list[tuple[Tensor, Tensor]]:
+    """Form C, phase 1: of each map ``[mean d·w, mean w]`` over all groups, and the distances ``d [G, N, M]``."""
+    return [_loss_scale(spec, *of_map.in_groups()) for of_map in maps]
 
-    ``points`` and ``weights`` are those of gen, neg, pos: ``[G, count, D]`` and ``[G, count]``.
-    """
+
+def _loss_scale(spec: LossSpec, points: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     w = torch.cat(tuple(weights), 1)  # [G, M]
-    d = distances(points[0], torch.cat(tuple(points), 1)).clamp(min=1e-4)
+    d = distances(points[0], torch.cat(tuple(points), 1)).clamp(min=spec.least_distance)
     return torch.stack([(d * w.unsqueeze(1)).double().mean(), w.double().mean()]), d
 
 
 def loss_moments(
-    points: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    d: Tensor,
-    scale: Tensor,
-    R_list: Sequence[float],
-    affinity_floor: float,
+    spec: LossSpec, maps: Sequence[LossMap], kept: Sequence[Tensor], scale: Tensor
+) -> list[tuple[Tensor, Tensor]]:
+    """Form C, phase 2: of each map the forces ``F_R [R, G, N, D]``, and the means over i and dim of ``F_r F_s``,
+    ``[G, R, R]``."""
+    in_groups = (of_map.in_groups() for of_map in maps)
+    return [_loss_moments(spec, *of_map, d, s) for of_map, d, s in zip(in_groups, kept, scale.unbind(), strict=True)]
+
+
+def _loss_moments(
+    spec: LossSpec, points: Sequence[Tensor], weights: Sequence[Tensor], d: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Form C, phase 2: the forces ``F_R [R, G, N, D]``, and the means over i and dim of ``F_r F_s``, ``[G, R, R]``."""
     gen, neg, _ = points
     N, D = gen.shape[1:]
     scale = scale.to(gen.dtype)
-    targets = torch.cat(tuple(points), 1) / (scale / D**0.5).clamp(min=1e-3)
+    targets = torch.cat(tuple(points), 1) / (scale / D**0.5).clamp(min=spec.least_scale)
     w = torch.cat(tuple(weights), 1).unsqueeze(1)  # [G, 1, M]
-    delta = d / scale.clamp(min=1e-3) + 100 * torch.eye(N, targets.shape[1], dtype=gen.dtype, device=gen.device)
+    is_self = torch.eye(N, targets.shape[1], dtype=gen.dtype, device=gen.device)
+    delta = d / scale.clamp(min=spec.least_scale) + spec.self_distance * is_self
     forces = []
-    for R in R_list:
-        A = affinity(-delta / R, affinity_floor) * w
+    for R in spec.R_list:
+        A = affinity(-delta / R, spec.floor) * w
         A_neg, A_pos = A.split([N + neg.shape[1], A.shape[2] - N - neg.shape[1]], -1)
         c = torch.cat([-A_neg * A_pos.sum(-1, keepdim=True), A_pos * A_neg.sum(-1, keepdim=True)], -1)
         forces.append(c @ targets)
@@ -136,17 +143,20 @@ def loss_moments(
 
 
 def loss_gradient(
-    points: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    forces: Tensor,
+    spec: LossSpec,
+    maps: Sequence[LossMap],
+    forces: Sequence[Tensor],
     scale: Tensor,
     factors: Tensor,
-    incoming: Tensor,
-    R_list: Sequence[float],
-    affinity_floor: float,
-) -> Tensor:
-    """Form C, phase 3: with ``F = Σ_R F_R/λ_R``, the gradient ``−2F/(N·D·s)`` times ``incoming [G]``, ``[G, N, D]``."""
-    N, D = points[0].shape[1:]
-    F_total = (forces * factors.to(forces.dtype).view(-1, 1, 1, 1)).sum(0)
-    by = incoming * (-2 / (N * D * (scale / D**0.5).clamp(min=1e-3))).to(forces.dtype)
-    return F_total * by[:, None, None]
+    incoming: Sequence[Tensor],
+) -> list[Tensor]:
+    """Form C, phase 3: with ``F = Σ_R F_R/λ_R``, the gradient ``−2F/(N·D·s)`` times ``incoming [G]``, of every map."""
+    grads = []
+    for m, of_map in enumerate(maps):
+        grad = torch.empty_like(of_map.gen)
+        N, D = grad.shape[2:]
+        F_total = (forces[m] * factors[m].to(forces[m].dtype).view(-1, 1, 1, 1)).sum(0)
+        s = (scale[m] / D**0.5).clamp(min=spec.least_scale)
+        by = incoming[m] * (-2 / (N * D * s)).to(F_total.dtype)
+        grads.append(grad.copy_((F_total * by[:, None, None]).view(grad.shape)))
+    return grads

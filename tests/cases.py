@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from drift_ops import ops
+from drift_ops.backends import implementation
+from drift_ops.spec import LossMap, LossSpec
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -69,13 +70,16 @@ def loss_phases(
 
     ``points`` and ``weights`` are those of gen, neg, pos of each map, ``incoming`` the gradient of its loss ``[G]``.
     """
-    maps = [t for of_map in points for t in of_map], [w for of_map in weights for w in of_map]
-    means, kept = ops.loss_scale(*maps, backend)
-    scale = means[:, 0] / means[:, 1]
-    states, moments = ops.loss_moments(*maps, kept, scale, R_list, floor, backend)
+    spec, module = LossSpec(R_list, floor), implementation(backend)
+    of_maps = zip(points, weights, strict=True)
+    maps = [LossMap(*(tuple(t.unsqueeze(1) for t in tensors) for tensors in of_map)) for of_map in of_maps]
+    means, kept = zip(*module.loss_scale(spec, maps), strict=True)
+    scale = torch.stack([distance / weight for distance, weight in means])
+    states, moments = zip(*module.loss_moments(spec, maps, kept, scale), strict=True)
     factors = torch.stack([m.double().mean(0).diagonal() for m in moments]).clamp(min=1e-8).rsqrt()
     incoming = [of_map.to(m) for of_map, m in zip(incoming, moments, strict=True)]
-    return scale, moments, ops.loss_gradient(*maps, states, scale, factors, incoming, R_list, floor, backend)
+    grads = module.loss_gradient(spec, maps, states, scale, factors, incoming)
+    return scale, list(moments), [grad.squeeze(1) for grad in grads]
 
 
 def field_inputs(N: int, P: int, M: int, D: int, groups: tuple[int, ...] = (), weighted: bool = False) -> Tensors:

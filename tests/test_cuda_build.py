@@ -23,6 +23,7 @@ from cases import EVERY_KERNEL, load_library
 import drift_ops
 from drift_ops import cuda
 from drift_ops.backends import _WHY_NOT
+from drift_ops.spec import AffinitySpec
 
 ROOT = Path(__file__).parents[1]
 BUDGETS = ROOT / "tests/cuda_budgets.json"
@@ -113,7 +114,7 @@ def test_loads_without_a_gpu(module):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_cuda_errors_reach_python(module):
     with pytest.raises(RuntimeError, match="drift_ops._cuda: cudaGetDevice: "):
-        cuda.affinity_sums(*[torch.ones(1, 2, 3)] * 3, None, "laplace", [1.0], 1.0, 0, False, 0.0)
+        cuda.affinity_sums(AffinitySpec("laplace", (1.0,)), torch.ones(1, 2, 3), [torch.ones(1, 2, 3)], None, None)
 
 
 if __name__ == "__main__":

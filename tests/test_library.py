@@ -7,9 +7,11 @@ import torch
 from cases import compute_V_inputs, device_of, field_inputs, loss_inputs, points
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
+from torch.utils._pytree import tree_map
 
 import drift_ops
 from drift_ops import cpu, ops
+from drift_ops.spec import AffinitySpec, LossSpec
 
 G, N, P, M, D, R_LIST = 2, 4, 5, 3, 6, [0.05, 0.2]
 
@@ -22,31 +24,34 @@ def op_samples(backend):
     """Arguments for every op that ``drift_ops.ops`` registers: those of form A and of form B, of one map and of two."""
     tensors = float32(field_inputs(N, P, M, D, (G,), weighted=True), backend)
     q, pos = tensors["x"], tensors["pos"]
-    targets = torch.cat([q, tensors["neg"], pos], 1).detach().requires_grad_()
     w = torch.cat([q.new_ones(G, N), tensors["weight_neg"], tensors["weight_pos"]], 1).detach().requires_grad_()
-    gaussian = (q, pos, pos, None, "gaussian", [0.5, 1.0], 0.7, 0, False, 0.0, backend)
-    laplace = (q, targets, targets, w, "laplace", [0.5, 1.0], 1.0, N + M, True, 1e-6, backend)
-    backward = []
-    for arguments in (gaussian, laplace):
-        tensors_in = [t if t is None else t.detach() for t in arguments[:4]]
-        num, den, *statistics = ops.affinity_sums(*tensors_in, *arguments[4:])
+    neg = tensors["neg"]
+    of_gaussian = AffinitySpec("gaussian", (0.5, 1.0), 0.7).values()
+    of_laplace = AffinitySpec("laplace", (0.5, 1.0), floor=1e-6, has_self=True, sides=2).values()
+    gaussian = (q, [pos], [pos * 2], None, *of_gaussian, backend)
+    laplace = (q, [q, neg, pos], [], w, *of_laplace, backend)
+    forward, backward = [], []
+    for tensors_in, rest in ((gaussian[:4], gaussian[4:]), (laplace[:4], laplace[4:])):
+        tensors_in = tree_map(lambda t: t.detach() if isinstance(t, torch.Tensor) else t, tensors_in)
+        num, den, *statistics = ops._affinity_sums(*tensors_in, *rest)
         incoming = [points(*t.shape, seed=seed).to(t) for seed, t in enumerate((num, den))]
-        backward.append((*tensors_in, *statistics, *incoming, *arguments[4:]))
+        forward.append((*tensors_in, *rest))
+        backward.append((*tensors_in, *statistics, *incoming, *rest))
 
-    one = [t.detach() for t in (q, tensors["neg"], pos)]
-    weights = [t.new_ones(t.shape[:2]) for t in one]
-    maps = (one + one, weights + weights)
+    one = [t.detach().unsqueeze(1) for t in (q, neg, pos)]
+    weights = [t.new_ones(t.shape[:3]) for t in one]
+    maps, spec = (one + one, weights + weights), (*LossSpec(tuple(R_LIST), 1e-6).values(), backend)
     scale = torch.ones(2, dtype=torch.float64, device=q.device)
-    _, kept = ops.loss_scale(*maps, backend)
-    states, moments = ops.loss_moments(*maps, kept, scale, R_LIST, 1e-6, backend)
+    _, kept = ops._loss_scale(*maps, *spec)
+    states, moments = ops._loss_moments(*maps, kept, scale, *spec)
     factors = scale.new_tensor([[0.7, 1.3], [0.9, 1.1]])
     incoming = [of_map.new_ones(G) for of_map in moments]
     return {
-        ops.affinity_sums: [gaussian, laplace],
-        ops.affinity_sums_backward: backward,
-        ops.loss_scale: [(one, weights, backend), (*maps, backend)],
-        ops.loss_moments: [(*maps, kept, scale, R_LIST, 1e-6, backend)],
-        ops.loss_gradient: [(*maps, states, scale, factors, incoming, R_LIST, 1e-6, backend)],
+        ops._affinity_sums: forward,
+        ops._affinity_sums_backward: backward,
+        ops._loss_scale: [(one, weights, *spec), (*maps, *spec)],
+        ops._loss_moments: [(*maps, kept, scale, *spec)],
+        ops._loss_gradient: [(*maps, states, scale, factors, incoming, *spec)],
     }
 
 

@@ -1,4 +1,4 @@
-"""The ``triton`` backend: float32 kernels on contiguous CUDA tensors; form C also reads bfloat16 and float16.
+"""The ``triton`` backend: float32 kernels on CUDA tensors; form C also reads bfloat16 and float16.
 
 Problems that one program can hold go to the group kernels, all others are streamed: :mod:`drift_ops.triton.group`
 draws the line. Called by :mod:`drift_ops.ops` only.
@@ -7,102 +7,148 @@ draws the line. Called by :mod:`drift_ops.ops` only.
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import streamed_loss
-from . import group, group_field, group_loss, launch, streaming, streaming_loss
+from ..points import gathered, scattered
+from ..spec import AffinitySpec, LossMap, LossSpec
+from . import group, group_field, group_loss, launch, streaming, streaming_backward, streaming_loss
 from .group_loss import Batch
-from .streaming_backward import affinity_sums_backward as affinity_sums_backward
 
 
 def affinity_sums(
+    spec: AffinitySpec,
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor] | None,
     w: Tensor | None,
-    kernel: str,
-    widths: Sequence[float],
-    temperature: float,
-    split: int,
-    has_self: bool,
-    floor: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    unit: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`drift_ops.ops.affinity_sums`; widths and the self distance are in units of ``unit``, a 0-d tensor."""
+    first, split, M = _sides(spec, keys)
+    q, k, v, centre = gathered(q, keys, values)
+    arguments = (q, k, v, w, spec.logit, spec.widths, spec.temperature, split, spec.has_self, spec.floor)
+    if unit is None and group.fits_field(q.shape[1], first, M - first):
+        found = group_field.affinity_sums(*arguments)
+    else:
+        found = streaming.affinity_sums(*arguments, spec.least_distance, spec.self_distance, unit)
+    return *found, centre
+
+
+def affinity_sums_backward(
+    spec: AffinitySpec,
+    q: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor] | None,
+    w: Tensor | None,
+    row_stats: Tensor,
+    col_stats: Tensor,
+    centre: Tensor,
+    grad_num: Tensor,
+    grad_den: Tensor,
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
     """See :func:`drift_ops.ops.affinity_sums`."""
-    implementation = group_field if group.fits_field(q.shape[1], split, k.shape[1] - split) else streaming
-    return implementation.affinity_sums(q, k, v, w, kernel, widths, temperature, split, has_self, floor)
+    _, split, _ = _sides(spec, keys)
+    q, k, v, _ = gathered(q, keys, values, centre)
+    grad_q, grad_k, grad_v, grad_w = streaming_backward.affinity_sums_backward(
+        q, k, v, w, row_stats, col_stats, grad_num, grad_den,
+        spec.logit, spec.widths, spec.temperature, split, spec.has_self, spec.floor,
+    )  # fmt: skip
+    return grad_q, *scattered(keys, values, grad_k, grad_v), grad_w
 
 
-def _in_groups(points: Sequence[Tensor]) -> bool:
+def _sides(spec: AffinitySpec, keys: Sequence[Tensor]) -> tuple[int, int, int]:
+    """Keys of the first side, the same or 0 where there is one side, all keys."""
+    M = sum(key.shape[1] for key in keys)
+    first = M - keys[-1].shape[1] if spec.sides == 2 else M
+    return first, first if spec.sides == 2 else 0, M
+
+
+def _in_groups(of_map: LossMap) -> bool:
     """Whether the groups of a map go through the group kernels of form C; larger ones are streamed."""
-    N, M, P = (t.shape[1] for t in points)
-    return group.fits_loss(launch.limits(points[0].device), N, N, M, P)
+    N, M, P = of_map.counts
+    return group.fits_loss(launch.limits(of_map.gen.device), N, N, M, P)
 
 
-def kept_shape(points: Sequence[Tensor]) -> tuple[int, ...]:
+def _points(maps: Sequence[LossMap]) -> tuple[list[Any], list[Any]]:
+    in_groups = [of_map.in_groups() for of_map in maps]
+    return (
+        [[t.contiguous() for t in points] for points, _ in in_groups],
+        [[w.contiguous() for w in weights] for _, weights in in_groups],
+    )
+
+
+def kept_shape(spec: LossSpec, of_map: LossMap) -> tuple[int, ...]:
     """Shape of what phase 1 of form C keeps for phase 2: distances, or nothing."""
-    return group_loss.kept_shape(points) if _in_groups(points) else (0,)
+    return group_loss.kept_shape(of_map.in_groups()[0]) if _in_groups(of_map) else (0,)
 
 
-def state_shape(points: Sequence[Tensor], R: int) -> tuple[int, ...]:
+def state_shape(spec: LossSpec, of_map: LossMap) -> tuple[int, ...]:
     """Shape of what phase 2 keeps for phase 3: statistics, or the forces ``[R, G, N, D]`` of streamed groups."""
-    return group_loss.state_shape(points, R) if _in_groups(points) else (R, *points[0].shape)
+    R = len(spec.R_list)
+    if _in_groups(of_map):
+        return group_loss.state_shape(of_map.in_groups()[0], R)
+    return R, of_map.groups, *of_map.gen.shape[2:]
 
 
-Maps = Sequence[Sequence[Tensor]]  # of each map gen, neg, pos [G, count, D], or their weights [G, count]
-
-
-def loss_scale(points: Maps, weights: Maps) -> list[tuple[Tensor, Tensor]]:
+def loss_scale(spec: LossSpec, maps: Sequence[LossMap]) -> list[tuple[Tensor, Tensor]]:
     """Phase 1: of each map ``[mean d·w, mean w]`` in float64, and what it keeps."""
+    points, weights = _points(maps)
     return _of_all_maps(
+        maps,
         points,
         lambda places: group_loss.loss_scale(Batch(places, points, weights)),
-        lambda place: streaming_loss.loss_scale(points[place], weights[place]),
+        lambda place: streaming_loss.loss_scale(spec, maps[place]),
     )
 
 
 def loss_moments(
-    points: Maps, weights: Maps, kept: Sequence[Tensor], scale: Tensor, R_list: Sequence[float], floor: float
+    spec: LossSpec, maps: Sequence[LossMap], kept: Sequence[Tensor], scale: Tensor
 ) -> list[tuple[Tensor, Tensor]]:
     """Phase 2: of each map the state of :func:`state_shape`, and the means of the forces' products ``[G, R, R]``."""
-
-    def streamed(place: int) -> tuple[Tensor, Tensor]:
-        of_map = points[place], weights[place], scale[place]
-        return streamed_loss.loss_moments(streaming.affinity_sums, *of_map, R_list, floor)
+    points, weights = _points(maps)
 
     def of_batch(places: list[int]) -> list[tuple[Tensor, Tensor]]:
         batch = Batch(places, points, weights)
-        return group_loss.loss_moments(batch, [kept[place] for place in places], scale, R_list, floor)
+        return group_loss.loss_moments(batch, [kept[place] for place in places], scale, spec.R_list, spec.floor)
 
-    return _of_all_maps(points, of_batch, streamed)
+    def streamed(place: int) -> tuple[Tensor, Tensor]:
+        return streamed_loss.loss_moments(affinity_sums, spec, maps[place], scale[place])
+
+    return _of_all_maps(maps, points, of_batch, streamed)
 
 
 def loss_gradient(
-    points: Maps,
-    weights: Maps,
+    spec: LossSpec,
+    maps: Sequence[LossMap],
     states: Sequence[Tensor],
     scale: Tensor,
     factors: Tensor,
     incoming: Sequence[Tensor],
-    R_list: Sequence[float],
-    floor: float,
 ) -> list[Tensor]:
-    """Phase 3: of each map the gradient w.r.t. gen ``[G, N, D]``, in its dtype."""
+    """Phase 3: of each map the gradient w.r.t. gen, with its strides and in its dtype."""
+    points, weights = _points(maps)
 
     def streamed(place: int) -> Tensor:
-        of_map = points[place][0], states[place], scale[place], factors[place], incoming[place]
-        return streamed_loss.loss_gradient(*of_map)
+        of_map = states[place], scale[place], factors[place], incoming[place]
+        return streamed_loss.loss_gradient(spec, maps[place].gen, *of_map)
 
     def of_batch(places: list[int]) -> list[Tensor]:
-        of_maps = [states[place] for place in places], scale, factors, [incoming[place] for place in places]
-        return group_loss.loss_gradient(Batch(places, points, weights), *of_maps, R_list, floor)
+        given = [states[place] for place in places], scale, factors, [incoming[place].contiguous() for place in places]
+        grads = group_loss.loss_gradient(Batch(places, points, weights), *given, spec.R_list, spec.floor)
+        gens = [maps[place].gen for place in places]
+        return [torch.empty_like(gen).copy_(grad.view(gen.shape)) for gen, grad in zip(gens, grads, strict=True)]
 
-    return _of_all_maps(points, of_batch, streamed)
+    return _of_all_maps(maps, points, of_batch, streamed)
 
 
-def _of_all_maps(points: Maps, of_batch: Callable[[list[int]], list[Any]], streamed: Callable[[int], Any]) -> list[Any]:
+def _of_all_maps(
+    maps: Sequence[LossMap], points: Any, of_batch: Callable[[list[int]], list[Any]], streamed: Callable[[int], Any]
+) -> list[Any]:
     """A phase's results for every map: of those with small groups in batches, of the others one at a time."""
     results: dict[int, Any] = {}
     for places in group_loss.batches(points):
-        in_groups = _in_groups(points[places[0]])
+        in_groups = _in_groups(maps[places[0]])
         results |= dict(zip(places, of_batch(places) if in_groups else map(streamed, places), strict=True))
     return [results[place] for place in range(len(points))]

@@ -3,14 +3,13 @@
 Phases 2 and 3 are :mod:`drift_ops.streamed_loss`.
 """
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .. import streamed_loss
+from ..spec import LossMap, LossSpec
 from . import autotune, launch, streaming_parts
 from .streaming_parts import (
     forward_arguments,
@@ -80,12 +79,12 @@ def scale_kernel(
     tl.store(sums + program + tl.arange(0, 1), total)
 
 
-def loss_scale(points: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def loss_scale(spec: LossSpec, of_map: LossMap) -> tuple[Tensor, Tensor]:
     """Phase 1: ``[mean d·w, mean w]`` in float64; nothing is kept."""
-    gen, targets, w = streamed_loss.centred(points, weights)
+    gen, targets, w = streamed_loss.centred(of_map)
     G, N, M = *gen.shape[:2], targets.shape[1]
     with launch.on_device_of(gen):
-        arguments = forward_arguments(gen, targets, 0, True, streamed_loss.LEAST_DISTANCE, 0.0, None)
+        arguments = forward_arguments(gen, targets, 0, True, spec.least_distance, 0.0, None)
         blocks = streaming_parts.choose_blocks("statistics", gen, targets)
         parts = cut(triton.cdiv(N, blocks.queries), count_tiles(M, M, blocks.keys), G)
         sums = gen.new_empty(G * parts.row_parts * parts.col_parts, dtype=torch.float64)
