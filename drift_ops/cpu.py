@@ -1,4 +1,4 @@
-"""The ``cpu`` backend: the C++ kernels of ``csrc/cpu`` on contiguous float32 or float64 CPU tensors.
+"""The ``cpu`` backend: the C++ functions of ``csrc/cpu`` on float32 or float64 CPU tensors.
 
 Everything here takes and returns plain tensors and is called by :mod:`drift_ops.ops` only.
 """
@@ -6,25 +6,14 @@ Everything here takes and returns plain tensors and is called by :mod:`drift_ops
 import os
 from collections.abc import Sequence
 from importlib import import_module
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import streamed_loss
-from .native import address, of_dtype
-from .points import gathered, scattered
 from .spec import AffinitySpec, LossMap, LossSpec
 
-# Groups up to this many query-target pairs keep them in cache and go through the group kernel of form C; larger ones
-# are streamed. In the group kernel the distances of phase 1 are kept for phase 2 unless D is so small that computing
-# them again is cheaper than the memory.
-GROUP_PAIRS = 1 << 18
-KEEP_DISTANCES_FROM_D = 32
-
-
-_cpu: ModuleType | None = None
+_cpu: Any = None
 load_error: str | None = None  # why the compiled module cannot be used
 try:
     _cpu = import_module("._cpu", __package__)
@@ -36,44 +25,16 @@ except ValueError as error:
     load_error = f"DRIFT_OPS_CPU_ISA: {error}"
 
 
-def _affinity(spec: AffinitySpec, q: Tensor, k: Tensor, first: int, unit: float = 1.0) -> Any:
-    G, N, D = q.shape
-    assert _cpu is not None
-    return _cpu.Affinity(
-        groups=G,
-        N=N,
-        M=k.shape[1],
-        D=D,
-        split=first if spec.sides == 2 else 0,
-        sides=spec.sides,
-        gaussian=spec.logit == "gaussian",
-        has_self=spec.has_self,
-        widths=[width * unit for width in spec.widths],
-        temperature=spec.temperature,
-        floor=spec.floor,
-        least_distance=spec.least_distance,
-        self_distance=spec.self_distance * unit,
-        threads=torch.get_num_threads(),
-    )
-
-
 def affinity_sums(
-    spec: AffinitySpec,
-    q: Tensor,
-    keys: Sequence[Tensor],
-    values: Sequence[Tensor] | None,
-    w: Tensor | None,
-    unit: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See :func:`drift_ops.ops.affinity_sums`; widths and the self distance are in units of ``unit``, a 0-d tensor."""
-    q, k, v, centre = gathered(q, keys, values)
-    (G, N, D), M, S = q.shape, k.shape[1], len(spec.widths)
-    num, den = q.new_empty(S, G, spec.sides, N, D), q.new_empty(S, G, spec.sides, N)
-    row_stats, col_stats = q.new_empty(S, G, 2, N), q.new_empty(S, G, 2, M)
-    problem = _affinity(spec, q, k, M - keys[-1].shape[1], 1.0 if unit is None else float(unit))
+    spec: AffinitySpec, q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor] | None, w: Tensor | None
+) -> tuple[Tensor, ...]:
+    """See :func:`drift_ops.ops.affinity_sums`."""
+    (G, N, D), M, S = q.shape, sum(k.shape[1] for k in keys), len(spec.widths)
+    shapes = ((S, G, spec.sides, N, D), (S, G, spec.sides, N), (S, G, 2, N), (S, G, 2, M), (G, D))
+    results = tuple([q.new_empty(shape) for shape in shapes])
     w = None if w is None else w.contiguous()
-    of_dtype(problem, "forward", q.dtype)(*map(address, (q, k, v, w, num, den, row_stats, col_stats)))
-    return num, den, row_stats, col_stats, centre
+    _cpu.affinity_forward(spec, q, list(keys), list(values or ()), w, *results, torch.get_num_threads())
+    return results
 
 
 def affinity_sums_backward(
@@ -82,46 +43,23 @@ def affinity_sums_backward(
     keys: Sequence[Tensor],
     values: Sequence[Tensor] | None,
     w: Tensor | None,
-    row_stats: Tensor,
-    col_stats: Tensor,
-    centre: Tensor,
-    grad_num: Tensor,
-    grad_den: Tensor,
+    *statistics_and_gradients: Tensor,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
-    """See :func:`drift_ops.ops.affinity_sums`."""
-    q, k, v, _ = gathered(q, keys, values, centre)
+    """See :func:`drift_ops.ops.affinity_sums`; after ``w`` come row_stats, col_stats, centre, grad_num, grad_den."""
+    grad_q, *grads = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, *keys, *(values or ())))
+    of_keys, of_values = grads[: len(keys)], grads[len(keys) :]
     w = None if w is None else w.contiguous()
-    grads = [torch.zeros_like(t) for t in (q, k, v)]
-    grad_w = q.new_zeros(0) if w is None else torch.zeros_like(w)
-    problem = _affinity(spec, q, k, k.shape[1] - keys[-1].shape[1])
-    arguments = (q, k, v, w, row_stats, col_stats, grad_num, grad_den, *grads, grad_w)
-    of_dtype(problem, "backward", q.dtype)(*map(address, arguments))
-    grad_q, grad_k, grad_v = grads
-    return grad_q, *scattered(keys, values, grad_k, grad_v), grad_w
-
-
-def _loss(points: Sequence[Tensor], weights: Sequence[Tensor]) -> Any:
-    assert _cpu is not None
-    return _cpu.Loss(
-        groups=points[0].shape[0],
-        D=points[0].shape[2],
-        counts=[t.shape[1] for t in points],
-        points=[address(t) for t in points],
-        weights=[address(w) for w in weights],
-        threads=torch.get_num_threads(),
-    )
-
-
-def _contiguous(of_map: LossMap) -> tuple[list[Tensor], list[Tensor]]:
-    points, weights = of_map.in_groups()
-    return [t.contiguous() for t in points], [w.contiguous() for w in weights]
+    grad_w = q.new_empty(0) if w is None else torch.zeros_like(w)
+    given = (spec, q, list(keys), list(values or ()), w, *statistics_and_gradients)
+    _cpu.affinity_backward(*given, grad_q, of_keys, of_values, grad_w, torch.get_num_threads())
+    return grad_q, of_keys, of_values, grad_w
 
 
 def kept_shape(spec: LossSpec, of_map: LossMap) -> tuple[int, ...]:
-    """Shape of the distances that phase 1 of form C keeps for phase 2: [G, N, M padded to 16], or [0] for none."""
+    """Shape of the distances that phase 1 of form C keeps for phase 2: [G, N, M padded], or [0] for none."""
     (N, D), M = of_map.gen.shape[2:], sum(of_map.counts)
-    keeps = N * M <= GROUP_PAIRS and D >= KEEP_DISTANCES_FROM_D
-    return (of_map.groups, N, -(-M // 16) * 16) if keeps else (0,)
+    keeps = N * M <= _cpu.GROUP_PAIRS and D >= _cpu.KEEP_DISTANCES_FROM_D
+    return (of_map.groups, N, -(-M // _cpu.KEPT_ALIGN) * _cpu.KEPT_ALIGN) if keeps else (0,)
 
 
 def state_shape(spec: LossSpec, of_map: LossMap) -> tuple[int, ...]:
@@ -133,12 +71,9 @@ def loss_scale(spec: LossSpec, maps: Sequence[LossMap]) -> list[tuple[Tensor, Te
     """Phase 1: of each map ``[mean d·w, mean w]`` in float64, and the distances kept for phase 2."""
     results = []
     for of_map in maps:
-        points, weights = _contiguous(of_map)
-        G, N, M = of_map.groups, points[0].shape[1], sum(of_map.counts)
-        means = torch.empty(2, dtype=torch.float64)
-        kept = points[0].new_empty(kept_shape(spec, of_map))
-        of_dtype(_loss(points, weights), "scale", points[0].dtype)(means.data_ptr(), address(kept))
-        results.append((means.div_(torch.tensor([G * N * M, G * M])), kept))
+        means, kept = torch.empty(2, dtype=torch.float64), of_map.gen.new_empty(kept_shape(spec, of_map))
+        _cpu.loss_scale(spec, of_map, means, kept, torch.get_num_threads())
+        results.append((means, kept))
     return results
 
 
@@ -147,17 +82,26 @@ def loss_moments(
 ) -> list[tuple[Tensor, Tensor]]:
     """Phase 2: of each map the forces ``[R, G, N, D]``, and the means of their products ``[G, R, R]``."""
     results = []
-    for of_map, distances, s in zip(maps, kept, scale, strict=True):
-        points, weights = _contiguous(of_map)
-        if points[0].shape[1] * sum(of_map.counts) > GROUP_PAIRS:
-            results.append(streamed_loss.loss_moments(affinity_sums, spec, of_map, s))
-            continue
-        R = len(spec.R_list)
-        forces, moments = points[0].new_empty(state_shape(spec, of_map)), points[0].new_empty(of_map.groups, R, R)
-        native = of_dtype(_loss(points, weights), "moments", points[0].dtype)
-        native(float(s), list(spec.R_list), spec.floor, *map(address, (distances, forces, moments)))
+    for of_map, distances, of_scale in zip(maps, kept, scale.tolist(), strict=True):
+        R, gen = len(spec.R_list), of_map.gen
+        forces, moments = gen.new_empty(state_shape(spec, of_map)), gen.new_empty(of_map.groups, R, R)
+        # The distances are moved in place where they belong to the sample itself, and an op must not change its input.
+        _cpu.loss_moments(spec, of_map, of_scale, distances.clone(), forces, moments, torch.get_num_threads())
         results.append((forces, moments))
     return results
+
+
+def loss_forward(
+    spec: LossSpec, maps: Sequence[LossMap]
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor, list[Tensor]]:
+    """Phases 1 and 2 at once: losses ``[G]``, scales ``[maps]``, λ_R² and 1/λ_R ``[maps, R]``, and the forces."""
+    R = len(spec.R_list)
+    losses = [of_map.gen.new_empty(of_map.groups) for of_map in maps]
+    forces = [of_map.gen.new_empty(state_shape(spec, of_map)) for of_map in maps]
+    statistics = torch.empty(len(maps) * (1 + 2 * R), dtype=torch.float64)
+    _cpu.loss_forward(spec, list(maps), losses, forces, statistics, torch.get_num_threads())
+    scale, squares, factors = statistics.split([len(maps), len(maps) * R, len(maps) * R])
+    return losses, scale, squares.view(-1, R), factors.view(-1, R), forces
 
 
 def loss_gradient(
@@ -169,12 +113,7 @@ def loss_gradient(
     incoming: Sequence[Tensor],
 ) -> list[Tensor]:
     """Phase 3: of each map the gradient w.r.t. gen, from the forces and the global statistics."""
-    results = []
-    for of_map, forces, s, f, of_loss in zip(maps, states, scale, factors, incoming, strict=True):
-        _, G, N, D = forces.shape
-        grad = forces.new_empty(G, N, D)
-        by = of_loss * (-2 / (N * D * max(float(s) / D**0.5, spec.least_scale)))
-        native = of_dtype(_cpu, "loss_gradient", forces.dtype)
-        native(G, N * D, f.tolist(), torch.get_num_threads(), *map(address, (forces, by, grad)))
-        results.append(torch.empty_like(of_map.gen).copy_(grad.view(of_map.gen.shape)))
-    return results
+    grads = [torch.empty_like(of_map.gen) for of_map in maps]
+    of_losses = [of_map.contiguous() for of_map in incoming]
+    _cpu.loss_gradient(spec, list(states), scale.contiguous(), factors.contiguous(), of_losses, grads, torch.get_num_threads())
+    return grads

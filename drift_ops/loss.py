@@ -135,7 +135,7 @@ def _check_map(given: tuple[Any, ...], index: str, empty: bool) -> tuple[Any, ..
 
 def _loss_map(checked: tuple[Any, ...], one: Tensor, reads_16_bits: bool) -> LossMap:
     """The map as kernels want it, in the dtype computed in; ``one`` is the weight of points that have none."""
-    points = [_in_two_dimensions(_saveable(p), 2) for p in checked[:3]]
+    points = [_in_two_dimensions(_saveable(ops.rows(p)), 2) for p in checked[:3]]
     given = zip(checked[:3], checked[3:], strict=True)
     weights = [one.expand(p.shape[:-1]) if w is None else _saveable(w.to(one.dtype)) for p, w in given]
     weights = [_in_two_dimensions(w, 1) for w in weights]

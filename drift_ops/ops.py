@@ -57,8 +57,8 @@ class _AffinitySums(torch.autograd.Function):
     def forward(spec: AffinitySpec, backend: str, keys: int, *tensors: Any) -> tuple[Tensor, ...]:
         q, w, *others = tensors
         if _is_plain(q):
-            of_keys, of_values = _rows(others[:keys]), _rows(others[keys:])
-            return implementation(backend).affinity_sums(spec, _rows(q), of_keys, of_values or None, w)
+            of_keys, of_values = rows(others[:keys]), rows(others[keys:])
+            return implementation(backend).affinity_sums(spec, rows(q), of_keys, of_values or None, w)
         return _affinity_sums(q, others[:keys], others[keys:], w, *spec.values(), backend)
 
     @staticmethod
@@ -112,7 +112,7 @@ def affinity_sums(
 def _affinity_sums(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], w: Tensor | None, *rest: Any) -> Any:
     """``num``, ``den``, for the backward the softmax statistics ``[S, G, 2, N]``, ``[S, G, 2, M]``, and the centre."""
     spec, backend = _given(AffinitySpec, rest)
-    return backend.affinity_sums(spec, _rows(q), _rows(keys), _rows(values) or None, w)
+    return backend.affinity_sums(spec, rows(q), rows(keys), rows(values) or None, w)
 
 
 @_affinity_sums.register_fake
@@ -149,7 +149,7 @@ def _affinity_sums_backward_of(
 ) -> Any:
     incoming = grad_num.contiguous(), grad_den.contiguous()
     statistics = row_stats, col_stats, centre
-    return backend.affinity_sums_backward(spec, _rows(q), _rows(keys), _rows(values) or None, w, *statistics, *incoming)
+    return backend.affinity_sums_backward(spec, rows(q), rows(keys), rows(values) or None, w, *statistics, *incoming)
 
 
 @_affinity_sums_backward.register_fake
@@ -160,11 +160,11 @@ def _(q, keys, values, w, *rest):  # type: ignore[no-untyped-def]
     return alike(q), [alike(k) for k in keys], [alike(v) for v in values], q.new_empty(0) if w is None else alike(w)
 
 
-def _rows(t: Any) -> Any:
+def rows(t: Any) -> Any:
     """Points, or lists of them, whose last dimension is contiguous; the others' strides are the backend's business."""
     if isinstance(t, Tensor):
         return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
-    return [_rows(each) for each in t]
+    return [rows(each) for each in t]
 
 
 # Form C.
@@ -331,7 +331,7 @@ def _(info: Any, in_dims: Any, *arguments: Any) -> tuple[list[Tensor], list[int]
 
 def _by_map(points: Sequence[Tensor], weights: Sequence[Tensor]) -> list[LossMap]:
     starts = range(0, len(points), 3)
-    return [LossMap(tuple(_rows(points[n : n + 3])), tuple(weights[n : n + 3])) for n in starts]  # type: ignore[arg-type]
+    return [LossMap(tuple(rows(points[n : n + 3])), tuple(weights[n : n + 3])) for n in starts]  # type: ignore[arg-type]
 
 
 def _fake(of_map: LossMap, shape: Sequence[int]) -> Tensor:

@@ -89,6 +89,14 @@ void pack_transposed(int64_t count, int64_t depth, const T* const* rows, const T
             store<T>(panels + count / PANEL<T> * PANEL<T> * depth + d * PANEL<T> + WIDTH<T>, Vec<T>{});
 }
 
+// Squared norms of the first `count` columns of a panel.
+template <class T> void find_panel_norms(const T* panel, int64_t depth, int64_t count, T* norms) {
+    Vec<T> sum[2] = {};
+    for (int64_t e = 0; e < depth; ++e, panel += PANEL<T>)
+        for (int v = 0; v < 2; ++v) sum[v] += load<T>(panel + v * WIDTH<T>) * load<T>(panel + v * WIDTH<T>);
+    for (int64_t l = 0; l < count; ++l) norms[l] = sum[l / WIDTH<T>][l % WIDTH<T>];
+}
+
 // Rows as the rows of B: panels[d / PANEL][j][d % PANEL] = rows[j][d] − centre[d]. Columns past `depth` are 0.
 template <class T>
 void pack_rows(int64_t count, int64_t depth, const T* const* rows, const T* centre, T* panels) {

@@ -1,11 +1,13 @@
 // Included by one source per instruction set, which is compiled with that instruction set's flags (setup.py).
+#include "affinity_backward.hpp"
+#include "affinity_forward.hpp"
 #include "loss.hpp"
 
 namespace drift::DRIFT_ISA {
 
-const Kernels<float> float_kernels{affinity_forward<float>, affinity_backward<float>, loss_scale<float>, loss_moments<float>,
-                                   loss_gradient<float>};
-const Kernels<double> double_kernels{affinity_forward<double>, affinity_backward<double>, loss_scale<double>, loss_moments<double>,
-                                     loss_gradient<double>};
+template <class T>
+constexpr Functions<T> FUNCTIONS{affinity_forward<T>, affinity_backward<T>, loss_scale<T>, loss_moments<T>, loss_gradient<T>};
+extern const Functions<float> of_float = FUNCTIONS<float>;
+extern const Functions<double> of_double = FUNCTIONS<double>;
 
 }  // namespace drift::DRIFT_ISA

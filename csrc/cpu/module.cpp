@@ -1,23 +1,20 @@
-// The Python module drift_ops._cpu: raw addresses and sizes in, the kernels of the best instruction set this machine has.
+// The Python module drift_ops._cpu: specs and tensors in, the functions of the best instruction set this machine has.
 // Arguments are checked in Python (drift_ops/cpu.py is the only caller).
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "kernels.hpp"
+#include "../python.hpp"
+#include "functions.hpp"
 
-namespace py = pybind11;
 using namespace drift;
 
 namespace {
 
 struct InstructionSet {
     std::string name;
-    const Kernels<float>* of_float;
-    const Kernels<double>* of_double;
+    const Functions<float>* of_float;
+    const Functions<double>* of_double;
 };
 
 // Best first.
@@ -27,11 +24,10 @@ std::vector<InstructionSet> supported() {
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl"))
-        sets.push_back({"avx512", &avx512::float_kernels, &avx512::double_kernels});
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-        sets.push_back({"avx2", &avx2::float_kernels, &avx2::double_kernels});
+        sets.push_back({"avx512", &avx512::of_float, &avx512::of_double});
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) sets.push_back({"avx2", &avx2::of_float, &avx2::of_double});
 #endif
-    sets.push_back({"portable", &portable::float_kernels, &portable::double_kernels});
+    sets.push_back({"portable", &portable::of_float, &portable::of_double});
     return sets;
 }
 
@@ -49,74 +45,148 @@ void choose(const std::string& name) {
     throw std::invalid_argument("instruction set '" + name + "' is not available on this machine; available: " + known);
 }
 
-template <class T> const Kernels<T>& kernels() {
-    if constexpr (sizeof(T) == 4)
-        return *chosen.of_float;
+const Functions<float>& functions_of(float) { return *chosen.of_float; }
+const Functions<double>& functions_of(double) { return *chosen.of_double; }
+
+// Calls body(T()) for the T of a tensor's elements.
+template <class Body> void with_type_of(py::handle tensor, Body body) {
+    if (tensor.attr("element_size")().cast<int>() == 4)
+        body(float());
     else
-        return *chosen.of_double;
+        body(double());
 }
 
-template <class T> T* at(uintptr_t address) { return reinterpret_cast<T*>(address); }
-
-struct Affinity {
-    int64_t groups, N, M, D, split;
-    int sides;
-    bool gaussian, has_self;
-    std::vector<double> widths;
-    double temperature, floor, least_distance, self_distance;
-    int threads;
-
-    template <class T> AffinityProblem<T> problem(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t w) const {
-        return {groups, N, M, D, split, sides, int(widths.size()), gaussian ? 1 : 0, widths.data(), temperature, floor, least_distance,
-                self_distance, has_self, at<T>(q), at<T>(k), at<T>(v), at<T>(w), threads};
-    }
-    template <class T>
-    void forward(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t w, uintptr_t num, uintptr_t den, uintptr_t row_stats,
-                 uintptr_t col_stats) const {
-        kernels<T>().affinity_forward(problem<T>(q, k, v, w), {at<T>(num), at<T>(den), at<T>(row_stats), at<T>(col_stats)});
-    }
-    template <class T>
-    void backward(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t w, uintptr_t row_stats, uintptr_t col_stats, uintptr_t grad_num,
-                  uintptr_t grad_den, uintptr_t grad_q, uintptr_t grad_k, uintptr_t grad_v, uintptr_t grad_w) const {
-        kernels<T>().affinity_backward(problem<T>(q, k, v, w),
-                                       {at<T>(row_stats), at<T>(col_stats), at<T>(grad_num), at<T>(grad_den), at<T>(grad_q),
-                                        at<T>(grad_k), at<T>(grad_v), at<T>(grad_w)});
-    }
-};
-
-struct Loss {
-    int64_t groups, D;
-    std::vector<int64_t> counts;         // of gen, neg, pos
-    std::vector<uintptr_t> points, weights;
-    int threads;
-
-    template <class T> LossProblem<T> problem() const {
-        LossProblem<T> p{groups, D, {}, {}, {}, threads};
-        for (int kind = 0; kind < 3; ++kind)
-            p.count[kind] = counts.at(kind), p.points[kind] = at<T>(points.at(kind)), p.weights[kind] = at<T>(weights.at(kind));
-        return p;
-    }
-    template <class T> void scale(uintptr_t sums, uintptr_t kept) const {
-        kernels<T>().loss_scale(problem<T>(), at<double>(sums), at<T>(kept));
-    }
-    template <class T>
-    void moments(double scale, const std::vector<double>& R_list, double floor, uintptr_t kept, uintptr_t forces, uintptr_t moments) const {
-        kernels<T>().loss_moments(problem<T>(), scale, int(R_list.size()), R_list.data(), floor, at<T>(kept), at<T>(forces),
-                                  at<T>(moments));
-    }
-};
+template <class T> std::vector<Rows<T>> list_of_rows(const py::list& tensors) {
+    std::vector<Rows<T>> all;
+    for (py::handle tensor : tensors) all.push_back(rows<T>(tensor, 1));
+    return all;
+}
 
 template <class T>
-void loss_gradient(int64_t groups, int64_t size, const std::vector<double>& factors, int threads, uintptr_t forces,
-                   uintptr_t group_factors, uintptr_t grad) {
-    kernels<T>().loss_gradient(groups, size, int(factors.size()), at<T>(forces), factors.data(), at<T>(group_factors), threads,
-                               at<T>(grad));
+AffinityProblem<T> affinity_problem(const AffinitySpec& spec, py::handle q, const py::list& keys, const py::list& values, py::handle w, int threads) {
+    const py::tuple shape = q.attr("shape");
+    return {spec, element(shape, 0), element(shape, 2), rows<const T>(q, 1), list_of_rows<const T>(keys), list_of_rows<const T>(values),
+            data<const T>(w), threads};
+}
+
+void affinity_forward(py::handle spec_, py::handle q, const py::list& keys, const py::list& values, py::handle w, py::handle num, py::handle den,
+                      py::handle row_stats, py::handle col_stats, py::handle centre, int threads) {
+    const AffinitySpec spec = affinity_spec(spec_);
+    with_type_of(q, [&](auto type) {
+        using T = decltype(type);
+        const auto problem = affinity_problem<T>(spec, q, keys, values, w, threads);
+        const AffinitySums<T> sums{data<T>(num), data<T>(den), data<T>(row_stats), data<T>(col_stats), data<T>(centre)};
+        const py::gil_scoped_release release;
+        functions_of(type).affinity_forward(problem, sums);
+    });
+}
+
+void affinity_backward(py::handle spec_, py::handle q, const py::list& keys, const py::list& values, py::handle w, py::handle row_stats,
+                       py::handle col_stats, py::handle centre, py::handle grad_num, py::handle grad_den, py::handle grad_q,
+                       const py::list& grad_keys, const py::list& grad_values, py::handle grad_w, int threads) {
+    const AffinitySpec spec = affinity_spec(spec_);
+    with_type_of(q, [&](auto type) {
+        using T = decltype(type);
+        const auto problem = affinity_problem<T>(spec, q, keys, values, w, threads);
+        AffinityGradients<T> io{data<const T>(row_stats), data<const T>(col_stats), data<const T>(centre), data<const T>(grad_num),
+                                data<const T>(grad_den), data<T>(grad_q), {}, {}, data<T>(grad_w)};
+        for (py::handle grad : grad_keys) io.grad_keys.push_back(data<T>(grad));
+        for (py::handle grad : grad_values) io.grad_values.push_back(data<T>(grad));
+        const py::gil_scoped_release release;
+        functions_of(type).affinity_backward(problem, io);
+    });
+}
+
+// points and weights of gen, neg, pos [L, T, count, …].
+template <class T> LossProblem<T> loss_problem(const LossSpec& spec, py::handle map, int threads) {
+    const py::tuple points = map.attr("points"), weights = map.attr("weights"), shape = points[0].attr("shape");
+    LossProblem<T> p{spec, element(shape, 0) * element(shape, 1), element(shape, 3), {}, {}, threads};
+    for (int kind = 0; kind < 3; ++kind)
+        p.points[kind] = rows<const T>(points[kind], 1), p.weights[kind] = rows<const T>(weights[kind], 0);
+    return p;
+}
+
+py::object gen_of(py::handle map) { return py::tuple(map.attr("points"))[0]; }
+
+void loss_scale(py::handle spec_, py::handle map, py::handle means, py::handle kept, int threads) {
+    const LossSpec spec = loss_spec(spec_);
+    with_type_of(gen_of(map), [&](auto type) {
+        using T = decltype(type);
+        const auto problem = loss_problem<T>(spec, map, threads);
+        double* out = data<double>(means);
+        T* distances = data<T>(kept);
+        const py::gil_scoped_release release;
+        functions_of(type).loss_scale(problem, out, distances);
+    });
+}
+
+void loss_moments(py::handle spec_, py::handle map, double scale, py::handle kept, py::handle forces, py::handle moments, int threads) {
+    const LossSpec spec = loss_spec(spec_);
+    with_type_of(gen_of(map), [&](auto type) {
+        using T = decltype(type);
+        const auto problem = loss_problem<T>(spec, map, threads);
+        T *distances = data<T>(kept), *out = data<T>(forces), *products = data<T>(moments);
+        const py::gil_scoped_release release;
+        functions_of(type).loss_moments(problem, scale, distances, out, products);
+    });
+}
+
+// All phases but the last, of one map and no other ranks: its losses [G], its forces, and scale, λ_R² [R], 1/λ_R [R].
+template <class T> void forward_of_map(const LossProblem<T>& p, T* losses, T* forces, double* scale, double* squares, double* factors) {
+    const auto& functions = functions_of(T());
+    const int64_t R = p.spec.R_list.size();
+    std::vector<T> kept(p.groups * p.kept_of_group()), moments(p.groups * R * R);
+    double means[2];
+    functions.loss_scale(p, means, kept.empty() ? nullptr : kept.data());
+    *scale = means[0] / means[1];
+    functions.loss_moments(p, *scale, kept.empty() ? nullptr : kept.data(), forces, moments.data());
+    for (int64_t r = 0; r < R; ++r) {
+        double sum = 0;
+        for (int64_t g = 0; g < p.groups; ++g) sum += moments[(g * R + r) * R + r];
+        squares[r] = sum / double(p.groups);
+        factors[r] = 1 / std::sqrt(squares[r] < p.spec.least_squared_lambda ? p.spec.least_squared_lambda : squares[r]);
+    }
+    for (int64_t g = 0; g < p.groups; ++g) {
+        double loss = 0;
+        for (int64_t n = 0; n < R * R; ++n) loss += moments[g * R * R + n] * factors[n / R] * factors[n % R];
+        losses[g] = T(loss);
+    }
+}
+
+void loss_forward(py::handle spec_, const py::list& maps, const py::list& losses, const py::list& forces, py::handle statistics, int threads) {
+    const LossSpec spec = loss_spec(spec_);
+    double* of_maps = data<double>(statistics);  // [1 + 2 R, maps …]: scales [maps], λ² [maps, R], 1/λ [maps, R]
+    const size_t count = maps.size(), R = spec.R_list.size();
+    for (size_t m = 0; m < count; ++m)
+        with_type_of(losses[m], [&](auto type) {
+            using T = decltype(type);
+            const auto problem = loss_problem<T>(spec, maps[m], threads);
+            T *of_groups = data<T>(losses[m]), *out = data<T>(forces[m]);
+            double *squares = of_maps + count + m * R, *factors = squares + count * R;
+            const py::gil_scoped_release release;
+            forward_of_map<T>(problem, of_groups, out, of_maps + m, squares, factors);
+        });
+}
+
+void loss_gradient(py::handle spec_, const py::list& forces, py::handle scale, py::handle factors, const py::list& incoming,
+                   const py::list& grads, int threads) {
+    const LossSpec spec = loss_spec(spec_);
+    const double *of_maps = data<const double>(scale), *by_R = data<const double>(factors);
+    for (size_t m = 0; m < grads.size(); ++m)
+        with_type_of(grads[m], [&](auto type) {
+            using T = decltype(type);
+            const py::tuple shape = forces[m].attr("shape");
+            const int64_t groups = element(shape, 1), D = element(shape, 3);
+            const auto grad = rows<T>(grads[m], 1);
+            const T *of_map = data<const T>(forces[m]), *of_loss = data<const T>(incoming[m]);
+            const py::gil_scoped_release release;
+            functions_of(type).loss_gradient(spec, grad, groups, D, of_maps[m], by_R + m * spec.R_list.size(), of_map, of_loss, threads);
+        });
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
-    const auto release = py::call_guard<py::gil_scoped_release>();
     m.def("choose", &choose);
     m.def("chosen", [] { return chosen.name; });
     m.def("supported", [] {
@@ -124,22 +194,11 @@ PYBIND11_MODULE(_cpu, m) {
         for (const auto& set : supported()) names.push_back(set.name);
         return names;
     });
-    py::class_<Affinity>(m, "Affinity")
-        .def(py::init<int64_t, int64_t, int64_t, int64_t, int64_t, int, bool, bool, std::vector<double>, double, double, double, double, int>(),
-             py::kw_only(), py::arg("groups"), py::arg("N"), py::arg("M"), py::arg("D"), py::arg("split"), py::arg("sides"),
-             py::arg("gaussian"), py::arg("has_self"), py::arg("widths"), py::arg("temperature"), py::arg("floor"),
-             py::arg("least_distance"), py::arg("self_distance"), py::arg("threads"))
-        .def("forward_float32", &Affinity::forward<float>, release)
-        .def("forward_float64", &Affinity::forward<double>, release)
-        .def("backward_float32", &Affinity::backward<float>, release)
-        .def("backward_float64", &Affinity::backward<double>, release);
-    py::class_<Loss>(m, "Loss")
-        .def(py::init<int64_t, int64_t, std::vector<int64_t>, std::vector<uintptr_t>, std::vector<uintptr_t>, int>(), py::kw_only(),
-             py::arg("groups"), py::arg("D"), py::arg("counts"), py::arg("points"), py::arg("weights"), py::arg("threads"))
-        .def("scale_float32", &Loss::scale<float>, release)
-        .def("scale_float64", &Loss::scale<double>, release)
-        .def("moments_float32", &Loss::moments<float>, release)
-        .def("moments_float64", &Loss::moments<double>, release);
-    m.def("loss_gradient_float32", &loss_gradient<float>, release);
-    m.def("loss_gradient_float64", &loss_gradient<double>, release);
+    m.def("affinity_forward", &affinity_forward);
+    m.def("affinity_backward", &affinity_backward);
+    m.attr("GROUP_PAIRS") = GROUP_PAIRS, m.attr("KEEP_DISTANCES_FROM_D") = KEEP_DISTANCES_FROM_D, m.attr("KEPT_ALIGN") = KEPT_ALIGN;
+    m.def("loss_scale", &loss_scale);
+    m.def("loss_moments", &loss_moments);
+    m.def("loss_forward", &loss_forward);
+    m.def("loss_gradient", &loss_gradient);
 }

@@ -1,5 +1,5 @@
-// Threads: units of work run on the OpenMP team the process already has (torch's), so that two thread pools never
-// compete for the cores; where there is none, on std::threads.
+// Threads: units of work, each taken by whoever is free. Threads that wait sleep, so that a core which another process
+// holds costs its share and no more, and nobody waits for a thread that has not begun.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -11,12 +11,14 @@ inline int threads_for(int64_t multiplications, int threads) {
     return int(std::min<int64_t>(threads, 1 + (multiplications >> 18)));
 }
 
-// Calls body(context, unit) once for each unit in [0, units), at most `units` of them at a time. Returns when all are done.
-void run_units(int units, void (*body)(void*, int), void* context);
+// Calls body(context, unit, worker) once for each unit in [0, units), on at most `threads` threads, of which this is one;
+// no two calls at a time have the same worker, a number below `threads`. Returns when all are done.
+void run_units(int64_t units, int threads, void (*body)(void*, int64_t unit, int worker), void* context);
 
-template <class Body> void parallel(int units, Body body) {
-    if (units == 1) return body(0);
-    run_units(units, [](void* context, int unit) { (*static_cast<Body*>(context))(unit); }, &body);
+template <class Body> void parallel(int64_t units, int threads, Body body) {
+    if (threads > 1 && units > 1)
+        return run_units(units, threads, [](void* context, int64_t unit, int worker) { (*static_cast<Body*>(context))(unit, worker); }, &body);
+    for (int64_t unit = 0; unit < units; ++unit) body(unit, 0);
 }
 
 }  // namespace drift

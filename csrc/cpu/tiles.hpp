@@ -1,6 +1,6 @@
-// What every form computes on a tile of queries × keys: distances, logits, softmax statistics, affinities (../math.hpp).
+// What every form computes on a tile of queries × keys: distances, logits, softmax statistics, affinities (../spec.hpp).
 #pragma once
-#include "../math.hpp"
+#include "../spec.hpp"
 #include "gemm.hpp"
 
 namespace drift::DRIFT_ISA {
@@ -55,23 +55,40 @@ template <class T> T squared_distance(const T* x, const T* y, int64_t depth) {
     return tail;
 }
 
-// One side of the distances of a problem, centred: rows as given, and what the matrix product wants.
+// Points of a problem as distances want them: as they are, for differences, and about a centre, for products.
 template <class T> struct Queries {
-    const T* rows;  // [N, D], centred
-    const T* norms;
+    const T* const* rows;
+    const T* centred;  // [N, D]
+    const T* norms;    // of the centred rows
 };
 template <class T> struct Keys {
-    const T* const* rows;  // M pointers, in the coordinates of `exact_queries` below
+    const T* const* rows;  // null in the padding
     const T* panels;       // pack_transposed of the centred rows
-    const T* norms;        // of the centred rows; +∞ in the padding, so that padded distances are +∞
+    const T* norms;        // +∞ in the padding, so that padded distances are +∞
 };
+
+// The point nearest to the mean of all, which is amid the rest: a few far outliers draw the mean away, but none of the rest
+// to them. Every pair is as far apart about this centre as before, and close points keep their digits.
+template <class T> const T* find_centre(const T* const* points, int64_t count, int64_t depth, T* mean) {
+    std::fill(mean, mean + depth, T(0));
+    for (int64_t n = 0; n < count; ++n)
+        for (int64_t e = 0; e < depth; ++e) mean[e] += points[n][e];
+    for (int64_t e = 0; e < depth; ++e) mean[e] /= T(count);
+    const T* best = points[0];
+    T least = INF<T>;
+    for (int64_t n = 0; n < count; ++n) {
+        const T distance = squared_distance(points[n], static_cast<const T*>(mean), depth);
+        if (distance < least) least = distance, best = points[n];
+    }
+    return best;
+}
 
 // Up to this dimension differences cost no more than products and a look for close pairs.
 constexpr int64_t DIFFERENCES_UP_TO = 8;
 
-template <class T> void distances_by_differences(const Tile<T>& t, int64_t depth, const T* q_rows, const T* k_panels, T least, T* d) {
+template <class T> void distances_by_differences(const Tile<T>& t, int64_t depth, const T* centred, const T* k_panels, T least, T* d) {
     for (int64_t i = 0; i < t.rows; ++i) {
-        const T* q = q_rows + (t.row + i) * depth;
+        const T* q = centred + (t.row + i) * depth;
         for (int64_t j = 0; j < t.width; j += WIDTH<T>) {
             const int64_t col = t.col + j;
             const T* k = k_panels + col / PANEL<T> * PANEL<T> * depth + col % PANEL<T>;
@@ -89,10 +106,9 @@ template <class T> void distances_by_differences(const Tile<T>& t, int64_t depth
 // d[i][j] = max(‖q_i − k_j‖, least), from products of centred rows, except for close pairs. With `has_self`, key i
 // is query i, and its distance is exactly `least`. Padding columns get +∞.
 template <class T>
-void distances(const Tile<T>& t, int64_t depth, const Queries<T>& q, const T* const* exact_queries, const Keys<T>& k,
-               bool has_self, T least, T* d) {
-    if (depth <= DIFFERENCES_UP_TO) return distances_by_differences(t, depth, q.rows, k.panels, least, d);
-    multiply<T>(t.rows, t.width, depth, q.rows + t.row * depth, depth, 1, k.panels + t.col * depth, depth * PANEL<T>, d, t.ld, false);
+void distances(const Tile<T>& t, int64_t depth, const Queries<T>& q, const Keys<T>& k, bool has_self, T least, T* d) {
+    if (depth <= DIFFERENCES_UP_TO) return distances_by_differences(t, depth, q.centred, k.panels, least, d);
+    multiply<T>(t.rows, t.width, depth, q.centred + t.row * depth, depth, 1, k.panels + t.col * depth, depth * PANEL<T>, d, t.ld, false);
     for (int64_t i = 0; i < t.rows; ++i) {
         T* row = d + i * t.ld;
         const T* k_norms = k.norms + t.col;
@@ -110,7 +126,7 @@ void distances(const Tile<T>& t, int64_t depth, const Queries<T>& q, const T* co
         if (!any<T>(close)) continue;
         for (int64_t j = 0; j < t.cols; ++j)  // a bound a little wider than above: rounding must not miss a close pair
             if (!(row[j] * row[j] > (q_norm[0] + k_norms[j]) * T(CLOSE * 1.03)) && !(self_here && j == self)) {
-                const T exact = std::sqrt(squared_distance(exact_queries[t.row + i], k.rows[t.col + j], depth));
+                const T exact = std::sqrt(squared_distance(q.rows[t.row + i], k.rows[t.col + j], depth));
                 row[j] = exact < least ? least : exact;  // NaN stays NaN
             }
     }
@@ -123,52 +139,76 @@ template <class T> void add_to_self_pairs(const Tile<T>& t, T amount, T* d) {
     }
 }
 
-// L of a tile; −∞ in the padding.
-template <class T> struct Logits : Logit<T> {
-    using Logit<T>::kernel, Logit<T>::sigma, Logit<T>::temperature;
-
-    void operator()(const Tile<T>& t, const T* d, T* logits) const {
-        const T inverse = T(1) / temperature, falloff = T(-0.5) / (sigma * sigma);
-        if (kernel == Kernel::laplace) {
-            for (int64_t i = 0; i < t.rows; ++i)
-                for (int64_t n = i * t.ld; n < i * t.ld + t.width; n += WIDTH<T>) store<T>(logits + n, load<T>(d + n) * -inverse);
-            return;
-        }
-        for (int64_t i = 0; i < t.rows; ++i) {
-            T* row = logits + i * t.ld;
-            for (int64_t j = 0; j < t.width; j += WIDTH<T>) {
-                const Vec<T> distance = load<T>(d + i * t.ld + j);
-                store<T>(row + j, exp_nonpositive(distance * distance * falloff) * inverse);
-            }
-            for (int64_t j = t.cols; j < t.width; ++j) row[j] = -INF<T>;
-        }
-    }
+struct Exp {
+    template <class V> DRIFT_INLINE V operator()(V x) const { return exp_nonpositive(x); }
 };
 
-// Softmax statistics along one axis: running maxima and sums of exp(L − max), then max and sum^-½.
-template <class T> struct Statistics {
-    T* max;
-    T* sum;
-    Statistics at(int64_t n) const { return {max + n, sum + n}; }
-
-    void start(int64_t count) {
-        std::fill(max, max + count, -INF<T>);
-        std::fill(sum, sum + count, T(0));
-    }
-    void finish(int64_t count) {
-        for (int64_t n = 0; n < count; ++n) finish_statistics<T>(max[n], sum[n]);
-    }
-};
-
-template <class T> void raise(Statistics<T> running, const T* fresh_max, int64_t count) {
-    for (int64_t n = 0; n < count; n += WIDTH<T>) {
-        const Vec<T> old = load<T>(running.max + n), now = greater<T>(load<T>(fresh_max + n), old);
-        store<T>(running.sum + n, load<T>(running.sum + n) * exp_nonpositive(old - finite_shift<T, Vec<T>>(now)));
-        store<T>(running.max + n, now);
+// Calls body(n, L) for the vectors of a row of a tile, whose distances start at `d`; −∞ in the padding.
+template <class T, class Body> DRIFT_INLINE void for_logits(const Tile<T>& t, const Logit<T>& logit, const T* d, Body body) {
+    if (logit.kind == LogitKind::laplace) {  // outside the loop, as compilers leave it inside
+        const Logit<T> laplace{LogitKind::laplace, logit.width, logit.temperature};
+        for (int64_t j = 0; j < t.width; j += WIDTH<T>) body(j, laplace.at(load<T>(d + j), Exp()));
+    } else {
+        for (int64_t j = 0; j < t.width; j += WIDTH<T>) body(j, logit.at(load<T>(d + j), Exp()));
     }
 }
 
-// Adds a tile of logits to the statistics of its rows and columns (both arrays start at the tile's corner, padded).
+template <class T> void find_logits(const Tile<T>& t, const Logit<T>& logit, const T* d, T* logits) {
+    for (int64_t i = 0; i < t.rows; ++i)
+        for_logits(t, logit, d + i * t.ld, [&](int64_t j, Vec<T> L) { store<T>(logits + i * t.ld + j, L); });
+}
+
+// Softmax statistics along one axis: levels and sums of exp(L − level), then level and sum^-½.
+template <class T> struct Statistics {
+    T* level;
+    T* sum;
+    Statistics at(int64_t n) const { return {level + n, sum + n}; }
+
+    void start(int64_t count, T from) const {
+        std::fill(level, level + count, from);
+        std::fill(sum, sum + count, T(0));
+    }
+    void finish(int64_t count) const {
+        for (int64_t n = 0; n < count; ++n) finish_statistics<T>(level[n], sum[n]);
+    }
+};
+
+// Sums of exponentials relative to a common level in which nothing is lost: their terms are normal numbers or too small to
+// count.
+template <class T> constexpr T LEAST_SUM = sizeof(T) == 4 ? T(0x1p-80) : T(1e-270);
+
+template <class T> bool all_counted(const T* sums, int64_t count) {
+    bool all = true;
+    for (int64_t n = 0; n < count; ++n) all &= sums[n] >= LEAST_SUM<T>;
+    return all;
+}
+
+// E = exp(L − level) of a tile, with a level that no logit exceeds: one exponential serves the sums of rows and columns, to
+// which it is added; both start at the tile's corner. Kept in `E` unless that is null.
+template <class T>
+void add_exponentials(const Tile<T>& t, const Logit<T>& logit, T level, const T* d, T* row_sums, T* col_sums, T* E) {
+    for (int64_t i = 0; i < t.rows; ++i) {
+        Vec<T> sum{};
+        for_logits(t, logit, d + i * t.ld, [&](int64_t j, Vec<T> L) {
+            const Vec<T> value = exp_nonpositive(L - level);
+            sum += value;
+            store<T>(col_sums + j, load<T>(col_sums + j) + value);
+            if (E) store<T>(E + i * t.ld + j, value);
+        });
+        row_sums[i] += horizontal_sum<T>(sum);
+    }
+}
+
+template <class T> void raise(Statistics<T> running, const T* fresh_max, int64_t count) {
+    for (int64_t n = 0; n < count; n += WIDTH<T>) {
+        const Vec<T> old = load<T>(running.level + n), now = greater<T>(load<T>(fresh_max + n), old);
+        store<T>(running.sum + n, load<T>(running.sum + n) * exp_nonpositive(old - finite_shift<T, Vec<T>>(now)));
+        store<T>(running.level + n, now);
+    }
+}
+
+// Adds a tile of logits, however far apart, to the statistics of its rows and columns, whose levels are running maxima (both
+// arrays start at the tile's corner, padded).
 template <class T> void add_to_statistics(const Tile<T>& t, const T* logits, Statistics<T> rows, Statistics<T> cols) {
     T row_max[TILE_ROWS + WIDTH<T>], col_max[TILE_COLS];
     std::fill(col_max, col_max + t.width, -INF<T>);
@@ -184,9 +224,9 @@ template <class T> void add_to_statistics(const Tile<T>& t, const T* logits, Sta
     }
     raise(rows, row_max, t.rows);
     raise(cols, col_max, t.width);
-    for (int64_t j = 0; j < t.width; j += WIDTH<T>) store<T>(col_max + j, finite_shift<T, Vec<T>>(load<T>(cols.max + j)));
+    for (int64_t j = 0; j < t.width; j += WIDTH<T>) store<T>(col_max + j, finite_shift<T, Vec<T>>(load<T>(cols.level + j)));
     for (int64_t i = 0; i < t.rows; ++i) {
-        const Vec<T> shift = finite_shift<T, Vec<T>>(splat<T>(rows.max[i]));
+        const Vec<T> shift = finite_shift<T, Vec<T>>(splat<T>(rows.level[i]));
         Vec<T> sum{};
         for (int64_t j = 0; j < t.width; j += WIDTH<T>) {
             const Vec<T> logit = load<T>(logits + i * t.ld + j);
@@ -203,9 +243,9 @@ template <class T>
 void affinities(const Tile<T>& t, const T* logits, Statistics<T> rows, Statistics<T> cols, T floor, bool masked_self, T* out) {
     const T least = std::sqrt(floor);
     for (int64_t i = 0; i < t.rows; ++i) {
-        const T row_half = rows.max[i] * T(0.5), row_factor = rows.sum[i];
+        const T row_half = rows.level[i] * T(0.5), row_factor = rows.sum[i];
         for (int64_t j = 0; j < t.width; j += WIDTH<T>) {
-            const Vec<T> exponent = load<T>(logits + i * t.ld + j) - (load<T>(cols.max + j) * T(0.5) + row_half);
+            const Vec<T> exponent = load<T>(logits + i * t.ld + j) - (load<T>(cols.level + j) * T(0.5) + row_half);
             const Vec<T> value = exp_nonpositive(exponent) * (load<T>(cols.sum + j) * row_factor);
             store<T>(out + i * t.ld + j, at_least<T>(value, least));
         }
