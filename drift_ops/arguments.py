@@ -85,6 +85,8 @@ def check_same(what: str, name: str, got: object, like_name: str, expected: obje
 
 def check_positive(name: str, value: object) -> float:
     """``value`` as a float of at least ``LEAST`` and at most ``MOST``."""
+    if type(value) is float and LEAST <= value <= MOST:
+        return value
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: got {value!r} ({type(value).__name__}), expected a positive float")
     number = _as_float(value)
@@ -102,7 +104,7 @@ def check_flag(name: str, value: object) -> bool:
 
 def check_positives(name: str, values: object) -> tuple[float, ...]:
     """``values`` as a non-empty sequence of such floats."""
-    if isinstance(values, (str, bytes, bytearray)) or not isinstance(values, Sequence):
+    if not isinstance(values, (tuple, list)) and (isinstance(values, (str, bytes, bytearray)) or not isinstance(values, Sequence)):
         raise TypeError(
             f"{name}: got {values!r} ({type(values).__name__}), expected a list or tuple of positive floats"
         )

@@ -94,14 +94,14 @@ def loss_moments(
 def loss_forward(
     spec: LossSpec, maps: Sequence[LossMap]
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor, list[Tensor]]:
-    """Phases 1 and 2 at once: losses ``[G]``, scales ``[maps]``, λ_R² and 1/λ_R ``[maps, R]``, and the forces."""
-    R = len(spec.R_list)
-    losses = [of_map.gen.new_empty(of_map.groups) for of_map in maps]
-    forces = [of_map.gen.new_empty(state_shape(spec, of_map)) for of_map in maps]
-    statistics = torch.empty(len(maps) * (1 + 2 * R), dtype=torch.float64)
-    _cpu.loss_forward(spec, list(maps), losses, forces, statistics, torch.get_num_threads())
-    scale, squares, factors = statistics.split([len(maps), len(maps) * R, len(maps) * R])
-    return losses, scale, squares.view(-1, R), factors.view(-1, R), forces
+    """Phases 1 and 2 at once; see :func:`drift_ops.ops.loss_in_phases`."""
+    R, gen = len(spec.R_list), maps[0].gen
+    losses = [gen.new_empty(of_map.groups) for of_map in maps]
+    forces = [gen.new_empty(state_shape(spec, of_map)) for of_map in maps]
+    statistics = gen.new_empty(len(maps), 1 + R)
+    scale, factors = torch.empty(len(maps), dtype=torch.float64), torch.empty(len(maps), R, dtype=torch.float64)
+    _cpu.loss_forward(spec, maps, losses, forces, statistics, scale, factors, torch.get_num_threads())
+    return losses, statistics, scale, factors, forces
 
 
 def loss_gradient(

@@ -74,10 +74,9 @@ def drift_loss(
         one = first.new_ones((), dtype=torch.float64 if first.dtype == torch.float64 else torch.float32)
         maps = [_loss_map(of_map, one, reads_16_bits=chosen == "triton") for of_map in checked]
         reduce = None if process_group is None else functools.partial(_mean_over_ranks, maps, process_group)
-        losses, scale, squares = ops.loss(maps, spec, chosen, reduce)
-    dtype, names = losses[0].dtype, [f"loss_{R}" for R in spec.R_list]
-    of_maps = zip(scale.to(dtype).unbind(), squares.to(dtype).unbind(), strict=True)
-    infos = [{"scale": of_map, **dict(zip(names, lambdas.unbind(), strict=True))} for of_map, lambdas in of_maps]
+        losses, statistics = ops.loss(maps, spec, chosen, reduce)
+    names = ["scale", *[f"loss_{R}" for R in spec.R_list]]
+    infos = [dict(zip(names, of_map.unbind(), strict=True)) for of_map in statistics.unbind()]
     if isinstance(gen, Tensor):
         return losses[0].view(gen.shape[:-2]), infos[0]
     return [loss.view(given.shape[:-2]) for loss, given in zip(losses, gen, strict=True)], infos
@@ -136,9 +135,10 @@ def _check_map(given: tuple[Any, ...], index: str, empty: bool) -> tuple[Any, ..
 def _loss_map(checked: tuple[Any, ...], one: Tensor, reads_16_bits: bool) -> LossMap:
     """The map as kernels want it, in the dtype computed in; ``one`` is the weight of points that have none."""
     points = [_in_two_dimensions(_saveable(ops.rows(p)), 2) for p in checked[:3]]
-    given = zip(checked[:3], checked[3:], strict=True)
-    weights = [one.expand(p.shape[:-1]) if w is None else _saveable(w.to(one.dtype)) for p, w in given]
-    weights = [_in_two_dimensions(w, 1) for w in weights]
+    weights = [
+        one.expand(p.shape[:-1]) if w is None else _in_two_dimensions(_saveable(w.to(one.dtype)), 1)
+        for p, w in zip(points, checked[3:], strict=True)
+    ]
     if not reads_16_bits:
         points = [to_compute_dtype(p) for p in points]
     return LossMap(tuple(points), tuple(weights))  # type: ignore[arg-type]

@@ -47,14 +47,39 @@ def _given(spec: type[_Spec], arguments: Sequence[Any]) -> tuple[_Spec, Any]:
     return spec.of(values), implementation(backend)
 
 
+class _Step(torch.autograd.Function):
+    """A step of the operator: it ``compute``s a result and ``keep``s what its backward needs."""
+
+    compute: Callable[..., Any]
+    keep: Callable[..., None]
+    of_transforms: type  # the same as torch.func wants it, its context set up apart, which takes longer
+
+    def __init_subclass__(cls) -> None:
+        if "of_transforms" in cls.__dict__:
+            return
+
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            output = cls.compute(*inputs)
+            cls.keep(ctx, inputs, output)
+            return output
+
+        apart = {"forward": staticmethod(cls.compute), "setup_context": staticmethod(cls.keep), "of_transforms": None}
+        cls.of_transforms = type(cls.__name__, (cls,), apart)
+        cls.forward = staticmethod(forward)  # type: ignore[assignment]
+
+
+def _apply(step: type[_Step], *inputs: Any) -> Any:
+    return (step.of_transforms if torch._C._are_functorch_transforms_active() else step).apply(*inputs)
+
+
 # Forms A and B.
 
 
-class _AffinitySums(torch.autograd.Function):
+class _AffinitySums(_Step):
     """:func:`affinity_sums`; ``tensors`` are q, w, the keys, and the values where these are not the keys."""
 
     @staticmethod
-    def forward(spec: AffinitySpec, backend: str, keys: int, *tensors: Any) -> tuple[Tensor, ...]:
+    def compute(spec: AffinitySpec, backend: str, keys: int, *tensors: Any) -> tuple[Tensor, ...]:
         q, w, *others = tensors
         if _is_plain(q):
             of_keys, of_values = rows(others[:keys]), rows(others[keys:])
@@ -62,7 +87,7 @@ class _AffinitySums(torch.autograd.Function):
         return _affinity_sums(q, others[:keys], others[keys:], w, *spec.values(), backend)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.spec, ctx.backend, ctx.keys, *tensors = inputs
         ctx.save_for_backward(*tensors, *output[2:])
         ctx.mark_non_differentiable(*output[2:])
@@ -102,7 +127,7 @@ def affinity_sums(
         tensor; and ``centre [G, D]``, a constant that the backend has chosen amid the values.
     """
     keys = [k.view_as(k) for k in keys]  # dynamo wants to see no tensor twice, and queries may be keys
-    num, den, _, _, centre = _AffinitySums.apply(spec, backend, len(keys), q, w, *keys, *(values or ()))
+    num, den, _, _, centre = _apply(_AffinitySums, spec, backend, len(keys), q, w, *keys, *(values or ()))
     return num, den, centre
 
 
@@ -170,18 +195,18 @@ def rows(t: Any) -> Any:
 # Form C.
 
 
-class _LossGradient(torch.autograd.Function):
+class _LossGradient(_Step):
     """The losses of all maps as they are; their gradient w.r.t. gen is :func:`_loss_gradient`.
 
     ``tensors`` are the losses, then gen, neg, pos of every map, then their weights, then what phase 2 has left.
     """
 
     @staticmethod
-    def forward(spec: LossSpec, backend: str, scale: Tensor, factors: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(loss.clone() for loss in tensors[: len(tensors) // 8])
+    def compute(spec: LossSpec, backend: str, scale: Tensor, factors: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple([loss.clone() for loss in tensors[: len(tensors) // 8]])
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.spec, ctx.backend, scale, factors, *tensors = inputs
         ctx.save_for_backward(scale, factors, *tensors[len(output) :])
 
@@ -204,8 +229,8 @@ MeanOverRanks = Callable[[Tensor], Tensor]
 
 def loss(
     maps: Sequence[LossMap], spec: LossSpec, backend: str, mean_over_ranks: MeanOverRanks | None
-) -> tuple[Sequence[Tensor], Tensor, Tensor]:
-    """Form C: the loss ``[G]`` of every map, differentiable w.r.t. gen, the scales ``[maps]`` and λ_R² ``[maps, R]``.
+) -> tuple[Sequence[Tensor], Tensor]:
+    """Form C: the loss ``[G]`` of every map, differentiable w.r.t. gen, and its scale and λ_R², ``[maps, 1 + R]``.
 
     Three phases, parted by the statistics over all groups, of which the third, the gradient, is for the backward.
     ``mean_over_ranks`` takes float64 means ``[maps, n]`` over this rank's groups to those over all ranks'.
@@ -213,20 +238,20 @@ def loss(
     with torch.no_grad():
         plain = _is_plain(maps[0].gen)
         if plain and mean_over_ranks is None and hasattr(implementation(backend), "loss_forward"):
-            losses, scale, squares, factors, states = implementation(backend).loss_forward(spec, maps)
+            losses, statistics, scale, factors, states = implementation(backend).loss_forward(spec, maps)
         else:
-            losses, scale, squares, factors, states = _loss_in_phases(maps, spec, backend, plain, mean_over_ranks)
-    if torch.is_grad_enabled() and any(of_map.gen.requires_grad for of_map in maps):
-        points = [t for (gen, *fixed), _ in maps for t in (gen, *(t.detach() for t in fixed))]
-        weights = [w.detach() for _, of_map in maps for w in of_map]
-        losses = _LossGradient.apply(spec, backend, scale, factors, *losses, *points, *weights, *states)
-    return losses, scale, squares
+            losses, statistics, scale, factors, states = loss_in_phases(maps, spec, backend, plain, mean_over_ranks)
+    if torch.is_grad_enabled() and any([of_map.gen.requires_grad for of_map in maps]):
+        points, weights = [t for of_map, _ in maps for t in of_map], [w for _, of_map in maps for w in of_map]
+        losses = _apply(_LossGradient, spec, backend, scale, factors, *losses, *points, *weights, *states)
+    return losses, statistics
 
 
-def _loss_in_phases(
+def loss_in_phases(
     maps: Sequence[LossMap], spec: LossSpec, backend: str, plain: bool, mean_over_ranks: MeanOverRanks | None
 ) -> tuple[Sequence[Tensor], Tensor, Tensor, Tensor, Sequence[Tensor]]:
-    """Losses, scales, λ_R², 1/λ_R, and what phase 2 has left for phase 3."""
+    """Losses; scale and λ_R² ``[maps, 1 + R]``; for phase 3 scales ``[maps]`` and 1/λ_R ``[maps, R]`` in float64, and
+    what phase 2 has left for it."""
     over_ranks = mean_over_ranks or (lambda means: means)
     points = [t.detach() for of_map, _ in maps for t in of_map]
     weights = [w.detach() for _, of_map in maps for w in of_map]
@@ -236,18 +261,18 @@ def _loss_in_phases(
     else:
         means, kept = _loss_scale(points, weights, *spec.values(), backend)
     mean_distance, mean_weight = over_ranks(means).unbind(1)
-    scale = mean_distance / mean_weight  # [maps]
+    scale = mean_distance / mean_weight
     if plain:
         states, moments = zip(*implementation(backend).loss_moments(spec, maps, kept, scale), strict=True)
     else:
         states, moments = _loss_moments(points, weights, kept, scale, *spec.values(), backend)
     # λ_r² is the mean of F_r², and the loss that of the square of Σ_r F_r/λ_r.
     squares = torch.stack([of_map.diagonal(dim1=1, dim2=2).mean(0, dtype=torch.float64) for of_map in moments])
-    squares = over_ranks(squares)  # [maps, R]
+    squares = over_ranks(squares)
     factors = squares.clamp(min=spec.least_squared_lambda).rsqrt()
     products = (factors.unsqueeze(2) * factors.unsqueeze(1)).to(moments[0].dtype)  # [maps, R, R]
     losses = [(of_map * by).sum((1, 2)) for of_map, by in zip(moments, products.unbind(), strict=True)]
-    return losses, scale, squares, factors, states
+    return losses, torch.cat([scale.unsqueeze(1), squares], 1).to(moments[0].dtype), scale, factors, states
 
 
 _MAPS = "Tensor[] points, Tensor[] weights"  # gen, neg, pos of map 0, then of map 1, and so on

@@ -4,7 +4,7 @@
 #include <cstdlib>
 #include <new>
 
-namespace drift::DRIFT_ISA {
+namespace drift {
 
 template <class T> class Buffer {
     T* data;
@@ -20,4 +20,4 @@ template <class T> class Buffer {
     operator T*() const { return data; }
 };
 
-}  // namespace drift::DRIFT_ISA
+}  // namespace drift

@@ -16,12 +16,15 @@ template <class T> T unit_of_points(const LossSpec& spec, double scale, int64_t 
     return T(std::max(scale / std::sqrt(double(D)), spec.least_scale));
 }
 
+constexpr int64_t SHORT_SUM = 512;
+
 // moments [R, R] of one group: mean products of its forces, which lie `stride` apart.
 template <class T> void find_moments(int64_t R, int64_t N, int64_t D, const T* forces, int64_t stride, T* moments) {
     for (int64_t r = 0; r < R; ++r)
         for (int64_t other = 0; other <= r; ++other) {
-            double sum = 0;
-            for (int64_t n = 0; n < N * D; n += D) sum += dot(forces + r * stride + n, forces + other * stride + n, D);
+            double sum = 0;  // of short sums, whose terms are not yet lost
+            for (int64_t n = 0; n < N * D; n += SHORT_SUM)
+                sum += dot(forces + r * stride + n, forces + other * stride + n, std::min(SHORT_SUM, N * D - n));
             moments[r * R + other] = moments[other * R + r] = T(sum / double(N * D));
         }
 }
@@ -30,7 +33,8 @@ template <class T> class LossGroup {
     const LossProblem<T>& p;
     const int64_t N, M, D, ld, depth;
     Buffer<const T*> rows;
-    Buffer<T> centred, panels, query_norms, norms, weights, own_distances, A, row_stats, col_stats;
+    Buffer<T> centred, panels, query_norms, norms, negative_weights, positive_weights;  // weights are 0 on the other side
+    Buffer<T> own_distances, A, row_stats, col_stats;
 
   public:
     double weight_total = 0;  // Σ w of the group opened last
@@ -38,7 +42,7 @@ template <class T> class LossGroup {
     explicit LossGroup(const LossProblem<T>& p)
         : p(p), N(p.N()), M(p.M()), D(p.D), ld(round_up(M, KEPT_ALIGN)), depth(round_up(D, PANEL<T>)), rows(round_up(M, PANEL<T>)),
           centred(N * D), panels(std::max(round_up(M, PANEL<T>) * D, M * depth)), query_norms(N), norms(round_up(M, PANEL<T>)),
-          weights(ld), own_distances(N * ld), A(N * ld), row_stats(2 * round_up(N, ROW_GRAIN)), col_stats(2 * ld) {}
+          negative_weights(ld), positive_weights(ld), own_distances(N * ld), A(N * ld), row_stats(2 * round_up(N, ROW_GRAIN)), col_stats(2 * ld) {}
 
     // Distances into `kept` (null: into the group's own memory); returns Σ d·w.
     double find_distances(int64_t g, T* kept) {
@@ -55,7 +59,14 @@ template <class T> class LossGroup {
             distances<T>(t, D, {rows, centred, query_norms}, {rows, panels, norms}, true, T(p.spec.least_distance), d + t.row * ld + t.col);
         });
         double total = 0;
-        for (int64_t i = 0; i < N; ++i) total += dot<T>(d + i * ld, weights, M);
+        for (int64_t i = 0; i < N; ++i) {
+            Vec<T> of_row{};
+            for (int64_t j = 0; j < M; j += WIDTH<T>) {  // infinite distances beyond the targets count for nothing
+                const Vec<T> here = load<T>(d + i * ld + j), w = load<T>(negative_weights + j) + load<T>(positive_weights + j);
+                of_row += here > std::numeric_limits<T>::max() && w == Vec<T>{} ? Vec<T>{} : here * w;
+            }
+            total += horizontal_sum<T>(of_row);
+        }
         return total;
     }
 
@@ -86,12 +97,14 @@ template <class T> class LossGroup {
         int64_t j = 0;
         weight_total = 0;
         std::fill_n(static_cast<const T**>(rows), round_up(M, PANEL<T>), nullptr);
-        std::fill_n(static_cast<T*>(weights), ld, T(0));
+        std::fill_n(static_cast<T*>(negative_weights), ld, T(0));
+        std::fill_n(static_cast<T*>(positive_weights), ld, T(0));
         for (int kind = 0; kind < 3; ++kind)
             for (int64_t n = 0; n < p.points[kind].count; ++n, ++j) {
                 rows[j] = p.points[kind](g, n);
-                weights[j] = *p.weights[kind](g, n);
-                weight_total += weights[j];
+                const T weight = *p.weights[kind](g, n);
+                (kind == 2 ? positive_weights : negative_weights)[j] = weight;
+                weight_total += weight;
             }
     }
 
@@ -125,7 +138,7 @@ template <class T> class LossGroup {
 
     // c⁻_ij = −A⁻_ij Σ⁺_i and c⁺_ij = A⁺_ij Σ⁻_i, times `by`, left in A.
     void find_coefficients(const T* d, const Logit<T>& logit, T least_distance, T by) {
-        const int64_t padded = round_up(N, ROW_GRAIN), split = M - p.points[2].count;
+        const int64_t padded = round_up(N, ROW_GRAIN);
         const Statistics<T> row{row_stats, row_stats + padded}, col{col_stats, col_stats + ld};
         const T level = logit.at(least_distance), least = std::sqrt(T(p.spec.floor));
         row.start(padded, level), col.start(ld, level);
@@ -133,19 +146,23 @@ template <class T> class LossGroup {
             const int64_t corner = t.row * ld + t.col;
             add_exponentials<T>(t, logit, level, d + corner, row.sum + t.row, col.sum + t.col, A + corner);
         });
-        if (all_counted<T>(row.sum, N) && all_counted<T>(col.sum, M)) {
-            row.finish(padded), col.finish(ld);
-            for (int64_t i = 0; i < N; ++i)
-                for (int64_t j = 0; j < M; j += WIDTH<T>)
-                    store<T>(A + i * ld + j, at_least<T>(load<T>(A + i * ld + j) * row.sum[i] * load<T>(col.sum + j), least));
-        } else {
+        const bool one_level = all_counted<T>(row.sum, N) && all_counted<T>(col.sum, M);
+        if (one_level)
+            row.finish(N), col.finish(ld);
+        else
             find_affinities_far_apart(d, logit, row, col);
-        }
         for (int64_t i = 0; i < N; ++i) {
             T* a = A + i * ld;
-            const T negative = weigh<T>(a, weights, split), positive = weigh<T>(a + split, weights + split, M - split);
-            for (int64_t j = 0; j < split; ++j) a[j] *= -positive * by;
-            for (int64_t j = split; j < M; ++j) a[j] *= negative * by;
+            Vec<T> negatives{}, positives{};
+            for (int64_t j = 0; j < M; j += WIDTH<T>) {
+                Vec<T> value = load<T>(a + j);
+                if (one_level) store<T>(a + j, value = at_least<T>(value * row.sum[i] * load<T>(col.sum + j), least));
+                negatives += value * load<T>(negative_weights + j);
+                positives += value * load<T>(positive_weights + j);
+            }
+            const T of_negatives = -horizontal_sum<T>(positives) * by, of_positives = horizontal_sum<T>(negatives) * by;
+            for (int64_t j = 0; j < M; j += WIDTH<T>)
+                store<T>(a + j, load<T>(a + j) * (load<T>(negative_weights + j) * of_negatives + load<T>(positive_weights + j) * of_positives));
         }
     }
 

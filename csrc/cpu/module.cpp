@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "../python.hpp"
+#include "buffer.hpp"
 #include "functions.hpp"
 
 using namespace drift;
@@ -131,21 +132,25 @@ void loss_moments(py::handle spec_, py::handle map, double scale, py::handle kep
     });
 }
 
-// All phases but the last, of one map and no other ranks: its losses [G], its forces, and scale, λ_R² [R], 1/λ_R [R].
-template <class T> void forward_of_map(const LossProblem<T>& p, T* losses, T* forces, double* scale, double* squares, double* factors) {
+// All phases but the last, of one map and no other ranks: its losses [G] and forces, its scale and λ_R² as `statistics` [1 + R],
+// and for the last phase the scale and 1/λ_R [R].
+template <class T> void forward_of_map(const LossProblem<T>& p, T* losses, T* forces, T* statistics, double* scale, double* factors) {
     const auto& functions = functions_of(T());
     const int64_t R = p.spec.R_list.size();
-    std::vector<T> kept(p.groups * p.kept_of_group()), moments(p.groups * R * R);
+    const Buffer<T> distances(p.groups * p.kept_of_group()), moments(p.groups * R * R);
+    T* const kept = p.kept_of_group() ? static_cast<T*>(distances) : nullptr;
     double means[2];
-    functions.loss_scale(p, means, kept.empty() ? nullptr : kept.data());
+    functions.loss_scale(p, means, kept);
     *scale = means[0] / means[1];
-    functions.loss_moments(p, *scale, kept.empty() ? nullptr : kept.data(), forces, moments.data());
+    functions.loss_moments(p, *scale, kept, forces, moments);
     for (int64_t r = 0; r < R; ++r) {
         double sum = 0;
         for (int64_t g = 0; g < p.groups; ++g) sum += moments[(g * R + r) * R + r];
-        squares[r] = sum / double(p.groups);
-        factors[r] = 1 / std::sqrt(squares[r] < p.spec.least_squared_lambda ? p.spec.least_squared_lambda : squares[r]);
+        const double square = sum / double(p.groups), least = p.spec.least_squared_lambda;
+        statistics[1 + r] = T(square);
+        factors[r] = 1 / std::sqrt(square < least ? least : square);
     }
+    statistics[0] = T(*scale);
     for (int64_t g = 0; g < p.groups; ++g) {
         double loss = 0;
         for (int64_t n = 0; n < R * R; ++n) loss += moments[g * R * R + n] * factors[n / R] * factors[n % R];
@@ -153,18 +158,18 @@ template <class T> void forward_of_map(const LossProblem<T>& p, T* losses, T* fo
     }
 }
 
-void loss_forward(py::handle spec_, const py::list& maps, const py::list& losses, const py::list& forces, py::handle statistics, int threads) {
+void loss_forward(py::handle spec_, const py::list& maps, const py::list& losses, const py::list& forces, py::handle statistics,
+                  py::handle scale, py::handle factors, int threads) {
     const LossSpec spec = loss_spec(spec_);
-    double* of_maps = data<double>(statistics);  // [1 + 2 R, maps …]: scales [maps], λ² [maps, R], 1/λ [maps, R]
-    const size_t count = maps.size(), R = spec.R_list.size();
-    for (size_t m = 0; m < count; ++m)
+    const size_t R = spec.R_list.size();
+    double *scales = data<double>(scale), *by_R = data<double>(factors);
+    for (size_t m = 0; m < maps.size(); ++m)
         with_type_of(losses[m], [&](auto type) {
             using T = decltype(type);
             const auto problem = loss_problem<T>(spec, maps[m], threads);
-            T *of_groups = data<T>(losses[m]), *out = data<T>(forces[m]);
-            double *squares = of_maps + count + m * R, *factors = squares + count * R;
+            T *of_groups = data<T>(losses[m]), *out = data<T>(forces[m]), *found = data<T>(statistics) + m * (1 + R);
             const py::gil_scoped_release release;
-            forward_of_map<T>(problem, of_groups, out, of_maps + m, squares, factors);
+            forward_of_map<T>(problem, of_groups, out, found, scales + m, by_R + m * R);
         });
 }
 

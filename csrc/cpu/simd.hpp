@@ -41,21 +41,31 @@ template <class T> DRIFT_INLINE Vec<T> greater(Vec<T> a, Vec<T> b) { return a > 
 // NaN stays NaN.
 template <class T> DRIFT_INLINE Vec<T> at_least(Vec<T> v, T least) { return v < least ? splat<T>(least) : v; }
 
-template <class T> DRIFT_INLINE bool any(typename Simd<T>::ivec mask) {
-    auto lanes = mask[0];
-    for (int l = 1; l < WIDTH<T>; ++l) lanes |= mask[l];
-    return lanes != 0;
+// The lanes of v, `by` further on.
+template <int BY, class V, int... LANE> DRIFT_INLINE V rotated(V v, std::integer_sequence<int, LANE...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+    return __builtin_shufflevector(v, v, ((LANE + BY) % int(sizeof...(LANE)))...);
+#else
+    return V{v[(LANE + BY) % int(sizeof...(LANE))]...};
+#endif
 }
 
+// What `combine` makes of all lanes, in every lane: a tree of log2(LANES) steps.
+template <int LANES, int BY = LANES / 2, class V, class Combine> DRIFT_INLINE V folded(V v, Combine combine) {
+    if constexpr (BY == 0)
+        return v;
+    else
+        return folded<LANES, BY / 2>(combine(v, rotated<BY>(v, std::make_integer_sequence<int, LANES>())), combine);
+}
+
+template <class T> DRIFT_INLINE bool any(typename Simd<T>::ivec mask) {
+    return folded<WIDTH<T>>(mask, [](auto a, auto b) { return a | b; })[0] != 0;
+}
 template <class T> DRIFT_INLINE T horizontal_sum(Vec<T> v) {
-    T sum = 0;
-    for (int l = 0; l < WIDTH<T>; ++l) sum += v[l];
-    return sum;
+    return folded<WIDTH<T>>(v, [](auto a, auto b) { return a + b; })[0];
 }
 template <class T> DRIFT_INLINE T horizontal_max(Vec<T> v) {
-    T top = v[0];
-    for (int l = 1; l < WIDTH<T>; ++l) top = v[l] > top ? v[l] : top;
-    return top;
+    return folded<WIDTH<T>>(v, [](auto a, auto b) { return a > b ? a : b; })[0];
 }
 
 // {a0, b0, a1, b1, …} of the lower (first = 0) or upper (first = WIDTH/2) halves of a and b.
