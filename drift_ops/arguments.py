@@ -104,7 +104,7 @@ def check_flag(name: str, value: object) -> bool:
 
 def check_positives(name: str, values: object) -> tuple[float, ...]:
     """``values`` as a non-empty sequence of such floats."""
-    if not isinstance(values, (tuple, list)) and (isinstance(values, (str, bytes, bytearray)) or not isinstance(values, Sequence)):
+    if isinstance(values, (str, bytes, bytearray)) or not isinstance(values, (tuple, list, Sequence)):
         raise TypeError(
             f"{name}: got {values!r} ({type(values).__name__}), expected a list or tuple of positive floats"
         )

@@ -114,6 +114,6 @@ def loss_gradient(
 ) -> list[Tensor]:
     """Phase 3: of each map the gradient w.r.t. gen, from the forces and the global statistics."""
     grads = [torch.empty_like(of_map.gen) for of_map in maps]
-    of_losses = [of_map.contiguous() for of_map in incoming]
-    _cpu.loss_gradient(spec, list(states), scale.contiguous(), factors.contiguous(), of_losses, grads, torch.get_num_threads())
+    statistics = scale.contiguous(), factors.contiguous(), [of_map.contiguous() for of_map in incoming]
+    _cpu.loss_gradient(spec, list(states), *statistics, grads, torch.get_num_threads())
     return grads

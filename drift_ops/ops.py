@@ -52,7 +52,7 @@ class _Step(torch.autograd.Function):
 
     compute: Callable[..., Any]
     keep: Callable[..., None]
-    of_transforms: type  # the same as torch.func wants it, its context set up apart, which takes longer
+    of_transforms: Any  # the same as torch.func wants it, its context set up apart, which takes longer
 
     def __init_subclass__(cls) -> None:
         if "of_transforms" in cls.__dict__:
@@ -68,7 +68,7 @@ class _Step(torch.autograd.Function):
         cls.forward = staticmethod(forward)  # type: ignore[assignment]
 
 
-def _apply(step: type[_Step], *inputs: Any) -> Any:
+def _apply(step: Any, *inputs: Any) -> Any:
     return (step.of_transforms if torch._C._are_functorch_transforms_active() else step).apply(*inputs)
 
 

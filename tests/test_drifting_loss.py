@@ -147,8 +147,8 @@ def test_a_weight_counts_like_copies():
         patch.setattr(drift_ops, "drift_loss", spy)
         DriftingLoss(TwoMaps(), TEMPERATURES)(images, images, images[:, :2], torch.tensor([1.0, 3.0]))
     weights = dict(zip(("f", "f_mean", "f_std_2"), captured["weight_neg"], strict=True))
-    assert weights["f"].shape == (32, 2) and weights["f_mean"].tolist() == [[1.0, 1.0], [3.0, 3.0]]
-    assert weights["f"][:16].eq(1).all() and weights["f"][16:].eq(3).all()
+    assert weights["f"].shape == (2, 16, 2) and weights["f_mean"].tolist() == [[[1.0, 1.0]], [[3.0, 3.0]]]
+    assert weights["f"][0].eq(1).all() and weights["f"][1].eq(3).all()
 
 
 def test_gradient_reaches_only_the_generated_samples():

@@ -89,10 +89,10 @@ def assert_same_metrics(results, expected, **tolerance):
 
 @st.composite
 def layouts(draw):
-    """Maps ``[T, n, D]`` of n samples."""
+    """Maps ``[1, T, n, D]`` of n samples."""
     n, dtype = draw(st.integers(0, 4)), draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
     places = draw(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4)), min_size=1, max_size=4))
-    return {str(i): torch.randn(T, n, D).to(dtype) for i, (T, D) in enumerate(places)}
+    return {str(i): torch.randn(1, T, n, D).to(dtype) for i, (T, D) in enumerate(places)}
 
 
 @settings(deadline=None)
@@ -103,8 +103,8 @@ def test_maps_pass_through_vectors_unchanged(maps, labels):
     unpacked = layout.unpack(vectors.expand(labels, *vectors.shape))
     assert list(unpacked) == list(maps)
     for name, of_map in maps.items():
-        assert unpacked[name].dtype == of_map.dtype and unpacked[name].is_contiguous()
-        assert torch.equal(unpacked[name], of_map.repeat(labels, 1, 1))
+        assert unpacked[name].dtype == of_map.dtype and unpacked[name].stride(-1) == 1
+        assert torch.equal(unpacked[name], of_map.expand(labels, -1, -1, -1))
 
 
 @settings(deadline=None, max_examples=60)
@@ -142,7 +142,7 @@ def test_drawn_features_are_those_of_the_drawn_samples(batches, shape, places, s
         assert (of_step.uncond is not None) == guided
         expected = loss_fn.groups(of_step.pos)
         assert list(pos) == list(expected) and all(torch.equal(pos[name], expected[name]) for name in expected)
-        expected = loss_fn.groups(of_step.uncond) if guided else {name: of_map[:, :0] for name, of_map in pos.items()}
+        expected = loss_fn.groups(of_step.uncond) if guided else {name: of_map[:, :, :0] for name, of_map in pos.items()}
         assert list(neg) == list(expected) and all(torch.equal(neg[name], expected[name]) for name in expected)
 
 
@@ -307,7 +307,7 @@ def test_all_ranks_need_the_memory(found, kept, capsys):
             return found
 
     loss_fn, device = DriftingLoss("input"), torch.device("cpu")
-    layout = MapLayout({"input": torch.zeros(1, 2, 1)})
+    layout = MapLayout({"input": torch.zeros(1, 1, 2, 1)})
     for rank in range(2):
         queue = SampleQueue(2, 5, (1,), unconditional_queue_size=2)  # Twelve slots of four bytes take 48.
         features = keep_features(loss_fn, layout, device, queue, Two(rank, 2))

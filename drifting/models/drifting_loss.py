@@ -99,7 +99,7 @@ class DriftingLoss(nn.Module):
         return self.of_groups(self.groups(x_gen), *real, weight)
 
     def check_extractor(self, sample_shape: Sequence[int], device: torch.device) -> FeatureMaps:
-        """The maps ``[T, 2, D]`` of two samples of that shape; an extractor that returns none raises ValueError."""
+        """The maps ``[1, T, 2, D]`` of two samples of that shape; an extractor that returns none raises ValueError."""
         samples = torch.zeros(1, 2, *sample_shape, device=device, requires_grad=True)
         try:
             return self.groups(samples * 1)  # An extractor may change samples in place, but not a leaf.
@@ -109,7 +109,7 @@ class DriftingLoss(nn.Module):
             raise ValueError(f"{tried}: {reason(error)}") from error
 
     def groups(self, samples: Tensor) -> FeatureMaps:
-        """Maps of samples ``[L, n, *shape]`` as groups ``[L·T, n, D]``, from one forward pass of the extractor."""
+        """Maps of samples ``[L, n, *shape]`` as L·T groups ``[L, T, n, D]``, views of what the extractor returns."""
         L, n = samples.shape[:2]
         if self.stopwatch is not None:
             self.stopwatch.enter("encoder")
@@ -120,7 +120,7 @@ class DriftingLoss(nn.Module):
         groups = {}
         for name, feature in maps.items():
             feature = feature.bfloat16() if self.bf16 else feature  # Autocast leaves some operations in float32.
-            groups[name] = feature.unflatten(0, (L, n)).transpose(1, 2).flatten(0, 1)
+            groups[name] = feature.unflatten(0, (L, n)).transpose(1, 2)
             if self.stopwatch is not None:
                 self.stopwatch.enter_at_gradient(groups[name], "encoder")
         return groups
@@ -131,8 +131,7 @@ class DriftingLoss(nn.Module):
             self.stopwatch.enter("operator")
         if self.field == "gaussian":
             return self._gaussian(gen, pos)
-        # Every location of a map has its row of weights.
-        weights = [weight.repeat_interleave(len(groups) // len(weight), dim=0) for groups in neg.values()]
+        weights = [weight.unsqueeze(1).expand(groups.shape[:3]) for groups in neg.values()]  # Locations share one row.
         losses, infos = drift_ops.drift_loss(
             list(gen.values()), list(pos.values()), list(neg.values()), weight_neg=weights, R_list=self.temperatures,
             affinity_floor=self.affinity_floor, process_group=self.process_group, backend=self.backend,
@@ -170,7 +169,7 @@ class SimpleDriftingLoss(DriftingLoss):
 
 def split_groups(groups: FeatureMaps, num: int) -> tuple[FeatureMaps, FeatureMaps]:
     """The first ``num`` samples of every group, and the others."""
-    return {name: g[:, :num] for name, g in groups.items()}, {name: g[:, num:] for name, g in groups.items()}
+    return {name: g[:, :, :num] for name, g in groups.items()}, {name: g[:, :, num:] for name, g in groups.items()}
 
 
 def build_extractor(extractor: Extractor | Sequence[Extractor], in_chans: int | None) -> nn.Module:

@@ -30,7 +30,7 @@ class Groups:
     pos: Tensor  # [l, P, *sample_shape]: real samples of the labels
     uncond: Tensor | None  # [l, U, *sample_shape]: real samples of any label, the unconditional negatives
     weight: Tensor | None  # [l]: the weight of each of these relative to a generated sample
-    maps: tuple[FeatureMaps, FeatureMaps] | None  # [l·T, P, D] and [l·T, U or 0, D]: those of pos and uncond, if kept
+    maps: tuple[FeatureMaps, FeatureMaps] | None  # [l, T, P, D], [l, T, U or 0, D]: of pos and uncond, if kept
 
 
 @dataclass
@@ -128,13 +128,13 @@ class ClassGroups:
         order = torch.randperm(len(available), generator=random)
         label = available[order[torch.arange(L) % len(available)]]  # [L]
         P, U = config.pos_per_label, config.uncond_per_label
-        # The positives are [l, P, *sample_shape], and their maps [l·T, P, D].
+        # The positives are [l, P, *sample_shape], and their maps [l, T, P, D].
         pos, pos_maps = self._drawn(lambda queue: queue.sample(label, P, random, mine), random)
         cfg_scale = sample_cfg_scale(L, self.config.guidance, random) if guided else torch.ones(L)
         uncond = uncond_maps = weight = None
         if cfg_scale.max() > 1:
             part = slice(mine.start * U, mine.stop * U)
-            # The negatives are [l, U, *sample_shape], and their maps [l·T, U, D].
+            # The negatives are [l, U, *sample_shape], and their maps [l, T, U, D].
             uncond, uncond_maps = self._drawn(
                 lambda queue: queue.sample_unconditional(L * U, random, part).unflatten(0, (-1, U)), random
             )

@@ -20,15 +20,15 @@ COMPARED, TOLERANCE = 8, 0.05  # Roundings of bfloat16 stay below it; another ne
 
 
 class MapLayout:
-    """How all maps of a sample lie in one vector, one after another, as those of any samples ``[T, n, D]`` tell."""
+    """How all maps of a sample lie in one vector, one after another, as those of any samples ``[1, T, n, D]`` tell."""
 
     def __init__(self, maps: FeatureMaps) -> None:
-        self.places = {name: (len(of_map), of_map.shape[2]) for name, of_map in maps.items()}
+        self.places = {name: (of_map.shape[1], of_map.shape[3]) for name, of_map in maps.items()}
         self.sizes = [T * D for T, D in self.places.values()]
         self.dtype = next(iter(maps.values())).dtype  # The operator wants the same of all.
 
     def pack(self, maps: FeatureMaps) -> Tensor:
-        """The vectors ``[n, length]`` of samples with maps ``[T, n, D]``; those of another layout raise UserError."""
+        """The vectors ``[n, length]`` of samples with maps ``[1, T, n, D]``; another layout raises UserError."""
         found = MapLayout(maps).places
         for name in found | self.places:
             received, expected = found.get(name, "missing"), self.places.get(name, "missing")
@@ -37,15 +37,12 @@ class MapLayout:
                     f"the feature map {name!r} is {received}, expected {expected} (locations, features) as of the two "
                     "samples of the trial: what depends on the batch cannot be kept, set step.queue_features=false"
                 )
-        return torch.cat([maps[name].transpose(0, 1).flatten(1) for name in self.places], 1)
+        return torch.cat([maps[name][0].transpose(0, 1).flatten(1) for name in self.places], 1)
 
     def unpack(self, vectors: Tensor) -> FeatureMaps:
-        """The maps of samples with vectors ``[L, n, length]``, as the groups ``[L·T, n, D]`` of the loss."""
-        maps = {}
-        for (name, (T, D)), part in zip(self.places.items(), vectors.split(self.sizes, 2), strict=True):
-            # A map that is a view would keep all vectors in memory, beside the copies of other maps.
-            maps[name] = part.unflatten(2, (T, D)).transpose(1, 2).flatten(0, 1).contiguous()
-        return maps
+        """The maps of samples with vectors ``[L, n, length]``, as the groups ``[L, T, n, D]`` of the loss: views."""
+        parts = zip(self.places.items(), vectors.split(self.sizes, 2), strict=True)
+        return {name: part.unflatten(2, (T, D)).transpose(1, 2) for (name, (T, D)), part in parts}
 
 
 @dataclass
@@ -68,7 +65,7 @@ class RealFeatures:
         return vectors
 
     def groups(self, vectors: Tensor) -> FeatureMaps:
-        """The maps of drawn vectors ``[L, n, length]``, as the groups ``[L·T, n, D]`` of the loss."""
+        """The maps of drawn vectors ``[L, n, length]``, as the groups ``[L, T, n, D]`` of the loss."""
         return self.layout.unpack(vectors.to(self.device))
 
     def load(self, state: dict[str, Any] | None, samples: SampleQueue) -> None:

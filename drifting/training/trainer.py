@@ -161,8 +161,7 @@ class DriftingTrainer:
         for part in parts:
             with averaging_gradients(self.weights.distributed, part is parts[-1]):
                 maps = loss_fn.groups(generate(part))
-                rows = [gradients[name].unflatten(0, (L, -1))[part].flatten(0, 1) for name in maps]
-                torch.autograd.backward(list(maps.values()), rows)
+                torch.autograd.backward(list(maps.values()), [gradients[name][part] for name in maps])
         return torch.cat(samples), loss.detach(), info
 
     def _generate(self, inputs: dict[str, Tensor], groups: Groups, part: slice) -> Tensor:
