@@ -51,6 +51,7 @@ def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> str:
     Raises:
         ValueError: ``name`` is unknown, cannot be used on this machine, or does not serve such tensors.
     """
+    _use_one_thread_after_fork()
     if name is None:
         of_device = {"cuda": ("triton", "cuda"), "cpu": ("cpu",)}.get(device.type, ())
         return next((n for n in of_device if not _WHY_NOT[n]() and not _why_not_for(n, device, dtype)), "reference")
@@ -66,6 +67,17 @@ def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> str:
 # torch.compile takes what choose returns for a constant, instead of tracing how it looks at the machine. This is all
 # that torch.compiler.assume_constant_result does, but that one imports the compiler, which takes seconds.
 choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+_process = os.getpid()
+
+
+def _use_one_thread_after_fork() -> None:
+    """A forked process lacks the threads of torch's OpenMP, and torch would wait for them for ever."""
+    global _process
+    if os.getpid() != _process:
+        torch.set_num_threads(1)
+        _process = os.getpid()
 
 
 def _why_not_for(name: str, device: torch.device, dtype: torch.dtype) -> str | None:

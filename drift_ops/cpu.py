@@ -71,7 +71,8 @@ def loss_scale(spec: LossSpec, maps: Sequence[LossMap]) -> list[tuple[Tensor, Te
     """Phase 1: of each map ``[mean d·w, mean w]`` in float64, and the distances kept for phase 2."""
     results = []
     for of_map in maps:
-        means, kept = torch.empty(2, dtype=torch.float64), of_map.gen.new_empty(kept_shape(spec, of_map))
+        means = of_map.gen.new_empty(2, dtype=torch.float64)
+        kept = of_map.gen.new_empty(kept_shape(spec, of_map))
         _cpu.loss_scale(spec, of_map, means, kept, torch.get_num_threads())
         results.append((means, kept))
     return results
@@ -99,7 +100,8 @@ def loss_forward(
     losses = [gen.new_empty(of_map.groups) for of_map in maps]
     forces = [gen.new_empty(state_shape(spec, of_map)) for of_map in maps]
     statistics = gen.new_empty(len(maps), 1 + R)
-    scale, factors = torch.empty(len(maps), dtype=torch.float64), torch.empty(len(maps), R, dtype=torch.float64)
+    scale = gen.new_empty(len(maps), dtype=torch.float64)
+    factors = gen.new_empty(len(maps), R, dtype=torch.float64)
     _cpu.loss_forward(spec, maps, losses, forces, statistics, scale, factors, torch.get_num_threads())
     return losses, statistics, scale, factors, forces
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from . import ops, reference
 from .arguments import check_flag, check_points, check_positive, check_positives
 from .backends import choose
-from .points import as_problems, to_compute_dtype
+from .points import as_problems, full_precision, to_compute_dtype
 from .spec import AffinitySpec
 
 
@@ -88,7 +88,7 @@ def _gaussian_field(
     check_flag("normalize_features", normalize_features)
     check_flag("normalize_drift", normalize_drift)
     chosen = choose(backend, x.device, x.dtype)
-    with torch.autocast(x.device.type, enabled=False):
+    with full_precision(x.device):
         points, data, gen = (to_compute_dtype(t) for t in (x, x_data, x_gen))
         if chosen == "reference":
             V = reference.compute_V(points, data, gen, sigmas, temperature, normalize_features, normalize_drift)

@@ -8,7 +8,7 @@ from torch import Tensor
 from . import ops, reference
 from .arguments import check_flag, check_floor, check_points, check_positive, check_positives, check_weights
 from .backends import choose
-from .points import as_problems, to_compute_dtype
+from .points import as_problems, full_precision, to_compute_dtype
 from .spec import AffinitySpec
 
 
@@ -67,7 +67,7 @@ def drift_field(
     )
     affinity_floor = check_floor(affinity_floor)
     chosen = choose(backend, x.device, x.dtype)
-    with torch.autocast(x.device.type, enabled=False):
+    with full_precision(x.device):
         q, p, n = (to_compute_dtype(t) for t in (x, pos, neg))
         w_pos, w_neg = (None if w is None else w.to(q.dtype) for w in (weight_pos, weight_neg))
         if chosen == "reference":

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import ops
 from .arguments import check_floor, check_points, check_positives, check_same, check_weights
 from .backends import choose
-from .points import to_compute_dtype
+from .points import full_precision, saveable, to_compute_dtype
 from .spec import LossMap, LossSpec
 
 
@@ -70,7 +70,7 @@ def drift_loss(
     spec = LossSpec(check_positives("R_list", R_list), check_floor(affinity_floor))
     first = checked[0][0]
     chosen = choose(backend, first.device, first.dtype)
-    with torch.autocast(first.device.type, enabled=False):
+    with full_precision(first.device):
         one = first.new_ones((), dtype=torch.float64 if first.dtype == torch.float64 else torch.float32)
         maps = [_loss_map(of_map, one, reads_16_bits=chosen == "triton") for of_map in checked]
         reduce = None if process_group is None else functools.partial(_mean_over_ranks, maps, process_group)
@@ -134,21 +134,14 @@ def _check_map(given: tuple[Any, ...], index: str, empty: bool) -> tuple[Any, ..
 
 def _loss_map(checked: tuple[Any, ...], one: Tensor, reads_16_bits: bool) -> LossMap:
     """The map as kernels want it, in the dtype computed in; ``one`` is the weight of points that have none."""
-    points = [_in_two_dimensions(_saveable(ops.rows(p)), 2) for p in checked[:3]]
+    points = [_in_two_dimensions(saveable(ops.rows(p)), 2) for p in checked[:3]]
     weights = [
-        one.expand(p.shape[:-1]) if w is None else _in_two_dimensions(_saveable(w.to(one.dtype)), 1)
+        one.expand(p.shape[:-1]) if w is None else _in_two_dimensions(saveable(w.to(one.dtype)), 1)
         for p, w in zip(points, checked[3:], strict=True)
     ]
     if not reads_16_bits:
         points = [to_compute_dtype(p) for p in points]
     return LossMap(tuple(points), tuple(weights))  # type: ignore[arg-type]
-
-
-def _saveable(t: Tensor) -> Tensor:
-    """``t``; a copy of what was made in inference mode, which no graph takes."""
-    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not t.is_inference():
-        return t
-    return t.clone()
 
 
 def _in_two_dimensions(t: Tensor, trailing: int) -> Tensor:

@@ -5,13 +5,16 @@ made from its spec. In eager mode the backend is called as it is: the dispatcher
 Either way the values are the same in every bit.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from .backends import implementation
+from .points import saveable
 from .spec import AffinitySpec, LossMap, LossSpec
 
 _Spec = TypeVar("_Spec", AffinitySpec, LossSpec)
@@ -63,13 +66,39 @@ class _Step(torch.autograd.Function):
             cls.keep(ctx, inputs, output)
             return output
 
-        apart = {"forward": staticmethod(cls.compute), "setup_context": staticmethod(cls.keep), "of_transforms": None}
-        cls.of_transforms = type(cls.__name__, (cls,), apart)
+        apart = {"forward": staticmethod(cls.compute), "setup_context": staticmethod(cls.keep)}
+        cls.of_transforms = type(cls.__name__, (cls,), apart | {"generate_vmap_rule": True, "of_transforms": None})
         cls.forward = staticmethod(forward)  # type: ignore[assignment]
 
 
 def _apply(step: Any, *inputs: Any) -> Any:
     return (step.of_transforms if torch._C._are_functorch_transforms_active() else step).apply(*inputs)
+
+
+def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
+    raise NotImplementedError("drift_ops: there is no double backward; use backend='reference' for second derivatives")
+
+
+class _Once(_Step):
+    """The results of an op of a backward under torch.func, which takes no op that autograd is registered for."""
+
+    @staticmethod
+    def compute(op: Any, layout: Any, *leaves: Any) -> tuple[Tensor, ...]:
+        return tuple(tree_leaves(op(*tree_unflatten(leaves, layout))))
+
+    @staticmethod
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    backward = staticmethod(_no_double_backward)
+
+
+def _once(op: Any, *arguments: Any) -> Any:
+    """All results of an op of a backward, which has no derivative of its own."""
+    if not torch._C._are_functorch_transforms_active():
+        return tree_leaves(op(*arguments))
+    leaves, layout = tree_flatten(arguments)
+    return _Once.of_transforms.apply(op, layout, *leaves)
 
 
 # Forms A and B.
@@ -101,11 +130,11 @@ class _AffinitySums(_Step):
         grads = [q.new_zeros(s) if g is None else g for g, s in zip(incoming[:2], shapes, strict=True)]
         tensors = (q, keys, values, w, row_stats, col_stats, centre, *grads)
         if _is_plain(q) and not torch.is_grad_enabled():
-            found = _affinity_sums_backward_of(ctx.spec, implementation(ctx.backend), *tensors)
+            found = tree_leaves(_affinity_sums_backward_of(ctx.spec, implementation(ctx.backend), *tensors))
         else:
-            found = _affinity_sums_backward(*tensors, *ctx.spec.values(), ctx.backend)
-        grad_q, of_keys, of_values, grad_w = found
-        return None, None, None, grad_q, None if w is None else grad_w, *of_keys, *of_values
+            found = _once(_affinity_sums_backward, *tensors, *ctx.spec.values(), ctx.backend)
+        grad_q, *of_points, grad_w = found
+        return None, None, None, grad_q, None if w is None else grad_w, *of_points
 
 
 def affinity_sums(
@@ -127,7 +156,8 @@ def affinity_sums(
         tensor; and ``centre [G, D]``, a constant that the backend has chosen amid the values.
     """
     keys = [k.view_as(k) for k in keys]  # dynamo wants to see no tensor twice, and queries may be keys
-    num, den, _, _, centre = _apply(_AffinitySums, spec, backend, len(keys), q, w, *keys, *(values or ()))
+    tensors = [t if t is None else saveable(t) for t in (q, w, *keys, *(values or ()))]
+    num, den, _, _, centre = _apply(_AffinitySums, spec, backend, len(keys), *tensors)
     return num, den, centre
 
 
@@ -219,7 +249,8 @@ class _LossGradient(_Step):
             by_map = _by_map(points, weights)
             grads = implementation(ctx.backend).loss_gradient(ctx.spec, by_map, states, scale, factors, incoming)
         else:
-            grads = _loss_gradient(points, weights, states, scale, factors, incoming, *ctx.spec.values(), ctx.backend)
+            statistics = (states, scale, factors, incoming)
+            grads = _once(_loss_gradient, points, weights, *statistics, *ctx.spec.values(), ctx.backend)
         of_points = [t for grad in grads for t in (grad, None, None)]
         return None, None, None, None, *[None] * maps, *of_points, *[None] * (4 * maps)
 
@@ -233,46 +264,69 @@ def loss(
     """Form C: the loss ``[G]`` of every map, differentiable w.r.t. gen, and its scale and λ_R², ``[maps, 1 + R]``.
 
     Three phases, parted by the statistics over all groups, of which the third, the gradient, is for the backward.
-    ``mean_over_ranks`` takes float64 means ``[maps, n]`` over this rank's groups to those over all ranks'.
+    ``mean_over_ranks`` takes float64 means ``[maps, n]`` over this rank's groups to those over all ranks'; a map may
+    have no groups here.
     """
+    here = [of_map for of_map in maps if of_map.groups]
     with torch.no_grad():
-        plain = _is_plain(maps[0].gen)
+        plain = _is_plain(maps[0].gen) or not here
         if plain and mean_over_ranks is None and hasattr(implementation(backend), "loss_forward"):
-            losses, statistics, scale, factors, states = implementation(backend).loss_forward(spec, maps)
+            losses, statistics, scale, factors, states = implementation(backend).loss_forward(spec, here)
         else:
             losses, statistics, scale, factors, states = loss_in_phases(maps, spec, backend, plain, mean_over_ranks)
-    if torch.is_grad_enabled() and any([of_map.gen.requires_grad for of_map in maps]):
-        points, weights = [t for of_map, _ in maps for t in of_map], [w for _, of_map in maps for w in of_map]
+    if torch.is_grad_enabled() and any([of_map.gen.requires_grad for of_map in here]):
+        points, weights = [t for of_map, _ in here for t in of_map], [w for _, of_map in here for w in of_map]
         losses = _apply(_LossGradient, spec, backend, scale, factors, *losses, *points, *weights, *states)
+    if len(here) < len(maps):
+        of_here = iter(losses)
+        losses = [next(of_here) if m.groups else m.gen.sum((2, 3)).flatten().to(statistics.dtype) for m in maps]
     return losses, statistics
 
 
 def loss_in_phases(
     maps: Sequence[LossMap], spec: LossSpec, backend: str, plain: bool, mean_over_ranks: MeanOverRanks | None
 ) -> tuple[Sequence[Tensor], Tensor, Tensor, Tensor, Sequence[Tensor]]:
-    """Losses; scale and λ_R² ``[maps, 1 + R]``; for phase 3 scales ``[maps]`` and 1/λ_R ``[maps, R]`` in float64, and
-    what phase 2 has left for it."""
-    over_ranks = mean_over_ranks or (lambda means: means)
-    points = [t.detach() for of_map, _ in maps for t in of_map]
-    weights = [w.detach() for _, of_map in maps for w in of_map]
+    """Losses; scale and λ_R² of all ``maps``, ``[maps, 1 + R]``; for phase 3 scales ``[maps]`` and 1/λ_R ``[maps, R]``
+    in float64, and what phase 2 has left for it. All but the second are of the maps that have groups here."""
+    places = [place for place, of_map in enumerate(maps) if of_map.groups]
+    here = [maps[place] for place in places]
+
+    def over_ranks(means: Tensor) -> tuple[Tensor, Tensor]:
+        """Means of all maps, and of those here."""
+        if mean_over_ranks is None or len(here) == len(maps):
+            means = means if mean_over_ranks is None else mean_over_ranks(means)
+            return means, means
+        of_all = means.new_zeros(len(maps), means.shape[1])
+        of_all[places] = means
+        of_all = mean_over_ranks(of_all)
+        return of_all, of_all[places]
+
+    points = [t.detach() for of_map, _ in here for t in of_map]
+    weights = [w.detach() for _, of_map in here for w in of_map]
     if plain:
-        found = implementation(backend).loss_scale(spec, maps)
-        means, kept = torch.stack([of_map for of_map, _ in found]), [k for _, k in found]
+        found = implementation(backend).loss_scale(spec, here)
+        means, kept = _stacked([of_map for of_map, _ in found], maps, 2), [k for _, k in found]
     else:
         means, kept = _loss_scale(points, weights, *spec.values(), backend)
-    mean_distance, mean_weight = over_ranks(means).unbind(1)
-    scale = mean_distance / mean_weight
+    of_all, of_here = over_ranks(means)
+    scales, scale = of_all[:, 0] / of_all[:, 1], of_here[:, 0] / of_here[:, 1]
     if plain:
-        states, moments = zip(*implementation(backend).loss_moments(spec, maps, kept, scale), strict=True)
+        results = implementation(backend).loss_moments(spec, here, kept, scale)
+        states, moments = [state for state, _ in results], [of_map for _, of_map in results]
     else:
         states, moments = _loss_moments(points, weights, kept, scale, *spec.values(), backend)
     # λ_r² is the mean of F_r², and the loss that of the square of Σ_r F_r/λ_r.
-    squares = torch.stack([of_map.diagonal(dim1=1, dim2=2).mean(0, dtype=torch.float64) for of_map in moments])
-    squares = over_ranks(squares)
-    factors = squares.clamp(min=spec.least_squared_lambda).rsqrt()
-    products = (factors.unsqueeze(2) * factors.unsqueeze(1)).to(moments[0].dtype)  # [maps, R, R]
-    losses = [(of_map * by).sum((1, 2)) for of_map, by in zip(moments, products.unbind(), strict=True)]
-    return losses, torch.cat([scale.unsqueeze(1), squares], 1).to(moments[0].dtype), scale, factors, states
+    squares = [of_map.diagonal(dim1=1, dim2=2).mean(0, dtype=torch.float64) for of_map in moments]
+    of_all, of_here = over_ranks(_stacked(squares, maps, len(spec.R_list)))
+    factors = of_here.clamp(min=spec.least_squared_lambda).rsqrt()
+    products = (factors.unsqueeze(2) * factors.unsqueeze(1)).unbind()  # [R, R] of each map
+    losses = [(m.double() * by).sum((1, 2)).to(m.dtype) for m, by in zip(moments, products, strict=True)]
+    dtype = torch.float64 if maps[0].gen.dtype == torch.float64 else torch.float32
+    return losses, torch.cat([scales.unsqueeze(1), of_all], 1).to(dtype), scale, factors, states
+
+
+def _stacked(rows: list[Tensor], maps: Sequence[LossMap], columns: int) -> Tensor:
+    return torch.stack(rows) if rows else maps[0].gen.new_empty(0, columns, dtype=torch.float64)
 
 
 _MAPS = "Tensor[] points, Tensor[] weights"  # gen, neg, pos of map 0, then of map 1, and so on
@@ -339,21 +393,6 @@ def _(points, *rest):  # type: ignore[no-untyped-def]
     return [torch.empty_like(gen) for gen in points[::3]]
 
 
-@_loss_gradient.register_vmap
-def _(info: Any, in_dims: Any, *arguments: Any) -> tuple[list[Tensor], list[int]]:
-    """For jacobians: the gradient is proportional to ``incoming``, which alone may have one entry a batch."""
-    *tensors, incoming = arguments[:6]
-    if any(dim is not None for dims in in_dims[:5] for dim in (dims if isinstance(dims, list) else [dims])):
-        raise NotImplementedError("drift_ops: vmap over the points of drift_loss is not supported, use more groups")
-    given = list(zip(incoming, in_dims[5], strict=True))
-    ones = [torch.ones_like(of_map if dim is None else of_map.select(dim, 0)) for of_map, dim in given]
-    grads = []
-    for grad, (of_map, dim) in zip(_loss_gradient(*tensors, ones, *arguments[6:]), given, strict=True):
-        by = of_map.unsqueeze(0).expand(info.batch_size, -1) if dim is None else of_map.movedim(dim, 0)
-        grads.append(by.unflatten(1, grad.shape[:2])[..., None, None].to(grad.dtype) * grad)
-    return grads, [0] * len(grads)
-
-
 def _by_map(points: Sequence[Tensor], weights: Sequence[Tensor]) -> list[LossMap]:
     starts = range(0, len(points), 3)
     return [LossMap(tuple(rows(points[n : n + 3])), tuple(weights[n : n + 3])) for n in starts]  # type: ignore[arg-type]
@@ -365,9 +404,21 @@ def _fake(of_map: LossMap, shape: Sequence[int]) -> Tensor:
     return of_map.gen.new_empty(shape, dtype=dtype)
 
 
-def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
-    raise NotImplementedError("drift_ops: there is no double backward; use backend='reference' for second derivatives")
+def _entry(argument: Any, dim: Any, n: int) -> Any:
+    """Entry n of an argument of an op, or of each tensor in it, that has a batch at ``dim``; None: it has none."""
+    if isinstance(dim, (list, tuple)):
+        return [_entry(each, of_each, n) for each, of_each in zip(argument, dim, strict=True)]
+    return argument if dim is None else argument.select(dim, n)
 
 
+def _one_by_one(op: Any, info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+    """An op under torch.func.vmap: its calls one after the other. Leading dimensions are faster."""
+    calls = ([_entry(*of_one, n) for of_one in zip(arguments, in_dims, strict=True)] for n in range(info.batch_size))
+    results = [op(*call) for call in calls]
+    return tree_map(lambda *entries: torch.stack(entries), *results), tree_map(lambda _: 0, results[0])
+
+
+for _op in (_affinity_sums, _affinity_sums_backward, _loss_scale, _loss_moments, _loss_gradient):
+    _op.register_vmap(functools.partial(_one_by_one, _op))
 for _op in (_affinity_sums_backward, _loss_gradient):
     _op.register_autograd(_no_double_backward)

@@ -1,6 +1,8 @@
 """How the points of users become the points of kernels: dtype, leading dimensions, origin."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,6 +11,20 @@ from torch import Tensor
 def to_compute_dtype(t: Tensor) -> Tensor:
     """16-bit dtypes to float32, in which they are computed."""
     return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast is off within, where it was on."""
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def saveable(t: Tensor) -> Tensor:
+    """``t``; a copy of what was made in inference mode, which no graph takes."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not t.is_inference():
+        return t
+    return t.clone()
 
 
 def as_problems(t: Tensor, trailing: int = 2) -> Tensor:

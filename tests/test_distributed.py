@@ -13,7 +13,7 @@ GROUPS = 4
 
 
 def maps_of(ranks: int, rank: int) -> dict[str, list[torch.Tensor]]:
-    """Two feature maps; a rank has its share of the groups."""
+    """Two feature maps; a rank has its share of the groups, and a rank beyond the last none."""
     maps = [loss_inputs(6, 5, 3, 10, GROUPS, weighted=True), loss_inputs(9, 4, 2, 33, GROUPS, weighted=True)]
     share = slice(rank * GROUPS // ranks, (rank + 1) * GROUPS // ranks)
     return {name: [tensors[name][share].float().contiguous() for tensors in maps] for name in maps[0]}
@@ -47,14 +47,14 @@ def worker(rank: int, directory: str, backends: list[str]) -> None:
             loss = loss_of_maps(2, rank, dist.group.WORLD, backend)
         collectives = sum(event.name.startswith("gloo:") for event in trace.events())
         step = training_step(2, rank, dist.group.WORLD, backend, DistributedDataParallel)
-        results[backend] = (loss, collectives, step)
+        results[backend] = (loss, collectives, step, loss_of_maps(1, rank, dist.group.WORLD, backend))
     torch.save(results, f"{directory}/{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")
 def two_ranks(tmp_path_factory):
-    """Results of both ranks, by backend: ``[(loss, number of collectives, training step) of each rank]``."""
+    """Results of both ranks, by backend: ``[(loss, collectives, training step, loss of one rank) of each rank]``."""
     directory = tmp_path_factory.mktemp("ranks")
     backends = [n for n, status in drift_ops.backends().items() if status.usable and device_of(n) == "cpu"]
     torch.multiprocessing.spawn(worker, (str(directory), backends), nprocs=2)
@@ -71,7 +71,7 @@ def cpu_backend(backend):
 
 def test_loss_over_ranks(two_ranks, cpu_backend):
     losses, infos, gradients = loss_of_maps(1, 0, None, cpu_backend)
-    ranks = [loss for loss, _, _ in two_ranks[cpu_backend]]
+    ranks = [loss for loss, *_ in two_ranks[cpu_backend]]
     for k in range(2):
         torch.testing.assert_close(torch.cat([rank[0][k] for rank in ranks]), losses[k])
         torch.testing.assert_close(torch.cat([rank[2][k] for rank in ranks]), gradients[k])
@@ -79,12 +79,22 @@ def test_loss_over_ranks(two_ranks, cpu_backend):
             torch.testing.assert_close(rank_infos[k], infos[k])
 
 
+def test_a_rank_without_groups(two_ranks, cpu_backend):
+    """It has the statistics of the others, empty losses and gradients, and keeps nobody waiting."""
+    expected = loss_of_maps(1, 0, None, cpu_backend)
+    (*_, first), (*_, (losses, infos, gradients)) = two_ranks[cpu_backend]
+    torch.testing.assert_close(first, expected)
+    torch.testing.assert_close(infos, expected[1])
+    assert [loss.shape for loss in losses] == [(0,), (0,)]
+    assert [grad.shape for grad in gradients] == [(0, *grad.shape[1:]) for grad in expected[2]]
+
+
 def test_all_maps_cost_two_collectives(two_ranks, cpu_backend):
-    for _, collectives, _ in two_ranks[cpu_backend]:
+    for _, collectives, *_ in two_ranks[cpu_backend]:
         assert 1 <= collectives <= 2
 
 
 def test_distributed_data_parallel(two_ranks, cpu_backend):
     expected = training_step(1, 0, None, cpu_backend)
-    for _, _, step in two_ranks[cpu_backend]:
+    for _, _, step, _ in two_ranks[cpu_backend]:
         torch.testing.assert_close(step, expected)

@@ -142,7 +142,8 @@ def test_drawn_features_are_those_of_the_drawn_samples(batches, shape, places, s
         assert (of_step.uncond is not None) == guided
         expected = loss_fn.groups(of_step.pos)
         assert list(pos) == list(expected) and all(torch.equal(pos[name], expected[name]) for name in expected)
-        expected = loss_fn.groups(of_step.uncond) if guided else {name: of_map[:, :, :0] for name, of_map in pos.items()}
+        none = {name: of_map[:, :, :0] for name, of_map in pos.items()}
+        expected = loss_fn.groups(of_step.uncond) if guided else none
         assert list(neg) == list(expected) and all(torch.equal(neg[name], expected[name]) for name in expected)
 
 
