@@ -12,7 +12,7 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
-INPUTS := setup.py pyproject.toml constraints.txt $(wildcard csrc/* csrc/*/*)
+INPUTS := setup.py pyproject.toml constraints.txt $(shell find csrc)
 # make test and make bench fail, rather than skip, where the compiled backend cannot be used.
 export DRIFT_OPS_REQUIRE ?= cpu
 
