@@ -7,7 +7,8 @@
 #              of 30 minutes, whose memory must stay flat
 # make sanitize   the CPU kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
 # make gpu-check   on a machine with a GPU, with its own torch and Triton: build, test, time, sanitize and profile the
-#                  GPU backends; STAGE=build|test|bench|sanitize|profile for one of these, each within ten minutes
+#                  GPU backends; STAGE=build|test|bench|sanitize|profile for one of these, each within ten minutes;
+#                  STAGE=quick for the main things within eight: every kernel once, some training, the main times
 
 PYTHON ?= python3
 VENV := .venv

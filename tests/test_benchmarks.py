@@ -63,6 +63,17 @@ def test_plan_is_of_the_ablation():
     assert not {key for key in timed if timed.count(key) > 1 and key[2] not in ("triton", "cuda")}
 
 
+def test_quick_plan_is_the_main_cases_of_the_plan():
+    """The same cases, and ours, beside eager, before what may take all of the time to compile."""
+    from benchmarks.gpu import plan, quick_plan
+
+    ours = ("triton", "cuda")
+    trials = quick_plan(MACHINE, ours)
+    assert {trial.case for trial in trials} == {trial.case for trial in plan(MACHINE, ours)[:8]}
+    compiled = [trial.contenders == ("compile",) for trial in trials]
+    assert compiled == sorted(compiled) and sum(compiled) == 6
+
+
 def test_dense_contenders_get_the_problems_that_fit():
     from benchmarks.cases import Case
     from benchmarks.trial import affordable_G
@@ -142,13 +153,13 @@ def test_complaints():
 def test_phases_of_a_training_step(monkeypatch):
     """Each network's part of the backward counts as its own, and the operator's as the operator's."""
     from benchmarks import training_step
-    from drift_ops import ops
+    from drift_ops import cpu
     from drifting.config.schema import Config
     from drifting.utils.stopwatch import Stopwatch
 
     phases, seen = training_step.PHASES, {"gradient": [], "extractor": [], "generator": []}
     entered: list[str] = []
-    loss_gradient, enter = ops.loss_gradient, Stopwatch.enter
+    loss_gradient, enter = cpu.loss_gradient, Stopwatch.enter
 
     def recorded(*arguments):
         seen["gradient"].append(entered[-1])
@@ -166,7 +177,7 @@ def test_phases_of_a_training_step(monkeypatch):
         return trainer
 
     build_trainer = training_step.build_trainer
-    monkeypatch.setattr(ops, "loss_gradient", recorded)
+    monkeypatch.setattr(cpu, "loss_gradient", recorded)
     monkeypatch.setattr(Stopwatch, "enter", recorded_enter)
     monkeypatch.setattr(training_step, "build_trainer", build)
     config = training_step.read_config("digits", (), Config)
@@ -264,9 +275,10 @@ def test_failing_stages(monkeypatch, tmp_path, capsys):
     assert gpu_check.run_stages(["build", *list(stages)[1:]]) == 1
     assert time.monotonic() - start < 500, "the sleeping process held it up"
     output = capsys.readouterr().out
-    for text in ("well done", "oh no", "exit status 3", "time was up", "ZeroDivisionError", "still here"):
+    for text in ("well done", "oh no", "exit status 3", "not done after 2 s", "ZeroDivisionError", "still here"):
         assert text in output
-    assert (tmp_path / "logs" / "failing.log").read_text() == "oh no\n"
+    kept = (tmp_path / "logs" / "failing.log").read_text()
+    assert "\noh no\n[failing] FAILED: " in kept and kept in output
     assert gpu_check.run_stages(["build", "fine"]) == 0
     monkeypatch.setattr(gpu_check, "OPTIONAL", ("failing",))
     assert gpu_check.run_stages(["build", "failing"]) == 0
@@ -279,3 +291,42 @@ def test_a_missing_tool_is_a_failure(monkeypatch, tmp_path):
     stage = gpu_check.Stage("sanitize")
     assert stage.tool("sh") and stage.failures == []
     assert stage.tool("no-such-tool") is None and stage.failures == ["no-such-tool is not installed"]
+
+
+def test_quick_stage(monkeypatch, tmp_path):
+    """Its commands name modules, tests and keys that there are; together they have less than eight minutes."""
+    from benchmarks import gpu_check
+    from drifting.cli import parse_training_command
+    from drifting.config import Config
+
+    commands = {}
+
+    def run(stage, *command, seconds=float("inf"), environment=None):
+        commands[command[2]] = command
+        if command[2] == "drifting.train":
+            config, out, _ = parse_training_command(command[3:], "train", "", Config, "digits")
+            assert config.train.steps == 100 and config.step.bf16 and config.step.compile
+            out.mkdir()
+            (out / "metrics.jsonl").write_text('{"step": 100, "timing": {"step": 0.01, "operator": 0.002}}\n')
+        return True
+
+    monkeypatch.setattr(gpu_check, "LOGS", tmp_path)
+    monkeypatch.setattr(gpu_check, "RESULTS", tmp_path)
+    monkeypatch.setattr(gpu_check.Stage, "run", run)
+    monkeypatch.setattr(gpu_check.Stage, "device", "some-gpu")
+    stage = gpu_check.Stage("quick")
+    assert 0 < stage.seconds_left < 480
+    gpu_check.quick(stage)
+    assert list(commands) == ["pytest", "drifting.train", "benchmarks.gpu"]
+    name, path = commands["pytest"][-2:]
+    assert f"def {name}(" in (ROOT / path).read_text()
+    assert "100 steps; the last ones took, in ms: step 10.0" in (tmp_path / "some-gpu.quick.txt").read_text()
+
+
+def test_usable_backends_are_no_failure(monkeypatch):
+    from benchmarks.gpu_check import _SHOW_BACKENDS
+
+    monkeypatch.setattr(sys, "argv", ["-c", "cpu"])
+    with pytest.raises(SystemExit) as end:
+        exec(_SHOW_BACKENDS, {})
+    assert end.value.code == 0
