@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 
@@ -145,6 +146,32 @@ def test_complaints():
     assert complaints(fine, ("triton", "cuda")) == []
     assert len(complaints([row | {"failure": "the process died"}], ("triton",))) == 1
     assert len(complaints([row | {"error_to_eager": 0.1}], ("triton",))) == 1
+
+
+# The comparison on a CPU
+
+
+def test_a_core_is_busy_meanwhile(monkeypatch, capsys):
+    """The cases with a target for that are timed against it, and the other process ends with them."""
+    from benchmarks import compare
+
+    processes, popen = [], subprocess.Popen
+
+    def medians(*_, **__):
+        assert processes[0].poll() is None
+        return {"eager": (14.0, 1), "compile": (8.0, 1), "ours": (2.0, 1)}
+
+    monkeypatch.setattr(compare.subprocess, "Popen", lambda command: processes.append(popen(command)) or processes[0])
+    monkeypatch.setattr(compare, "interleaved_medians", medians)
+    monkeypatch.setattr(compare.Case, "contenders", lambda *_: {})
+    monkeypatch.setattr(sys, "argv", ["compare", "--busy"])
+    threads = torch.get_num_threads()
+    compare.main()
+    torch.set_num_threads(threads)
+    assert processes[0].poll() is not None
+    printed = capsys.readouterr().out.splitlines()
+    assert "another process" in printed[1] and len(printed) == 5
+    assert all("[4096, 0, 4096]" in line and "7.00 (>= 6.0)" in line for line in printed[3:])
 
 
 # A training step
