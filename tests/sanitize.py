@@ -34,10 +34,11 @@ ADDRESS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 THREAD = ["-fsanitize=thread"]
 TESTS = ["tests/test_operator.py", "tests/test_gradients.py", "tests/test_golden.py"]
 
-# A group of 10 numbers, of which loss_gradient is told that it has 1,000.
-OVERFLOW = """import sanitized_cpu, torch; from drift_ops import _cpu
-few, many = torch.ones(10), torch.ones(1000)
-_cpu.loss_gradient_float32(1, 1000, [1.0], 1, few.data_ptr(), few.data_ptr(), many.data_ptr())
+# A gradient of 1,000 numbers, of forces that have only 10.
+OVERFLOW = """import sanitized_cpu, torch; from drift_ops import _cpu; from drift_ops.spec import LossSpec
+forces, grad = torch.ones(1, 1, 1, 10), torch.ones(1, 1, 100, 10)
+one = torch.ones(1, 1, dtype=torch.float64)
+_cpu.loss_gradient(LossSpec((1.0,), 0.0), [forces], one[0], one, [torch.ones(1)], [grad], 1)
 """
 SUPPORTED = "import sanitized_cpu; from drift_ops import _cpu; print(*_cpu.supported())"
 
