@@ -67,11 +67,12 @@ $(RUN):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed, and $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 
-# Either stamp is newer than everything that its installation read.
+# Either stamp is newer than everything that its installation read. Python compiles what is imported, when it is; of all
+# that is installed that is a small part.
 $(VENV)/installed: $(INPUTS) | $(RUN)
-	$(RUN) -m pip install -q -c constraints.txt -e .
+	$(RUN) -m pip install -q --no-compile -c constraints.txt -e .
 	@touch $@
 
 $(VENV)/installed-dev: $(INPUTS) | $(RUN)
-	$(RUN) -m pip install -q -c constraints.txt -e ".[dev]"
+	$(RUN) -m pip install -q --no-compile -c constraints.txt -e ".[dev]"
 	@touch $@ $(VENV)/installed

@@ -1,5 +1,6 @@
 """What is timed against each other computes the same thing, and what needs a GPU to run for real runs on a CPU too."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -15,6 +16,20 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(autouse=True)
 def benchmarks_on_path(monkeypatch):
     monkeypatch.syspath_prepend(ROOT)
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """A function that runs ``python -m benchmarks.NAME`` with these arguments, in this process; returns its status."""
+
+    def run(name: str, *arguments: str) -> object:
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        try:
+            return importlib.import_module(f"benchmarks.{name}").main()
+        except SystemExit as end:
+            return end.code
+
+    return run
 
 
 @pytest.mark.parametrize("shape", [{"N": 40, "P": 30, "D": 5}, {"N": 64, "P": 64, "D": 130}])
@@ -97,10 +112,9 @@ def test_floor_is_the_longer_of_bytes_and_products():
     assert floor_seconds(large, ceilings, "highest") == pytest.approx(8 * 131072**2 * 256 / (8e14 / 3))
 
 
-def test_dry_run(tmp_path):
+def test_dry_run(tmp_path, command, capsys):
     """The command from end to end, of the trials that compile nothing."""
-    command = [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--only", "with backward", "--out", str(tmp_path)]
-    output = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert command("gpu", "--dry-run", "--only", "with backward", "--out", str(tmp_path)) == 0
     results = json.loads((tmp_path / "dry-run.json").read_text())
     timed = {(row["case"].split()[0], row["contender"]) for row in results["rows"]}
     assert timed == {("compute_V", "eager"), ("compute_V", "ours"), ("drift_field", "ours")}
@@ -108,7 +122,7 @@ def test_dry_run(tmp_path):
         assert row["milliseconds"] > 0 and row["floor_milliseconds"] > 0 and row["runs"] >= 3
         assert row["contender"] == "eager" or row["error_to_eager"] is None or row["error_to_eager"] < 1e-4
     assert results["skipped"] == [] and results["machine"]["ceilings"].keys() == {"copy", "ieee", "tf32", "bf16"}
-    assert "| `compute_V with backward G=1" in output
+    assert "| `compute_V with backward G=1" in capsys.readouterr().out
 
 
 def test_a_failing_contender_costs_the_others_nothing(tmp_path):
@@ -151,7 +165,7 @@ def test_complaints():
 # The comparison on a CPU
 
 
-def test_a_core_is_busy_meanwhile(monkeypatch, capsys):
+def test_a_core_is_busy_meanwhile(monkeypatch, command, capsys):
     """The cases with a target for that are timed against it, and the other process ends with them."""
     from benchmarks import compare
 
@@ -164,10 +178,7 @@ def test_a_core_is_busy_meanwhile(monkeypatch, capsys):
     monkeypatch.setattr(compare.subprocess, "Popen", lambda command: processes.append(popen(command)) or processes[0])
     monkeypatch.setattr(compare, "interleaved_medians", medians)
     monkeypatch.setattr(compare.Case, "contenders", lambda *_: {})
-    monkeypatch.setattr(sys, "argv", ["compare", "--busy"])
-    threads = torch.get_num_threads()
-    compare.main()
-    torch.set_num_threads(threads)
+    command("compare", "--busy", "--threads", str(torch.get_num_threads()))
     assert processes[0].poll() is not None
     printed = capsys.readouterr().out.splitlines()
     assert "another process" in printed[1] and len(printed) == 5
@@ -219,12 +230,9 @@ def test_phases_of_a_training_step(monkeypatch):
         assert sum(result["milliseconds"].values()) == pytest.approx(result["step_milliseconds"])
 
 
-def test_training_step_of_a_configuration(tmp_path, monkeypatch, capsys):
-    from benchmarks import training_step
-
+def test_training_step_of_a_configuration(tmp_path, command, capsys):
     options = ["digits", "--seconds", "0", "--labels", "2", "--labels-at-once", "1", "--out", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", ["training_step", *options])
-    training_step.main()
+    assert command("training_step", *options) == 0
     (file,) = tmp_path.glob("*.training-step.json")
     result = json.loads(file.read_text())
     assert result["step"]["labels_per_step"] == 2 and result["step_milliseconds"] > 0 and result["maps"] == 1
@@ -264,16 +272,16 @@ def test_report(tmp_path):
     assert (tmp_path / "plot.png").stat().st_size > 1000
 
 
-def test_page_says_what_the_results_say():
-    subprocess.run([sys.executable, "-m", "benchmarks.report", "--check"], cwd=ROOT, check=True)
+def test_page_says_what_the_results_say(command):
+    assert command("report", "--check") == 0
 
 
 # make gpu-check
 
 
-def test_small_calls():
+def test_small_calls(command):
     """What runs under compute-sanitizer."""
-    subprocess.run([sys.executable, "-m", "benchmarks.small_calls", "cpu"], cwd=ROOT, check=True)
+    assert command("small_calls", "cpu") == 0
 
 
 def test_failing_stages(monkeypatch, tmp_path, capsys):
