@@ -7,12 +7,13 @@
 #              of 30 minutes, whose memory must stay flat
 # make sanitize   the CPU kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
 # make gpu-check   on a machine with a GPU, with its own torch and Triton: build, test, time, sanitize and profile the
-#                  GPU backends; STAGE=build|test|bench|sanitize|profile for one of these, each within ten minutes
+#                  GPU backends; STAGE=build|test|bench|sanitize|profile for one of these, each within ten minutes;
+#                  STAGE=quick for the main things within eight: every kernel once, some training, the main times
 
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
-INPUTS := setup.py pyproject.toml constraints.txt $(wildcard csrc/* csrc/*/*)
+INPUTS := setup.py pyproject.toml constraints.txt $(shell find csrc)
 # make test and make bench fail, rather than skip, where the compiled backend cannot be used.
 export DRIFT_OPS_REQUIRE ?= cpu
 
@@ -66,11 +67,12 @@ $(RUN):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed, and $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 
-# Either stamp is newer than everything that its installation read.
+# Either stamp is newer than everything that its installation read. Python compiles what is imported, when it is; of all
+# that is installed that is a small part.
 $(VENV)/installed: $(INPUTS) | $(RUN)
-	$(RUN) -m pip install -q -c constraints.txt -e .
+	$(RUN) -m pip install -q --no-compile -c constraints.txt -e .
 	@touch $@
 
 $(VENV)/installed-dev: $(INPUTS) | $(RUN)
-	$(RUN) -m pip install -q -c constraints.txt -e ".[dev]"
+	$(RUN) -m pip install -q --no-compile -c constraints.txt -e ".[dev]"
 	@touch $@ $(VENV)/installed

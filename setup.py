@@ -1,27 +1,32 @@
 """Builds drift_ops._cpu, one C++ module that holds the CPU kernels for every instruction set and picks at run time, and
 drift_ops._cuda, the CUDA kernels, where they are of use.
 
-Needs a C++17 compiler (GCC or Clang) and pybind11, not torch. The CUDA kernels need nvcc (CUDA 11.8 or later) and are
-built for the GPUs of this machine; without a GPU they are left out. DRIFT_OPS_CUDA=1 builds them anyway, for every
-target, and makes a missing nvcc an error; DRIFT_OPS_CUDA=0 leaves them out.
+Needs a C++17 compiler (GCC or Clang), ninja and pybind11, not torch. Every source is compiled when it or a header that
+it includes has changed, as many at a time as there are cores; what is built is kept in build/kernels-PLATFORM.
+
+The CUDA kernels need nvcc (CUDA 11.8 or later) and are built for the GPUs of this machine; without a GPU they are left
+out. DRIFT_OPS_CUDA=1 builds them anyway, for every target, and makes a missing nvcc an error; DRIFT_OPS_CUDA=0 leaves
+them out.
 """
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sysconfig
-from concurrent.futures import ThreadPoolExecutor
-from glob import glob
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.modified import newer_group
+from setuptools.errors import CompileError, SetupError
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+DEFINES = ["-DDRIFT_X86"] if X86 else []
 INSTRUCTION_SETS = {"portable": []}
 if X86:
     INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma"]
@@ -29,6 +34,26 @@ if X86:
 
 NVCC_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 EVERY_TARGET = ["sm_80", "sm_90", "compute_90"]  # machine code for two GPUs, and PTX for those that come after them
+
+BUILD = Path("build") / f"kernels-{sysconfig.get_config_var('SOABI')}"
+
+
+# What there is to compile
+
+
+def cpu_sources() -> dict[Path, list[str]]:
+    """Each source of the CPU kernels with the flags of its instruction set, whose name follows ``kernels_``. The
+    portable ones come first: the linker keeps the first copy of what the sets share, and it must run everywhere."""
+    sources = sorted(Path("csrc/cpu").rglob("*.cpp"), key=lambda path: ("kernels_portable" not in path.name, path))
+    sets = {path: path.stem.partition("kernels_")[2] or "portable" for path in sources}
+    return {path: INSTRUCTION_SETS[name] for path, name in sets.items() if name in INSTRUCTION_SETS}
+
+
+def cuda_sources() -> list[Path]:
+    return sorted([*Path("csrc/cuda").rglob("*.cpp"), *Path("csrc/cuda").rglob("*.cu")])
+
+
+# The CUDA kernels are optional
 
 
 def find_nvcc() -> str | None:
@@ -53,10 +78,10 @@ def plan_cuda() -> tuple[str | None, list[str]]:
     """The CUDA compiler, and the targets of the CUDA kernels: none where they are left out. Prints the decision."""
     wanted = os.environ.get("DRIFT_OPS_CUDA")
     if wanted not in (None, "0", "1"):
-        raise ValueError(f"DRIFT_OPS_CUDA: got {wanted!r}, expected 0 or 1: unset it to leave the choice to setup.py")
+        raise SetupError(f"DRIFT_OPS_CUDA: got {wanted!r}, expected 0 or 1: unset it to leave the choice to setup.py")
     nvcc = find_nvcc()
     if nvcc is None and wanted == "1":
-        raise FileNotFoundError("DRIFT_OPS_CUDA=1, but nvcc is neither on PATH nor in $CUDA_HOME/bin: install CUDA")
+        raise SetupError("DRIFT_OPS_CUDA=1, but nvcc is neither on PATH nor in $CUDA_HOME/bin: install CUDA")
     targets: list[str] = []
     if wanted == "0":
         decision = "left out, as DRIFT_OPS_CUDA=0 asks"
@@ -70,73 +95,132 @@ def plan_cuda() -> tuple[str | None, list[str]]:
     return nvcc, targets
 
 
+# ninja
+
+
+class Binary(NamedTuple):
+    """A file that the command ``link`` makes from objects, each compiled from a source by that source's command."""
+
+    path: Path
+    sources: dict[Path, list[str]]
+    link: list[str]
+
+
+RULES = """ninja_required_version = 1.5
+rule compile
+  command = $compiler -MMD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+  description = compiling $in
+rule link
+  command = $linker $in -o $out
+  description = linking $out
+"""
+
+
+def ninja_file(binaries: Sequence[Binary]) -> str:
+    """The text of a build.ninja that makes them; objects go beside what is linked from them."""
+
+    def path(name: Path) -> str:
+        return str(name).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+    def command(words: Sequence[str]) -> str:
+        return shlex.join(words).replace("$", "$$")
+
+    lines = [RULES]
+    for binary in binaries:
+        folder = binary.path.parent / f"{binary.path.stem}.objects"
+        objects = {source: path(folder / f"{source}.o") for source in binary.sources}
+        for source, compiler in binary.sources.items():
+            lines += [f"build {objects[source]}: compile {path(source)}", f"  compiler = {command(compiler)}"]
+        lines += [f"build {path(binary.path)}: link {' '.join(objects.values())}", f"  linker = {command(binary.link)}"]
+    return "\n".join(lines) + "\n"
+
+
+def find_ninja() -> str:
+    """The program that the package ninja brings, or the one on PATH."""
+    try:
+        from ninja import BIN_DIR
+    except ImportError:
+        BIN_DIR = ""
+    if path := shutil.which(os.path.join(BIN_DIR, "ninja")) or shutil.which("ninja"):
+        return path
+    raise SetupError("ninja is not installed: pip install ninja")
+
+
+def run_ninja(binaries: Sequence[Binary], folder: Path) -> None:
+    """Brings them up to date, keeping in ``folder`` what it needs to know the next time, and prints what is done. Of
+    failures only the first is shown: instruction sets have their sources, and so their mistakes, in common."""
+    ninja, file = find_ninja(), folder / "build.ninja"
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(f"builddir = {folder}\n" + ninja_file(binaries))
+    failures = 0
+    with subprocess.Popen([ninja, "-f", str(file)], stdout=subprocess.PIPE, text=True, errors="replace") as process:
+        assert process.stdout
+        for line in process.stdout:
+            failures += line.startswith("FAILED:")
+            if failures < 2:
+                print(line, end="", flush=True)
+    if process.returncode:
+        raise CompileError("the C++ could not be compiled: what the compiler says is above")
+
+
+# setuptools
+
+
+def pybind11_headers() -> Path:
+    """A link to pybind11's headers, named by their version. With pip they lie elsewhere in every build, and with them
+    in it no command would be the same again."""
+    link = BUILD / f"pybind11-{pybind11.__version__}"
+    BUILD.mkdir(parents=True, exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(pybind11.get_include(), target_is_directory=True)
+    return link
+
+
 class BuildKernels(build_ext):
-    """Compiles the sources of a module at the same time: C++ with the flags of its instruction set, CUDA with nvcc."""
+    """Has ninja build the modules, then puts them where the command wants them."""
 
-    def build_extension(self, ext: Extension) -> None:
-        if ext.name == "drift_ops._cuda":
-            self.build_cuda(ext)
-            return
-        compile_one = self.compiler.compile
+    def run(self) -> None:
+        self.nvcc, self.cuda_targets = plan_cuda()
+        if not self.cuda_targets:
+            self.extensions = [ext for ext in self.extensions if ext.name != "drift_ops._cuda"]
+        super().run()
 
-        def compile_source(source: str) -> str:
-            name = Path(source).stem.removeprefix("kernels_")
-            flags = FLAGS + INSTRUCTION_SETS.get(name, [])
-            return compile_one([source], self.build_temp, ext.define_macros, ext.include_dirs, extra_postargs=flags)[0]
+    def build_extensions(self) -> None:
+        name = self.compiler.compiler_cxx[0]
+        if not shutil.which(name):
+            raise SetupError(f"the C++ compiler {name} is not installed: install it, or name another one in $CXX")
+        if self.force:
+            shutil.rmtree(BUILD, ignore_errors=True)
+        headers = [f"-isystem{path}" for path in (pybind11_headers(), sysconfig.get_paths()["include"])]
+        compiler = [*self.compiler.compiler_so_cxx, *FLAGS, *DEFINES, *headers]
+        binaries = {"drift_ops._cpu": self.cpu_module(compiler)}
+        if self.cuda_targets:
+            binaries["drift_ops._cuda"] = self.cuda_module(compiler)
+        run_ninja([*binaries.values()], BUILD)
+        for module, binary in binaries.items():
+            place = self.get_ext_fullpath(module)
+            self.mkpath(os.path.dirname(place))
+            self.copy_file(binary.path, place)
 
-        def compile_sources(sources: list[str], **_: object) -> list[str]:
-            # The linker keeps the first copy of a function that the sets share, which must run on every machine.
-            portable_first = sorted(sources, key=lambda source: "kernels_portable" not in source)
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                return list(pool.map(compile_source, portable_first))
+    def cpu_module(self, compiler: list[str]) -> Binary:
+        sources = {source: [*compiler, *flags] for source, flags in cpu_sources().items()}
+        return Binary(BUILD / "_cpu.so", sources, [*self.compiler.compiler_cxx, *self.compiler.linker_so_cxx[1:]])
 
-        self.compiler.compile = compile_sources  # which the stock command then calls, and links
-        super().build_extension(ext)
-
-    def build_cuda(self, ext: Extension) -> None:
-        """Compiles and links with nvcc, the CUDA runtime inside, so that the module loads without a driver."""
-        module = self.get_ext_fullpath(ext.name)
-        if not self.force and not newer_group([*ext.sources, *ext.depends], module, "newer"):
-            return
-        includes = [f"-I{path}" for path in (*ext.include_dirs, sysconfig.get_paths()["include"])]
-        Path(self.build_temp).mkdir(parents=True, exist_ok=True)
-        Path(module).parent.mkdir(parents=True, exist_ok=True)
-
-        codes = [f"-gencode=arch={name.replace('sm', 'compute')},code={name}" for name in CUDA_TARGETS]
-
-        def compile_source(source: str) -> str:
-            target = os.path.join(self.build_temp, f"cuda_{Path(source).name}.o")
-            self.spawn([NVCC, *NVCC_FLAGS, *codes, *includes, "-c", source, "-o", target])
-            return target
-
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = list(pool.map(compile_source, ext.sources))
-        self.spawn([NVCC, "-shared", "-cudart", "static", "-Xlinker", "--exclude-libs,ALL", *objects, "-o", module])
+    def cuda_module(self, compiler: list[str]) -> Binary:
+        """Linked by nvcc, with the CUDA runtime inside, so that the module loads without a driver."""
+        assert self.nvcc
+        codes = [f"-gencode=arch={name.replace('sm', 'compute')},code={name}" for name in self.cuda_targets]
+        compilers = {".cpp": compiler, ".cu": [self.nvcc, *NVCC_FLAGS, *codes]}
+        sources = {source: compilers[source.suffix] for source in cuda_sources()}
+        link = [self.nvcc, "-shared", "-cudart", "static", "-Xlinker", "--exclude-libs,ALL"]
+        return Binary(BUILD / "_cuda.so", sources, link)
 
 
-NVCC, CUDA_TARGETS = plan_cuda()
-EXTENSIONS = [
-    Extension(
-        "drift_ops._cpu",
-        sources=[
-            *(f"csrc/cpu/kernels_{name}.cpp" for name in INSTRUCTION_SETS),
-            "csrc/cpu/module.cpp",
-            "csrc/cpu/parallel.cpp",
-        ],
-        depends=["csrc/math.hpp", *glob("csrc/cpu/*.hpp")],
-        include_dirs=[pybind11.get_include()],
-        define_macros=[("DRIFT_X86", "1")] if X86 else [],
-        language="c++",
+if __name__ == "__main__":
+    modules = {"drift_ops._cpu": cpu_sources(), "drift_ops._cuda": cuda_sources()}
+    setup(
+        ext_modules=[Extension(name, [str(path) for path in sources]) for name, sources in modules.items()],
+        cmdclass={"build_ext": BuildKernels},
     )
-]
-if CUDA_TARGETS:
-    EXTENSIONS.append(
-        Extension(
-            "drift_ops._cuda",
-            sources=["csrc/cuda/module.cpp", *sorted(glob("csrc/cuda/*.cu"))],
-            depends=["csrc/math.hpp", *glob("csrc/cuda/*.cuh"), *glob("csrc/cuda/*.hpp")],
-            include_dirs=[pybind11.get_include()],
-        )
-    )
-
-setup(ext_modules=EXTENSIONS, cmdclass={"build_ext": BuildKernels})

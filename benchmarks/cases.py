@@ -54,6 +54,7 @@ class Case:
     eager_ratio: float | None = None  # how many times faster than dense eager ours is meant to be, at least
     compile_ratio: float | None = None
     matmul_ratio: float | None = None  # how much longer than its matrix products alone ours may take, at most
+    busy_ratio: float | None = None  # as eager_ratio, where another process keeps a core busy
 
     @property
     def name(self) -> str:
@@ -160,13 +161,15 @@ class Step(Case):
 
 
 CASES = [
-    Case("drift_loss", G=64, N=64, M=32, P=64, D=640, eager_ratio=3.0, compile_ratio=1.5, matmul_ratio=1.25),
+    Case("drift_loss", G=64, N=64, M=32, P=64, D=640, eager_ratio=3.5, compile_ratio=1.5, matmul_ratio=1.25),
     Case("drift_loss", G=1024, N=64, M=32, P=64, D=64, eager_ratio=5.0, compile_ratio=1.5),
     Case("drift_loss", G=256, N=64, M=32, P=64, D=256, eager_ratio=2.5, compile_ratio=1.5),
-    Case("drift_loss", G=8, N=16, P=16, D=32),
-    Case("drift_field", N=4096, P=4096, D=32, eager_ratio=6.0),
+    Case("drift_loss", G=8, N=16, P=16, D=32, eager_ratio=4.0, compile_ratio=2.0),
+    Case("drift_loss", G=1, N=64, P=64, D=2, eager_ratio=4.0, compile_ratio=2.0),
+    Case("drift_loss", G=1024, N=64, P=1, D=32, eager_ratio=18.0, compile_ratio=15.0),
+    Case("drift_field", N=4096, P=4096, D=32, eager_ratio=6.0, busy_ratio=6.0),
     Case("drift_field", N=1024, P=1024, D=2),
-    Case("compute_V", N=4096, P=4096, D=32, eager_ratio=5.0),
+    Case("compute_V", N=4096, P=4096, D=32, eager_ratio=5.0, busy_ratio=6.0),
     Case("compute_V", N=1024, P=1024, D=2),
 ]
 

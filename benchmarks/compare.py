@@ -1,19 +1,24 @@
-"""Ours against dense PyTorch on the CPU, taking turns in one process: ``python -m benchmarks.compare [--json FILE]``.
+"""Ours against dense PyTorch on the CPU, taking turns in one process: ``python -m benchmarks.compare [--busy]``.
 
 Prints a table of median milliseconds and ratios, each ratio beside its target, and how far memory grows for one large
 problem. Times of ``drift_loss`` are forward and backward to the gradient of the generated samples; the others forward.
+With ``--busy`` another process keeps a core busy meanwhile, and the cases are those with a target for that.
 """
 
 import argparse
+import contextlib
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from .cases import CASES, Case, matrix_products
 from .measure import interleaved_medians, wall_seconds
+from .memory import FORMS
 
 MOST_MEMORY_GROWTH_MB = 400
 
@@ -40,6 +45,17 @@ def measure(case: Case, seconds: float) -> dict[str, Any]:
         "ours / matmuls": ours / medians["matmuls"] if "matmuls" in medians else None,
         "ours / matmuls, at most": case.matmul_ratio,
     }
+
+
+@contextlib.contextmanager
+def busy_core() -> Iterator[None]:
+    """Meanwhile another process never waits."""
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
 
 
 def memory(form: str) -> dict[str, Any]:
@@ -69,26 +85,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", metavar="FILE", help="write the results there too")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases with TEXT in their name")
+    parser.add_argument("--busy", action="store_true", help="while another process keeps a core busy")
     parser.add_argument("--seconds", type=float, default=10.0, help="of timing for each case (default 10)")
     parser.add_argument("--threads", type=int, default=2, help="of torch (default 2)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     print(f"torch {torch.__version__}, {args.threads} threads, float32; median milliseconds, ratios with their targets")
+    cases = [case for case in CASES if args.only in case.name]
+    if args.busy:
+        cases = [replace(case, eager_ratio=case.busy_ratio, compile_ratio=None) for case in cases if case.busy_ratio]
+        print("while another process keeps a core busy")
     print(header())
     speed = []
-    for case in CASES:
-        if args.only in case.name:
+    with busy_core() if args.busy else contextlib.nullcontext():
+        for case in cases:
             speed.append(measure(case, args.seconds))
             print(row(speed[-1]), flush=True)
-    growth = [] if args.only else [memory(form) for form in ("compute_V", "drift_field")]
+    growth = [] if args.only or args.busy else [memory(form) for form in FORMS]
     for result in growth:
         print(
-            "{form} forward and backward, N = P = M = {points}, D = {dim}: {seconds} s,".format(**result),
+            "{form} forward and backward, {counts} = {points}, D = {dim}: {seconds} s,".format(**result),
             f"peak memory grows by {result['growth_mb']} MB (<= {MOST_MEMORY_GROWTH_MB})",
         )
     if args.json:
         with open(args.json, "w") as file:
-            machine = {"torch": torch.__version__, "threads": args.threads}
+            machine = {"torch": torch.__version__, "threads": args.threads, "busy": args.busy}
             json.dump(machine | {"speed": speed, "memory": growth}, file, indent=1)
 
 

@@ -1,8 +1,8 @@
-"""All contenders on a GPU: ``python -m benchmarks.gpu [--seconds 520] [--only TEXT]``.
+"""All contenders on a GPU: ``python -m benchmarks.gpu [--quick] [--seconds 520] [--only TEXT]``.
 
-Writes ``benchmarks/results/DEVICE.json`` after every trial and prints a table at the end. Trials come in the order of
-their importance; those that the time does not suffice for are listed as skipped. ``--dry-run`` goes the same way on the
-CPU with tiny shapes, to try the code.
+Writes ``benchmarks/results/DEVICE.json`` (``--quick``: ``DEVICE.quick.json``, of the main cases alone) after every
+trial and prints a table at the end. Trials come in the order of their importance; those that the time does not suffice
+for are listed as skipped. ``--dry-run`` goes the same way on the CPU with tiny shapes, to try the code.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from .trial import Row, Settings, Trial, serve
 RESULTS = ROOT / "benchmarks" / "results"
 LOG = ROOT / "build" / "gpu-check" / "bench-processes.log"
 START_LIMIT, WARM_UP_LIMIT = 120, 120  # seconds until a process is up and has its ceilings; until a contender is warm
+QUICK_WARM_UP_LIMIT = 45
 LEAST_LEFT = 15  # seconds; with less no trial is begun
 OUT_OF_TIME = "skipped: out of time"
 MOST_ERROR = 1e-2  # of ours relative to eager at precision "highest"
@@ -53,24 +54,39 @@ def fitting(case: Case, memory: int) -> Case:
     return replace(case, G=max(1, min(case.G, int(IN_MEMORY * memory / of_one))))
 
 
-def plan(machine: dict[str, Any], ours: tuple[str, ...]) -> list[Trial]:
-    """All trials, the most important first; ``ours`` are the contenders that are judged."""
-    memory = machine["memory_bytes"]
-    keops = ("keops",) if machine["keops"] else ()
+def ablation_cases(memory: int) -> tuple[list[Case], Step]:
+    """Maps of the paper's ablation alone, and a step of all of them."""
     losses = [
         fitting(Case("drift_loss", D=D, G=LABELS * locations, **COUNTS), memory) for locations, D in ABLATION_MAPS
     ]
     maps = ablation_step_maps()
-    step = fitting(Step("drift_loss", D=max(D for _, D in maps), G=LABELS, maps=maps, **COUNTS), memory)
+    return losses, fitting(Step("drift_loss", D=max(D for _, D in maps), G=LABELS, maps=maps, **COUNTS), memory)
+
+
+def trials(cases: Iterable[Case], precision: str, *contenders: str) -> list[Trial]:
+    return [Trial(case, precision, contenders) for case in cases if contenders]
+
+
+def quick_plan(machine: dict[str, Any], ours: tuple[str, ...]) -> list[Trial]:
+    """The main cases: first ours beside eager, then ``torch.compile``, which may take all of the time that is left."""
+    losses, step = ablation_cases(machine["memory_bytes"])
+    largest = Case("drift_field", N=LARGEST, P=LARGEST, D=256)
+    return [
+        *trials([*losses, step, largest], "highest", "eager", *ours),
+        *trials([largest], "high", *ours),
+        *trials([*losses, step], "highest", "compile"),
+    ]
+
+
+def plan(machine: dict[str, Any], ours: tuple[str, ...]) -> list[Trial]:
+    """All trials, the most important first; ``ours`` are the contenders that are judged."""
+    losses, step = ablation_cases(machine["memory_bytes"])
+    keops = ("keops",) if machine["keops"] else ()
     fields = [Case(form, N=N, P=N, D=D) for form in ("drift_field", "compute_V") for N, D in STREAMED]
     large, others = ([case for case in fields if (case.N == LARGEST) == is_large] for is_large in (True, False))
     toys = [Case(form, N=N, P=N, D=D) for form in ("drift_field", "compute_V") for N, D in TOY]
     backward_V = [Case("compute_V", N=N, P=N, D=64, backward=True) for N in (8192, 32768)]
     backward_field = [replace(case, form="drift_field") for case in backward_V]
-
-    def trials(cases: Iterable[Case], precision: str, *contenders: str) -> list[Trial]:
-        return [Trial(case, precision, contenders) for case in cases if contenders]
-
     return [
         *trials(losses, "highest", "eager", "compile", *ours),
         *trials([step], "highest", "eager", "compile", *ours),
@@ -137,8 +153,8 @@ class Worker:
 class Bench:
     """Runs trials in a worker, which it replaces when a contender spoils or stops it."""
 
-    def __init__(self, settings: Settings, deadline: float) -> None:
-        self.settings, self.deadline = settings, deadline
+    def __init__(self, settings: Settings, deadline: float, warm_up_limit: float = WARM_UP_LIMIT) -> None:
+        self.settings, self.deadline, self.warm_up_limit = settings, deadline, warm_up_limit
         self.worker: Worker | None = Worker(settings)
         self.machine = self.worker.machine
 
@@ -167,20 +183,20 @@ class Bench:
         """Whether the trial came to its end, and its rows. Adds to ``failures``, at least one if it did not."""
         self.worker = self.worker or Worker(self.settings, self.machine["ceilings"])
         waiting_for: tuple[str, ...] = trial.contenders
-        limit: float = WARM_UP_LIMIT
+        limit = self.warm_up_limit
         try:
             self.worker.connection.send(trial)
             while True:
                 limit = min(limit, max(self.deadline - time.monotonic(), 1))
                 message = self.worker.receive(limit)
                 if message[0] == "started":
-                    waiting_for, limit = (message[1],), WARM_UP_LIMIT
+                    waiting_for, limit = (message[1],), self.warm_up_limit
                 elif message[0] == "failed":
                     failures[message[1]] = message[2]
                     waiting_for = ()
                 elif message[0] == "timing":
                     waiting_for = tuple(name for name in trial.contenders if name not in failures)
-                    limit = WARM_UP_LIMIT + 2 * self.settings.seconds
+                    limit = self.warm_up_limit + 2 * self.settings.seconds
                 else:
                     if not message[2]:
                         self.stop()
@@ -197,6 +213,7 @@ class Bench:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the main cases alone")
     parser.add_argument("--seconds", type=float, default=520, help="for everything (default 520)")
     parser.add_argument("--only", default="", metavar="TEXT", help="trials with TEXT in their case's name")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="default benchmarks/results")
@@ -207,14 +224,15 @@ def main() -> None:
     LOG.write_text("")
     args.out.mkdir(parents=True, exist_ok=True)
     settings = Settings("cpu", 0.01, str(LOG)) if args.dry_run else Settings("cuda", 1.0, str(LOG))
-    bench = Bench(settings, deadline)
+    bench = Bench(settings, deadline, QUICK_WARM_UP_LIMIT if args.quick else WARM_UP_LIMIT)
     machine = bench.machine
     usable = tuple(name for name in GPU_BACKENDS if machine["backends"][name] == "usable")
     ours = ("ours",) if args.dry_run else usable
     results: dict[str, Any] = {"machine": machine, "rows": [], "skipped": []}
-    path = args.out / f"{'dry-run' if args.dry_run else slug(machine['device'])}.json"
+    name = "dry-run" if args.dry_run else slug(machine["device"])
+    path = args.out / f"{name}{'.quick' if args.quick else ''}.json"
     try:
-        for trial in plan(machine, ours):
+        for trial in (quick_plan if args.quick else plan)(machine, ours):
             trial = shrunk(trial) if args.dry_run else trial
             if args.only not in trial.case.name:
                 continue

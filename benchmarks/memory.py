@@ -15,20 +15,24 @@ import drift_ops
 
 from .measure import peak_extra_memory, synchronised
 
+FORMS = {"compute_V": "N = P = M", "drift_field": "N = P = M", "drift_loss": "N = P"}
+
 
 def run(form: str, points: int, dim: int, device: str) -> None:
     x, pos, neg = (torch.randn(points, dim, device=device, requires_grad=True) for _ in range(3))
     if form == "compute_V":
         V = drift_ops.compute_V(x, pos, neg)
-    else:
+    elif form == "drift_field":
         V = drift_ops.drift_field(x, pos, neg, temperature=0.1 * dim**0.5)
+    else:
+        V, _ = drift_ops.drift_loss(x.unsqueeze(0), pos.unsqueeze(0))
     V.square().sum().backward()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("form", choices=["compute_V", "drift_field"])
-    parser.add_argument("--points", type=int, default=32768, help="N = P = M (default 32768)")
+    parser.add_argument("form", choices=FORMS)
+    parser.add_argument("--points", type=int, default=32768, help="N = P = M, of drift_loss N = P (default 32768)")
     parser.add_argument("--dim", type=int, default=16, help="D (default 16)")
     parser.add_argument("--device", default="cpu", help="default cpu")
     args = parser.parse_args()
@@ -38,6 +42,7 @@ def main() -> None:
     growth = peak_extra_memory(large, args.device)
     result = {
         "form": args.form,
+        "counts": FORMS[args.form],
         "points": args.points,
         "dim": args.dim,
         "seconds": round(time.perf_counter() - start, 2),

@@ -104,7 +104,7 @@ def section(name: str, results: Results) -> str:
         f"Driver {machine['driver']}, torch {machine['torch']}, Triton {machine['triton']}, "
         f"commit `{str(machine['commit'])[:12]}`, {machine['date']}"
     )
-    return f"""### {machine["device"]}
+    return f"""### {machine["device"]}{", the main cases (`STAGE=quick`)" if name.endswith(".quick") else ""}
 
 {versions}; [`benchmarks/results/{name}.json`](../benchmarks/results/{name}.json).
 In the same run: copy {ceilings["copy"] / 1e12:.2f} TB/s, read plus written; products of 8192³ in Tflop/s: {rates}.
@@ -168,8 +168,8 @@ def plot(results: Results, path: Path) -> None:
 
 
 def load(folder: Path) -> dict[str, Results]:
-    """By device, results of :mod:`benchmarks.gpu` in the folder."""
-    files = [path for path in sorted(folder.glob("*.json")) if "." not in path.stem]  # others are DEVICE.WHAT.json
+    """Results of :mod:`benchmarks.gpu` in the folder by their names: DEVICE, and DEVICE.quick of the main cases."""
+    files = [path for path in sorted(folder.glob("*.json")) if "." not in path.stem.removesuffix(".quick")]
     return {path.stem: json.loads(path.read_text()) for path in files}
 
 

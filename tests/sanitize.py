@@ -19,26 +19,26 @@ import subprocess
 import sys
 import sysconfig
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pybind11
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parents[1]
-BUILD = ROOT / "build" / "sanitize"
-SOURCES = ROOT / "csrc" / "cpu"
+sys.path.insert(0, str(ROOT))
+from setup import DEFINES, Binary, cpu_sources, run_ninja  # noqa: E402
+
+BUILD = Path("build/sanitize")
 FLAGS = ["-std=c++17", "-O1", "-g", "-fno-omit-frame-pointer", "-fno-math-errno", "-fno-trapping-math", "-fPIC"]
 ADDRESS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 THREAD = ["-fsanitize=thread"]
-X86 = platform.machine().lower() in ("x86_64", "amd64")
-AVX512 = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"]
-INSTRUCTION_SETS = {"portable": []} | ({"avx2": ["-mavx2", "-mfma"], "avx512": AVX512} if X86 else {})
 TESTS = ["tests/test_operator.py", "tests/test_gradients.py", "tests/test_golden.py"]
 
-# A group of 10 numbers, of which loss_gradient is told that it has 1,000.
-OVERFLOW = """import sanitized_cpu, torch; from drift_ops import _cpu
-few, many = torch.ones(10), torch.ones(1000)
-_cpu.loss_gradient_float32(1, 1000, [1.0], 1, few.data_ptr(), few.data_ptr(), many.data_ptr())
+# A gradient of 1,000 numbers, of forces that have only 10.
+OVERFLOW = """import sanitized_cpu, torch; from drift_ops import _cpu; from drift_ops.spec import LossSpec
+forces, grad = torch.ones(1, 1, 1, 10), torch.ones(1, 1, 100, 10)
+one = torch.ones(1, 1, dtype=torch.float64)
+_cpu.loss_gradient(LossSpec((1.0,), 0.0), [forces], one[0], one, [torch.ones(1)], [grad], 1)
 """
 SUPPORTED = "import sanitized_cpu; from drift_ops import _cpu; print(*_cpu.supported())"
 
@@ -60,26 +60,16 @@ def output_of(command: list[str]) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def compile_all(compiler: str, name: str, flags: list[str], sources: list[Path], link: list[str]) -> Path:
-    """Link ``sources`` and the kernels of every instruction set, built with ``flags``, to ``build/sanitize/NAME``."""
-    folder = BUILD / f"{name}.objects"
-    folder.mkdir(parents=True, exist_ok=True)
-    includes = [f"-I{path}" for path in (SOURCES, pybind11.get_include(), sysconfig.get_paths()["include"])]
-    defines = ["-DDRIFT_X86"] if X86 else []
-    jobs = [(source, []) for source in sources]
-    jobs += [(SOURCES / f"kernels_{isa}.cpp", extra) for isa, extra in INSTRUCTION_SETS.items()]
-
-    def compile_source(job: tuple[Path, list[str]]) -> str:
-        source, extra = job
-        target = str(folder / f"{source.name}.o")
-        run([compiler, *FLAGS, *flags, *defines, *includes, *extra, "-c", str(source), "-o", target])
-        return target
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_source, jobs))
-    target = BUILD / name
-    run([compiler, *flags, *objects, "-o", str(target), *link])
-    return target
+def build(name: str, command: list[str], sources: dict[Path, list[str]], *link: str) -> Path:
+    """Compile the sources with the ``command`` and their own flags, and link them to ``build/sanitize/NAME``."""
+    includes = [f"-I{path}" for path in ("csrc/cpu", pybind11.get_include(), sysconfig.get_paths()["include"])]
+    compiler = [*command, *FLAGS, *DEFINES, *includes]
+    commands = {source: [*compiler, *extra] for source, extra in sources.items()}
+    try:
+        run_ninja([Binary(BUILD / name, commands, [*command, *link])], BUILD / f"{name}.ninja")
+    except CompileError as error:
+        sys.exit(f"make sanitize: {error}")
+    return BUILD.absolute() / name
 
 
 def run(command: list[str], environment: dict[str, str] | None = None) -> None:
@@ -97,9 +87,7 @@ def must_fail(command: list[str], report: str, environment: dict[str, str] | Non
 
 def sanitize_memory(compiler: str) -> None:
     shared = ["-shared-libasan"] if is_clang(compiler) else []
-    module = compile_all(
-        compiler, "_cpu.so", [*ADDRESS, *shared], [SOURCES / "module.cpp", SOURCES / "parallel.cpp"], ["-shared"]
-    )
+    module = build("_cpu.so", [compiler, *ADDRESS, *shared], cpu_sources(), "-shared")
     arch = platform.machine()
     library = f"libclang_rt.asan-{arch}.so" if shared else "libasan.so"
     runtime = output_of([compiler, f"-print-file-name={library}"])
@@ -124,9 +112,9 @@ def sanitize_memory(compiler: str) -> None:
 
 
 def sanitize_threads(compiler: str) -> None:
-    program = compile_all(
-        compiler, "threads", THREAD, [ROOT / "tests/threads.cpp", SOURCES / "parallel.cpp"], ["-pthread", "-ldl"]
-    )
+    sources = {source: flags for source, flags in cpu_sources().items() if source.name != "module.cpp"}
+    link = ["-pthread", "-Wl,--no-as-needed", "-ldl"]
+    program = build("threads", [compiler, *THREAD], {Path("tests/threads.cpp"): [], **sources}, *link)
     # without address space randomisation, which libraries of before 2024 cannot work with on newer kernels
     command = [*(["setarch", platform.machine(), "-R"] if shutil.which("setarch") else []), str(program)]
     must_fail([*command, "race"], "data race")
@@ -136,6 +124,7 @@ def sanitize_threads(compiler: str) -> None:
 
 
 if __name__ == "__main__":
+    os.chdir(ROOT)
     chosen = find_compiler()
     print(output_of([chosen, "--version"]).splitlines()[0], flush=True)
     sanitize_threads(chosen)

@@ -1,5 +1,6 @@
 """What is timed against each other computes the same thing, and what needs a GPU to run for real runs on a CPU too."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 
@@ -14,6 +16,20 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(autouse=True)
 def benchmarks_on_path(monkeypatch):
     monkeypatch.syspath_prepend(ROOT)
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """A function that runs ``python -m benchmarks.NAME`` with these arguments, in this process; returns its status."""
+
+    def run(name: str, *arguments: str) -> object:
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        try:
+            return importlib.import_module(f"benchmarks.{name}").main()
+        except SystemExit as end:
+            return end.code
+
+    return run
 
 
 @pytest.mark.parametrize("shape", [{"N": 40, "P": 30, "D": 5}, {"N": 64, "P": 64, "D": 130}])
@@ -63,6 +79,17 @@ def test_plan_is_of_the_ablation():
     assert not {key for key in timed if timed.count(key) > 1 and key[2] not in ("triton", "cuda")}
 
 
+def test_quick_plan_is_the_main_cases_of_the_plan():
+    """The same cases, and ours, beside eager, before what may take all of the time to compile."""
+    from benchmarks.gpu import plan, quick_plan
+
+    ours = ("triton", "cuda")
+    trials = quick_plan(MACHINE, ours)
+    assert {trial.case for trial in trials} == {trial.case for trial in plan(MACHINE, ours)[:8]}
+    compiled = [trial.contenders == ("compile",) for trial in trials]
+    assert compiled == sorted(compiled) and sum(compiled) == 6
+
+
 def test_dense_contenders_get_the_problems_that_fit():
     from benchmarks.cases import Case
     from benchmarks.trial import affordable_G
@@ -85,10 +112,9 @@ def test_floor_is_the_longer_of_bytes_and_products():
     assert floor_seconds(large, ceilings, "highest") == pytest.approx(8 * 131072**2 * 256 / (8e14 / 3))
 
 
-def test_dry_run(tmp_path):
+def test_dry_run(tmp_path, command, capsys):
     """The command from end to end, of the trials that compile nothing."""
-    command = [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--only", "with backward", "--out", str(tmp_path)]
-    output = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert command("gpu", "--dry-run", "--only", "with backward", "--out", str(tmp_path)) == 0
     results = json.loads((tmp_path / "dry-run.json").read_text())
     timed = {(row["case"].split()[0], row["contender"]) for row in results["rows"]}
     assert timed == {("compute_V", "eager"), ("compute_V", "ours"), ("drift_field", "ours")}
@@ -96,7 +122,7 @@ def test_dry_run(tmp_path):
         assert row["milliseconds"] > 0 and row["floor_milliseconds"] > 0 and row["runs"] >= 3
         assert row["contender"] == "eager" or row["error_to_eager"] is None or row["error_to_eager"] < 1e-4
     assert results["skipped"] == [] and results["machine"]["ceilings"].keys() == {"copy", "ieee", "tf32", "bf16"}
-    assert "| `compute_V with backward G=1" in output
+    assert "| `compute_V with backward G=1" in capsys.readouterr().out
 
 
 def test_a_failing_contender_costs_the_others_nothing(tmp_path):
@@ -136,19 +162,42 @@ def test_complaints():
     assert len(complaints([row | {"error_to_eager": 0.1}], ("triton",))) == 1
 
 
+# The comparison on a CPU
+
+
+def test_a_core_is_busy_meanwhile(monkeypatch, command, capsys):
+    """The cases with a target for that are timed against it, and the other process ends with them."""
+    from benchmarks import compare
+
+    processes, popen = [], subprocess.Popen
+
+    def medians(*_, **__):
+        assert processes[0].poll() is None
+        return {"eager": (14.0, 1), "compile": (8.0, 1), "ours": (2.0, 1)}
+
+    monkeypatch.setattr(compare.subprocess, "Popen", lambda command: processes.append(popen(command)) or processes[0])
+    monkeypatch.setattr(compare, "interleaved_medians", medians)
+    monkeypatch.setattr(compare.Case, "contenders", lambda *_: {})
+    command("compare", "--busy", "--threads", str(torch.get_num_threads()))
+    assert processes[0].poll() is not None
+    printed = capsys.readouterr().out.splitlines()
+    assert "another process" in printed[1] and len(printed) == 5
+    assert all("[4096, 0, 4096]" in line and "7.00 (>= 6.0)" in line for line in printed[3:])
+
+
 # A training step
 
 
 def test_phases_of_a_training_step(monkeypatch):
     """Each network's part of the backward counts as its own, and the operator's as the operator's."""
     from benchmarks import training_step
-    from drift_ops import ops
+    from drift_ops import cpu
     from drifting.config.schema import Config
     from drifting.utils.stopwatch import Stopwatch
 
     phases, seen = training_step.PHASES, {"gradient": [], "extractor": [], "generator": []}
     entered: list[str] = []
-    loss_gradient, enter = ops.loss_gradient, Stopwatch.enter
+    loss_gradient, enter = cpu.loss_gradient, Stopwatch.enter
 
     def recorded(*arguments):
         seen["gradient"].append(entered[-1])
@@ -166,7 +215,7 @@ def test_phases_of_a_training_step(monkeypatch):
         return trainer
 
     build_trainer = training_step.build_trainer
-    monkeypatch.setattr(ops, "loss_gradient", recorded)
+    monkeypatch.setattr(cpu, "loss_gradient", recorded)
     monkeypatch.setattr(Stopwatch, "enter", recorded_enter)
     monkeypatch.setattr(training_step, "build_trainer", build)
     config = training_step.read_config("digits", (), Config)
@@ -181,12 +230,9 @@ def test_phases_of_a_training_step(monkeypatch):
         assert sum(result["milliseconds"].values()) == pytest.approx(result["step_milliseconds"])
 
 
-def test_training_step_of_a_configuration(tmp_path, monkeypatch, capsys):
-    from benchmarks import training_step
-
+def test_training_step_of_a_configuration(tmp_path, command, capsys):
     options = ["digits", "--seconds", "0", "--labels", "2", "--labels-at-once", "1", "--out", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", ["training_step", *options])
-    training_step.main()
+    assert command("training_step", *options) == 0
     (file,) = tmp_path.glob("*.training-step.json")
     result = json.loads(file.read_text())
     assert result["step"]["labels_per_step"] == 2 and result["step_milliseconds"] > 0 and result["maps"] == 1
@@ -226,16 +272,16 @@ def test_report(tmp_path):
     assert (tmp_path / "plot.png").stat().st_size > 1000
 
 
-def test_page_says_what_the_results_say():
-    subprocess.run([sys.executable, "-m", "benchmarks.report", "--check"], cwd=ROOT, check=True)
+def test_page_says_what_the_results_say(command):
+    assert command("report", "--check") == 0
 
 
 # make gpu-check
 
 
-def test_small_calls():
+def test_small_calls(command):
     """What runs under compute-sanitizer."""
-    subprocess.run([sys.executable, "-m", "benchmarks.small_calls", "cpu"], cwd=ROOT, check=True)
+    assert command("small_calls", "cpu") == 0
 
 
 def test_failing_stages(monkeypatch, tmp_path, capsys):
@@ -264,9 +310,10 @@ def test_failing_stages(monkeypatch, tmp_path, capsys):
     assert gpu_check.run_stages(["build", *list(stages)[1:]]) == 1
     assert time.monotonic() - start < 500, "the sleeping process held it up"
     output = capsys.readouterr().out
-    for text in ("well done", "oh no", "exit status 3", "time was up", "ZeroDivisionError", "still here"):
+    for text in ("well done", "oh no", "exit status 3", "not done after 2 s", "ZeroDivisionError", "still here"):
         assert text in output
-    assert (tmp_path / "logs" / "failing.log").read_text() == "oh no\n"
+    kept = (tmp_path / "logs" / "failing.log").read_text()
+    assert "\noh no\n[failing] FAILED: " in kept and kept in output
     assert gpu_check.run_stages(["build", "fine"]) == 0
     monkeypatch.setattr(gpu_check, "OPTIONAL", ("failing",))
     assert gpu_check.run_stages(["build", "failing"]) == 0
@@ -279,3 +326,42 @@ def test_a_missing_tool_is_a_failure(monkeypatch, tmp_path):
     stage = gpu_check.Stage("sanitize")
     assert stage.tool("sh") and stage.failures == []
     assert stage.tool("no-such-tool") is None and stage.failures == ["no-such-tool is not installed"]
+
+
+def test_quick_stage(monkeypatch, tmp_path):
+    """Its commands name modules, tests and keys that there are; together they have less than eight minutes."""
+    from benchmarks import gpu_check
+    from drifting.cli import parse_training_command
+    from drifting.config import Config
+
+    commands = {}
+
+    def run(stage, *command, seconds=float("inf"), environment=None):
+        commands[command[2]] = command
+        if command[2] == "drifting.train":
+            config, out, _ = parse_training_command(command[3:], "train", "", Config, "digits")
+            assert config.train.steps == 100 and config.step.bf16 and config.step.compile
+            out.mkdir()
+            (out / "metrics.jsonl").write_text('{"step": 100, "timing": {"step": 0.01, "operator": 0.002}}\n')
+        return True
+
+    monkeypatch.setattr(gpu_check, "LOGS", tmp_path)
+    monkeypatch.setattr(gpu_check, "RESULTS", tmp_path)
+    monkeypatch.setattr(gpu_check.Stage, "run", run)
+    monkeypatch.setattr(gpu_check.Stage, "device", "some-gpu")
+    stage = gpu_check.Stage("quick")
+    assert 0 < stage.seconds_left < 480
+    gpu_check.quick(stage)
+    assert list(commands) == ["pytest", "drifting.train", "benchmarks.gpu"]
+    name, path = commands["pytest"][-2:]
+    assert f"def {name}(" in (ROOT / path).read_text()
+    assert "100 steps; the last ones took, in ms: step 10.0" in (tmp_path / "some-gpu.quick.txt").read_text()
+
+
+def test_usable_backends_are_no_failure(monkeypatch):
+    from benchmarks.gpu_check import _SHOW_BACKENDS
+
+    monkeypatch.setattr(sys, "argv", ["-c", "cpu"])
+    with pytest.raises(SystemExit) as end:
+        exec(_SHOW_BACKENDS, {})
+    assert end.value.code == 0

@@ -9,7 +9,7 @@
 #include <thread>
 #include <vector>
 
-#include "kernels.hpp"
+#include "functions.hpp"
 #include "parallel.hpp"
 
 using namespace drift;
@@ -33,45 +33,46 @@ template <class T> struct Results {
     }
 };
 
+// All points of G problems, one problem after the other.
+template <class T> Rows<const T> rows(const std::vector<T>& points, int64_t count, int64_t D) { return {points.data(), count, 1, {count * D, 0, D}}; }
+
 // Forms A and B, forward and backward.
 template <class T>
-void affinity(const Kernels<T>& kernels, int kernel, int64_t G, int64_t N, int64_t M, int64_t D, int threads, Results<T>& results) {
-    const int S = 2, sides = 2;
-    const double widths[S] = {0.5, 1.5};
-    const auto q = numbers<T>(G * N * D, 1), k = numbers<T>(G * M * D, 2), w = numbers<T>(G * M, 3);
-    const double infinity = std::numeric_limits<double>::infinity();
-    const AffinityProblem<T> problem{G, N, M, D, M / 2, sides, S, kernel, widths, 1.0, 0.0, 0.0, infinity, false,
-                                     q.data(), k.data(), k.data(), w.data(), threads};
+void affinity(const Functions<T>& functions, LogitKind logit, int64_t G, int64_t N, int64_t M, int64_t D, int threads, Results<T>& results) {
+    const AffinitySpec spec{logit, {0.5, 1.5}, 1.0, 0.0, false, 2, 0.0, std::numeric_limits<double>::infinity()};
+    const int64_t S = spec.widths.size(), L = M / 2;
+    const auto q = numbers<T>(G * N * D, 1), first = numbers<T>(G * L * D, 2), last = numbers<T>(G * (M - L) * D, 6), w = numbers<T>(G * M, 3);
+    const AffinityProblem<T> problem{spec, G, D, rows(q, N, D), {rows(first, L, D), rows(last, M - L, D)}, {}, w.data(), threads};
     results.arrays.reserve(64);
-    T *num = results.add(S * G * sides * N * D), *den = results.add(S * G * sides * N);
-    T *rows = results.add(S * G * 2 * N), *columns = results.add(S * G * 2 * M);
-    kernels.affinity_forward(problem, {num, den, rows, columns});
-    const auto grad_num = numbers<T>(S * G * sides * N * D, 4), grad_den = numbers<T>(S * G * sides * N, 5);
-    T *grad_q = results.add(G * N * D), *grad_k = results.add(G * M * D), *grad_v = results.add(G * M * D), *grad_w = results.add(G * M);
-    kernels.affinity_backward(problem, {rows, columns, grad_num.data(), grad_den.data(), grad_q, grad_k, grad_v, grad_w});
+    T *num = results.add(S * G * 2 * N * D), *den = results.add(S * G * 2 * N);
+    T *row_stats = results.add(S * G * 2 * N), *col_stats = results.add(S * G * 2 * M), *centre = results.add(G * D);
+    functions.affinity_forward(problem, {num, den, row_stats, col_stats, centre});
+    const auto grad_num = numbers<T>(S * G * 2 * N * D, 4), grad_den = numbers<T>(S * G * 2 * N, 5);
+    T *grad_q = results.add(G * N * D), *grad_first = results.add(G * L * D), *grad_last = results.add(G * (M - L) * D);
+    functions.affinity_backward(problem, {row_stats, col_stats, centre, grad_num.data(), grad_den.data(), grad_q, {grad_first, grad_last}, {},
+                                          results.add(G * M)});
 }
 
 // Form C, its three phases.
 template <class T>
-void loss(const Kernels<T>& kernels, int64_t G, int64_t N, int64_t M, int64_t P, int64_t D, int threads, Results<T>& results) {
-    const int R = 3;
-    const double R_list[R] = {0.05, 0.2, 1.0}, factors[R] = {1.0, 2.0, 3.0};
-    const int64_t counts[3] = {N, M, P};
+void loss(const Functions<T>& functions, int64_t G, int64_t N, int64_t M, int64_t P, int64_t D, int threads, Results<T>& results) {
+    const LossSpec spec{{0.05, 0.2, 1.0}, 1e-6, 1e-4, 1e-3, 100.0, 1e-8};
+    const int64_t R = spec.R_list.size(), counts[3] = {N, M, P};
     std::vector<T> points[3], weights[3];
-    LossProblem<T> problem{G, D, {N, M, P}, {}, {}, threads};
+    LossProblem<T> problem{spec, G, D, {}, {}, threads};
     for (int kind = 0; kind < 3; ++kind) {
         points[kind] = numbers<T>(G * counts[kind] * D, 10 + kind), weights[kind].assign(G * counts[kind], T(1));
-        problem.points[kind] = points[kind].data(), problem.weights[kind] = weights[kind].data();
+        problem.points[kind] = rows(points[kind], counts[kind], D), problem.weights[kind] = rows(weights[kind], counts[kind], 1);
     }
-    double sums[2];
+    double means[2];
     results.arrays.reserve(64);
-    T* kept = results.add(G * N * ((N + M + P + 15) / 16 * 16));
-    kernels.loss_scale(problem, sums, kept);
-    const double scale = sums[0] / (sums[1] * N);
+    T* kept = problem.kept_of_group() ? results.add(G * problem.kept_of_group()) : nullptr;
+    functions.loss_scale(problem, means, kept);
+    const double scale = means[0] / means[1], factors[3] = {1.0, 2.0, 3.0};
     T *forces = results.add(R * G * N * D), *moments = results.add(G * R * R), *grad = results.add(G * N * D);
-    kernels.loss_moments(problem, scale, R, R_list, 1e-6, kept, forces, moments);
-    const auto by = numbers<T>(G, 20);
-    kernels.loss_gradient(G, N * D, R, forces, factors, by.data(), threads, grad);
+    functions.loss_moments(problem, scale, kept, forces, moments);
+    const auto incoming = numbers<T>(G, 20);
+    functions.loss_gradient(spec, {grad, N, 1, {N * D, 0, D}}, G, D, scale, factors, forces, incoming.data(), threads);
 }
 
 template <class T, class Call> bool same(const std::string& name, Call call) {
@@ -89,21 +90,22 @@ template <class T, class Call> bool same(const std::string& name, Call call) {
     return true;
 }
 
-template <class T> bool all(const std::string& name, const Kernels<T>& kernels) {
+template <class T> bool all(const std::string& name, const Functions<T>& functions) {
     bool good = true;
-    for (int kernel : {0, 1}) {
-        good &= same<T>(name + " many groups", [&](int threads, Results<T>& r) { affinity(kernels, kernel, 24, 17, 40, 33, threads, r); });
-        good &= same<T>(name + " one group", [&](int threads, Results<T>& r) { affinity(kernels, kernel, 1, 300, 520, 24, threads, r); });
+    for (LogitKind logit : {LogitKind::laplace, LogitKind::gaussian}) {
+        good &= same<T>(name + " many groups", [&](int threads, Results<T>& r) { affinity(functions, logit, 24, 17, 40, 33, threads, r); });
+        good &= same<T>(name + " one group", [&](int threads, Results<T>& r) { affinity(functions, logit, 1, 300, 2000, 5, threads, r); });
     }
-    good &= same<T>(name + " loss", [&](int threads, Results<T>& r) { loss(kernels, 24, 24, 8, 24, 40, threads, r); });
-    good &= same<T>(name + " loss of small D", [&](int threads, Results<T>& r) { loss(kernels, 200, 33, 0, 30, 3, threads, r); });
+    good &= same<T>(name + " loss", [&](int threads, Results<T>& r) { loss(functions, 24, 24, 8, 24, 40, threads, r); });
+    good &= same<T>(name + " loss of small D", [&](int threads, Results<T>& r) { loss(functions, 200, 33, 0, 30, 3, threads, r); });
+    good &= same<T>(name + " loss of one group", [&](int threads, Results<T>& r) { loss(functions, 1, 600, 0, 400, 3, threads, r); });
     return good;
 }
 
 void race() {
     int shared = 0;
     std::atomic<int> begun{0};
-    parallel(2, [&](int) {
+    parallel(2, 2, [&](int64_t, int) {
         begun.fetch_add(1, std::memory_order_relaxed);  // which orders nothing
         while (begun.load(std::memory_order_relaxed) < 2) std::this_thread::yield();
         ++shared;
@@ -115,12 +117,12 @@ void race() {
 
 int main(int count, char** arguments) {
     if (count > 1 && !std::strcmp(arguments[1], "race")) return race(), 0;
-    bool good = all("portable float", portable::float_kernels) & all("portable double", portable::double_kernels);
+    bool good = all("portable float", portable::of_float) & all("portable double", portable::of_double);
 #ifdef DRIFT_X86
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-        good &= all("avx2 float", avx2::float_kernels) & all("avx2 double", avx2::double_kernels);
+        good &= all("avx2 float", avx2::of_float) & all("avx2 double", avx2::of_double);
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl"))
-        good &= all("avx512 float", avx512::float_kernels) & all("avx512 double", avx512::double_kernels);
+        good &= all("avx512 float", avx512::of_float) & all("avx512 double", avx512::of_double);
 #endif
     return good ? 0 : 1;
 }
