@@ -135,6 +135,17 @@ def test_large_loss_in_parts(monkeypatch):
     check(drift_ops.drift_loss, loss_inputs(150, 90, 50, 5, 1, True), {}, torch.float32, "cuda")
 
 
+@every_dtype
+def test_little_shared_memory(monkeypatch, dtype):
+    """99 KB a block, as on compute capabilities 8.6, 8.9 and 12.0: narrower tiles, or groups that are streamed."""
+    monkeypatch.setenv("DRIFT_EMULATED_SHARED_BYTES", "101376")
+    shape = (67, 40, 70, 19, ())
+    check(drift_ops.compute_V, compute_V_inputs(*shape), {"sigma": 3.0}, dtype, "cuda", unaligned)
+    check(drift_ops.drift_field, field_inputs(*shape, weighted=True), {"temperature": [1.0, 4.0]}, dtype, "cuda", unaligned)
+    for R_list in ((0.05, 0.2), (0.02, 0.05, 0.2), (0.02, 0.05, 0.1, 0.2, 0.3, 0.4)):
+        check(drift_ops.drift_loss, loss_inputs(40, 64, 16, 30, 2, True), {"R_list": R_list}, dtype, "cuda")
+
+
 def clusters(count: int, D: int, seed: int) -> torch.Tensor:
     """Points in four tight clusters: most distances are far below the norms."""
     return 5 * points(4, D, seed=9)[torch.arange(count) % 4] + 1e-3 * points(count, D, seed=seed)

@@ -3,7 +3,10 @@
 // A kernel looks at the pairs from the queries or from the keys: the axis whose points lie along a tile's rows is `x`, the
 // other is `y`. All of it is symmetric in the two but for the sides and the weights, which belong to the keys.
 #pragma once
+#include <utility>
+
 #include "product.cuh"
+#include "sums.cuh"
 
 namespace drift::cuda {
 
@@ -64,13 +67,10 @@ template <class T> __device__ Logit<T> logit(const Affinity<T>& p, int s) {
 
 // Pairs (r, c) of the tile that exist: body(r, c, i, j) with i, j counted from the spans' first points.
 template <class T, int NT, class Body> __device__ __forceinline__ void for_pairs(Span x, Span y, Body body) {
-#pragma unroll
-    for (int r = 0; r < 4; ++r)
-#pragma unroll
-        for (int c = 0; c < 2 * NT; ++c) {
-            const int i = Tile<T, NT>::row(r), j = Tile<T, NT>::col(c);
-            if (i < x.count && j < y.count) body(r, c, i, j);
-        }
+    Tile<T, NT>::for_each([&](int r, int c) {
+        const int i = Tile<T, NT>::row(r), j = Tile<T, NT>::col(c);
+        if (i < x.count && j < y.count) body(r, c, i, j);
+    });
 }
 
 // d = max(‖x_i − y_j‖, least_distance), the self pairs' exactly least_distance + self_distance. Products lose close pairs: a
@@ -114,49 +114,20 @@ template <class T> struct Affinities {
     }
 };
 
-// Sums over the 4 threads that share a tile's row, and over the 8 that share its columns, within a warp.
-template <class T> __device__ __forceinline__ T sum_over_row(T x) {
-    x += __shfl_xor_sync(0xffffffffu, x, 1);
-    return x + __shfl_xor_sync(0xffffffffu, x, 2);
-}
-template <class T> __device__ __forceinline__ T sum_over_col(T x) {
-    x += __shfl_xor_sync(0xffffffffu, x, 4);
-    x += __shfl_xor_sync(0xffffffffu, x, 8);
-    return x + __shfl_xor_sync(0xffffffffu, x, 16);
-}
-
-// Row sums of a tile, one a thread's row: `sums` [4][ROWS] in shared memory, a line for every column of warps. After a
-// __syncthreads, total_of_row(sums, i) is the sum of row i.
-template <class T, int NT> __device__ __forceinline__ void put_row_sums(const T (&mine)[4], T* sums) {
-#pragma unroll
-    for (int r = 0; r < 4; ++r) {
-        const T sum = sum_over_row(mine[r]);
-        if (threadIdx.x % 4 == 0) sums[Tile<T, NT>::warp_col() * ROWS + Tile<T, NT>::row(r)] = sum;
-    }
-}
-template <class T> __device__ __forceinline__ T total_of_row(const T* sums, int i) {
-    return (sums[i] + sums[ROWS + i]) + (sums[2 * ROWS + i] + sums[3 * ROWS + i]);
-}
-
 template <class T, int NT> __device__ __forceinline__ void put_strip(T* strip, const Tile<T, NT>& tile) {
-#pragma unroll
-    for (int r = 0; r < 4; ++r)
-#pragma unroll
-        for (int c = 0; c < 2 * NT; ++c) strip[tile.row(r) * STRIP_LD<T, NT> + tile.col(c)] = tile.value[r][c];
+    tile.for_each([&](int r, int c) { strip[tile.row(r) * STRIP_LD<T, NT> + tile.col(c)] = tile.value[r][c]; });
 }
 
-// out [rows, D], columns [at, at + COLS): the tile where `first`, otherwise added to what the same threads left there.
+// Columns [at, at + COLS) of out: the tile where `first`, otherwise added to what the same threads left there. Out has `rows` rows
+// of D elements, a row every `ld`.
 template <class T, int NT>
-__device__ __forceinline__ void add_tile(T* out, const Tile<T, NT>& tile, int rows, int64_t at, int64_t D, bool first) {
-#pragma unroll
-    for (int r = 0; r < 4; ++r)
-#pragma unroll
-        for (int c = 0; c < 2 * NT; ++c) {
-            const int64_t dim = at + tile.col(c);
-            if (tile.row(r) >= rows || dim >= D) continue;
-            T& there = out[tile.row(r) * D + dim];
-            there = first ? tile.value[r][c] : there + tile.value[r][c];
-        }
+__device__ __forceinline__ void add_tile(T* out, int64_t ld, const Tile<T, NT>& tile, int rows, int64_t at, int64_t D, bool first) {
+    tile.for_each([&](int r, int c) {
+        const int64_t dim = at + tile.col(c);
+        if (tile.row(r) >= rows || dim >= D) return;
+        T& there = out[tile.row(r) * ld + dim];
+        there = first ? tile.value[r][c] : there + tile.value[r][c];
+    });
 }
 
 // out [rows, D] += strip · values, all of D. The strip is lost.
@@ -166,33 +137,45 @@ __device__ void add_product(T* out, int rows, T* strip, const Matrix<T>& values,
     split_strip(strip, STRIP_LD<T, NT>);
     for (int64_t at = 0; at < values.depth; at += COLS<NT>) {
         Tile<T, NT> sums[1];
-        sums[0].clear();
+        sums[0].fill(0);
         product_with_strips<T, NT, 1>(sums, strip, 0, STRIP_LD<T, NT>, values, values.count, at, values.depth, nullptr, split, stage);
-        add_tile(out, sums[0], rows, at, values.depth, first);
+        add_tile(out, values.depth, sums[0], rows, at, values.depth, first);
     }
 }
 
-// How a problem is cut over the blocks: spans of an axis along a tile's rows (ROWS points) and along its columns (COLS).
-template <class T> struct Cut {
-    static constexpr int WIDE = COLS<COLUMN_TILES<T>>;
+// How a problem is cut over the blocks: spans of an axis along a tile's rows (ROWS points) and along its columns.
+struct Cut {
     Spans queries_down, queries_across, keys_down, keys_across;
     int row_parts, col_parts;           // of the passes over all pairs: row_parts × col_parts blocks a problem
     int key_parts, gradient_key_parts;  // where a block has ROWS queries: of every side; of all keys
     int query_parts;                    // where a block has ROWS keys
 
-    Cut(const Affinity<T>& p, Device device)
-        : queries_down{0, p.N, ROWS}, queries_across{0, p.N, WIDE}, keys_down{p.split, p.M, ROWS}, keys_across{p.split, p.M, WIDE} {
-        const int64_t wanted = enough_blocks(device);
+    template <class T>
+    Cut(const Affinity<T>& p, int columns, Device device)
+        : queries_down{0, p.N, ROWS}, queries_across{0, p.N, columns}, keys_down{p.split, p.M, ROWS}, keys_across{p.split, p.M, columns} {
+        const int64_t wanted = enough_blocks(device), of_first = keys_across.first_side(), of_keys = keys_across.count();
         auto parts = [&](int64_t blocks, int64_t spans, int64_t most) {
             return int(std::clamp<int64_t>(ceil_div(wanted, blocks), 1, std::min(spans, most)));
         };
         row_parts = parts(p.groups, queries_down.count(), 16);
-        col_parts = parts(p.groups * row_parts, keys_across.count(), 32);
-        const int64_t shorter = p.sides == 1 ? keys_across.count() : std::min(keys_across.first_side(), keys_across.count() - keys_across.first_side());
-        key_parts = parts(p.groups * queries_down.count() * p.sides, shorter, 32);
-        gradient_key_parts = parts(p.groups * queries_down.count(), keys_across.count(), 32);
+        col_parts = parts(p.groups * row_parts, of_keys, 32);
+        key_parts = parts(p.groups * queries_down.count() * p.sides, p.sides == 1 ? of_keys : std::min(of_first, of_keys - of_first), 32);
+        gradient_key_parts = parts(p.groups * queries_down.count(), of_keys, 32);
         query_parts = parts(p.groups * keys_down.count(), queries_across.count(), 32);
     }
+    int64_t rectangles() const { return int64_t(row_parts) * col_parts; }
+};
+
+// What a block has of a problem where blocks walk a range of queries × a range of keys.
+template <class T> struct Rectangle {
+    int64_t group, row_part, col_part;
+    Axis<T> x, y;
+    Range rows, cols;
+    __device__ Rectangle(const Affinity<T>& p, const Cut& cut, const Known<T>& known)
+        : group(blockIdx.x / (cut.row_parts * cut.col_parts)), row_part(blockIdx.x / cut.col_parts % cut.row_parts),
+          col_part(blockIdx.x % cut.col_parts), x(queries(p, known, group)), y(keys(p, known, group)),
+          rows(Range{0, cut.queries_down.count()}.part(row_part, cut.row_parts)),
+          cols(Range{0, cut.keys_across.count()}.part(col_part, cut.col_parts)) {}
 };
 
 template <class T> __global__ void __launch_bounds__(THREADS) squared_norms(const __grid_constant__ Affinity<T> p, T* norms) {
@@ -201,7 +184,7 @@ template <class T> __global__ void __launch_bounds__(THREADS) squared_norms(cons
     const T* point = n < queries ? p.q + n * p.D : p.k + (n - queries) * p.D;
     T sum = 0;
     for (int64_t e = threadIdx.x % 32; e < p.D; e += 32) sum += point[e] * point[e];
-    sum = sum_over_col(sum_over_row(sum));
+    sum = sum_over_warp(sum);
     if (threadIdx.x % 32 == 0) norms[n] = sum;
 }
 
@@ -218,8 +201,18 @@ template <class T> void launch_squared_norms(const Affinity<T>& p, T* norms, Dev
     const int64_t points = p.groups * (p.N + p.M);
     launch("squared_norms", squared_norms<T>, device, ceil_div(points, THREADS / 32), 0, p, norms);
 }
-template <class T> void launch_sum_parts(const T* parts, int count, int64_t size, T* out, Device device) {
-    launch("sum_parts", sum_parts<T>, device, ceil_div(size, THREADS), 0, parts, count, size, out);
-}
+
+// Results that may come in parts: `parts` in scratch memory, to be summed, or the destination itself where there is one part.
+template <class T> struct Parts {
+    T *parts, *destination;
+    int count;
+    int64_t size;
+
+    Parts(Scratch& scratch, T* destination, int count, int64_t size)
+        : parts(count > 1 ? scratch.take<T>(count * size) : destination), destination(destination), count(count), size(size) {}
+    void sum(Device device) const {
+        if (parts != destination) launch("sum_parts", sum_parts<T>, device, ceil_div(size, THREADS), 0, parts, count, size, destination);
+    }
+};
 
 }  // namespace drift::cuda

@@ -41,35 +41,40 @@ template <class T> struct Gradients {
     T *grad_q, *grad_k, *grad_v, *grad_w;  // like q, k, v, w; grad_w may be null
 };
 
-// Each takes `scratch`, as many elements as its …_scratch says for this device.
-template <class T> int64_t forward_scratch(const Affinity<T>&, Device);
-template <class T> void forward(const Affinity<T>&, const Sums<T>&, T* scratch, Device);
-template <class T> int64_t backward_scratch(const Affinity<T>&, Device);
-template <class T> void backward(const Affinity<T>&, const Gradients<T>&, T* scratch, Device);
-// sum[0] = mean_{g,i,j} d·w_j and mean[1] = mean_{g,j} w_j; scratch in doubles.
-template <class T> int64_t scale_scratch(const Affinity<T>&, Device);
-template <class T> void scale(const Affinity<T>&, double* means, double* scratch, Device);
+// Every function that takes `scratch` returns how many doubles of scratch memory it wants, and does no more where that is null.
+template <class T> int64_t affinity_forward(const Affinity<T>&, const Sums<T>&, double* scratch, Device);
+template <class T> int64_t affinity_backward(const Affinity<T>&, const Gradients<T>&, double* scratch, Device);
+template <class T> int64_t affinity_scale(const Affinity<T>&, double* means, double* scratch, Device);  // means as of loss_scale
 
 // Form C for groups small enough for the shared memory of one block of threads; targets are [gen, neg, pos].
 constexpr int MAX_LOSS_WIDTHS = 4, MAX_LOSS_SAMPLES = 64;
 
+// [labels, locations, count], of points or weights; the elements of a point are contiguous. Group g is (g / locations, g % locations).
+template <class T> struct Strided {
+    T* first;
+    int64_t stride[3];
+    DRIFT_MATH T* of_group(int64_t g, int64_t locations) const {
+        return first + g / locations * stride[0] + g % locations * stride[1];
+    }
+};
+
 struct Loss {
-    int64_t groups, D;
+    int64_t groups, locations, D;
     int count[3];  // of gen, neg, pos
     int widths;    // R
     bool split_products;
-    double R[MAX_LOSS_WIDTHS], floor;
-    const float* points[3];   // [G, count, D]
-    const float* weights[3];  // [G, count]
-    const double* scale;      // device
-    float* kept;              // the distances [G, N, targets] that loss_scale leaves for the others; null: found again
+    double R[MAX_LOSS_WIDTHS], floor, least_distance, least_scale, self_distance;
+    Strided<const float> points[3], weights[3];
+    const double* scale;  // device
+    float* kept;          // the distances [G, N, targets] that loss_scale leaves for the others; null: found again
+    DRIFT_MATH int targets() const { return count[0] + count[1] + count[2]; }
 };
 
-bool group_fits(const int* counts, int widths, Device);  // what the others take
-int64_t loss_scratch(const Loss&, Device);               // doubles of scratch memory for each of the next two
-void loss_scale(const Loss&, double* means, double* scratch, Device);
-void loss_moments(const Loss&, float* moments, double* scratch, Device);  // [G, R, R]: mean_{i, dim} F_r F_r'
-void loss_gradient(const Loss&, const double* factors, const float* incoming, float* grad, Device);
+bool group_fits(int samples, int targets, int widths, Device);  // what the others take
+// means[0] = mean_{g,i,j} d·w_j and means[1] = mean_{g,j} w_j.
+int64_t loss_scale(const Loss&, double* means, double* scratch, Device);
+int64_t loss_moments(const Loss&, float* moments, double* scratch, Device);  // [G, R, R]: mean_{i, dim} F_r F_r'
+void loss_gradient(const Loss&, const double* factors, const float* incoming, const Strided<float>& grad, Device);
 
 const char* device_error();  // why the CUDA runtime finds no device; null where it finds one
 

@@ -37,7 +37,24 @@ inline int attribute(cudaDeviceAttr which, Device device) {
 // Blocks that fill the device twice: what a launch is cut into where the problem is too small to fill it by itself.
 inline int64_t enough_blocks(Device device) { return 2 * attribute(cudaDevAttrMultiProcessorCount, device); }
 
+// Whether a block may have so much shared memory. The least of compute capability 8.0 and later is 101,376 bytes (8.6, 8.9, 12.0);
+// what may want more asks here first, and has another way.
+inline bool fits(size_t shared_bytes, Device device) {
+    return shared_bytes <= size_t(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+}
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Hands out scratch memory piece by piece; where there is none it only counts.
+struct Scratch {
+    double* memory;
+    int64_t doubles = 0;
+    template <class T> T* take(int64_t count) {
+        double* piece = memory ? memory + doubles : nullptr;
+        doubles += ceil_div(count * int64_t(sizeof(T)), 16) * 2;
+        return reinterpret_cast<T*>(piece);
+    }
+};
 
 constexpr int THREADS = 256;  // of every block
 

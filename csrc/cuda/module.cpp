@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -37,24 +38,21 @@ struct AffinityProblem {
         return p;
     }
 
-    template <class T> int64_t forward_scratch() const { return drift::cuda::forward_scratch(problem<T>(0, 0, 0, 0), where()); }
     template <class T>
-    void forward(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t w, uintptr_t num, uintptr_t den, uintptr_t row_stats,
+    int64_t forward(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t w, uintptr_t num, uintptr_t den, uintptr_t row_stats,
                  uintptr_t col_stats, uintptr_t scratch) const {
-        drift::cuda::forward(problem<T>(q, k, v, w), {at<T>(num), at<T>(den), at<T>(row_stats), at<T>(col_stats)}, at<T>(scratch), where());
+        return affinity_forward(problem<T>(q, k, v, w), {at<T>(num), at<T>(den), at<T>(row_stats), at<T>(col_stats)}, at<double>(scratch), where());
     }
-    template <class T> int64_t backward_scratch() const { return drift::cuda::backward_scratch(problem<T>(0, 0, 0, 0), where()); }
     template <class T>
-    void backward(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t w, uintptr_t row_stats, uintptr_t col_stats, uintptr_t grad_num,
+    int64_t backward(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t w, uintptr_t row_stats, uintptr_t col_stats, uintptr_t grad_num,
                   uintptr_t grad_den, uintptr_t grad_q, uintptr_t grad_k, uintptr_t grad_v, uintptr_t grad_w, uintptr_t scratch) const {
-        drift::cuda::backward(problem<T>(q, k, v, w),
+        return affinity_backward(problem<T>(q, k, v, w),
                               {at<T>(row_stats), at<T>(col_stats), at<T>(grad_num), at<T>(grad_den), at<T>(grad_q), at<T>(grad_k),
                                at<T>(grad_v), at<T>(grad_w)},
-                              at<T>(scratch), where());
+                              at<double>(scratch), where());
     }
-    template <class T> int64_t scale_scratch() const { return drift::cuda::scale_scratch(problem<T>(0, 0, 0, 0), where()); }
-    template <class T> void scale(uintptr_t q, uintptr_t k, uintptr_t w, uintptr_t means, uintptr_t scratch) const {
-        drift::cuda::scale(problem<T>(q, k, 0, w), at<double>(means), at<double>(scratch), where());
+    template <class T> int64_t scale(uintptr_t q, uintptr_t k, uintptr_t w, uintptr_t means, uintptr_t scratch) const {
+        return affinity_scale(problem<T>(q, k, 0, w), at<double>(means), at<double>(scratch), where());
     }
 };
 
@@ -71,17 +69,19 @@ struct LossProblem {
 
     Device where() const { return {device, at<void>(stream)}; }
     Loss problem() const {
-        Loss p{groups, D, {}, int(R_list.size()), split_products, {}, floor, {}, {}, at<double>(scale), at<float>(kept)};
-        for (int kind = 0; kind < 3; ++kind)
-            p.count[kind] = counts.at(kind), p.points[kind] = at<float>(points.at(kind)), p.weights[kind] = at<float>(weights.at(kind));
+        Loss p{groups, 1, D, {}, int(R_list.size()), split_products, {}, floor, 1e-4, 1e-3, 100, {}, {}, at<double>(scale), at<float>(kept)};
+        for (int kind = 0; kind < 3; ++kind) {
+            p.count[kind] = counts.at(kind);
+            p.points[kind] = {at<float>(points.at(kind)), {counts[kind] * D, 0, D}};
+            p.weights[kind] = {at<float>(weights.at(kind)), {counts[kind], 0, 1}};
+        }
         std::copy(R_list.begin(), R_list.end(), p.R);
         return p;
     }
-    void find_scale(uintptr_t means, uintptr_t scratch) const { loss_scale(problem(), at<double>(means), at<double>(scratch), where()); }
-    int64_t scratch() const { return loss_scratch(problem(), where()); }
-    void moments(uintptr_t moments, uintptr_t scratch) const { loss_moments(problem(), at<float>(moments), at<double>(scratch), where()); }
-    void gradient(uintptr_t factors, uintptr_t incoming, uintptr_t grad) const {
-        loss_gradient(problem(), at<double>(factors), at<float>(incoming), at<float>(grad), where());
+    int64_t find_scale(uintptr_t means, uintptr_t scratch) const { return loss_scale(problem(), at<double>(means), at<double>(scratch), where()); }
+    int64_t moments(uintptr_t moments, uintptr_t scratch) const { return loss_moments(problem(), at<float>(moments), at<double>(scratch), where()); }
+    void gradient(uintptr_t factors, uintptr_t incoming, uintptr_t grad, std::array<int64_t, 3> strides) const {
+        loss_gradient(problem(), at<double>(factors), at<float>(incoming), {at<float>(grad), {strides[0], strides[1], strides[2]}}, where());
     }
 };
 
@@ -90,7 +90,7 @@ struct LossProblem {
 PYBIND11_MODULE(_cuda, m) {
     const auto release = py::call_guard<py::gil_scoped_release>();
     m.def("device_error", &device_error);
-    m.def("group_fits", [](const std::vector<int>& counts, int widths, int device) { return group_fits(counts.data(), widths, {device, nullptr}); });
+    m.def("group_fits", [](const std::vector<int>& counts, int widths, int device) { return group_fits(counts[0], counts[0] + counts[1] + counts[2], widths, {device, nullptr}); });
     using A = AffinityProblem;
     py::class_<A>(m, "Affinity")
         .def(py::init<int64_t, int64_t, int64_t, int64_t, int64_t, bool, bool, bool, std::vector<double>, double, double, double, double,
@@ -98,16 +98,10 @@ PYBIND11_MODULE(_cuda, m) {
              py::kw_only(), py::arg("groups"), py::arg("N"), py::arg("M"), py::arg("D"), py::arg("split"), py::arg("gaussian"),
              py::arg("has_self"), py::arg("split_products"), py::arg("widths"), py::arg("temperature"), py::arg("floor"),
              py::arg("least_distance"), py::arg("self_distance"), py::arg("unit"), py::arg("device"), py::arg("stream"))
-        .def("forward_scratch_float32", &A::forward_scratch<float>)
-        .def("forward_scratch_float64", &A::forward_scratch<double>)
         .def("forward_float32", &A::forward<float>, release)
         .def("forward_float64", &A::forward<double>, release)
-        .def("backward_scratch_float32", &A::backward_scratch<float>)
-        .def("backward_scratch_float64", &A::backward_scratch<double>)
         .def("backward_float32", &A::backward<float>, release)
         .def("backward_float64", &A::backward<double>, release)
-        .def("scale_scratch_float32", &A::scale_scratch<float>)
-        .def("scale_scratch_float64", &A::scale_scratch<double>)
         .def("scale_float32", &A::scale<float>, release)
         .def("scale_float64", &A::scale<double>, release);
     py::class_<LossProblem>(m, "Loss")
@@ -115,7 +109,6 @@ PYBIND11_MODULE(_cuda, m) {
                       uintptr_t, bool, int, uintptr_t>(),
              py::kw_only(), py::arg("groups"), py::arg("D"), py::arg("counts"), py::arg("points"), py::arg("weights"), py::arg("R_list"),
              py::arg("floor"), py::arg("scale"), py::arg("kept"), py::arg("split_products"), py::arg("device"), py::arg("stream"))
-        .def("scratch", &LossProblem::scratch)
         .def("scale", &LossProblem::find_scale, release)
         .def("moments", &LossProblem::moments, release)
         .def("gradient", &LossProblem::gradient, release);

@@ -1,141 +1,10 @@
 // Matrix products of one block of threads: operands go through shared memory in chunks of the depth, the result stays
 // in registers. float uses the tensor cores, in halves (see halves.cuh), double the ordinary units; both leave the same
 // elements with the same threads.
-//
-// A tile of the result has 64 rows × 32·NT columns. Its 8 warps lie 2 × 4 on it, each on 32 rows × 8·NT columns.
 #pragma once
-#include "halves.cuh"
+#include "tile.cuh"
 
 namespace drift::cuda {
-
-constexpr int ROWS = 64;
-template <class T> constexpr int COLUMN_TILES = sizeof(T) == 4 ? 4 : 2;  // NT of the kernels of forms A and B
-template <int NT> constexpr int COLS = 32 * NT;
-template <class T> constexpr int VECTOR = 16 / sizeof(T);     // elements a 16-byte access moves
-template <class T> constexpr int CHUNK = 8 * VECTOR<T>;       // depth staged at once
-static_assert(CHUNK<float> == BLOCK_OF_HALVES);
-template <class T> constexpr int CHUNK_LD = CHUNK<T> + VECTOR<T>;  // leading dimension that spreads rows over the banks
-template <class T, int NT> constexpr int STRIP_LD = COLS<NT> + VECTOR<T>;  // of a tile in shared memory, likewise
-template <class T, int NT> constexpr int VALUES_LD = COLS<NT> + (sizeof(T) == 4 ? 4 : 8);
-
-// Elements of shared memory that products want: the largest of each warp's operands, a chunk of both operands.
-constexpr int MAXIMA = 2 * WARPS;
-template <class T, int NT> constexpr int VALUES_STAGE = MAXIMA + CHUNK<T>* VALUES_LD<T, NT>;  // one operand lies elsewhere
-template <class T, int NT> constexpr int STAGE = std::max(MAXIMA + (ROWS + COLS<NT>)*CHUNK_LD<T>, VALUES_STAGE<T, NT>);
-
-// The elements of a tile that a thread holds: rows row(0…3) × columns col(0…2·NT−1).
-template <class T, int NT> struct Tile {
-    T value[4][2 * NT];
-
-    __device__ __forceinline__ void clear() {
-#pragma unroll
-        for (int r = 0; r < 4; ++r)
-#pragma unroll
-            for (int c = 0; c < 2 * NT; ++c) value[r][c] = 0;
-    }
-    template <class ScaleOf> __device__ __forceinline__ void add(const Tile& other, ScaleOf scale_of) {  // scale_of(row)
-#pragma unroll
-        for (int r = 0; r < 4; ++r) {
-            const T scale = scale_of(row(r));
-#pragma unroll
-            for (int c = 0; c < 2 * NT; ++c) value[r][c] = std::fma(other.value[r][c], scale, value[r][c]);
-        }
-    }
-    static __device__ __forceinline__ int warp_row() { return threadIdx.x / 32 % 2; }
-    static __device__ __forceinline__ int warp_col() { return threadIdx.x / 64; }
-    static __device__ __forceinline__ int row(int r) { return 32 * warp_row() + threadIdx.x % 32 / 4 + 8 * r; }
-    static __device__ __forceinline__ int col(int c) { return 8 * NT * warp_col() + c / 2 * 8 + threadIdx.x % 4 * 2 + c % 2; }
-};
-
-// Part `part` of `parts` of [begin, end), none of them empty as long as parts <= end - begin.
-struct Range {
-    int64_t begin, end;
-    __host__ __device__ Range part(int64_t n, int64_t parts) const {
-        return {begin + (end - begin) * n / parts, begin + (end - begin) * (n + 1) / parts};
-    }
-};
-
-__device__ __forceinline__ bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
-
-// Row n of a matrix with `depth` contiguous columns; the last row for any past it, which spares `fetch` branches.
-template <class T> struct Matrix {
-    const T* first;
-    int count;
-    int64_t depth;
-    __device__ __forceinline__ const T* operator()(int n) const { return first + std::min(n, count - 1) * depth; }
-    __device__ __forceinline__ bool in_vectors() const { return depth % VECTOR<T> == 0 && aligned(first); }
-};
-
-template <class T> struct alignas(16) Vector {
-    T value[VECTOR<T>];
-};
-
-// COUNT rows × `WIDTH` columns on their way to shared memory, held by the block's registers meanwhile.
-template <class T, int COUNT, int WIDTH> struct Fetched {
-    static constexpr int EACH = WIDTH / VECTOR<T>, N = COUNT * EACH / THREADS;
-    static_assert(COUNT * EACH % THREADS == 0 && THREADS % EACH == 0);
-    Vector<T> held[N], origin;
-
-    // Columns at… of rows first…, and of `centre` unless it is null; zeros from `end` on.
-    template <class Rows> __device__ __forceinline__ void fetch(const Rows& rows, int first, const T* centre, int64_t at, int64_t end) {
-        const int64_t column = at + threadIdx.x % EACH * VECTOR<T>;
-        first += threadIdx.x / EACH;
-        origin = {};
-        if (column < end && rows.in_vectors()) {
-            if (centre) origin = *reinterpret_cast<const Vector<T>*>(centre + column);
-#pragma unroll
-            for (int n = 0; n < N; ++n) held[n] = *reinterpret_cast<const Vector<T>*>(rows(first + n * (THREADS / EACH)) + column);
-            return;
-        }
-#pragma unroll
-        for (int e = 0; e < VECTOR<T>; ++e) {
-            const bool exists = column + e < end;
-            if (centre && exists) origin.value[e] = centre[column + e];
-#pragma unroll
-            for (int n = 0; n < N; ++n) held[n].value[e] = exists ? rows(first + n * (THREADS / EACH))[column + e] : T(0);
-        }
-    }
-    // Minus `centre`: not before the rows are wanted, so that nobody waits for them until then.
-    __device__ __forceinline__ void subtract_origin() {
-#pragma unroll
-        for (int n = 0; n < N; ++n)
-#pragma unroll
-            for (int e = 0; e < VECTOR<T>; ++e) held[n].value[e] -= origin.value[e];
-    }
-    __device__ __forceinline__ void put(T* shared, int ld) const {
-#pragma unroll
-        for (int n = 0; n < N; ++n) {
-            const int index = threadIdx.x + n * THREADS;
-            *reinterpret_cast<Vector<T>*>(shared + index / EACH * ld + index % EACH * VECTOR<T>) = held[n];
-        }
-    }
-
-    // As an operand of `multiply`: put_maxima, __syncthreads, put_operand. Returns what undoes the scaling.
-    __device__ __forceinline__ void put_maxima(T* of_warps) const {
-        if constexpr (sizeof(T) == 4) {
-            float largest = 0;
-#pragma unroll
-            for (int n = 0; n < N; ++n)
-#pragma unroll
-                for (int e = 0; e < VECTOR<T>; ++e) largest = std::fmax(largest, std::fabs(held[n].value[e]));
-            put_largest(largest, reinterpret_cast<unsigned*>(of_warps));
-        }
-    }
-    __device__ __forceinline__ T put_operand(T* shared, int ld, const T* of_warps) const {
-        if constexpr (sizeof(T) == 4) {
-            const Scale scale = scale_for(largest_of_block(reinterpret_cast<const unsigned*>(of_warps)));
-#pragma unroll
-            for (int n = 0; n < N; ++n) {
-                const int index = threadIdx.x + n * THREADS;
-                put_halves(shared + index / EACH * ld, index % EACH * VECTOR<T>, held[n].value, scale.by);
-            }
-            return scale.back;
-        } else {
-            put(shared, ld);
-            return 1;
-        }
-    }
-};
 
 // tile += scale·X·Yᵀ over one staged chunk, the scale that of a row. X [64][x_ld] holds rows; Y holds rows of the right-hand side
 // ([columns][y_ld]), or, with BY_DEPTH, its transpose ([depth][y_ld]).
@@ -147,7 +16,7 @@ __device__ __forceinline__ void multiply_halves(Tile<float, NT>& tile, const flo
     const float* x = X + (32 * tile.warp_row() + lane % 16) * x_ld;
     const float* y = BY_DEPTH ? Y + lane % 16 * y_ld : Y + (col + lane % 8) * y_ld;
     Tile<float, NT> of_chunk;  // tensor cores truncate every sum: long ones are added up outside them
-    of_chunk.clear();
+    of_chunk.fill(0);
 #pragma unroll 1
     for (int k = 0; k < CHUNK<float>; k += 16) {
         unsigned a_big[2][4], a_small[2][4], b[NT][4];  // b: two of the high parts, two of the low ones
@@ -172,7 +41,12 @@ __device__ __forceinline__ void multiply_halves(Tile<float, NT>& tile, const flo
                     mma_halves(of_chunk.value[2 * m][2 * n], of_chunk.value[2 * m][2 * n + 1], of_chunk.value[2 * m + 1][2 * n],
                                of_chunk.value[2 * m + 1][2 * n + 1], pass == 0 ? a_small[m] : a_big[m], pass == 1 ? b[n] + 2 : b[n]);
     }
-    tile.add(of_chunk, scale_of);
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+        const float scale = scale_of(tile.row(r));
+#pragma unroll
+        for (int c = 0; c < 2 * NT; ++c) tile.value[r][c] = std::fma(of_chunk.value[r][c], scale, tile.value[r][c]);
+    }
 }
 
 template <bool BY_DEPTH, int NT, class ScaleOf>
@@ -235,7 +109,7 @@ __device__ __forceinline__ void product_of_rows(Tile<T, NT>& tile, const X& x, c
     T *x_maxima = stage, *y_maxima = stage + WARPS, *x_stage = stage + MAXIMA, *y_stage = x_stage + ROWS * CHUNK_LD<T>;
     Fetched<T, ROWS, CHUNK<T>> x_next;
     Fetched<T, COLS<NT>, CHUNK<T>> y_next;
-    tile.clear();
+    tile.fill(0);
     x_next.fetch(x, 0, centre, dims.begin, dims.end);
     y_next.fetch(y, y_first, centre, dims.begin, dims.end);
     for (int64_t at = dims.begin; at < dims.end; at += CHUNK<T>) {

@@ -30,26 +30,29 @@ struct dim3 {
 };
 inline dim3 blockIdx, threadIdx, gridDim;
 
-// The runtime's calls: one device, which never fails.
-enum cudaError_t { cudaSuccess };
+// The runtime's calls: one device, which fails where a block wants more shared memory than it has.
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 using cudaStream_t = void*;
-constexpr size_t EMULATED_SHARED_BYTES = 166912;  // of compute capability 8.0, the least of those built for
-inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
+inline int emulated(const char* variable, int otherwise) { return getenv(variable) ? atoi(getenv(variable)) : otherwise; }
+constexpr int MOST_SHARED_BYTES = 232448;  // of compute capability 9.0
+inline int shared_bytes_of_device() { return emulated("DRIFT_EMULATED_SHARED_BYTES", 166912); }  // as of compute capability 8.0
+inline const char* cudaGetErrorString(cudaError_t error) { return error == cudaSuccess ? "no error" : "too much shared memory"; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
-inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int shared_bytes) {
+    return shared_bytes <= shared_bytes_of_device() ? cudaSuccess : cudaErrorInvalidValue;
+}
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
-    const char* multiprocessors = getenv("DRIFT_EMULATED_MULTIPROCESSORS");
-    *value = which != cudaDevAttrMultiProcessorCount ? int(EMULATED_SHARED_BYTES) : multiprocessors ? atoi(multiprocessors) : 1;
+    *value = which == cudaDevAttrMultiProcessorCount ? emulated("DRIFT_EMULATED_MULTIPROCESSORS", 1) : shared_bytes_of_device();
     return cudaSuccess;
 }
 
 namespace drift::cuda {
-alignas(16) inline unsigned char shared_memory[EMULATED_SHARED_BYTES + 1024];
+alignas(16) inline unsigned char shared_memory[MOST_SHARED_BYTES + 1024];
 }
 
 namespace emulation {
@@ -252,7 +255,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     body_arguments = &call;
     gridDim = config->gridDim;
     unsigned char *memory = drift::cuda::shared_memory, *end = memory + sizeof drift::cuda::shared_memory;
-    if (config->dynamicSmemBytes > EMULATED_SHARED_BYTES) fail("too much shared memory");
+    if (config->dynamicSmemBytes > size_t(shared_bytes_of_device())) return cudaErrorInvalidValue;
     for (unsigned block = 0; block < config->gridDim.x; ++block) {
         blockIdx = dim3(block);
         memset(memory, 0xff, end - memory);  // NaN

@@ -5,8 +5,6 @@
 //   finish_statistics  the parts together
 //   weighted_sums      a block has 64 queries and walks the keys of one side, or a part of them
 //   sum_parts          where the keys were cut into parts
-#include <utility>
-
 #include "affinity.cuh"
 
 namespace drift::cuda {
@@ -18,15 +16,6 @@ template <class T> __device__ __forceinline__ void merge(T& max, T& sum, T other
     const T now = max > other_max ? max : other_max, shift = finite_shift<T>(now);
     sum = sum * std::exp(max - shift) + other_sum * std::exp(other_max - shift);
     max = now;
-}
-
-template <class T> __device__ __forceinline__ T max_over_row(T x) {
-    for (int lanes = 1; lanes <= 2; lanes *= 2) x = fmax(x, __shfl_xor_sync(0xffffffffu, x, lanes));
-    return x;
-}
-template <class T> __device__ __forceinline__ T max_over_col(T x) {
-    for (int lanes = 4; lanes <= 16; lanes *= 2) x = fmax(x, __shfl_xor_sync(0xffffffffu, x, lanes));
-    return x;
 }
 
 // Statistics of a tile's rows and columns, by warp: [2 of max, sum][warps across][ROWS], [2][warps down][COLS].
@@ -69,15 +58,11 @@ template <class T, int NT> struct TileStatistics {
 // row_parts [col_parts, S, G, 2, N] and col_parts [row_parts, S, G, 2, M].
 template <class T>
 __global__ void __launch_bounds__(THREADS, 1)
-find_statistics(const __grid_constant__ Affinity<T> p, const __grid_constant__ Cut<T> cut, Known<T> known, T* row_parts, T* col_parts) {
+find_statistics(const __grid_constant__ Affinity<T> p, const __grid_constant__ Cut cut, Known<T> known, T* row_parts, T* col_parts) {
     constexpr int NT = COLUMN_TILES<T>;
     T* stage = shared_as<T>();
     auto& found = *reinterpret_cast<TileStatistics<T, NT>*>(stage + STAGE<T, NT>);
-    const int64_t g = blockIdx.x / (cut.row_parts * cut.col_parts);
-    const int part = blockIdx.x % (cut.row_parts * cut.col_parts), row_part = part / cut.col_parts, col_part = part % cut.col_parts;
-    const Axis<T> x = queries(p, known, g), y = keys(p, known, g);
-    const Range rows = Range{0, cut.queries_down.count()}.part(row_part, cut.row_parts);
-    const Range cols = Range{0, cut.keys_across.count()}.part(col_part, cut.col_parts);
+    const Rectangle<T> block(p, cut, known);
     const int thread = threadIdx.x;
 
     auto add = [&](T* parts, int64_t count, int64_t n, bool first, auto add_found) {
@@ -85,28 +70,25 @@ find_statistics(const __grid_constant__ Affinity<T> p, const __grid_constant__ C
         add_found(max, sum);
         parts[n] = max, parts[count + n] = sum;
     };
-    for (int64_t a = rows.begin; a < rows.end; ++a)
-        for (int64_t b = cols.begin; b < cols.end; ++b) {
+    for (int64_t a = block.rows.begin; a < block.rows.end; ++a)
+        for (int64_t b = block.cols.begin; b < block.cols.end; ++b) {
             const Span xs = cut.queries_down(a), ys = cut.keys_across(b);
             Tile<T, NT> d;
-            find_distances(d, p, x, xs, y, ys, stage);
+            find_distances(d, p, block.x, xs, block.y, ys, stage);
             for (int s = 0; s < p.widths; ++s) {
                 const Logit<T> logit_of = logit(p, s);
                 Tile<T, NT> logits;
-#pragma unroll
-                for (int r = 0; r < 4; ++r)
-#pragma unroll
-                    for (int c = 0; c < 2 * NT; ++c) logits.value[r][c] = -INF<T>;
+                logits.fill(-INF<T>);
                 for_pairs<T, NT>(xs, ys, [&](int r, int c, int, int) { logits.value[r][c] = logit_of.at(d.value[r][c]); });
                 found.put(logits);
                 __syncthreads();
-                const int64_t rows_at = (int64_t(col_part) * p.widths + s) * p.groups + g;
-                const int64_t cols_at = (int64_t(row_part) * p.widths + s) * p.groups + g;
+                const int64_t rows_at = (block.col_part * p.widths + s) * p.groups + block.group;
+                const int64_t cols_at = (block.row_part * p.widths + s) * p.groups + block.group;
                 if (thread < xs.count)
-                    add(row_parts + rows_at * 2 * p.N, p.N, xs.first + thread, b == cols.begin,
+                    add(row_parts + rows_at * 2 * p.N, p.N, xs.first + thread, b == block.cols.begin,
                         [&](T& max, T& sum) { found.add_row(thread, max, sum); });
                 else if (thread >= ROWS && thread - ROWS < ys.count)
-                    add(col_parts + cols_at * 2 * p.M, p.M, ys.first + thread - ROWS, a == rows.begin,
+                    add(col_parts + cols_at * 2 * p.M, p.M, ys.first + thread - ROWS, a == block.rows.begin,
                         [&](T& max, T& sum) { found.add_col(thread - ROWS, max, sum); });
                 __syncthreads();
             }
@@ -134,7 +116,7 @@ __global__ void __launch_bounds__(THREADS) finish_statistics(int64_t problems, i
 // num [key_parts, S, G, sides, N, D] and den [key_parts, S, G, sides, N].
 template <class T>
 __global__ void __launch_bounds__(THREADS, 1)
-weighted_sums(const __grid_constant__ Affinity<T> p, const __grid_constant__ Cut<T> cut, Known<T> known, T* num, T* den) {
+weighted_sums(const __grid_constant__ Affinity<T> p, const __grid_constant__ Cut cut, Known<T> known, T* num, T* den) {
     constexpr int NT = COLUMN_TILES<T>;
     T *stage = shared_as<T>(), *strip = stage + STAGE<T, NT>, *row_sums = strip + ROWS * STRIP_LD<T, NT>;
     const int64_t down = cut.queries_down.count();
@@ -153,7 +135,7 @@ weighted_sums(const __grid_constant__ Affinity<T> p, const __grid_constant__ Cut
             const Affinities<T> affinity(p, x, xs, y, ys, s);
             Tile<T, NT> A;
             T mine[4] = {};
-            A.clear();
+            A.fill(0);
             for_pairs<T, NT>(xs, ys, [&](int r, int c, int i, int j) {
                 A.value[r][c] = affinity(i, j, logit_of.at(d.value[r][c])) * (w ? w[j] : T(1));
                 mine[r] += A.value[r][c];
@@ -172,54 +154,31 @@ weighted_sums(const __grid_constant__ Affinity<T> p, const __grid_constant__ Cut
     }
 }
 
-// Where the pieces of the scratch memory lie; a null `at` only measures.
-template <class T> struct Scratch {
-    T *q_norms, *k_norms, *row_parts, *col_parts, *num, *den, *end;
-    int64_t num_size, den_size;  // of a part
-
-    Scratch(const Affinity<T>& p, const Cut<T>& cut, T* at) {
-        const int64_t problems = p.widths * p.groups;
-        auto take = [&](int64_t size) { return std::exchange(at, at + size); };
-        den_size = problems * p.sides * p.N, num_size = den_size * p.D;
-        q_norms = take(p.groups * p.N), k_norms = take(p.groups * p.M);
-        row_parts = take(cut.col_parts * problems * 2 * p.N), col_parts = take(cut.row_parts * problems * 2 * p.M);
-        num = take(cut.key_parts > 1 ? cut.key_parts * num_size : 0), den = take(cut.key_parts > 1 ? cut.key_parts * den_size : 0);
-        end = at;
-    }
-};
-
 }  // namespace
 
-template <class T> int64_t forward_scratch(const Affinity<T>& p, Device device) {
-    const OnDevice guard(device);
-    return Scratch<T>(p, Cut<T>(p, device), nullptr).end - static_cast<T*>(nullptr);
-}
-
-template <class T> void forward(const Affinity<T>& p, const Sums<T>& out, T* memory, Device device) {
+template <class T> int64_t affinity_forward(const Affinity<T>& p, const Sums<T>& out, double* memory, Device device) {
     constexpr int NT = COLUMN_TILES<T>;
     const OnDevice guard(device);
-    const Cut<T> cut(p, device);
-    const Scratch<T> scratch(p, cut, memory);
-    const Known<T> known{scratch.q_norms, scratch.k_norms, out.row_stats, out.col_stats};
-    const int64_t problems = p.widths * p.groups;
-    launch_squared_norms(p, scratch.q_norms, device);
-    launch("find_statistics", find_statistics<T>, device, p.groups * cut.row_parts * cut.col_parts,
-           STAGE<T, NT> * sizeof(T) + sizeof(TileStatistics<T, NT>), p, cut, known, scratch.row_parts, scratch.col_parts);
-    launch("finish_statistics", finish_statistics<T>, device, ceil_div(problems * (p.N + p.M), THREADS), 0, problems, p.N, p.M,
-           scratch.row_parts, cut.col_parts, scratch.col_parts, cut.row_parts, out.row_stats, out.col_stats);
-    const bool several = cut.key_parts > 1;
+    const Cut cut(p, COLS<NT>, device);
+    const int64_t problems = p.widths * p.groups, outputs = problems * p.sides * p.N;
+    Scratch scratch{memory};
+    T *norms = scratch.take<T>(p.groups * (p.N + p.M));
+    T *row_parts = scratch.take<T>(cut.col_parts * problems * 2 * p.N), *col_parts = scratch.take<T>(cut.row_parts * problems * 2 * p.M);
+    const Parts<T> num(scratch, out.num, cut.key_parts, outputs * p.D), den(scratch, out.den, cut.key_parts, outputs);
+    if (!memory) return scratch.doubles;
+    const Known<T> known{norms, norms + p.groups * p.N, out.row_stats, out.col_stats};
+    launch_squared_norms(p, norms, device);
+    launch("find_statistics", find_statistics<T>, device, p.groups * cut.rectangles(), STAGE<T, NT> * sizeof(T) + sizeof(TileStatistics<T, NT>),
+           p, cut, known, row_parts, col_parts);
+    launch("finish_statistics", finish_statistics<T>, device, ceil_div(problems * (p.N + p.M), THREADS), 0, problems, p.N, p.M, row_parts,
+           cut.col_parts, col_parts, cut.row_parts, out.row_stats, out.col_stats);
     launch("weighted_sums", weighted_sums<T>, device, p.groups * p.sides * cut.key_parts * cut.queries_down.count(),
-           (STAGE<T, NT> + ROWS * STRIP_LD<T, NT> + 4 * ROWS) * sizeof(T), p, cut, known, several ? scratch.num : out.num,
-           several ? scratch.den : out.den);
-    if (several) {
-        launch_sum_parts(scratch.num, cut.key_parts, scratch.num_size, out.num, device);
-        launch_sum_parts(scratch.den, cut.key_parts, scratch.den_size, out.den, device);
-    }
+           (STAGE<T, NT> + ROWS * STRIP_LD<T, NT> + 4 * ROWS) * sizeof(T), p, cut, known, num.parts, den.parts);
+    num.sum(device), den.sum(device);
+    return scratch.doubles;
 }
 
-template int64_t forward_scratch(const Affinity<float>&, Device);
-template int64_t forward_scratch(const Affinity<double>&, Device);
-template void forward(const Affinity<float>&, const Sums<float>&, float*, Device);
-template void forward(const Affinity<double>&, const Sums<double>&, double*, Device);
+template int64_t affinity_forward(const Affinity<float>&, const Sums<float>&, double*, Device);
+template int64_t affinity_forward(const Affinity<double>&, const Sums<double>&, double*, Device);
 
 }  // namespace drift::cuda

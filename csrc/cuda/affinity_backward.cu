@@ -1,12 +1,12 @@
 // The vector-Jacobian product of forms A and B. With G = w·A·dA where A is above the floor, else 0, the gradient of a logit is
 // dL_ij = G_ij − ½ softmax_j(L)·Σ_j G − ½ softmax_i(L)·Σ_i G, and that of its points ±h_ij (q_i − k_j), h a factor of dL.
 //
+// Tiles have 32·NT columns: half as many as in the forward where the device's shared memory does not take more.
+//
 //   squared_norms       of all points
 //   find_flows          Σ_j G and Σ_i G; a block walks a range of queries × a range of keys
 //   gradients           once with 64 queries a block for grad_q, once with 64 keys a block for grad_k, grad_v and grad_w
 //   sum_parts           where one of these was cut into parts
-#include <utility>
-
 #include "affinity.cuh"
 
 namespace drift::cuda {
@@ -23,20 +23,17 @@ template <class T> __device__ int64_t output_row(const Affinity<T>& p, int s, in
 }
 
 // row_parts [col_parts, S, G, N] and col_parts [row_parts, S, G, M].
-template <class T>
+template <class T, int NT>
 __global__ void __launch_bounds__(THREADS, 1)
-find_flows(const __grid_constant__ Affinity<T> p, const __grid_constant__ Cut<T> cut, Known<T> known, Incoming<T> grad, T* row_parts,
+find_flows(const __grid_constant__ Affinity<T> p, const __grid_constant__ Cut cut, Known<T> known, Incoming<T> grad, T* row_parts,
            T* col_parts) {
-    constexpr int NT = COLUMN_TILES<T>;
     T *stage = shared_as<T>(), *row_sums = stage + STAGE<T, NT>, *col_sums = row_sums + 4 * ROWS;  // [4][ROWS], [2][COLS]
-    const int64_t g = blockIdx.x / (cut.row_parts * cut.col_parts);
-    const int part = blockIdx.x % (cut.row_parts * cut.col_parts), row_part = part / cut.col_parts, col_part = part % cut.col_parts;
-    const Axis<T> x = queries(p, known, g), y = keys(p, known, g);
-    const Range rows = Range{0, cut.queries_down.count()}.part(row_part, cut.row_parts);
-    const Range cols = Range{0, cut.keys_across.count()}.part(col_part, cut.col_parts);
+    const Rectangle<T> block(p, cut, known);
+    const Axis<T>&x = block.x, &y = block.y;
+    const int64_t g = block.group;
     const int thread = threadIdx.x;
-    for (int64_t a = rows.begin; a < rows.end; ++a)
-        for (int64_t b = cols.begin; b < cols.end; ++b) {
+    for (int64_t a = block.rows.begin; a < block.rows.end; ++a)
+        for (int64_t b = block.cols.begin; b < block.cols.end; ++b) {
             const Span xs = cut.queries_down(a), ys = cut.keys_across(b);
             const T* w = p.w ? p.w + g * p.M + ys.first : nullptr;
             Tile<T, NT> d, dA;
@@ -63,11 +60,11 @@ find_flows(const __grid_constant__ Affinity<T> p, const __grid_constant__ Cut<T>
                 __syncthreads();
                 auto add = [](T& there, T sum, bool first) { there = first ? sum : there + sum; };
                 if (thread < xs.count)
-                    add(row_parts[((int64_t(col_part) * p.widths + s) * p.groups + g) * p.N + xs.first + thread], total_of_row(row_sums, thread),
-                        b == cols.begin);
+                    add(row_parts[((block.col_part * p.widths + s) * p.groups + g) * p.N + xs.first + thread], total_of_row(row_sums, thread),
+                        b == block.cols.begin);
                 else if (const int j = thread - ROWS; j >= 0 && j < ys.count)
-                    add(col_parts[((int64_t(row_part) * p.widths + s) * p.groups + g) * p.M + ys.first + j], col_sums[j] + col_sums[COLS<NT> + j],
-                        a == rows.begin);
+                    add(col_parts[((block.row_part * p.widths + s) * p.groups + g) * p.M + ys.first + j], col_sums[j] + col_sums[COLS<NT> + j],
+                        a == block.rows.begin);
                 __syncthreads();
             }
         }
@@ -77,13 +74,12 @@ template <class T> struct Flows {
     const T *rows, *cols;  // [S, G, N], [S, G, M]
 };
 template <class T> struct PointGradients {  // of the axis that blocks own; [parts, G, count, D] and [parts, G, count]
-    T *points, *values, *weights;  // the last two for keys only; weights may be null
+    T *points, *values, *weights;  // the last two for keys only, weights where keys have any
 };
 
 // The elements of a strip that belong to this thread, one after the other so as to need few registers: body(i, j, at) with
 // `at` their place in the strip, and end_of_row(i).
-template <class T, class Body, class EndOfRow> __device__ __forceinline__ void for_own(Body body, EndOfRow end_of_row) {
-    constexpr int NT = COLUMN_TILES<T>;
+template <class T, int NT, class Body, class EndOfRow> __device__ __forceinline__ void for_own(Body body, EndOfRow end_of_row) {
 #pragma unroll 1
     for (int r = 0; r < 4; ++r) {
         const int i = Tile<T, NT>::row(r);
@@ -92,26 +88,26 @@ template <class T, class Body, class EndOfRow> __device__ __forceinline__ void f
         end_of_row(i);
     }
 }
-template <class T, class Body> __device__ __forceinline__ void for_own(Body body) {
-    for_own<T>(body, [](int) {});
+template <class T, int NT, class Body> __device__ __forceinline__ void for_own(Body body) {
+    for_own<T, NT>(body, [](int) {});
 }
 
 // sums [4][ROWS] += a thread's share of row i.
-template <class T> __device__ __forceinline__ void add_to_row(T* sums, int i, T mine) {
+template <class T, int NT> __device__ __forceinline__ void add_to_row(T* sums, int i, T mine) {
     const T sum = sum_over_row(mine);
-    if (threadIdx.x % 4 == 0) sums[Tile<T, COLUMN_TILES<T>>::warp_col() * ROWS + i] += sum;
+    if (threadIdx.x % 4 == 0) sums[Tile<T, NT>::warp_col() * ROWS + i] += sum;
 }
 
 // Pairs so close that h·x − h·y would cancel: their h moves from `h` to `apart`. Whether there is any.
-template <class T>
+template <class T, int NT>
 __device__ bool part_close_pairs(T* h, T* apart, const T* d, const Axis<T>& x, Span xs, const Axis<T>& y, Span ys) {
     auto is_close = [&](int i, int j, int at) {
         return i < xs.count && j < ys.count && d[at] * d[at] < (x.norms[xs.first + i] + y.norms[ys.first + j]) * T(CLOSE);
     };
     bool any = false;
-    for_own<T>([&](int i, int j, int at) { any |= is_close(i, j, at); });
+    for_own<T, NT>([&](int i, int j, int at) { any |= is_close(i, j, at); });
     if (!__syncthreads_or(any)) return false;
-    for_own<T>([&](int i, int j, int at) {
+    for_own<T, NT>([&](int i, int j, int at) {
         const bool moves = is_close(i, j, at);
         apart[at] = moves ? h[at] : T(0);
         if (moves) h[at] = 0;
@@ -120,11 +116,11 @@ __device__ bool part_close_pairs(T* h, T* apart, const T* d, const Axis<T>& x, S
 }
 
 // out_i −= Σ_j apart_ij (x_i − y_j); a warp has a row.
-template <class T> __device__ void add_close_pairs(T* out, const T* apart, const Matrix<T>& x, const Matrix<T>& y) {
+template <class T, int NT> __device__ void add_close_pairs(T* out, const T* apart, const Matrix<T>& x, const Matrix<T>& y) {
     __syncthreads();
     for (int i = threadIdx.x / 32; i < x.count; i += THREADS / 32)
         for (int j = 0; j < y.count; ++j) {
-            const T h = apart[i * STRIP_LD<T, COLUMN_TILES<T>> + j];
+            const T h = apart[i * STRIP_LD<T, NT> + j];
             if (h == 0) continue;
             for (int64_t e = threadIdx.x % 32; e < x.depth; e += 32) out[i * x.depth + e] -= h * (x(i)[e] - y(j)[e]);
         }
@@ -132,11 +128,10 @@ template <class T> __device__ void add_close_pairs(T* out, const T* apart, const
 }
 
 // Blocks own ROWS queries, or with KEYS as many keys, and walk the other axis or a part of it.
-template <class T, bool KEYS>
+template <class T, int NT, bool KEYS>
 __global__ void __launch_bounds__(THREADS, 1)
-gradients(const __grid_constant__ Affinity<T> p, const __grid_constant__ Cut<T> cut, Known<T> known, Incoming<T> grad, Flows<T> flows,
+gradients(const __grid_constant__ Affinity<T> p, const __grid_constant__ Cut cut, Known<T> known, Incoming<T> grad, Flows<T> flows,
           int parts, PointGradients<T> out) {
-    constexpr int NT = COLUMN_TILES<T>;
     constexpr int STRIP = ROWS * STRIP_LD<T, NT>;
     T *stage = shared_as<T>(), *d_strip = stage + STAGE<T, NT>, *h_strip = d_strip + STRIP, *A_strip = h_strip + STRIP;
     T *h_sums = A_strip + STRIP, *weight_sums = h_sums + 4 * ROWS;
@@ -167,7 +162,7 @@ gradients(const __grid_constant__ Affinity<T> p, const __grid_constant__ Cut<T> 
             const T *y_flow = KEYS ? flows.rows + problem * p.N : flows.cols + problem * p.M;
             x_flow += xs.first, y_flow += ys.first;
             T of_row = 0;
-            for_own<T>(
+            for_own<T, NT>(
                 [&](int i, int j, int at) {
                     T h = 0, weighted = 0;
                     if (i < xs.count && j < ys.count) {
@@ -185,22 +180,22 @@ gradients(const __grid_constant__ Affinity<T> p, const __grid_constant__ Cut<T> 
                     A_strip[at] = weighted;
                 },
                 [&](int i) {
-                    if (KEYS) add_to_row(weight_sums, i, of_row);
+                    if (KEYS) add_to_row<T, NT>(weight_sums, i, of_row);
                     of_row = 0;
                 });
             if (KEYS)
                 add_product<T, NT>(out.values + at * p.D, xs.count, A_strip, incoming, b == cols.begin && s == 0, p.split_products, stage);
         }
         __syncthreads();  // everyone is done with A_strip
-        const bool close = part_close_pairs(h_strip, A_strip, d_strip, x, xs, y, ys);
+        const bool close = part_close_pairs<T, NT>(h_strip, A_strip, d_strip, x, xs, y, ys);
         T of_row = 0;
-        for_own<T>([&](int, int, int at) { of_row += h_strip[at]; },
+        for_own<T, NT>([&](int, int, int at) { of_row += h_strip[at]; },
                    [&](int i) {
-                       add_to_row(h_sums, i, of_row);
+                       add_to_row<T, NT>(h_sums, i, of_row);
                        of_row = 0;
                    });
         add_product<T, NT>(out.points + at * p.D, xs.count, h_strip, y.rows(ys, p.D), b == cols.begin, p.split_products, stage);
-        if (close) add_close_pairs(out.points + at * p.D, A_strip, x_rows, y.rows(ys, p.D));
+        if (close) add_close_pairs<T, NT>(out.points + at * p.D, A_strip, x_rows, y.rows(ys, p.D));
     }
     __syncthreads();
     for (int i = threadIdx.x / 32; i < xs.count; i += THREADS / 32) {
@@ -210,68 +205,44 @@ gradients(const __grid_constant__ Affinity<T> p, const __grid_constant__ Cut<T> 
             there = sum * x_rows(i)[e] - there;
         }
     }
-    if (KEYS && out.weights && threadIdx.x < xs.count) out.weights[at + threadIdx.x] = total_of_row(weight_sums, threadIdx.x);
+    if (KEYS && p.w && threadIdx.x < xs.count) out.weights[at + threadIdx.x] = total_of_row(weight_sums, threadIdx.x);
 }
 
-// Results that may come in parts: `parts` in scratch memory to be summed, or the destination itself when there is one part.
-template <class T> struct Parts {
-    T *parts, *destination;
-    int count;
-    int64_t size;
+template <class T, int NT> constexpr size_t GRADIENTS_BYTES = (STAGE<T, NT> + 3 * ROWS * STRIP_LD<T, NT> + 8 * ROWS) * sizeof(T);
 
-    Parts(T*& memory, T* destination, int count, int64_t size)
-        : parts(count > 1 && destination ? std::exchange(memory, memory + count * size) : destination), destination(destination),
-          count(count), size(size) {}
-    void sum(Device device) const {
-        if (parts != destination) launch_sum_parts(parts, count, size, destination, device);
-    }
-};
-
-template <class T> struct Scratch {
-    T *memory, *q_norms, *k_norms, *row_flows, *col_flows;
-    Parts<T> rows, cols, grad_q, grad_k, grad_v, grad_w;
-
-    T* take(int64_t size) { return std::exchange(memory, memory + size); }
-    Scratch(const Affinity<T>& p, const Cut<T>& cut, const Gradients<T>& io, T* start)
-        : memory(start), q_norms(take(p.groups * p.N)), k_norms(take(p.groups * p.M)), row_flows(take(p.widths * p.groups * p.N)),
-          col_flows(take(p.widths * p.groups * p.M)), rows(memory, row_flows, cut.col_parts, p.widths * p.groups * p.N),
-          cols(memory, col_flows, cut.row_parts, p.widths * p.groups * p.M), grad_q(memory, io.grad_q, cut.gradient_key_parts, p.groups * p.N * p.D),
-          grad_k(memory, io.grad_k, cut.query_parts, p.groups * p.M * p.D), grad_v(memory, io.grad_v, cut.query_parts, p.groups * p.M * p.D),
-          grad_w(memory, io.grad_w, cut.query_parts, p.groups * p.M) {}
-};
+template <class T, int NT> int64_t backward(const Affinity<T>& p, const Gradients<T>& io, double* memory, Device device) {
+    const Cut cut(p, COLS<NT>, device);
+    const int64_t queries = p.groups * p.N, keys = p.groups * p.M;
+    Scratch scratch{memory};
+    T *norms = scratch.take<T>(queries + keys), *row_flows = scratch.take<T>(p.widths * queries), *col_flows = scratch.take<T>(p.widths * keys);
+    const Parts<T> rows(scratch, row_flows, cut.col_parts, p.widths * queries), cols(scratch, col_flows, cut.row_parts, p.widths * keys);
+    const Parts<T> grad_q(scratch, io.grad_q, cut.gradient_key_parts, queries * p.D), grad_k(scratch, io.grad_k, cut.query_parts, keys * p.D);
+    const Parts<T> grad_v(scratch, io.grad_v, cut.query_parts, keys * p.D), grad_w(scratch, io.grad_w, cut.query_parts, p.w ? keys : 0);
+    if (!memory) return scratch.doubles;
+    const Known<T> known{norms, norms + queries, io.row_stats, io.col_stats};
+    const Incoming<T> incoming{io.grad_num, io.grad_den};
+    const Flows<T> flows{row_flows, col_flows};
+    launch_squared_norms(p, norms, device);
+    launch("find_flows", find_flows<T, NT>, device, p.groups * cut.rectangles(), (STAGE<T, NT> + 4 * ROWS + 2 * COLS<NT>) * sizeof(T), p, cut,
+           known, incoming, rows.parts, cols.parts);
+    rows.sum(device), cols.sum(device);
+    launch("gradients of queries", gradients<T, NT, false>, device, p.groups * cut.queries_down.count() * cut.gradient_key_parts,
+           GRADIENTS_BYTES<T, NT>, p, cut, known, incoming, flows, cut.gradient_key_parts, PointGradients<T>{grad_q.parts, nullptr, nullptr});
+    launch("gradients of keys", gradients<T, NT, true>, device, p.groups * cut.keys_down.count() * cut.query_parts, GRADIENTS_BYTES<T, NT>, p,
+           cut, known, incoming, flows, cut.query_parts, PointGradients<T>{grad_k.parts, grad_v.parts, grad_w.parts});
+    for (const Parts<T>* parts : {&grad_q, &grad_k, &grad_v, &grad_w}) parts->sum(device);
+    return scratch.doubles;
+}
 
 }  // namespace
 
-template <class T> int64_t backward_scratch(const Affinity<T>& p, Device device) {
-    const OnDevice guard(device);
-    T somewhere[1];  // addresses are only measured
-    const Gradients<T> io{nullptr, nullptr, nullptr, nullptr, somewhere, somewhere, somewhere, somewhere};
-    return Scratch<T>(p, Cut<T>(p, device), io, somewhere).memory - somewhere;
-}
-
-template <class T> void backward(const Affinity<T>& p, const Gradients<T>& io, T* memory, Device device) {
+template <class T> int64_t affinity_backward(const Affinity<T>& p, const Gradients<T>& io, double* memory, Device device) {
     constexpr int NT = COLUMN_TILES<T>;
     const OnDevice guard(device);
-    const Cut<T> cut(p, device);
-    const Scratch<T> scratch(p, cut, io, memory);
-    const Known<T> known{scratch.q_norms, scratch.k_norms, io.row_stats, io.col_stats};
-    const Incoming<T> incoming{io.grad_num, io.grad_den};
-    const Flows<T> flows{scratch.row_flows, scratch.col_flows};
-    launch_squared_norms(p, scratch.q_norms, device);
-    launch("find_flows", find_flows<T>, device, p.groups * cut.row_parts * cut.col_parts,
-           (STAGE<T, NT> + 4 * ROWS + 2 * COLS<NT>) * sizeof(T), p, cut, known, incoming, scratch.rows.parts, scratch.cols.parts);
-    scratch.rows.sum(device), scratch.cols.sum(device);
-    const size_t shared = (STAGE<T, NT> + 3 * ROWS * STRIP_LD<T, NT> + 8 * ROWS) * sizeof(T);
-    launch("gradients of queries", gradients<T, false>, device, p.groups * cut.queries_down.count() * cut.gradient_key_parts, shared, p, cut,
-           known, incoming, flows, cut.gradient_key_parts, PointGradients<T>{scratch.grad_q.parts, nullptr, nullptr});
-    launch("gradients of keys", gradients<T, true>, device, p.groups * cut.keys_down.count() * cut.query_parts, shared, p, cut, known,
-           incoming, flows, cut.query_parts, PointGradients<T>{scratch.grad_k.parts, scratch.grad_v.parts, scratch.grad_w.parts});
-    for (const Parts<T>* parts : {&scratch.grad_q, &scratch.grad_k, &scratch.grad_v, &scratch.grad_w}) parts->sum(device);
+    return fits(GRADIENTS_BYTES<T, NT>, device) ? backward<T, NT>(p, io, memory, device) : backward<T, NT / 2>(p, io, memory, device);
 }
 
-template int64_t backward_scratch(const Affinity<float>&, Device);
-template int64_t backward_scratch(const Affinity<double>&, Device);
-template void backward(const Affinity<float>&, const Gradients<float>&, float*, Device);
-template void backward(const Affinity<double>&, const Gradients<double>&, double*, Device);
+template int64_t affinity_backward(const Affinity<float>&, const Gradients<float>&, double*, Device);
+template int64_t affinity_backward(const Affinity<double>&, const Gradients<double>&, double*, Device);
 
 }  // namespace drift::cuda
