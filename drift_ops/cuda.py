@@ -1,10 +1,12 @@
-"""The ``cuda`` backend: the CUDA C++ kernels of ``csrc/cuda`` on contiguous float32 or float64 CUDA tensors.
+"""The ``cuda`` backend: the CUDA C++ kernels of ``csrc/cuda`` on float32 or float64 CUDA tensors.
 
 Everything here takes and returns plain tensors and is called by :mod:`drift_ops.ops` only. float32 products are made of
 float16 ones: 22 bits where ``torch.get_float32_matmul_precision()`` is ``"highest"``, otherwise 11, as many as of TF32.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -13,7 +15,6 @@ import torch
 from torch import Tensor
 
 from . import streamed_loss
-from .native import address, of_dtype
 from .points import gathered, scattered
 from .spec import AffinitySpec, LossMap, LossSpec
 
@@ -38,33 +39,23 @@ def why_not() -> str | None:
     return None
 
 
-def _launch_options(tensor: Tensor) -> dict[str, Any]:
-    """Device, stream and precision of the kernels launched for ``tensor`` (on the CPU, by their emulation in tests)."""
-    on_device = {"device": 0, "stream": 0}
-    if tensor.is_cuda:
-        on_device = {"device": tensor.device.index, "stream": torch.cuda.current_stream(tensor.device).cuda_stream}
-    return {**on_device, "split_products": torch.get_float32_matmul_precision() == "highest"}
-
-
-def _affinity(spec: AffinitySpec, q: Tensor, k: Tensor, first: int, unit: Tensor | None) -> Any:
-    G, N, D = q.shape
+def _launch(tensor: Tensor) -> Any:
+    """Where and how kernels run for ``tensor`` (on the CPU, their emulation in tests)."""
     assert _cuda is not None
-    return _cuda.Affinity(
-        groups=G,
-        N=N,
-        M=k.shape[1],
-        D=D,
-        split=first if spec.sides == 2 else 0,
-        gaussian=spec.logit == "gaussian",
-        has_self=spec.has_self,
-        widths=list(spec.widths),
-        temperature=spec.temperature,
-        floor=spec.floor,
-        least_distance=spec.least_distance,
-        self_distance=spec.self_distance,
-        unit=address(unit),
-        **_launch_options(q),
-    )
+    device, stream = 0, 0
+    if tensor.is_cuda:
+        device, stream = tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream
+    float64, splits_products = tensor.dtype == torch.float64, torch.get_float32_matmul_precision() == "highest"
+    allocate = functools.partial(torch.empty, dtype=torch.float64, device=tensor.device)
+    return _cuda.Launch(float64, splits_products, device, stream, allocate)
+
+
+def _in_chunks(spec: AffinitySpec) -> Iterator[tuple[AffinitySpec, slice]]:
+    """The spec with as many widths at a time as a call takes, and which they are."""
+    assert _cuda is not None
+    for start in range(0, len(spec.widths), _cuda.MAX_WIDTHS):
+        chunk = slice(start, start + _cuda.MAX_WIDTHS)
+        yield replace(spec, widths=spec.widths[chunk]), chunk
 
 
 def affinity_sums(
@@ -77,14 +68,15 @@ def affinity_sums(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :func:`drift_ops.ops.affinity_sums`; widths and the self distance are in units of ``unit``, a 0-d float64
     tensor on the device."""
+    assert _cuda is not None
     q, k, v, centre = gathered(q, keys, values)
+    points = q, k, v, None if w is None else w.contiguous()
     (G, N, D), M, S = q.shape, k.shape[1], len(spec.widths)
     num, den = q.new_empty(S, G, spec.sides, N, D), q.new_empty(S, G, spec.sides, N)
     row_stats, col_stats = q.new_empty(S, G, 2, N), q.new_empty(S, G, 2, M)
-    problem = _affinity(spec, q, k, M - keys[-1].shape[1], unit)
-    scratch = q.new_empty(of_dtype(problem, "forward_scratch", q.dtype)())
-    w = None if w is None else w.contiguous()
-    of_dtype(problem, "forward", q.dtype)(*map(address, (q, k, v, w, num, den, row_stats, col_stats, scratch)))
+    for of_chunk, at in _in_chunks(spec):
+        sums = num[at], den[at], row_stats[at], col_stats[at]
+        _cuda.affinity_forward(of_chunk, points, M - keys[-1].shape[1], unit, sums, _launch(q))
     return num, den, row_stats, col_stats, centre
 
 
@@ -101,55 +93,41 @@ def affinity_sums_backward(
     grad_den: Tensor,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
     """See :func:`drift_ops.ops.affinity_sums`."""
+    assert _cuda is not None
     q, k, v, _ = gathered(q, keys, values, centre)
-    w = None if w is None else w.contiguous()
-    grads = [torch.empty_like(t) for t in (q, k, v)]
-    grad_w = q.new_empty(0) if w is None else torch.empty_like(w)
-    problem = _affinity(spec, q, k, k.shape[1] - keys[-1].shape[1], None)
-    scratch = q.new_empty(of_dtype(problem, "backward_scratch", q.dtype)())
-    arguments = (q, k, v, w, row_stats, col_stats, grad_num, grad_den, *grads, grad_w, scratch)
-    of_dtype(problem, "backward", q.dtype)(*map(address, arguments))
-    grad_q, grad_k, grad_v = grads
+    points = q, k, v, None if w is None else w.contiguous()
+    total: list[Tensor] = []
+    for of_chunk, at in _in_chunks(spec):
+        grads = [q.new_empty(0) if t is None else torch.empty_like(t) for t in points]
+        known = row_stats[at], col_stats[at], grad_num[at], grad_den[at]
+        _cuda.affinity_backward(of_chunk, points, k.shape[1] - keys[-1].shape[1], known, tuple(grads), _launch(q))
+        total = [sum_.add_(grad) for sum_, grad in zip(total, grads, strict=True)] if total else grads
+    grad_q, grad_k, grad_v, grad_w = total
     return grad_q, *scattered(keys, values, grad_k, grad_v), grad_w
 
 
-def _in_shared_memory(points: Sequence[Tensor], R: int) -> bool:
-    """Whether the groups of a map go through the kernels that hold one in shared memory; larger ones are streamed."""
+def _in_shared_memory(spec: LossSpec, of_map: LossMap) -> bool:
+    """Whether the groups of a map go through the kernels that hold one in shared memory; others are streamed."""
     assert _cuda is not None
-    if points[0].dtype != torch.float32 or max(t.shape[1] for t in points) >= 1 << 16:
+    N, targets = of_map.counts[0], sum(of_map.counts)
+    if of_map.gen.dtype != torch.float32 or targets >= 1 << 16:
         return False
-    return _cuda.group_fits([t.shape[1] for t in points], R, points[0].device.index or 0)
-
-
-def _groups(
-    points: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    kept: Tensor,
-    scale: Tensor | None,
-    R_list: Sequence[float],
-    floor: float,
-) -> Any:
-    assert _cuda is not None
-    return _cuda.Loss(
-        groups=points[0].shape[0],
-        D=points[0].shape[2],
-        counts=[t.shape[1] for t in points],
-        points=[address(t) for t in points],
-        weights=[address(w) for w in weights],
-        scale=address(scale),
-        kept=address(kept),
-        R_list=list(R_list),
-        floor=floor,
-        **_launch_options(points[0]),
-    )
+    return _cuda.group_fits(N, targets, len(spec.R_list), of_map.gen.device.index or 0)
 
 
 def kept_shape(spec: LossSpec, of_map: LossMap) -> tuple[int, ...]:
     """Shape of what phase 1 of form C keeps for phase 2: the distances ``[G, N, targets]`` if they take no more memory
     than gen, as the gradient does later; otherwise nothing."""
     (N, D), targets = of_map.gen.shape[2:], sum(of_map.counts)
-    keeps = targets <= D and _in_shared_memory(of_map.in_groups()[0], R=1)
-    return (of_map.groups, N, targets) if keeps else (0,)
+    return (of_map.groups, N, targets) if targets <= D and _in_shared_memory(spec, of_map) else (0,)
+
+
+def state_shape(spec: LossSpec, of_map: LossMap) -> tuple[int, ...]:
+    """Shape of what phase 2 keeps for phase 3, which makes the gradient: the distances if they are small beside it,
+    otherwise nothing; the forces ``[R, G, N, D]`` where groups are streamed."""
+    if not _in_shared_memory(spec, of_map):
+        return len(spec.R_list), of_map.groups, *of_map.gen.shape[2:]
+    return kept_shape(spec, of_map) if 4 * sum(of_map.counts) <= of_map.gen.shape[3] else (0,)
 
 
 def loss_scale(spec: LossSpec, maps: Sequence[LossMap]) -> list[tuple[Tensor, Tensor]]:
@@ -157,35 +135,17 @@ def loss_scale(spec: LossSpec, maps: Sequence[LossMap]) -> list[tuple[Tensor, Te
     return [_loss_scale(spec, of_map) for of_map in maps]
 
 
-def _contiguous(of_map: LossMap) -> tuple[list[Tensor], list[Tensor]]:
-    points, weights = of_map.in_groups()
-    return [t.contiguous() for t in points], [w.contiguous() for w in weights]
-
-
 def _loss_scale(spec: LossSpec, of_map: LossMap) -> tuple[Tensor, Tensor]:
-    points, weights = _contiguous(of_map)
-    gen = points[0]
+    assert _cuda is not None
+    gen = of_map.gen
     means, kept = gen.new_empty(2, dtype=torch.float64), gen.new_empty(kept_shape(spec, of_map))
-    if _in_shared_memory(points, R=1):
-        groups = _groups(points, weights, kept, None, (), 0.0)
-        scratch = gen.new_empty(groups.scratch(), dtype=torch.float64)
-        groups.scale(address(means), address(scratch))
-        return means, kept
-    q, targets, w = streamed_loss.centred(of_map)
-    affinity = AffinitySpec("laplace", (), has_self=True, least_distance=spec.least_distance, self_distance=0.0)
-    problem = _affinity(affinity, q, targets, 0, None)
-    scratch = gen.new_empty(of_dtype(problem, "scale_scratch", gen.dtype)(), dtype=torch.float64)
-    of_dtype(problem, "scale", gen.dtype)(*map(address, (q, targets, w, means, scratch)))
+    if _in_shared_memory(spec, of_map):
+        _cuda.loss_scale(spec, of_map, kept, means, _launch(gen))
+    else:
+        q, targets, w = streamed_loss.centred(of_map)
+        affinity = AffinitySpec("laplace", (), has_self=True, least_distance=spec.least_distance, self_distance=0.0)
+        _cuda.affinity_scale(affinity, (q, targets, None, w), means, _launch(gen))
     return means, kept
-
-
-def state_shape(spec: LossSpec, of_map: LossMap) -> tuple[int, ...]:
-    """Shape of what phase 2 keeps for phase 3, which makes the gradient: the distances if they are small beside it,
-    otherwise nothing; the forces ``[R, G, N, D]`` where groups are streamed."""
-    R = len(spec.R_list)
-    if not _in_shared_memory(of_map.in_groups()[0], R):
-        return R, of_map.groups, *of_map.gen.shape[2:]
-    return kept_shape(spec, of_map) if 4 * sum(of_map.counts) <= of_map.gen.shape[3] else (0,)
 
 
 def loss_moments(
@@ -196,15 +156,13 @@ def loss_moments(
 
 
 def _loss_moments(spec: LossSpec, of_map: LossMap, kept: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    points, weights = _contiguous(of_map)
-    gen, R = points[0], len(spec.R_list)
-    if not _in_shared_memory(points, R):
+    if not _in_shared_memory(spec, of_map):
         return streamed_loss.loss_moments(affinity_sums, spec, of_map, scale)
+    assert _cuda is not None
+    gen, R = of_map.gen, len(spec.R_list)
     state = kept.clone() if state_shape(spec, of_map) == kept.shape else gen.new_empty(0)  # an op returns no input
-    moments = gen.new_empty(gen.shape[0], R, R)
-    groups = _groups(points, weights, kept, scale, spec.R_list, spec.floor)
-    scratch = gen.new_empty(groups.scratch(), dtype=torch.float64)
-    groups.moments(address(moments), address(scratch))
+    moments = gen.new_empty(of_map.groups, R, R)
+    _cuda.loss_moments(spec, of_map, scale, kept, moments, _launch(gen))
     return state, moments
 
 
@@ -217,17 +175,16 @@ def loss_gradient(
     incoming: Sequence[Tensor],
 ) -> list[Tensor]:
     """Phase 3: of each map the gradient w.r.t. gen, with its strides."""
-    of_maps = zip(maps, states, scale, factors, incoming, strict=True)
+    of_maps = zip(maps, states, scale, factors.contiguous(), incoming, strict=True)
     return [_loss_gradient(spec, *of_map) for of_map in of_maps]
 
 
 def _loss_gradient(
     spec: LossSpec, of_map: LossMap, state: Tensor, scale: Tensor, factors: Tensor, incoming: Tensor
 ) -> Tensor:
-    points, weights = _contiguous(of_map)
-    if not _in_shared_memory(points, len(spec.R_list)):
+    if not _in_shared_memory(spec, of_map):
         return streamed_loss.loss_gradient(spec, of_map.gen, state, scale, factors, incoming)
-    grad = torch.empty_like(points[0])
-    groups = _groups(points, weights, state, scale, spec.R_list, spec.floor)
-    groups.gradient(*map(address, (factors.contiguous(), incoming.contiguous(), grad)))
-    return torch.empty_like(of_map.gen).copy_(grad.view(of_map.gen.shape))
+    assert _cuda is not None
+    grad = torch.empty_like(of_map.gen)
+    _cuda.loss_gradient(spec, of_map, scale, state, factors, incoming.contiguous(), grad, _launch(grad))
+    return grad

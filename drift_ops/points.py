@@ -64,9 +64,9 @@ def gathered(
     origin = centre.unsqueeze(1)
     v = torch.cat(list(keys if values is None else values), 1).sub_(origin)
     if values is None:
-        return q - origin, v, v, centre
+        return (q - origin).contiguous(), v, v, centre
     origin = find_centre(q, *keys)
-    return q - origin, torch.cat(list(keys), 1).sub_(origin), v, centre
+    return (q - origin).contiguous(), torch.cat(list(keys), 1).sub_(origin), v, centre
 
 
 def scattered(

@@ -1,8 +1,8 @@
 """The CUDA kernels as nvcc builds them: registers and spills within tests/cuda_budgets.json, and a module that loads
 without a GPU. (Shared memory is all dynamic: test_cuda_emulated.py has devices with as little as sm_80 and sm_86.)
 
-``make test`` compiles for sm_90, ``make test-kernels`` for the others as well. ``python tests/test_cuda_build.py`` prints
-what the kernels need now, to be written to the budgets.
+``make test`` compiles for sm_90, ``make test-kernels`` for all. ``python tests/test_cuda_build.py`` prints what kernels
+need now, to be written to the budgets.
 """
 
 import json
@@ -45,7 +45,7 @@ def kernel_name(mangled: str) -> str:
         end = length.end() + int(length[0])
         name, rest = rest[length.end() : end], rest[end:]
     arguments = re.match(r"I((?:[fd]|L[bi]\d+E)+)E", rest)
-    return f"{name}<{', '.join(re.findall(r'[fd]|\d+', arguments[1]))}>" if arguments else name
+    return f"{name}<{', '.join(re.findall('[fd]|[0-9]+', arguments[1]))}>" if arguments else name
 
 
 def build(folder: Path, targets: tuple[int, ...] = TARGETS) -> tuple[Path, str]:

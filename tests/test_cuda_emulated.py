@@ -25,9 +25,11 @@ from cases import (
     run,
     unaligned,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import drift_ops
 from drift_ops import cuda
+from drift_ops.spec import AffinitySpec, LossMap, LossSpec
 
 ROOT = Path(__file__).parents[1]
 COMPILER = shutil.which("g++")
@@ -140,8 +142,8 @@ def test_little_shared_memory(monkeypatch, dtype):
     """99 KB a block, as on compute capabilities 8.6, 8.9 and 12.0: narrower tiles, or groups that are streamed."""
     monkeypatch.setenv("DRIFT_EMULATED_SHARED_BYTES", "101376")
     shape = (67, 40, 70, 19, ())
-    check(drift_ops.compute_V, compute_V_inputs(*shape), {"sigma": 3.0}, dtype, "cuda", unaligned)
-    check(drift_ops.drift_field, field_inputs(*shape, weighted=True), {"temperature": [1.0, 4.0]}, dtype, "cuda", unaligned)
+    check(drift_ops.compute_V, compute_V_inputs(*shape), {"sigma": 3.0}, dtype, "cuda")
+    check(drift_ops.drift_field, field_inputs(*shape, weighted=True), {"temperature": [1.0, 4.0]}, dtype, "cuda")
     for R_list in ((0.05, 0.2), (0.02, 0.05, 0.2), (0.02, 0.05, 0.1, 0.2, 0.3, 0.4)):
         check(drift_ops.drift_loss, loss_inputs(40, 64, 16, 30, 2, True), {"R_list": R_list}, dtype, "cuda")
 
@@ -181,6 +183,59 @@ def test_tf32_where_allowed():
     assert errors["highest"] < 1e-5 < 1e-4 < errors["high"] < 3e-2
 
 
-def test_too_many_widths():
-    with pytest.raises(ValueError, match="got 65 widths, the cuda backend takes at most 64"):
-        drift_ops.drift_field(*(points(2, 3).float(),) * 2, temperature=[1.0] * 65, backend="cuda")
+def test_more_widths_than_a_call_takes():
+    temperatures = [0.5 + 0.1 * n for n in range(65)]
+    check(drift_ops.drift_field, field_inputs(3, 2, 2, 3), {"temperature": temperatures}, torch.float32, "cuda")
+
+
+def test_unknown_logit():
+    spec = AffinitySpec("laplace", (1.0,))
+    object.__setattr__(spec, "logit", "student")
+    with pytest.raises(ValueError, match="logit: got 'student'"):
+        cuda.affinity_sums(spec, points(1, 2, 3), [points(1, 2, 3)], None, None)
+
+
+def in_feature_map(t: torch.Tensor) -> torch.Tensor:
+    """``[labels, locations, count, …]`` as a slice of the samples of a map ``[labels, samples, locations, …]``."""
+    labels, locations, count = t.shape[:3]
+    samples = t.new_full((labels, count + 3, locations, *t.shape[3:]), float("nan"))
+    return samples[:, 1 : 1 + count].transpose(1, 2).copy_(t)
+
+
+class Operations(TorchDispatchMode):
+    """The operations that PyTorch executes, and the sizes of their results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        self.seen.append((operation.overloadpacket.__name__, getattr(result, "numel", int)()))
+        return result
+
+
+@every_dtype
+def test_layouts(dtype):
+    def groups_within_points(t: torch.Tensor) -> torch.Tensor:
+        return t.transpose(0, 1).contiguous().transpose(0, 1)
+
+    shape, options = (6, 5, 7, 19, (3,)), {"temperature": [1.0, 4.0]}
+    check(drift_ops.drift_field, field_inputs(*shape, weighted=True), options, dtype, "cuda", groups_within_points)
+    inputs = {name: t.unflatten(0, (2, 3)) for name, t in loss_inputs(9, 8, 5, 20, 6, True).items()}
+    check(drift_ops.drift_loss, inputs, {}, dtype, "cuda", in_feature_map)
+
+
+@pytest.mark.parametrize("D", [20, 21])
+def test_loss_without_copies(D):
+    """Groups are read, and the gradient is written, where they lie in the feature map."""
+    inputs = {name: t.unflatten(0, (2, 3)) for name, t in loss_inputs(9, 8, 5, D, 6).items()}
+    points = [in_feature_map(inputs[name].float()) for name in ("gen", "fixed_neg", "fixed_pos")]
+    one_map = LossMap(tuple(points), tuple(torch.ones(()).expand(p.shape[:3]) for p in points))
+    spec, scale, factors = LossSpec((0.2,), 0.0), torch.ones(1).double(), torch.ones(1, 1).double()
+    with Operations() as operations:
+        ((_, kept),) = cuda.loss_scale(spec, [one_map])
+        ((state, _),) = cuda.loss_moments(spec, [one_map], [kept], scale)
+        (grad,) = cuda.loss_gradient(spec, [one_map], [state], scale, factors, [torch.ones(6)])
+    assert grad.stride() == torch.empty_like(points[0]).stride() != grad.contiguous().stride()
+    assert {name for name, size in operations.seen if size >= one_map.points[1].numel()} == {"empty_like"}

@@ -61,8 +61,7 @@ template <class T> __device__ Axis<T> keys(const Affinity<T>& p, const Known<T>&
 }
 
 template <class T> __device__ Logit<T> logit(const Affinity<T>& p, int s) {
-    const T unit = p.unit ? T(*p.unit) : T(1), width = T(p.width[s]) * unit;
-    return p.kernel == Kernel::laplace ? Logit<T>{p.kernel, T(1), width} : Logit<T>{p.kernel, width, T(p.temperature)};
+    return {p.logit, T(p.width[s]) * (p.unit ? T(*p.unit) : T(1)), T(p.temperature)};
 }
 
 // Pairs (r, c) of the tile that exist: body(r, c, i, j) with i, j counted from the spans' first points.

@@ -1,9 +1,10 @@
 // What the CUDA kernels are called with: plain structures of device pointers and sizes, no CUDA types, so that module.cpp
-// needs no CUDA compiler. All arrays are contiguous. Errors of the CUDA runtime are thrown as std::runtime_error.
+// needs no CUDA compiler. Arrays are contiguous where they are not Rows. Errors of the CUDA runtime are thrown as
+// std::runtime_error.
 #pragma once
 #include <cstdint>
 
-#include "../math.hpp"
+#include "../spec.hpp"
 
 namespace drift::cuda {
 
@@ -14,17 +15,16 @@ struct Device {
     void* stream;
 };
 
-// Weighted sums under the doubly normalised affinity, as in csrc/cpu/kernels.hpp:
+// Weighted sums under the doubly normalised affinity:
 //   num[s, g, side, i, :] = Σ_{j in side} w_j A_ij v_j      den[s, g, side, i] = Σ_{j in side} w_j A_ij
-// Keys [0, split) are side 0, the others the last side; sides is 1 or 2.
+// Keys [0, split) are side 0, the others the last side.
 template <class T> struct Affinity {
     int64_t groups, N, M, D, split;
     int sides, widths;
-    Kernel kernel;
+    LogitKind logit;
     bool has_self;                                // key i is query i for i < N
     bool split_products;                          // float: products of both halves, otherwise of the high ones
-    double width[MAX_WIDTHS];                     // temperatures T (Laplace) or σ (Gaussian), in units of *unit
-    double temperature;                           // of the softmax over a Gaussian kernel; 1 for Laplace
+    double width[MAX_WIDTHS], temperature;        // widths in units of *unit
     double floor, least_distance, self_distance;  // self_distance, in units of *unit, is added to self pairs; +∞ masks them
     const double* unit;                           // device; null: 1
     const T *q, *k, *v, *w;                       // [G, N, D], [G, M, D], [G, M, D], [G, M] or null
@@ -38,7 +38,7 @@ template <class T> struct Sums {
 template <class T> struct Gradients {
     const T *row_stats, *col_stats;  // of the forward
     const T *grad_num, *grad_den;
-    T *grad_q, *grad_k, *grad_v, *grad_w;  // like q, k, v, w; grad_w may be null
+    T *grad_q, *grad_k, *grad_v, *grad_w;  // like q, k, v, w
 };
 
 // Every function that takes `scratch` returns how many doubles of scratch memory it wants, and does no more where that is null.
@@ -49,32 +49,23 @@ template <class T> int64_t affinity_scale(const Affinity<T>&, double* means, dou
 // Form C for groups small enough for the shared memory of one block of threads; targets are [gen, neg, pos].
 constexpr int MAX_LOSS_WIDTHS = 4, MAX_LOSS_SAMPLES = 64;
 
-// [labels, locations, count], of points or weights; the elements of a point are contiguous. Group g is (g / locations, g % locations).
-template <class T> struct Strided {
-    T* first;
-    int64_t stride[3];
-    DRIFT_MATH T* of_group(int64_t g, int64_t locations) const {
-        return first + g / locations * stride[0] + g % locations * stride[1];
-    }
-};
-
 struct Loss {
-    int64_t groups, locations, D;
-    int count[3];  // of gen, neg, pos
-    int widths;    // R
+    int64_t groups, D;
+    int widths;  // R
     bool split_products;
     double R[MAX_LOSS_WIDTHS], floor, least_distance, least_scale, self_distance;
-    Strided<const float> points[3], weights[3];
-    const double* scale;  // device
-    float* kept;          // the distances [G, N, targets] that loss_scale leaves for the others; null: found again
-    DRIFT_MATH int targets() const { return count[0] + count[1] + count[2]; }
+    Rows<const float> points[3], weights[3];  // of gen, neg, pos
+    const double* scale;                      // device
+    float* kept;  // the distances [G, N, targets] that loss_scale leaves for the others; null: found again
+    DRIFT_MATH int count(int kind) const { return int(points[kind].count); }
+    DRIFT_MATH int targets() const { return count(0) + count(1) + count(2); }
 };
 
 bool group_fits(int samples, int targets, int widths, Device);  // what the others take
 // means[0] = mean_{g,i,j} d·w_j and means[1] = mean_{g,j} w_j.
 int64_t loss_scale(const Loss&, double* means, double* scratch, Device);
 int64_t loss_moments(const Loss&, float* moments, double* scratch, Device);  // [G, R, R]: mean_{i, dim} F_r F_r'
-void loss_gradient(const Loss&, const double* factors, const float* incoming, const Strided<float>& grad, Device);
+void loss_gradient(const Loss&, const double* factors, const float* incoming, const Rows<float>& grad, Device);
 
 const char* device_error();  // why the CUDA runtime finds no device; null where it finds one
 

@@ -29,16 +29,15 @@ struct Targets {
     static __host__ __device__ int size(int total) { return 3 * total; }  // floats of shared memory
 
     __device__ Targets(const Loss& p, int64_t g, float* shared)
-        : gen(p.points[0].of_group(g, p.locations)), pos(p.points[2].of_group(g, p.locations)), offset(reinterpret_cast<int64_t*>(shared)),
-          gen_stride(p.points[0].stride[2]), N(p.count[0]), total(p.targets()), vectors(p.D % VECTOR<float> == 0) {
+        : gen(p.points[0](g, 0)), pos(p.points[2](g, 0)), offset(reinterpret_cast<int64_t*>(shared)),
+          gen_stride(p.points[0].strides[2]), N(p.count(0)), total(p.targets()), vectors(p.D % VECTOR<float> == 0) {
         weight = shared + 2 * total;
-        for (int kind = 0, first = 0; kind < 3; first += p.count[kind], ++kind) {
-            const float *points = p.points[kind].of_group(g, p.locations), *weights = p.weights[kind].of_group(g, p.locations);
-            const int64_t stride = p.points[kind].stride[2], weight_stride = p.weights[kind].stride[2];
-            vectors &= aligned(points) && stride % VECTOR<float> == 0;
-            for (int j = threadIdx.x; j < p.count[kind]; j += THREADS) {
-                offset[first + j] = int64_t(reinterpret_cast<uintptr_t>(points + j * stride) - reinterpret_cast<uintptr_t>(gen));
-                weight[first + j] = weights[j * weight_stride];
+        for (int kind = 0, first = 0; kind < 3; first += p.count(kind), ++kind) {
+            const Rows<const float>&points = p.points[kind], &weights = p.weights[kind];
+            vectors &= aligned(points(g, 0)) && points.strides[2] % VECTOR<float> == 0;
+            for (int j = threadIdx.x; j < p.count(kind); j += THREADS) {
+                offset[first + j] = int64_t(reinterpret_cast<uintptr_t>(points(g, j)) - reinterpret_cast<uintptr_t>(gen));
+                weight[first + j] = *weights(g, j);
             }
         }
         __syncthreads();

@@ -34,7 +34,7 @@ template <int R> struct Coefficients {
           unit(fmaxf(float(*p.scale), float(p.least_scale))), of_self(float(p.self_distance) * unit),
           inverse_unit(1 / fmaxf(float(*p.scale / std::sqrt(double(p.D))), float(p.least_scale))), least(std::sqrt(float(p.floor))),
           row_min(shared + layout.coefficients()), row_total(row_min + ROWS), row_factor(row_total + ROWS),
-          col_min(row_factor + R * ROWS), col_factor(col_min + layout.M), N(p.count[0]), M(layout.M) {}
+          col_min(row_factor + R * ROWS), col_factor(col_min + layout.M), N(p.count(0)), M(layout.M) {}
 
     __device__ __forceinline__ float distance(int i, int j) const {
         return d[i * layout.ld + j] + (i == j ? of_self : 0.0f);
@@ -96,7 +96,7 @@ template <int R> struct Coefficients {
 
     // Calls body(i, j, c_ij / s of every R) for all pairs; a warp has a row, and a pair's distance is not read after its call.
     template <class Body> __device__ __forceinline__ void for_pairs(Body body) const {
-        const int split = p.count[0] + p.count[1];
+        const int split = p.count(0) + p.count(1);
         const Rates rate(*this);
         float A[R];
         for (int i = warp; i < N; i += THREADS / 32) {
@@ -130,7 +130,7 @@ __device__ __forceinline__ void prepare(const Loss& p, int64_t g, const Targets&
     for (int n = threadIdx.x; n < ROWS * layout.ld; n += THREADS) d[n] = 0;  // beyond the pairs, too
     __syncthreads();
     if (p.kept) {
-        const int N = p.count[0], M = layout.M;
+        const int N = p.count(0), M = layout.M;
         const float* kept = p.kept + g * N * M;
         for (int i = threadIdx.x / 32; i < N; i += THREADS / 32)
             for (int j = threadIdx.x % 32; j < M; j += 32) d[i * layout.ld + j] = kept[i * M + j];

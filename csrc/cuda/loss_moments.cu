@@ -44,7 +44,7 @@ template <int R> __global__ void __launch_bounds__(THREADS, 1) group_moments(con
     for (int r = 0; r < R; ++r)
 #pragma unroll
         for (int other = 0; other <= r; ++other) {
-            const float mean = float(sum_over_block(products[r][other], sums) / (double(p.count[0]) * double(p.D)));
+            const float mean = float(sum_over_block(products[r][other], sums) / (double(p.count(0)) * double(p.D)));
             if (threadIdx.x == 0) out[r * R + other] = out[other * R + r] = mean;
         }
 }

@@ -14,7 +14,7 @@ struct ScaleSums {
     const Targets& targets;
     float *kept, least, total = 0;
     __device__ ScaleSums(const Loss& p, const Targets& targets, int64_t g)
-        : targets(targets), kept(p.kept ? p.kept + g * p.count[0] * targets.total : nullptr), least(float(p.least_distance)) {}
+        : targets(targets), kept(p.kept ? p.kept + g * p.count(0) * targets.total : nullptr), least(float(p.least_distance)) {}
 
     __device__ __forceinline__ void add(int i, int j, float square) {
         const float d = distance_of(square, i, j, least);
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(THREADS) scale_of_squares(const __grid_constan
 int64_t loss_scale(const Loss& p, double* means, double* memory, Device device) {
     const OnDevice guard(device);
     const int parts = parts_of_group(p, device);
-    const int64_t N = p.count[0], M = p.targets();
+    const int64_t N = p.count(0), M = p.targets();
     Scratch scratch{memory};
     double* sums = scratch.take<double>(2 * p.groups);
     float* squares = scratch.take<float>(parts > 1 ? parts * p.groups * N * M : 0);

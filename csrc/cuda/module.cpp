@@ -1,115 +1,108 @@
-// The Python module drift_ops._cuda: raw device addresses, sizes and a stream in. Arguments are checked in Python
-// (drift_ops/cuda.py is the only caller).
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+// The Python module drift_ops._cuda: specs and tensors in, as drift_ops/cuda.py has checked and laid them out.
+#include "../python.hpp"
 
 #include <algorithm>
-#include <array>
-#include <stdexcept>
-#include <string>
-#include <vector>
 
 #include "kernels.hpp"
 
-namespace py = pybind11;
-using namespace drift::cuda;
-
 namespace {
 
-template <class T> T* at(uintptr_t address) { return reinterpret_cast<T*>(address); }
+using namespace drift;
+using namespace drift::cuda;
 
-struct AffinityProblem {
-    int64_t groups, N, M, D, split;
-    bool gaussian, has_self, split_products;
-    std::vector<double> widths;
-    double temperature, floor, least_distance, self_distance;
-    uintptr_t unit;
-    int device;
-    uintptr_t stream;
+// Where and how the kernels of a call run; `allocate(n)` makes a tensor of so many doubles.
+struct Launch {
+    bool float64, split_products;
+    Device device;
+    py::function allocate;
 
-    Device where() const { return {device, at<void>(stream)}; }
-    template <class T> Affinity<T> problem(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t w) const {
-        if (widths.size() > MAX_WIDTHS)
-            throw std::invalid_argument("got " + std::to_string(widths.size()) + " widths, the cuda backend takes at most " + std::to_string(MAX_WIDTHS));
-        Affinity<T> p{groups, N, M, D, split, split ? 2 : 1, int(widths.size()), gaussian ? drift::Kernel::gaussian : drift::Kernel::laplace,
-                      has_self, split_products, {}, temperature, floor, least_distance, self_distance, at<double>(unit), at<T>(q), at<T>(k),
-                      at<T>(v), at<T>(w)};
-        std::copy(widths.begin(), widths.end(), p.width);
-        return p;
-    }
-
-    template <class T>
-    int64_t forward(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t w, uintptr_t num, uintptr_t den, uintptr_t row_stats,
-                 uintptr_t col_stats, uintptr_t scratch) const {
-        return affinity_forward(problem<T>(q, k, v, w), {at<T>(num), at<T>(den), at<T>(row_stats), at<T>(col_stats)}, at<double>(scratch), where());
-    }
-    template <class T>
-    int64_t backward(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t w, uintptr_t row_stats, uintptr_t col_stats, uintptr_t grad_num,
-                  uintptr_t grad_den, uintptr_t grad_q, uintptr_t grad_k, uintptr_t grad_v, uintptr_t grad_w, uintptr_t scratch) const {
-        return affinity_backward(problem<T>(q, k, v, w),
-                              {at<T>(row_stats), at<T>(col_stats), at<T>(grad_num), at<T>(grad_den), at<T>(grad_q), at<T>(grad_k),
-                               at<T>(grad_v), at<T>(grad_w)},
-                              at<double>(scratch), where());
-    }
-    template <class T> int64_t scale(uintptr_t q, uintptr_t k, uintptr_t w, uintptr_t means, uintptr_t scratch) const {
-        return affinity_scale(problem<T>(q, k, 0, w), at<double>(means), at<double>(scratch), where());
+    template <class Call> void in_dtype(Call call) const { float64 ? call(double()) : call(float()); }
+    // Calls run(scratch memory) with as much as run(nullptr) says it wants.
+    template <class Run> void with_scratch(Run run) const {
+        const py::object scratch = allocate(run(nullptr) + 1);
+        double* memory = data<double>(scratch);
+        const py::gil_scoped_release release;
+        run(memory);
     }
 };
 
-struct LossProblem {
-    int64_t groups, D;
-    std::vector<int> counts;  // of gen, neg, pos
-    std::vector<uintptr_t> points, weights;
-    std::vector<double> R_list;
-    double floor;
-    uintptr_t scale, kept;
-    bool split_products;
-    int device;
-    uintptr_t stream;
+// Of q, k, v, w and the keys of all tensors but the last.
+template <class T> Affinity<T> affinity(const AffinitySpec& spec, const py::tuple& points, int64_t first, py::handle unit, const Launch& launch) {
+    const py::tuple of_queries = points[0].attr("shape"), of_keys = points[1].attr("shape");
+    Affinity<T> p{element(of_queries, 0), element(of_queries, 1), element(of_keys, 1), element(of_queries, 2), spec.sides == 2 ? first : 0,
+                  spec.sides, int(spec.widths.size()), spec.logit, spec.has_self, launch.split_products, {}, spec.temperature, spec.floor,
+                  spec.least_distance, spec.self_distance, data<double>(unit), data<T>(points[0]), data<T>(points[1]), data<T>(points[2]),
+                  data<T>(points[3])};
+    if (spec.widths.size() > MAX_WIDTHS) throw std::invalid_argument("too many widths for one call");
+    std::copy(spec.widths.begin(), spec.widths.end(), p.width);
+    return p;
+}
 
-    Device where() const { return {device, at<void>(stream)}; }
-    Loss problem() const {
-        Loss p{groups, 1, D, {}, int(R_list.size()), split_products, {}, floor, 1e-4, 1e-3, 100, {}, {}, at<double>(scale), at<float>(kept)};
-        for (int kind = 0; kind < 3; ++kind) {
-            p.count[kind] = counts.at(kind);
-            p.points[kind] = {at<float>(points.at(kind)), {counts[kind] * D, 0, D}};
-            p.weights[kind] = {at<float>(weights.at(kind)), {counts[kind], 0, 1}};
-        }
-        std::copy(R_list.begin(), R_list.end(), p.R);
-        return p;
-    }
-    int64_t find_scale(uintptr_t means, uintptr_t scratch) const { return loss_scale(problem(), at<double>(means), at<double>(scratch), where()); }
-    int64_t moments(uintptr_t moments, uintptr_t scratch) const { return loss_moments(problem(), at<float>(moments), at<double>(scratch), where()); }
-    void gradient(uintptr_t factors, uintptr_t incoming, uintptr_t grad, std::array<int64_t, 3> strides) const {
-        loss_gradient(problem(), at<double>(factors), at<float>(incoming), {at<float>(grad), {strides[0], strides[1], strides[2]}}, where());
-    }
-};
+void find_sums(py::handle spec, const py::tuple& points, int64_t first, py::handle unit, const py::tuple& sums, const Launch& launch) {
+    launch.in_dtype([&](auto number) {
+        using T = decltype(number);
+        const Affinity<T> p = affinity<T>(affinity_spec(spec), points, first, unit, launch);
+        const Sums<T> out{data<T>(sums[0]), data<T>(sums[1]), data<T>(sums[2]), data<T>(sums[3])};
+        launch.with_scratch([&](double* scratch) { return affinity_forward(p, out, scratch, launch.device); });
+    });
+}
+
+void find_gradients(py::handle spec, const py::tuple& points, int64_t first, const py::tuple& known, const py::tuple& grads,
+                    const Launch& launch) {
+    launch.in_dtype([&](auto number) {
+        using T = decltype(number);
+        const Affinity<T> p = affinity<T>(affinity_spec(spec), points, first, py::none(), launch);
+        const Gradients<T> io{data<T>(known[0]), data<T>(known[1]), data<T>(known[2]), data<T>(known[3]),
+                              data<T>(grads[0]), data<T>(grads[1]), data<T>(grads[2]), data<T>(grads[3])};
+        launch.with_scratch([&](double* scratch) { return affinity_backward(p, io, scratch, launch.device); });
+    });
+}
+
+void find_scale(py::handle spec, const py::tuple& points, py::handle means, const Launch& launch) {
+    launch.in_dtype([&](auto number) {
+        using T = decltype(number);
+        const Affinity<T> p = affinity<T>(affinity_spec(spec), points, 0, py::none(), launch);
+        double* out = data<double>(means);
+        launch.with_scratch([&](double* scratch) { return affinity_scale(p, out, scratch, launch.device); });
+    });
+}
+
+Loss loss(py::handle spec_object, const py::tuple& map, py::handle scale, py::handle kept, const Launch& launch) {
+    const LossSpec spec = loss_spec(spec_object);
+    const py::tuple points = map[0], weights = map[1], of_gen = points[0].attr("shape");
+    Loss p{element(of_gen, 0) * element(of_gen, 1), element(of_gen, 3), int(spec.R_list.size()), launch.split_products, {}, spec.floor,
+           spec.least_distance, spec.least_scale, spec.self_distance, {}, {}, data<double>(scale), data<float>(kept)};
+    if (spec.R_list.size() > MAX_LOSS_WIDTHS) throw std::invalid_argument("too many R for groups in shared memory");
+    std::copy(spec.R_list.begin(), spec.R_list.end(), p.R);
+    for (int kind = 0; kind < 3; ++kind)
+        p.points[kind] = rows<const float>(points[kind], 1), p.weights[kind] = rows<const float>(weights[kind], 0);
+    return p;
+}
 
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
-    const auto release = py::call_guard<py::gil_scoped_release>();
+    m.attr("MAX_WIDTHS") = MAX_WIDTHS;
     m.def("device_error", &device_error);
-    m.def("group_fits", [](const std::vector<int>& counts, int widths, int device) { return group_fits(counts[0], counts[0] + counts[1] + counts[2], widths, {device, nullptr}); });
-    using A = AffinityProblem;
-    py::class_<A>(m, "Affinity")
-        .def(py::init<int64_t, int64_t, int64_t, int64_t, int64_t, bool, bool, bool, std::vector<double>, double, double, double, double,
-                      uintptr_t, int, uintptr_t>(),
-             py::kw_only(), py::arg("groups"), py::arg("N"), py::arg("M"), py::arg("D"), py::arg("split"), py::arg("gaussian"),
-             py::arg("has_self"), py::arg("split_products"), py::arg("widths"), py::arg("temperature"), py::arg("floor"),
-             py::arg("least_distance"), py::arg("self_distance"), py::arg("unit"), py::arg("device"), py::arg("stream"))
-        .def("forward_float32", &A::forward<float>, release)
-        .def("forward_float64", &A::forward<double>, release)
-        .def("backward_float32", &A::backward<float>, release)
-        .def("backward_float64", &A::backward<double>, release)
-        .def("scale_float32", &A::scale<float>, release)
-        .def("scale_float64", &A::scale<double>, release);
-    py::class_<LossProblem>(m, "Loss")
-        .def(py::init<int64_t, int64_t, std::vector<int>, std::vector<uintptr_t>, std::vector<uintptr_t>, std::vector<double>, double, uintptr_t,
-                      uintptr_t, bool, int, uintptr_t>(),
-             py::kw_only(), py::arg("groups"), py::arg("D"), py::arg("counts"), py::arg("points"), py::arg("weights"), py::arg("R_list"),
-             py::arg("floor"), py::arg("scale"), py::arg("kept"), py::arg("split_products"), py::arg("device"), py::arg("stream"))
-        .def("scale", &LossProblem::find_scale, release)
-        .def("moments", &LossProblem::moments, release)
-        .def("gradient", &LossProblem::gradient, release);
+    m.def("group_fits", [](int samples, int targets, int widths, int device) { return group_fits(samples, targets, widths, {device, nullptr}); });
+    py::class_<Launch>(m, "Launch").def(py::init([](bool float64, bool split_products, int device, uintptr_t stream, py::function allocate) {
+        return Launch{float64, split_products, {device, reinterpret_cast<void*>(stream)}, std::move(allocate)};
+    }));
+    m.def("affinity_forward", &find_sums);
+    m.def("affinity_backward", &find_gradients);
+    m.def("affinity_scale", &find_scale);
+    m.def("loss_scale", [](py::handle spec, const py::tuple& map, py::handle kept, py::handle means, const Launch& launch) {
+        const Loss p = loss(spec, map, py::none(), kept, launch);
+        double* out = data<double>(means);
+        launch.with_scratch([&](double* scratch) { return loss_scale(p, out, scratch, launch.device); });
+    });
+    m.def("loss_moments", [](py::handle spec, const py::tuple& map, py::handle scale, py::handle kept, py::handle moments, const Launch& launch) {
+        const Loss p = loss(spec, map, scale, kept, launch);
+        float* out = data<float>(moments);
+        launch.with_scratch([&](double* scratch) { return loss_moments(p, out, scratch, launch.device); });
+    });
+    m.def("loss_gradient", [](py::handle spec, const py::tuple& map, py::handle scale, py::handle kept, py::handle factors, py::handle incoming,
+                              py::handle grad, const Launch& launch) {
+        loss_gradient(loss(spec, map, scale, kept, launch), data<double>(factors), data<float>(incoming), rows<float>(grad, 1), launch.device);
+    });
 }
