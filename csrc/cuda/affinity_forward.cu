@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(THREADS) finish_statistics(int64_t problems, i
     if (n >= problems * (N + M)) return;
     const bool is_row = n < problems * N;
     if (!is_row) n -= problems * N;
-    const int64_t count = is_row ? N : M, at = n / count * 2 * count + n % count;
+    const int64_t count = is_row ? N : M, at = n + n / count * count;
     const T* parts = is_row ? row_parts : col_parts;
     T max = -INF<T>, sum = 0;
     for (int part = 0; part < (is_row ? of_rows : of_cols); ++part, parts += problems * 2 * count)

@@ -19,25 +19,31 @@ struct Share {
     }
 };
 
+// The first row of a group. Blocks are fewer than 2^32, and a division of 64 bits would take their registers.
+template <class T> __device__ __forceinline__ T* first_row(const Rows<T>& rows, int64_t g) {
+    const unsigned group = unsigned(g), inner = unsigned(rows.inner);
+    return rows.first + group / inner * rows.strides[0] + group % inner * rows.strides[1];
+}
+
 // gen, neg, pos of one group. Where each point lies, and its weight, is in shared memory.
 struct Targets {
-    const float *gen, *pos;
-    int64_t *offset, gen_stride;  // of a point from gen, in bytes
+    const float* gen;
+    int64_t* offset;  // of a point from gen, in bytes
     float* weight;
     int N, total;
     bool vectors;
     static __host__ __device__ int size(int total) { return 3 * total; }  // floats of shared memory
 
     __device__ Targets(const Loss& p, int64_t g, float* shared)
-        : gen(p.points[0](g, 0)), pos(p.points[2](g, 0)), offset(reinterpret_cast<int64_t*>(shared)),
-          gen_stride(p.points[0].strides[2]), N(p.count(0)), total(p.targets()), vectors(p.D % VECTOR<float> == 0) {
-        weight = shared + 2 * total;
+        : gen(first_row(p.points[0], g)), offset(reinterpret_cast<int64_t*>(shared)), weight(shared + 2 * p.targets()), N(p.count(0)),
+          total(p.targets()), vectors(p.D % VECTOR<float> == 0) {
         for (int kind = 0, first = 0; kind < 3; first += p.count(kind), ++kind) {
-            const Rows<const float>&points = p.points[kind], &weights = p.weights[kind];
-            vectors &= aligned(points(g, 0)) && points.strides[2] % VECTOR<float> == 0;
+            const float *points = first_row(p.points[kind], g), *weights = first_row(p.weights[kind], g);
+            const int64_t stride = p.points[kind].strides[2], weight_stride = p.weights[kind].strides[2];
+            vectors &= aligned(points) && stride % VECTOR<float> == 0;
             for (int j = threadIdx.x; j < p.count(kind); j += THREADS) {
-                offset[first + j] = int64_t(reinterpret_cast<uintptr_t>(points(g, j)) - reinterpret_cast<uintptr_t>(gen));
-                weight[first + j] = *weights(g, j);
+                offset[first + j] = int64_t(reinterpret_cast<uintptr_t>(points + j * stride) - reinterpret_cast<uintptr_t>(gen));
+                weight[first + j] = weights[j * weight_stride];
             }
         }
         __syncthreads();
@@ -50,7 +56,7 @@ struct Targets {
         bool vectors;
         __device__ __forceinline__ bool in_vectors() const { return vectors; }
     };
-    __device__ Samples samples() const { return {{gen, N, gen_stride}, vectors}; }
+    __device__ Samples samples(const Loss& p) const { return {{gen, N, p.points[0].strides[2]}, vectors}; }
 };
 
 // Calls store(i, j, ‖x_i − t_j‖²) in some dimensions for all pairs of samples and targets. The points are taken relative to a
@@ -60,14 +66,14 @@ template <class Store>
 __device__ __forceinline__ void find_squares(const Loss& p, const Targets& targets, Range dims, float* stage, float* norms, Store store) {
     constexpr int NT = GROUP_NT;
     const int M = targets.total;
-    const float* centre = targets.pos;
+    const float* centre = targets(p.count(0) + p.count(1));
     for (int first = 0; first < M; first += COLS<NT>) {
         Tile<float, NT> d;
         const Span xs{0, targets.N, 0}, ys{first, M - first < COLS<NT> ? M - first : COLS<NT>, 0};
         for (bool by_differences = p.D <= DIFFERENCES_UP_TO;; by_differences = true) {
             RowNorms<2> x_norms;
             RowNorms<NT> y_norms;
-            product_of_rows(d, targets.samples(), targets, first, dims, centre, by_differences, p.split_products, stage,
+            product_of_rows(d, targets.samples(p), targets, first, dims, centre, by_differences, p.split_products, stage,
                             [&](const auto& x, const auto& y) { x_norms.add(x), y_norms.add(y); });
             if (by_differences) break;
             x_norms.put(norms), y_norms.put(norms + ROWS);

@@ -28,7 +28,7 @@ group_gradient(const __grid_constant__ Loss p, int parts, const double* factors,
     split_strip(strip, layout.ld);
     const float* centre = c.medoid();
     const float by = -2 * incoming[share.group] * c.inverse_unit / (float(N) * float(p.D));
-    float* out = grad(share.group, 0);
+    float* out = first_row(grad, share.group);
     for (int64_t at = share.dims.begin; at < share.dims.end; at += COLS<NT>) {
         Tile<float, NT> F[1];
         F[0].fill(0);
