@@ -8,7 +8,6 @@ import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib import import_module
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from . import streamed_loss
 from .points import gathered, scattered
 from .spec import AffinitySpec, LossMap, LossSpec
 
-_cuda: ModuleType | None = None
+_cuda: Any = None
 load_error: str | None = None  # why the compiled module cannot be used
 try:
     _cuda = import_module("._cuda", __package__)
@@ -41,7 +40,6 @@ def why_not() -> str | None:
 
 def _launch(tensor: Tensor) -> Any:
     """Where and how kernels run for ``tensor`` (on the CPU, their emulation in tests)."""
-    assert _cuda is not None
     device, stream = 0, 0
     if tensor.is_cuda:
         device, stream = tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream
@@ -52,7 +50,6 @@ def _launch(tensor: Tensor) -> Any:
 
 def _in_chunks(spec: AffinitySpec) -> Iterator[tuple[AffinitySpec, slice]]:
     """The spec with as many widths at a time as a call takes, and which they are."""
-    assert _cuda is not None
     for start in range(0, len(spec.widths), _cuda.MAX_WIDTHS):
         chunk = slice(start, start + _cuda.MAX_WIDTHS)
         yield replace(spec, widths=spec.widths[chunk]), chunk
@@ -68,7 +65,6 @@ def affinity_sums(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :func:`drift_ops.ops.affinity_sums`; widths and the self distance are in units of ``unit``, a 0-d float64
     tensor on the device."""
-    assert _cuda is not None
     q, k, v, centre = gathered(q, keys, values)
     points = q, k, v, None if w is None else w.contiguous()
     (G, N, D), M, S = q.shape, k.shape[1], len(spec.widths)
@@ -89,30 +85,27 @@ def affinity_sums_backward(
     row_stats: Tensor,
     col_stats: Tensor,
     centre: Tensor,
-    grad_num: Tensor,
-    grad_den: Tensor,
+    *incoming: Tensor,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
-    """See :func:`drift_ops.ops.affinity_sums`."""
-    assert _cuda is not None
+    """See :func:`drift_ops.ops.affinity_sums`; ``incoming`` are grad_num and grad_den."""
     q, k, v, _ = gathered(q, keys, values, centre)
     points = q, k, v, None if w is None else w.contiguous()
-    total: list[Tensor] = []
+    grads: list[Tensor] = []
     for of_chunk, at in _in_chunks(spec):
-        grads = [q.new_empty(0) if t is None else torch.empty_like(t) for t in points]
-        known = row_stats[at], col_stats[at], grad_num[at], grad_den[at]
-        _cuda.affinity_backward(of_chunk, points, k.shape[1] - keys[-1].shape[1], known, tuple(grads), _launch(q))
-        total = [sum_.add_(grad) for sum_, grad in zip(total, grads, strict=True)] if total else grads
-    grad_q, grad_k, grad_v, grad_w = total
+        found = tuple(q.new_empty(0) if t is None else torch.empty_like(t) for t in points)
+        known = tuple(t[at] for t in (row_stats, col_stats, *incoming))
+        _cuda.affinity_backward(of_chunk, points, k.shape[1] - keys[-1].shape[1], known, found, _launch(q))
+        grads = [grad.add_(more) for grad, more in zip(grads, found, strict=True)] if grads else list(found)
+    grad_q, grad_k, grad_v, grad_w = grads
     return grad_q, *scattered(keys, values, grad_k, grad_v), grad_w
 
 
 def _in_shared_memory(spec: LossSpec, of_map: LossMap) -> bool:
     """Whether the groups of a map go through the kernels that hold one in shared memory; others are streamed."""
-    assert _cuda is not None
-    N, targets = of_map.counts[0], sum(of_map.counts)
-    if of_map.gen.dtype != torch.float32 or targets >= 1 << 16:
+    gen, targets = of_map.gen, sum(of_map.counts)
+    if gen.dtype != torch.float32 or targets >= 1 << 16:
         return False
-    return _cuda.group_fits(N, targets, len(spec.R_list), of_map.gen.device.index or 0)
+    return _cuda.group_fits(of_map.counts[0], targets, len(spec.R_list), gen.device.index or 0)
 
 
 def kept_shape(spec: LossSpec, of_map: LossMap) -> tuple[int, ...]:
@@ -132,38 +125,35 @@ def state_shape(spec: LossSpec, of_map: LossMap) -> tuple[int, ...]:
 
 def loss_scale(spec: LossSpec, maps: Sequence[LossMap]) -> list[tuple[Tensor, Tensor]]:
     """Phase 1: of each map ``[mean d·w, mean w]`` in float64, and what :func:`kept_shape` says."""
-    return [_loss_scale(spec, of_map) for of_map in maps]
-
-
-def _loss_scale(spec: LossSpec, of_map: LossMap) -> tuple[Tensor, Tensor]:
-    assert _cuda is not None
-    gen = of_map.gen
-    means, kept = gen.new_empty(2, dtype=torch.float64), gen.new_empty(kept_shape(spec, of_map))
-    if _in_shared_memory(spec, of_map):
-        _cuda.loss_scale(spec, of_map, kept, means, _launch(gen))
-    else:
-        q, targets, w = streamed_loss.centred(of_map)
-        affinity = AffinitySpec("laplace", (), has_self=True, least_distance=spec.least_distance, self_distance=0.0)
-        _cuda.affinity_scale(affinity, (q, targets, None, w), means, _launch(gen))
-    return means, kept
+    results = []
+    for of_map in maps:
+        gen = of_map.gen
+        means, kept = gen.new_empty(2, dtype=torch.float64), gen.new_empty(kept_shape(spec, of_map))
+        if _in_shared_memory(spec, of_map):
+            _cuda.loss_scale(spec, of_map, kept, means, _launch(gen))
+        else:
+            q, targets, w = streamed_loss.centred(of_map)
+            affinity = AffinitySpec("laplace", (), has_self=True, least_distance=spec.least_distance, self_distance=0.0)
+            _cuda.affinity_scale(affinity, (q, targets, None, w), means, _launch(gen))
+        results.append((means, kept))
+    return results
 
 
 def loss_moments(
     spec: LossSpec, maps: Sequence[LossMap], kept: Sequence[Tensor], scale: Tensor
 ) -> list[tuple[Tensor, Tensor]]:
     """Phase 2: of each map the state of :func:`state_shape`, and the means of the forces' products ``[G, R, R]``."""
-    return [_loss_moments(spec, *of_map) for of_map in zip(maps, kept, scale, strict=True)]
-
-
-def _loss_moments(spec: LossSpec, of_map: LossMap, kept: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    if not _in_shared_memory(spec, of_map):
-        return streamed_loss.loss_moments(affinity_sums, spec, of_map, scale)
-    assert _cuda is not None
-    gen, R = of_map.gen, len(spec.R_list)
-    state = kept.clone() if state_shape(spec, of_map) == kept.shape else gen.new_empty(0)  # an op returns no input
-    moments = gen.new_empty(of_map.groups, R, R)
-    _cuda.loss_moments(spec, of_map, scale, kept, moments, _launch(gen))
-    return state, moments
+    results = []
+    for of_map, distances, s in zip(maps, kept, scale, strict=True):
+        if not _in_shared_memory(spec, of_map):
+            results.append(streamed_loss.loss_moments(affinity_sums, spec, of_map, s))
+            continue
+        gen, R = of_map.gen, len(spec.R_list)
+        moments = gen.new_empty(of_map.groups, R, R)
+        _cuda.loss_moments(spec, of_map, distances, s, moments, _launch(gen))
+        keeps = state_shape(spec, of_map) == distances.shape
+        results.append((distances.clone() if keeps else gen.new_empty(0), moments))  # an op returns no input
+    return results
 
 
 def loss_gradient(
@@ -175,16 +165,12 @@ def loss_gradient(
     incoming: Sequence[Tensor],
 ) -> list[Tensor]:
     """Phase 3: of each map the gradient w.r.t. gen, with its strides."""
-    of_maps = zip(maps, states, scale, factors.contiguous(), incoming, strict=True)
-    return [_loss_gradient(spec, *of_map) for of_map in of_maps]
-
-
-def _loss_gradient(
-    spec: LossSpec, of_map: LossMap, state: Tensor, scale: Tensor, factors: Tensor, incoming: Tensor
-) -> Tensor:
-    if not _in_shared_memory(spec, of_map):
-        return streamed_loss.loss_gradient(spec, of_map.gen, state, scale, factors, incoming)
-    assert _cuda is not None
-    grad = torch.empty_like(of_map.gen)
-    _cuda.loss_gradient(spec, of_map, scale, state, factors, incoming.contiguous(), grad, _launch(grad))
-    return grad
+    grads = []
+    for of_map, state, s, by_R, of_loss in zip(maps, states, scale, factors.contiguous(), incoming, strict=True):
+        if not _in_shared_memory(spec, of_map):
+            grads.append(streamed_loss.loss_gradient(spec, of_map.gen, state, s, by_R, of_loss))
+            continue
+        grad = torch.empty_like(of_map.gen)
+        _cuda.loss_gradient(spec, of_map, state, s, by_R, of_loss.contiguous(), grad, _launch(grad))
+        grads.append(grad)
+    return grads

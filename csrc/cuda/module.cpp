@@ -67,7 +67,7 @@ void find_scale(py::handle spec, const py::tuple& points, py::handle means, cons
     });
 }
 
-Loss loss(py::handle spec_object, const py::tuple& map, py::handle scale, py::handle kept, const Launch& launch) {
+Loss loss(py::handle spec_object, const py::tuple& map, py::handle kept, py::handle scale, const Launch& launch) {
     const LossSpec spec = loss_spec(spec_object);
     const py::tuple points = map[0], weights = map[1], of_gen = points[0].attr("shape");
     Loss p{element(of_gen, 0) * element(of_gen, 1), element(of_gen, 3), int(spec.R_list.size()), launch.split_products, {}, spec.floor,
@@ -92,17 +92,17 @@ PYBIND11_MODULE(_cuda, m) {
     m.def("affinity_backward", &find_gradients);
     m.def("affinity_scale", &find_scale);
     m.def("loss_scale", [](py::handle spec, const py::tuple& map, py::handle kept, py::handle means, const Launch& launch) {
-        const Loss p = loss(spec, map, py::none(), kept, launch);
+        const Loss p = loss(spec, map, kept, py::none(), launch);
         double* out = data<double>(means);
         launch.with_scratch([&](double* scratch) { return loss_scale(p, out, scratch, launch.device); });
     });
-    m.def("loss_moments", [](py::handle spec, const py::tuple& map, py::handle scale, py::handle kept, py::handle moments, const Launch& launch) {
-        const Loss p = loss(spec, map, scale, kept, launch);
+    m.def("loss_moments", [](py::handle spec, const py::tuple& map, py::handle kept, py::handle scale, py::handle moments, const Launch& launch) {
+        const Loss p = loss(spec, map, kept, scale, launch);
         float* out = data<float>(moments);
         launch.with_scratch([&](double* scratch) { return loss_moments(p, out, scratch, launch.device); });
     });
-    m.def("loss_gradient", [](py::handle spec, const py::tuple& map, py::handle scale, py::handle kept, py::handle factors, py::handle incoming,
+    m.def("loss_gradient", [](py::handle spec, const py::tuple& map, py::handle kept, py::handle scale, py::handle factors, py::handle incoming,
                               py::handle grad, const Launch& launch) {
-        loss_gradient(loss(spec, map, scale, kept, launch), data<double>(factors), data<float>(incoming), rows<float>(grad, 1), launch.device);
+        loss_gradient(loss(spec, map, kept, scale, launch), data<double>(factors), data<float>(incoming), rows<float>(grad, 1), launch.device);
     });
 }
