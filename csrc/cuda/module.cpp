@@ -27,7 +27,8 @@ struct Launch {
 };
 
 // Of q, k, v, w and the keys of all tensors but the last.
-template <class T> Affinity<T> affinity(const AffinitySpec& spec, const py::tuple& points, int64_t first, py::handle unit, const Launch& launch) {
+template <class T>
+Affinity<T> affinity(const AffinitySpec& spec, py::tuple points, int64_t first, py::handle unit, const Launch& launch) {
     const py::tuple of_queries = points[0].attr("shape"), of_keys = points[1].attr("shape");
     Affinity<T> p{element(of_queries, 0), element(of_queries, 1), element(of_keys, 1), element(of_queries, 2), spec.sides == 2 ? first : 0,
                   spec.sides, int(spec.widths.size()), spec.logit, spec.has_self, launch.split_products, {}, spec.temperature, spec.floor,
@@ -38,7 +39,7 @@ template <class T> Affinity<T> affinity(const AffinitySpec& spec, const py::tupl
     return p;
 }
 
-void find_sums(py::handle spec, const py::tuple& points, int64_t first, py::handle unit, const py::tuple& sums, const Launch& launch) {
+void find_sums(py::handle spec, py::tuple points, int64_t first, py::handle unit, py::tuple sums, const Launch& launch) {
     launch.in_dtype([&](auto number) {
         using T = decltype(number);
         const Affinity<T> p = affinity<T>(affinity_spec(spec), points, first, unit, launch);
@@ -47,7 +48,7 @@ void find_sums(py::handle spec, const py::tuple& points, int64_t first, py::hand
     });
 }
 
-void find_gradients(py::handle spec, const py::tuple& points, int64_t first, const py::tuple& known, const py::tuple& grads,
+void find_gradients(py::handle spec, py::tuple points, int64_t first, py::tuple known, py::tuple grads,
                     const Launch& launch) {
     launch.in_dtype([&](auto number) {
         using T = decltype(number);
@@ -58,7 +59,7 @@ void find_gradients(py::handle spec, const py::tuple& points, int64_t first, con
     });
 }
 
-void find_scale(py::handle spec, const py::tuple& points, py::handle means, const Launch& launch) {
+void find_scale(py::handle spec, py::tuple points, py::handle means, const Launch& launch) {
     launch.in_dtype([&](auto number) {
         using T = decltype(number);
         const Affinity<T> p = affinity<T>(affinity_spec(spec), points, 0, py::none(), launch);
@@ -67,7 +68,7 @@ void find_scale(py::handle spec, const py::tuple& points, py::handle means, cons
     });
 }
 
-Loss loss(py::handle spec_object, const py::tuple& map, py::handle kept, py::handle scale, const Launch& launch) {
+Loss loss(py::handle spec_object, py::tuple map, py::handle kept, py::handle scale, const Launch& launch) {
     const LossSpec spec = loss_spec(spec_object);
     const py::tuple points = map[0], weights = map[1], of_gen = points[0].attr("shape");
     Loss p{element(of_gen, 0) * element(of_gen, 1), element(of_gen, 3), int(spec.R_list.size()), launch.split_products, {}, spec.floor,
@@ -84,25 +85,28 @@ Loss loss(py::handle spec_object, const py::tuple& map, py::handle kept, py::han
 PYBIND11_MODULE(_cuda, m) {
     m.attr("MAX_WIDTHS") = MAX_WIDTHS;
     m.def("device_error", &device_error);
-    m.def("group_fits", [](int samples, int targets, int widths, int device) { return group_fits(samples, targets, widths, {device, nullptr}); });
+    m.def("group_fits", [](int samples, int targets, int widths, int device) {
+        return group_fits(samples, targets, widths, {device, nullptr});
+    });
     py::class_<Launch>(m, "Launch").def(py::init([](bool float64, bool split_products, int device, uintptr_t stream, py::function allocate) {
         return Launch{float64, split_products, {device, reinterpret_cast<void*>(stream)}, std::move(allocate)};
     }));
     m.def("affinity_forward", &find_sums);
     m.def("affinity_backward", &find_gradients);
     m.def("affinity_scale", &find_scale);
-    m.def("loss_scale", [](py::handle spec, const py::tuple& map, py::handle kept, py::handle means, const Launch& launch) {
+    m.def("loss_scale", [](py::handle spec, py::tuple map, py::handle kept, py::handle means, const Launch& launch) {
         const Loss p = loss(spec, map, kept, py::none(), launch);
         double* out = data<double>(means);
         launch.with_scratch([&](double* scratch) { return loss_scale(p, out, scratch, launch.device); });
     });
-    m.def("loss_moments", [](py::handle spec, const py::tuple& map, py::handle kept, py::handle scale, py::handle moments, const Launch& launch) {
+    m.def("loss_moments", [](py::handle spec, py::tuple map, py::handle kept, py::handle scale, py::handle moments, const Launch& launch) {
         const Loss p = loss(spec, map, kept, scale, launch);
         float* out = data<float>(moments);
         launch.with_scratch([&](double* scratch) { return loss_moments(p, out, scratch, launch.device); });
     });
-    m.def("loss_gradient", [](py::handle spec, const py::tuple& map, py::handle kept, py::handle scale, py::handle factors, py::handle incoming,
+    m.def("loss_gradient", [](py::handle spec, py::tuple map, py::handle kept, py::handle scale, py::handle factors, py::handle incoming,
                               py::handle grad, const Launch& launch) {
-        loss_gradient(loss(spec, map, kept, scale, launch), data<double>(factors), data<float>(incoming), rows<float>(grad, 1), launch.device);
+        const Loss p = loss(spec, map, kept, scale, launch);
+        loss_gradient(p, data<double>(factors), data<float>(incoming), rows<float>(grad, 1), launch.device);
     });
 }
