@@ -144,8 +144,8 @@ def test_little_shared_memory(monkeypatch, dtype):
     shape = (67, 40, 70, 19, ())
     check(drift_ops.compute_V, compute_V_inputs(*shape), {"sigma": 3.0}, dtype, "cuda")
     check(drift_ops.drift_field, field_inputs(*shape, weighted=True), {"temperature": [1.0, 4.0]}, dtype, "cuda")
-    for R_list in ((0.05, 0.2), (0.02, 0.05, 0.2), (0.02, 0.05, 0.1, 0.2, 0.3, 0.4)):
-        check(drift_ops.drift_loss, loss_inputs(40, 64, 16, 30, 2, True), {"R_list": R_list}, dtype, "cuda")
+    for R_list in ((0.05, 0.2), (0.02, 0.05, 0.2)):  # the last is streamed, as on no device with more
+        check(drift_ops.drift_loss, loss_inputs(40, 64, 16, 30, 1, True), {"R_list": R_list}, dtype, "cuda")
 
 
 def clusters(count: int, D: int, seed: int) -> torch.Tensor:
