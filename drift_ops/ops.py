@@ -2,7 +2,7 @@
 
 Each step of the operator is a ``torch.library`` custom op with a fake implementation (shapes only), whose schema is
 made from its spec. In eager mode the backend is called as it is: the dispatcher would take longer than a small problem.
-Either way the values are the same in every bit.
+Either way the values are the same.
 """
 
 import functools
