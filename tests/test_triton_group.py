@@ -1,16 +1,20 @@
 """Group kernels of the Triton backend against the reference; interpreted on CPU tensors where there is no GPU."""
 
+import math
+
 import pytest
 import torch
 from cases import EVERY_KERNEL, FLOOR, INTERPRETED, loss_phases, points, rms, unaligned, weights
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
 from drift_ops import cpu  # noqa: E402
-from drift_ops.triton import autotune, group, group_field, group_loss, launch  # noqa: E402
+from drift_ops.spec import LOGITS, AffinitySpec  # noqa: E402
+from drift_ops.triton import affinity, autotune, group, group_loss, launch  # noqa: E402
 
 if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("needs TRITON_INTERPRET=1 or a CUDA device", allow_module_level=True)
@@ -209,21 +213,36 @@ def test_loss_kept_products_with_one_outlier(who, which, coinciding):
 # Forms A and B
 
 
-def check_field(N: int, M: int, D: int, split: int, options: dict, weighted: bool, close_pairs: bool = False) -> None:
+def check_field(N: int, M: int, D: int, counts: list[int], spec: AffinitySpec, weighted: bool, **special) -> None:
+    """``counts`` are those of the tensors of keys. ``close_pairs``: the last keys are near queries; ``same_values``:
+    keys are the values; ``strided``: points are slices of something larger."""
     q, k, v = points(2, N, D, seed=1), points(2, M, D, seed=2), points(2, M, D, seed=3)
-    if options["has_self"]:
+    if spec.has_self:
         k[:, :N] = q
-    if close_pairs:
+    if special.get("close_pairs"):
         k[:, -N // 2 :] = q[:, : k[:, -N // 2 :].shape[1]] * (1 + 1e-3)
     w = weights(2, M, seed=4) if weighted else None
-    dense_options = {**options, "split": split}
-    tensors = (q, k, v, w)
-    truth, dense = (
-        cpu.affinity_sums(*(None if t is None else t.to(dtype) for t in tensors), **dense_options)
-        for dtype in (torch.float64, torch.float32)
-    )
-    ours = group_field.affinity_sums(*(None if t is None else on_device(t) for t in tensors), **dense_options)
-    for mine, exact, same_dtype in zip(ours, truth, dense, strict=True):
+
+    def sums(backend, to) -> list[Tensor]:
+        """num about the origin, den, and ``s^-½`` of softmaxes that sum to s, of rows and columns."""
+        keys, values = (list(to(t).split(counts, 1)) for t in (k, v))
+        num, den, *stats, centre = backend.affinity_sums(
+            spec, to(q), keys, None if special.get("same_values") else values, None if w is None else to(w)
+        )
+        num = num.double() + centre.double()[:, None, None] * den.double().unsqueeze(-1)
+        base = 2.0 if backend is affinity else math.e
+        return [num, den, *(of[:, :, 1] * base ** (of[:, :, 0] * -0.5) for of in stats)]
+
+    def where_they_lie(t: Tensor) -> Tensor:
+        """Float32, and where points are ``strided``, rows apart and in a transposed order of problems."""
+        if t.dim() < 3 or not special.get("strided"):
+            return on_device(t)
+        apart = on_device(torch.full((t.shape[1], 2, t.shape[0], t.shape[2]), torch.nan))
+        apart[:, 1] = t.transpose(0, 1)
+        return apart[:, 1].transpose(0, 1)
+
+    truth, dense = (sums(cpu, lambda t, dtype=dtype: t.to(dtype)) for dtype in (torch.float64, torch.float32))
+    for mine, exact, same_dtype in zip(sums(affinity, where_they_lie), truth, dense, strict=True):
         close(mine, exact, same_dtype)
 
 
@@ -234,32 +253,53 @@ def check_field(N: int, M: int, D: int, split: int, options: dict, weighted: boo
     D=st.integers(1, 70),
     joint=st.booleans(),
     weighted=st.booleans(),
-    kernel=st.sampled_from(["laplace", "gaussian"]),
+    logit=st.sampled_from(LOGITS),
     floor=st.sampled_from([0.0, 1e-3]),
 )
-@example(N=64, others=64, D=33, joint=False, weighted=False, kernel="gaussian", floor=0.0)
-@example(N=1, others=1, D=1, joint=True, weighted=True, kernel="laplace", floor=1e-3)
-@example(N=32, others=96, D=40, joint=True, weighted=True, kernel="laplace", floor=0.0)
-def test_field_over_ragged_shapes(N, others, D, joint, weighted, kernel, floor):
-    """Form A: one side, no self pairs. Form B: both sides, key i < N is query i."""
-    kernel = "laplace" if joint else kernel
-    options = {"kernel": kernel, "widths": [0.5, 1.0, 3.0], "temperature": 0.7, "has_self": joint, "floor": floor}
-    check_field(N, N + others if joint else others, D, N + others // 2 if joint else 0, options, weighted)
+@example(N=64, others=64, D=33, joint=False, weighted=False, logit="gaussian", floor=0.0)
+@example(N=1, others=1, D=1, joint=True, weighted=True, logit="laplace", floor=1e-3)
+@example(N=32, others=32, D=40, joint=True, weighted=True, logit="laplace", floor=0.0)
+def test_field_over_ragged_shapes(N, others, D, joint, weighted, logit, floor):
+    """Form A: one side, no self pairs. Form B: both sides, key i < N is query i; there may be no further negatives."""
+    spec = AffinitySpec("laplace" if joint else logit, (0.5, 1.0, 3.0), 0.7, floor, joint, 1 + joint)
+    counts = [N, others // 2, others - others // 2] if joint else [others]
+    check_field(N, sum(counts), D, counts, spec, weighted, same_values=weighted)
 
 
 @pytest.mark.parametrize("D", [5, 40])
 def test_field_of_close_pairs(D):
-    options = {"kernel": "laplace", "widths": [0.5], "temperature": 1.0, "has_self": True, "floor": 0.0}
-    check_field(12, 40, D, 20, options, True, close_pairs=True)
+    spec = AffinitySpec("laplace", (0.5,), has_self=True, sides=2)
+    check_field(12, 40, D, [12, 8, 20], spec, True, close_pairs=True)
+
+
+@pytest.mark.parametrize("D", [5, 40])
+@pytest.mark.parametrize("same_values", [False, True])
+def test_field_of_points_where_they_lie(D, same_values):
+    spec = AffinitySpec("laplace", (0.5,), has_self=True, sides=2)
+    check_field(12, 33, D, [12, 0, 21], spec, True, strided=True, same_values=same_values)
+
+
+def test_field_copies_nothing(monkeypatch):
+    """Nothing is made but the results, whose kernel is not launched here."""
+    made = []
+
+    class Observer(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            made.append(str(function))
+            return function(*args, **kwargs or {})
+
+    monkeypatch.setattr(autotune, "start", lambda *args, **options: None)
+    x, pos = torch.empty(7, 2, 30).transpose(0, 1), torch.empty(5, 2, 40)[:, :, 5:35].transpose(0, 1)
+    with Observer():
+        affinity.affinity_sums(AffinitySpec("laplace", (1.0,), has_self=True, sides=2), x, [x, pos], None, None)
+    assert set(made) == {"aten.new_empty.default"}
 
 
 def test_field_with_everything_masked():
     """A lone query whose only negative is itself: that side is 0, whatever the floor."""
-    q, pos = points(2, 1, 5, seed=1), points(2, 3, 5, seed=2)
-    keys = torch.cat([q, pos], 1)
-    num, den, _, _ = group_field.affinity_sums(
-        *map(on_device, (q, keys, keys)), None, "laplace", [1.0], 1.0, 1, True, 1e-3
-    )
+    q, pos = map(on_device, (points(2, 1, 5, seed=1), points(2, 3, 5, seed=2)))
+    spec = AffinitySpec("laplace", (1.0,), floor=1e-3, has_self=True, sides=2)
+    num, den, *_ = affinity.affinity_sums(spec, q, [q, pos], None, None)
     assert not num[:, :, 0].any()
     assert not den[:, :, 0].any()
     assert den[:, :, 1].all()
@@ -275,8 +315,7 @@ def test_blocks_that_autotuning_may_choose(monkeypatch, block, times):
     monkeypatch.setattr(autotune, "start", start)
     check_loss(*loss_case(2, 16, 3, 10, 50), 1e-6)  # moments from weighted sums
     check_loss(*loss_case(2, 16, 3, 10, 200), 1e-6)  # and from kept products
-    options = {"kernel": "laplace", "widths": [1.0], "temperature": 1.0, "has_self": True, "floor": 0.0}
-    check_field(16, 40, 70, 28, options, True)
+    check_field(16, 40, 70, [16, 12, 12], AffinitySpec("laplace", (1.0,), has_self=True, sides=2), True)
 
 
 def test_fits():

@@ -11,58 +11,11 @@ import torch
 from torch import Tensor
 
 from .. import streamed_loss
-from ..points import gathered, scattered
-from ..spec import AffinitySpec, LossMap, LossSpec
-from . import group, group_field, group_loss, launch, streaming, streaming_backward, streaming_loss
+from ..spec import LossMap, LossSpec
+from . import group, group_loss, launch, streaming_loss
+from .affinity import affinity_sums as affinity_sums
+from .affinity import affinity_sums_backward as affinity_sums_backward
 from .group_loss import Batch
-
-
-def affinity_sums(
-    spec: AffinitySpec,
-    q: Tensor,
-    keys: Sequence[Tensor],
-    values: Sequence[Tensor] | None,
-    w: Tensor | None,
-    unit: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See :func:`drift_ops.ops.affinity_sums`; widths and the self distance are in units of ``unit``, a 0-d tensor."""
-    first, split, M = _sides(spec, keys)
-    q, k, v, centre = gathered(q, keys, values)
-    arguments = (q, k, v, w, spec.logit, spec.widths, spec.temperature, split, spec.has_self, spec.floor)
-    if unit is None and group.fits_field(q.shape[1], first, M - first):
-        found = group_field.affinity_sums(*arguments)
-    else:
-        found = streaming.affinity_sums(*arguments, spec.least_distance, spec.self_distance, unit)
-    return *found, centre
-
-
-def affinity_sums_backward(
-    spec: AffinitySpec,
-    q: Tensor,
-    keys: Sequence[Tensor],
-    values: Sequence[Tensor] | None,
-    w: Tensor | None,
-    row_stats: Tensor,
-    col_stats: Tensor,
-    centre: Tensor,
-    grad_num: Tensor,
-    grad_den: Tensor,
-) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
-    """See :func:`drift_ops.ops.affinity_sums`."""
-    _, split, _ = _sides(spec, keys)
-    q, k, v, _ = gathered(q, keys, values, centre)
-    grad_q, grad_k, grad_v, grad_w = streaming_backward.affinity_sums_backward(
-        q, k, v, w, row_stats, col_stats, grad_num, grad_den,
-        spec.logit, spec.widths, spec.temperature, split, spec.has_self, spec.floor,
-    )  # fmt: skip
-    return grad_q, *scattered(keys, values, grad_k, grad_v), grad_w
-
-
-def _sides(spec: AffinitySpec, keys: Sequence[Tensor]) -> tuple[int, int, int]:
-    """Keys of the first side, the same or 0 where there is one side, all keys."""
-    M = sum(key.shape[1] for key in keys)
-    first = M - keys[-1].shape[1] if spec.sides == 2 else M
-    return first, first if spec.sides == 2 else 0, M
 
 
 def _in_groups(of_map: LossMap) -> bool:

@@ -31,9 +31,9 @@ def split(x):
 
 
 @triton.jit
-def product(a_hi, a_lo, b_hi, b_lo, SPLIT: tl.constexpr):
-    """``a @ b``, the small parts first; of the parts hi alone unless SPLIT."""
-    if SPLIT:
+def product(a_hi, a_lo, b_hi, b_lo, EXACT: tl.constexpr):
+    """``a @ b``, the small parts first; of the parts hi alone unless EXACT."""
+    if EXACT:
         total = tl.dot(a_lo, b_hi)
         total = tl.dot(a_hi, b_lo, total)
         return tl.dot(a_hi, b_hi, total)
@@ -42,16 +42,16 @@ def product(a_hi, a_lo, b_hi, b_lo, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def add_product(total, a_hi, a_lo, b_hi, b_lo, SPLIT: tl.constexpr, LONG: tl.constexpr):
-    """``total + a @ b``; of the parts hi alone unless SPLIT.
+def add_product(total, a_hi, a_lo, b_hi, b_lo, EXACT: tl.constexpr, LONG: tl.constexpr):
+    """``total + a @ b``; of the parts hi alone unless EXACT.
 
     The tensor cores cut what they add, and a sum that runs through them for LONG would drift: then each product starts
     at zero, the small parts first, and is added to ``total`` outside.
     """
-    if SPLIT and LONG:
-        return total + product(a_hi, a_lo, b_hi, b_lo, SPLIT)
+    if EXACT and LONG:
+        return total + product(a_hi, a_lo, b_hi, b_lo, EXACT)
     else:
-        if SPLIT:
+        if EXACT:
             total = tl.dot(a_lo, b_hi, total)
             total = tl.dot(a_hi, b_lo, total)
         return tl.dot(a_hi, b_hi, total)
