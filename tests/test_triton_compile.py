@@ -30,53 +30,63 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 BUDGETS = Path(__file__).with_name("triton_budgets.json")
 TARGETS = {  # and the shared memory of a program
     "sm_80": (GPUTarget("cuda", 80, 32), 166912),
+    "sm_86": (GPUTarget("cuda", 86, 32), 101376),
+    "sm_89": (GPUTarget("cuda", 89, 32), 101376),
     "sm_90": (GPUTarget("cuda", 90, 32), 232448),
     "sm_100": (GPUTarget("cuda", 100, 32), 232448),
+    "sm_120": (GPUTarget("cuda", 120, 32), 101376),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 65536),
 }
 WIDTHS = (0.5, 2.0)
+R_LIST = (0.02, 0.05, 0.2)
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def streaming_field(N: int, M: int, D: int) -> None:
-    from drift_ops.triton import streaming, streaming_backward
+def field(spec: Any, q: torch.Tensor, keys: list[torch.Tensor], values: Any, w: torch.Tensor | None) -> None:
+    from drift_ops import triton
 
-    q, k, v, w, S, split = empty(1, N, D), empty(1, M, D), empty(1, M, D), empty(1, M), len(WIDTHS), M // 2
-    options = ("laplace", WIDTHS, 1.0, split, True, 0.0)
-    num, den, *stats = streaming.affinity_sums(q, k, v, w, *options)
-    assert num.shape == (S, 1, 2, N, D)
-    streaming_backward.affinity_sums_backward(q, k, v, w, *stats, num, den, *options)
+    num, den, *kept = triton.affinity_sums(spec, q, keys, values, w)
+    assert num.shape == (len(spec.widths), q.shape[0], spec.sides, *q.shape[1:])
+    triton.affinity_sums_backward(spec, q, keys, values, w, *kept, num, den)
+
+
+def streaming_field(N: int, M: int, D: int, widths: tuple[float, ...] = WIDTHS) -> None:
+    from drift_ops.spec import AffinitySpec
+
+    keys, values = ([empty(1, N, D), empty(1, M - N, D)] for _ in range(2))
+    field(AffinitySpec("laplace", widths, has_self=True, sides=2), empty(1, N, D), keys, values, empty(1, M))
 
 
 def streaming_gaussian(N: int, M: int, D: int) -> None:
-    from drift_ops.triton import streaming, streaming_backward
+    from drift_ops.spec import AffinitySpec
 
-    q, k = empty(1, N, D), empty(1, M, D)
-    options = ("gaussian", WIDTHS, 1.0, 0, False, 0.0)
-    num, den, *stats = streaming.affinity_sums(q, k, k, None, *options)
-    streaming_backward.affinity_sums_backward(q, k, k, None, *stats, num, den, *options)
+    field(AffinitySpec("gaussian", WIDTHS), empty(1, N, D), [empty(1, M, D)], None, None)
 
 
-def loss(counts: tuple[int, int, int], D: int, dtype: torch.dtype = torch.float32, maps: int = 1) -> None:
+def loss(
+    counts: tuple[int, int, int], D: int, dtype: torch.dtype = torch.float32, maps: int = 1, R_list: Any = R_LIST
+) -> None:
     from drift_ops import triton
+    from drift_ops.spec import LossMap, LossSpec
 
-    G, R_list = 4, (0.02, 0.05, 0.2)
-    clouds, weights = [empty(G, n, D, dtype=dtype) for n in counts], [empty(G, n) for n in counts]
-    given = [clouds] * maps, [weights] * maps
+    spec, T = LossSpec(R_list, 0.0), 4
+    points = tuple(empty(1, n, T, D, dtype=dtype).transpose(1, 2) for n in counts)
+    given = [LossMap(points, tuple(empty(1, 1, n).expand(1, T, n) for n in counts))] * maps
     scale, factors = empty(maps, dtype=torch.float64), empty(maps, len(R_list), dtype=torch.float64)
-    kept = [kept for _, kept in triton.loss_scale(*given)]
-    states = [state for state, _ in triton.loss_moments(*given, kept, scale, R_list, 0.0)]
-    triton.loss_gradient(*given, states, scale, factors, [empty(G)] * maps, R_list, 0.0)
+    kept = [kept for _, kept in triton.loss_scale(spec, given)]
+    states = [state for state, _ in triton.loss_moments(spec, given, kept, scale)]
+    triton.loss_gradient(spec, given, states, scale, factors, [empty(T)] * maps)
 
 
 def group_field(N: int, M: int, D: int) -> None:
     from drift_ops import triton
+    from drift_ops.spec import AffinitySpec
 
-    q, k = empty(4, N, D), empty(4, M, D)
-    triton.affinity_sums(q, k, k, empty(4, M), "laplace", WIDTHS, 1.0, M // 2, True, 0.0)
+    q, keys = empty(4, N, D), [empty(4, N, D), empty(4, M - N, D)]
+    triton.affinity_sums(AffinitySpec("laplace", WIDTHS, has_self=True, sides=2), q, keys, None, empty(4, M))
 
 
 # What the launchers are called with, by name: the regimes, few dimensions and many. Kernels that only depend on shapes
@@ -86,18 +96,19 @@ CASES: dict[str, Callable[[], None]] = {
     "streaming loss D=256": lambda: loss((2048, 512, 2048), 256),
     "group loss D=256": lambda: loss((64, 16, 64), 256),
     "group loss D=1024, 10 maps": lambda: loss((64, 16, 64), 1024, maps=10),
-    "group field D=256": lambda: group_field(64, 64, 256),
+    "group field D=256": lambda: group_field(32, 64, 256),
 }
 EXACT_CASES: dict[str, Callable[[], None]] = {  # with products rounded as "highest" only
     "streaming D=2": lambda: streaming_field(4096, 8192, 2),
     "streaming small D=256": lambda: streaming_field(64, 144, 256),
+    "streaming D=256, 8 widths": lambda: streaming_field(4096, 8192, 256, (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0)),
     "streaming gaussian D=256": lambda: streaming_gaussian(4096, 8192, 256),
     "group loss D=2": lambda: loss((64, 16, 64), 2),
     "group loss bfloat16": lambda: loss((64, 16, 64), 256, torch.bfloat16),
     "group loss D=64": lambda: loss((64, 16, 64), 64),
     "group loss largest": lambda: loss((64, 32, 64), 256),
     "group loss tiny": lambda: loss((16, 0, 16), 32),
-    "group field D=2": lambda: group_field(64, 64, 2),
+    "group field D=2": lambda: group_field(32, 64, 2),
 }
 
 
