@@ -252,8 +252,8 @@ def main() -> None:
 
 
 def complaints(rows: list[Row], ours: tuple[str, ...]) -> list[str]:
-    """Of rows of ours that failed, or that are far from what the dense form computes."""
-    found = []
+    """Of rows of ours that failed, or that are far from what the dense form computes; of none at all."""
+    found = [] if rows else ["nothing was measured, for want of time"]
     for row in rows:
         where = f"{row['case']}, {row['precision']}, {row['contender']}"
         if row["contender"] in ours and row.get("failure", OUT_OF_TIME) != OUT_OF_TIME:

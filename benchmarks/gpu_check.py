@@ -146,10 +146,13 @@ sys.exit(", ".join(f"{name} is not usable" for name in sys.argv[1:] if not backe
 
 def _pytest(stage: Stage, *arguments: str, parallel: bool = True, seconds: float = float("inf")) -> None:
     """Without this project's pytest options: the plugin that they belong to may be missing."""
-    required = {"DRIFT_OPS_REQUIRE": ",".join(stage.backends), "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-    processes = ["-n", str(TEST_PROCESSES)] if parallel and importlib.util.find_spec("xdist") else []
+    environment = {"DRIFT_OPS_REQUIRE": ",".join(stage.backends), "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    processes = []
+    if parallel and importlib.util.find_spec("xdist"):
+        processes = ["-n", str(TEST_PROCESSES)]
+        environment["OMP_NUM_THREADS"] = "1"
     command = [sys.executable, "-m", "pytest", "-v", "-o", "addopts=", "-p", "no:cacheprovider", *processes]
-    stage.run(*command, *arguments, seconds=seconds, environment=required)
+    stage.run(*command, *arguments, seconds=seconds, environment=environment)
 
 
 def test(stage: Stage) -> None:

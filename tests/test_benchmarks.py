@@ -158,6 +158,7 @@ def test_complaints():
     fine += [row | {"contender": "compile", "failure": "out of memory"}]
     fine += [row | {"precision": "high", "error_to_eager": 0.1}]
     assert complaints(fine, ("triton", "cuda")) == []
+    assert complaints([], ("triton",)) == ["nothing was measured, for want of time"]
     assert len(complaints([row | {"failure": "the process died"}], ("triton",))) == 1
     assert len(complaints([row | {"error_to_eager": 0.1}], ("triton",))) == 1
 
