@@ -13,8 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("triton")
 
 from drift_ops import cpu  # noqa: E402
-from drift_ops.spec import LOGITS, AffinitySpec  # noqa: E402
-from drift_ops.triton import affinity, autotune, group, group_loss, launch  # noqa: E402
+from drift_ops import triton as triton_backend  # noqa: E402
+from drift_ops.spec import LOGITS, AffinitySpec, LossMap, LossSpec  # noqa: E402
+from drift_ops.triton import affinity, autotune, group, launch  # noqa: E402
+from drift_ops.triton.loss import batch, plan  # noqa: E402
 
 if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("needs TRITON_INTERPRET=1 or a CUDA device", allow_module_level=True)
@@ -45,24 +47,33 @@ def close(ours: Tensor, truth: Tensor, dense: Tensor, least: float = FLOOR[torch
 # Form C
 
 
-def phases(given: tuple[list[Tensor], list[Tensor]], incoming: Tensor, floor: float, backend: str, to) -> list[Tensor]:
+Case = tuple[list[Tensor], list[Tensor]]  # points and weights of gen, neg, pos
+
+
+def phases(given: Case, incoming: Tensor, floor: float, backend: str, to, R_list=R_LIST) -> list[Tensor]:
     """Scale, moments and gradient of one map."""
     p, w = ([[to(t) for t in tensors]] for tensors in given)
-    scale, (moments,), (grad,) = loss_phases(backend, p, w, [incoming], R_LIST, floor)
+    scale, (moments,), (grad,) = loss_phases(backend, p, w, [incoming], R_list, floor)
     return [scale, moments, grad]
 
 
-def check_loss(p: list[Tensor], w: list[Tensor], floor: float, dtype: torch.dtype = torch.float32, rtol=0.0) -> None:
-    assert group.fits_loss(LIMITS, p[0].shape[1], *(t.shape[1] for t in p))
+def plan_of(p: list[Tensor], R_list: tuple[float, ...] = R_LIST) -> plan.Plan | None:
+    gen, neg, pos = (t.float().unsqueeze(1) for t in p)
+    return plan.plan_of(LossSpec(R_list, 0.0), LossMap((gen, neg, pos), (gen, neg, pos)))
+
+
+def check_loss(
+    p: list[Tensor], w: list[Tensor], floor: float, dtype: torch.dtype = torch.float32, rtol=0.0, R_list=R_LIST
+) -> None:
     p = [t.to(dtype).double() for t in p]
     incoming = points(p[0].shape[0], seed=8).bfloat16()
-    truth = phases((p, w), incoming, floor, "reference", torch.Tensor.double)
-    dense = phases((p, w), incoming, floor, "reference", torch.Tensor.float)
+    truth = phases((p, w), incoming, floor, "reference", torch.Tensor.double, R_list)
+    dense = phases((p, w), incoming, floor, "reference", torch.Tensor.float, R_list)
 
     def to(t: Tensor) -> Tensor:
         return on_device(t, dtype if t.dim() == 3 else torch.float32)
 
-    scale, moments, grad = phases((p, w), incoming, floor, "triton", to)
+    scale, moments, grad = phases((p, w), incoming, floor, "triton", to, R_list)
     assert grad.dtype == dtype
     least = max(rtol, FLOOR[torch.float32])
     close(scale, truth[0], dense[0], least)
@@ -93,7 +104,9 @@ def loss_case(G: int, N: int, M: int, P: int, D: int, shift: float = 0.0) -> tup
 @example(N=1, M=1, P=1, D=1, floor=0.0)
 @example(N=1, M=0, P=5, D=33, floor=1e-6)
 def test_loss_over_ragged_shapes(N, M, P, D, floor):
-    check_loss(*loss_case(2, N, M, P, D), floor)
+    p, w = loss_case(2, N, M, P, D)
+    assert plan_of(p) is not None
+    check_loss(p, w, floor)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -123,11 +136,55 @@ def test_loss_with_one_outlier(who):
     check_loss(p, w, 1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("D", "far"), [(5, 1e8), (40, 1e8), (150, 1e7), (150, 1e8)])
+def test_loss_with_a_far_target_of_no_weight(D, far):
+    """It takes no digits from the others, whatever side it is on."""
+    p, w = loss_case(3, 12, 6, 14, D)
+    for side in range(3):
+        p[side][side, 2] *= far
+        w[side][side, 2] = 0.0
+    check_loss(p, w, 1e-6, rtol=1e-5)
+
+
 def test_loss_without_weight():
     """All weights of one side 0: no field, and nothing is NaN."""
     p, w = loss_case(2, 12, 6, 14, 20)
     w[2].zero_()
     check_loss(p, w, 0.0)
+
+
+def strided(t: Tensor, T: int) -> Tensor:
+    """``[L·T, n, …]`` as ``[L, T, n, …]`` that lies in memory as ``[L, n + 2, T, … + 3]``, the rest of which is NaN."""
+    t = t.unflatten(0, (-1, T)).transpose(1, 2)
+    buffer = t.new_full((t.shape[0], t.shape[1] + 2, T, *(size + 3 for size in t.shape[3:])), float("nan"))
+    view = buffer[:, 1:-1, :, : t.shape[3]] if t.dim() == 4 else buffer[:, 1:-1]
+    return view.copy_(t).transpose(1, 2)
+
+
+@pytest.mark.parametrize("D", [7, 40, 160])
+def test_loss_of_maps_with_strides(D):
+    """As feature maps come, side by side with others and with weights that are all the same number: bit by bit what
+    contiguous ones give, and the gradient lies as gen does."""
+    spec, cases = LossSpec(R_LIST, 1e-6), [loss_case(G, 12, 3, 7, D) for G in (4, 2)]
+    incoming = [points(len(p[0]), seed=8).float().to(DEVICE) for p, _ in cases]
+    results = []
+    for lay_out in (strided, lambda t, T: t.unflatten(0, (-1, T)).contiguous()):
+        maps = []
+        for p, w in cases:
+            ones = w[1].new_ones(1, 1, 1).expand(len(p[0]) // 2, 2, 3).to(DEVICE, torch.float32)
+            gen, neg, pos = (lay_out(t.to(DEVICE, torch.float32), 2) for t in p)
+            of_gen, of_pos = (lay_out(t.to(DEVICE, torch.float32), 2) for t in (w[0], w[2]))
+            maps.append(LossMap((gen, neg, pos), (of_gen, ones, of_pos)))
+        means, kept = zip(*triton_backend.loss_scale(spec, maps), strict=True)
+        scale = torch.stack([distance / weight for distance, weight in means])
+        states, moments = zip(*triton_backend.loss_moments(spec, maps, kept, scale), strict=True)
+        factors = torch.stack([m.double().mean(0).diagonal() for m in moments]).rsqrt()
+        grads = triton_backend.loss_gradient(spec, maps, states, scale, factors, incoming)
+        assert all(
+            grad.stride() == torch.empty_like(of_map.gen).stride() for grad, of_map in zip(grads, maps, strict=True)
+        )
+        results.append([scale, *moments, *grads])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_loss_is_the_same_every_time():
@@ -139,7 +196,7 @@ def test_loss_is_the_same_every_time():
 @pytest.mark.parametrize(("maps", "D", "of_launch"), [(3, 20, (1, 2)), (5, 120, (1, 4, 16)), (2, 520, (1, 4))])
 def test_loss_of_maps_that_share_launches(monkeypatch, maps, D, of_launch):
     """Bit by bit what each gives alone, whatever its number of groups and its neighbours in the list."""
-    monkeypatch.setattr(group_loss, "MAPS_OF_LAUNCH", of_launch)
+    monkeypatch.setattr(batch, "MAPS_OF_LAUNCH", of_launch)
     cases = [loss_case(1 + n % 2, 15, 3, 7, D, shift=n) for n in range(maps)]
     cases.insert(1, loss_case(2, 12, 0, 5, D))  # of another shape
     incoming = [points(p[0].shape[0], seed=n).float() for n, (p, _) in enumerate(cases)]
@@ -156,7 +213,7 @@ def test_loss_of_maps_that_share_launches(monkeypatch, maps, D, of_launch):
 
 def kept_case(N, M, P, D, shift=0.0):
     p, w = loss_case(2, N, M, P, D, shift)
-    assert group_loss.kept_shape([t.float() for t in p]) != (0,)
+    assert plan_of(p).floats_kept
     return p, w
 
 
@@ -208,6 +265,29 @@ def test_loss_kept_products_with_one_outlier(who, which, coinciding):
         p[2][:, 5:8] = p[0][:, 5:8] * (1 + 1e-4)
         p[0][:, 9] = p[0][:, 8]
     check_loss(p, w, 1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("D", [50, 150])
+def test_loss_with_the_smallest_blocks(monkeypatch, D):
+    """As where shared memory suffices for no others."""
+
+    def start(kernel, grid, *args, configuration, **options):
+        *_, smallest = launch.reduced(configuration)
+        kernel[grid](*args, **options, **smallest)
+
+    monkeypatch.setattr(autotune, "start", start)
+    p, w = loss_case(2, 40, 6, 14, D)
+    p[2][:, :5] = p[0][:, 30:35] * (1 + 1e-3)  # pairs so close that kept products do not serve
+    check_loss(p, w, 1e-6)
+
+
+@pytest.mark.parametrize(("shared_bytes", "R", "served"), [(8_000, 1, True), (8_000, 3, False), (232_448, 9, False)])
+def test_loss_with_little_shared_memory_or_many_R(monkeypatch, shared_bytes, R, served):
+    monkeypatch.setattr(launch, "limits", lambda device: launch.Limits(amd=False, shared_bytes=shared_bytes))
+    p, w = loss_case(2, 12, 6, 14, 150)
+    found = plan_of(p, R_LIST * (R // 3) or R_LIST[:1])
+    assert (found is not None and not found.floats_kept) == served
+    check_loss(p, w, 1e-6, R_list=R_LIST * (R // 3) or R_LIST[:1])
 
 
 # Forms A and B
@@ -319,10 +399,8 @@ def test_blocks_that_autotuning_may_choose(monkeypatch, block, times):
 
 
 def test_fits():
-    assert group.fits_loss(LIMITS, 64, 64, 32, 64)
-    assert group.fits_loss(LIMITS, 128, 64)
-    assert not group.fits_loss(LIMITS, 129, 64)
-    assert not group.fits_loss(LIMITS, 64, 300)
+    for counts, fits in {(64, 32, 64): True, (32, 0, 200): True, (65, 0, 16): False, (64, 0, 300): False}.items():
+        assert (plan_of(loss_case(1, *counts, 1)[0]) is not None) == fits, counts
     assert group.fits_field(64, 32, 17)
     assert not group.fits_field(64, 32, 33)
     assert not group.fits_field(16, 65)

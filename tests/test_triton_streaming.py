@@ -18,7 +18,7 @@ from drift_ops.spec import LOGITS, AffinitySpec
 tl = pytest.importorskip("triton").language
 from triton.runtime.errors import InterpreterError  # noqa: E402
 
-from drift_ops.triton import affinity, autotune, group, launch  # noqa: E402
+from drift_ops.triton import affinity, autotune, launch, loss  # noqa: E402
 from drift_ops.triton.affinity import blocks  # noqa: E402
 from drift_ops.triton.affinity.pairs import pairs_of  # noqa: E402
 from drift_ops.triton.affinity.statistics import find_statistics  # noqa: E402
@@ -315,7 +315,7 @@ def test_rectangles_cover_the_plane(rows, cols, problems):
     [((20, 9, 18), 3, 0.0, F32), ((18, 0, 17), 20, 1e-6, torch.bfloat16), ((5, 30, 18), 33, 1e-3, F32)],
 )
 def test_loss(monkeypatch, counts, D, floor, dtype):
-    monkeypatch.setattr(group, "fits_loss", lambda limits, *counts: False)
+    monkeypatch.setattr(loss, "plan_of", lambda spec, of_map: None)
     G, R_list = 2, (0.05, 0.2)
     clouds = [unaligned((points(G, n, D, seed=n) + 3).to(dtype)).to(DEVICE) for n in counts]
     w = [unaligned(weights(G, n, seed=n).float() + 0.1).to(DEVICE) for n in counts]

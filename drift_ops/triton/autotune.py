@@ -19,12 +19,10 @@ from torch import Tensor
 from triton.runtime import KernelInterface
 
 from . import launch
+from .launch import INNER_BLOCKS, LEAST_BLOCK, Configuration
 
-Configuration = dict[str, int]  # blocks, num_warps, num_stages
-
-INNER_BLOCKS = ("BLOCK_D", "BLOCK_SUM")  # of loops within a program: no grid depends on them
 LEAST, MOST = {"num_warps": 4, "num_stages": 1}, {"num_warps": 8, "num_stages": 4}
-LEAST_BLOCK, MOST_BLOCK = 16, 256
+MOST_BLOCK = 256
 
 _chosen: dict[tuple[Any, ...], Configuration] = {}
 _one_at_a_time = threading.Lock()  # backward passes run in threads of their own
@@ -36,7 +34,7 @@ def wanted() -> bool:
     setting = os.environ.get("DRIFT_OPS_AUTOTUNE") or "0"
     if setting not in ("0", "1"):
         raise ValueError(f"DRIFT_OPS_AUTOTUNE: got {setting!r}, expected 0 or 1")
-    return setting == "1" and os.environ.get("TRITON_INTERPRET") != "1"
+    return setting == "1" and not launch.interpreted()
 
 
 def start(
@@ -54,14 +52,15 @@ def start(
     """
     if wanted():
         configuration = _fastest(kernel, grid, args, configuration, options)
-    kernel[grid](*args, **options, **configuration)
+    launch.run(kernel, grid, args, configuration, options)
 
 
 def _fastest(
     kernel: Any, grid: Any, args: tuple[Any, ...], fixed: Configuration, options: dict[str, Any]
 ) -> Configuration:
     device = torch.cuda.current_device()
-    kinds = (*fixed.values(), *map(_kind, args), *map(_kind, options.values()))
+    given, constants = dict(zip(kernel.arg_names, args, strict=False)) | options, launch.constants(kernel)
+    kinds = (*fixed.values(), *[value if name in constants else _kind(value) for name, value in given.items()])
     key = (kernel.fn, device, kinds)
     if key not in _chosen:
         if torch.cuda.is_current_stream_capturing():
@@ -85,46 +84,44 @@ def neighbours(configuration: Configuration, grid: Any, limits: launch.Limits) -
         steps: tuple[int, ...] = ()
         if name == "num_stages":
             steps = (value - 1, value + 1)
-        elif name == "num_warps" or name in INNER_BLOCKS or all_blocks:
+        elif name == "num_warps" or name in INNER_BLOCKS or (all_blocks and name.startswith("BLOCK")):
             steps = (value // 2, 2 * value)
         least, most = LEAST.get(name, LEAST_BLOCK), MOST.get(name, MOST_BLOCK)
         found += [configuration | {name: step} for step in steps if least <= step <= most]
     return found
 
 
-def runs(compiled: Any, limits: launch.Limits) -> bool:
-    """Whether a compiled kernel finds the shared memory and the tensor memory it needs; without the latter, Triton
-    compiles it to a trap."""
-    return compiled.metadata.shared <= limits.shared_bytes and "trap;" not in compiled.asm.get("ptx", "")
-
-
 def _tuner(kernel: Any, configurations: list[Configuration], limits: launch.Limits) -> Any:
     configs = []
     for configuration in configurations:
-        blocks = {name: size for name, size in configuration.items() if name.startswith("BLOCK")}
+        blocks = {name: size for name, size in configuration.items() if not name.startswith("num_")}
         configs.append(triton.Config(blocks, configuration["num_warps"], configuration["num_stages"]))
     prune = {"early_config_prune": functools.partial(_those_that_run, kernel, limits)}
-    tuner = triton.autotune(configs, ["key"], prune_configs_by=prune)(_WithKey(kernel))
+    tuner = triton.autotune(configs, ["key"], prune_configs_by=prune)(_Tunable(kernel, tuple(configurations[0])))
     tuner.cache_results = True  # which triton.autotune takes as an argument from 3.4 on
     return tuner
 
 
-class _WithKey(KernelInterface):
-    """A kernel with one more argument, for the tuner alone: what a choice is made for."""
+class _Tunable(KernelInterface):
+    """A kernel launched as ours are, with one more argument, for the tuner alone: what a choice is made for."""
 
-    def __init__(self, kernel: Any) -> None:
-        self.fn, self.arg_names = kernel, [*kernel.arg_names, "key"]
+    def __init__(self, kernel: Any, tuned: tuple[str, ...]) -> None:
+        self.fn, self.arg_names, self.tuned = kernel, [*kernel.arg_names, "key"], tuned
 
-    def run(self, *args: Any, key: tuple[Any, ...], **options: Any) -> Any:
-        return self.fn.run(*args, **options)
+    def run(self, *args: Any, grid: Any, key: tuple[Any, ...], warmup: bool, **options: Any) -> None:
+        configuration = {name: options.pop(name) for name in self.tuned}
+        launch.run(self.fn, grid, args, configuration, options)
 
 
 def _kind(argument: Any) -> Any:
-    """What the speed of a kernel depends on in an argument: dtype, size or option, not the value of a scalar."""
+    """What the speed of a kernel depends on in an argument: dtype, size or option, not the value of a scalar or of
+    a list's entries."""
     if isinstance(argument, Tensor):
         return str(argument.dtype)
-    if isinstance(argument, tuple):
+    if hasattr(argument, "_fields"):
         return tuple(map(_kind, argument))
+    if isinstance(argument, tuple):
+        return tuple(["a number" if type(n) is int else _kind(n) for n in argument])
     if isinstance(argument, tl.constexpr):
         return f"always {argument.value}"
     if isinstance(argument, float):
@@ -135,15 +132,15 @@ def _kind(argument: Any) -> Any:
 
 
 def _those_that_run(
-    kernel: Any, limits: launch.Limits, configs: list[Any], args: dict[str, Any], key: Any, warmup: bool, **options: Any
+    kernel: Any, limits: launch.Limits, configs: list[Any], args: dict[str, Any], **options: Any
 ) -> list[Any]:
     """The first of the configurations, and of the others those that compile and fit on the device."""
-    found = configs[:1]
+    found, given = configs[:1], {name: value for name, value in (args | options).items() if name in kernel.arg_names}
     for config in configs[1:]:
         try:
-            compiled = kernel.run(*args.values(), warmup=True, **options, **config.all_kwargs())
+            compiled = launch.compile_for(kernel, given, config.all_kwargs())
         except Exception:  # whatever stops the compiler stops this trial only
             continue
-        if runs(compiled, limits):
+        if launch.runs(compiled, limits):
             found.append(config)
     return found

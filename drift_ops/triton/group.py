@@ -12,15 +12,8 @@ import triton.language as tl
 
 from . import launch
 
-LOSS_PAIRS, FIELD_PAIRS = 64 * 160, 64 * 64  # of padded queries and targets: what the registers of a program hold
-AMD_LOSS_PAIRS = 64 * 144  # more do not compile for gfx942
+FIELD_PAIRS = 64 * 64  # of padded queries and targets: what the registers of a program hold
 OPERANDS_IN_SHARED = 200_000  # bytes: with less, tensor cores read both operands from registers, and few are left
-
-
-def fits_loss(limits: launch.Limits, N: int, *counts: int) -> bool:
-    """Whether groups of N samples and so many targets on each side are for the group kernels of form C."""
-    rows, *blocks = padded(N, *counts)
-    return rows * sum(blocks) <= (AMD_LOSS_PAIRS if limits.amd else LOSS_PAIRS)
 
 
 def fits_field(N: int, *counts: int) -> bool:
@@ -63,28 +56,6 @@ def configuration(blocks: tuple[int, ...], limits: launch.Limits, pairs_of_lane:
     num_warps = 2 * triton.next_power_of_2(triton.cdiv(blocks[0] * sum(blocks[1:]), pairs_of_lane * lanes))
     pipelined = not limits.amd and limits.shared_bytes >= OPERANDS_IN_SHARED
     return Configuration(16, 32, min(most_warps, num_warps), 3 if pipelined else 1)
-
-
-@functools.cache
-def loss_configuration(kernel: str, limits: launch.Limits) -> Configuration:
-    """For a kernel of form C."""
-    if limits.amd or limits.shared_bytes < OPERANDS_IN_SHARED:
-        return {
-            "scale": Configuration(32, 0, 4, 1),
-            "statistics": Configuration(32, 0, 4, 1),
-            "moments": Configuration(32, 32, 4 if limits.amd else 8, 1),
-            "gram": Configuration(0, 0, 4, 1),
-            "gradient": Configuration(32, 64, 4, 1),
-            "gradient of kept distances": Configuration(32, 64, 4, 1),
-        }[kernel]
-    return {
-        "scale": Configuration(32, 0, 4, 3),
-        "statistics": Configuration(32, 0, 4, 1),
-        "moments": Configuration(32, 32, 8, 2),
-        "gram": Configuration(0, 0, 4, 1),
-        "gradient": Configuration(32, 64, 4, 3),
-        "gradient of kept distances": Configuration(32, 64, 4, 2),
-    }[kernel]
 
 
 @triton.jit

@@ -1,9 +1,8 @@
-"""What phase 1 keeps of a group for phase 2.
+"""What phase 1 keeps of a group for phase 2, where it keeps anything.
 
-Its exponent, the row of its origin and whether pairs are close, in HEAD floats; by target its squared norm, a power of
-two that brings its length to [2^6, 2^7), the inverse of that, and its weight times that; products of gen and every
-side, or squared distances where pairs are close; and products of the other sides with each other, so scaled, in two
-parts.
+The row of its origin and whether pairs are close, in HEAD floats; the squared norm of every target; products of gen and
+every side, or squared distances where pairs are close; and products of the other sides with each other, of targets
+scaled to one length, in two parts.
 With close pairs the forces may be much shorter than the targets, and too little would be left of products that cancel:
 the moments of such a group come from its points.
 """
@@ -12,10 +11,16 @@ import triton
 import triton.language as tl
 
 from ..halves import exponent, split
-from ..tiles import load_vector
-from .points import roots_of_squares
+from .distances import roots_of_squares
 
 HEAD = tl.constexpr(32)  # floats for what a group has one of
+GRAM = tl.constexpr(2.0**-14)  # brings products of scaled targets (see exponents_of) into float16's range
+
+
+@triton.jit
+def exponents_of(norms):
+    """Of the powers of two that scale targets with these squared norms to lengths in [2^13, 2^14)."""
+    return exponent(tl.sqrt(norms))
 
 
 @triton.jit
@@ -29,36 +34,43 @@ def slot_of(kept, g, BLOCKS: tl.constexpr):
 
 @triton.jit
 def pairs_in(slot, BLOCKS: tl.constexpr):
-    """Where the pairs start, after head and vectors."""
+    """Where the pairs start, after head and norms."""
     for side in tl.static_range(len(BLOCKS)):
-        slot += 4 * BLOCKS[side]
+        slot += BLOCKS[side]
     return slot
 
 
 @triton.jit
-def vector_in(slot, kind: tl.constexpr, BLOCKS: tl.constexpr, side: tl.constexpr):
-    """Of the targets of a side: 0 squared norms, 1 scales, 2 their inverses, 3 weights over scales."""
-    slot += HEAD + kind * BLOCKS[side]
+def norms_in(slot, BLOCKS: tl.constexpr, side: tl.constexpr):
+    slot += HEAD
     for before in tl.static_range(side):
-        slot += 4 * BLOCKS[before]
+        slot += BLOCKS[before]
     return slot + tl.arange(0, BLOCKS[side])
 
 
 @triton.jit
-def store_head(slot, e, origin_row, any_close):
-    n = tl.arange(0, HEAD)
-    head = tl.where(n == 0, e, tl.where(n == 1, origin_row.to(tl.float32), 0.0))
-    tl.store(slot + n, tl.where(n == 2, any_close.to(tl.float32), head))
+def load_norms(slot, BLOCKS: tl.constexpr):
+    norms = ()
+    for side in tl.static_range(len(BLOCKS)):
+        norms = norms + (tl.load(norms_in(slot, BLOCKS, side)),)
+    return norms
 
 
 @triton.jit
-def load_head(slot):
-    return tl.load(slot), tl.load(slot + 1).to(tl.int32)
+def store_head(slot, origin_row, any_close):
+    n = tl.arange(0, HEAD)
+    head = tl.where(n == 0, origin_row.to(tl.float32), tl.where(n == 1, any_close.to(tl.float32), 0.0))
+    tl.store(slot + n, head)
+
+
+@triton.jit
+def load_origin_row(slot):
+    return tl.load(slot).to(tl.int32)
 
 
 @triton.jit
 def has_close(slot, exists=True):
-    return tl.load(slot + 2, mask=exists, other=0.0) > 0
+    return tl.load(slot + 1, mask=exists, other=0.0) > 0
 
 
 @triton.jit
@@ -68,26 +80,18 @@ def tile_offsets(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def keep_others(slot, norms, products, weights, counts, BLOCKS: tl.constexpr):
-    """What is kept by target, and the products of the sides but gen."""
-    scales = ()
+def keep_others(slot, norms, products, BLOCKS: tl.constexpr):
+    """Norms, and the products of the sides but gen."""
     for side in tl.static_range(len(BLOCKS)):
-        e = exponent(tl.sqrt(norms[side])) - 7
-        exists = norms[side] > 0
-        scales = scales + (tl.where(exists, tl.exp2(e), 0.0),)
-        weight = load_vector(weights[side], counts[side], 0, BLOCKS[side])
-        tl.store(vector_in(slot, 0, BLOCKS, side), norms[side])
-        tl.store(vector_in(slot, 1, BLOCKS, side), scales[side])
-        inverse = tl.where(exists, tl.exp2(-e), 0.0)
-        tl.store(vector_in(slot, 2, BLOCKS, side), inverse)
-        tl.store(vector_in(slot, 3, BLOCKS, side), weight * inverse)
+        tl.store(norms_in(slot, BLOCKS, side), norms[side])
     slot = pairs_in(slot + HEAD, BLOCKS)
     for side in tl.static_range(len(BLOCKS)):
         slot += BLOCKS[0] * BLOCKS[side]
     for later in tl.static_range(1, len(BLOCKS)):
         for side in tl.static_range(1, later + 1):
             product = products[len(BLOCKS) + later * (later - 1) // 2 + side - 1]
-            hi, lo = split(product * scales[later][:, None] * scales[side][None, :])
+            by_row, by_column = tl.exp2(exponents_of(norms[later])) * GRAM, tl.exp2(exponents_of(norms[side]))
+            hi, lo = split(product * by_row[:, None] * by_column[None, :])
             halves = slot.to(tl.pointer_type(tl.float16)) + tile_offsets(BLOCKS[later], BLOCKS[side])
             tl.store(halves, hi)
             tl.store(halves + BLOCKS[later] * BLOCKS[side], lo)
@@ -112,29 +116,23 @@ def store_tiles(place, tiles, BLOCKS: tl.constexpr):
 
 
 @triton.jit
-def load_tiles(place, BLOCKS: tl.constexpr):
+def load_tiles(place, first, ROWS: tl.constexpr, BLOCKS: tl.constexpr):
+    """Rows [first, first + ROWS) of what :func:`store_tiles` stored."""
     tiles = ()
     for side in tl.static_range(len(BLOCKS)):
-        tiles = tiles + (tl.load(place + tile_offsets(BLOCKS[0], BLOCKS[side])),)
+        tiles = tiles + (tl.load(place + first * BLOCKS[side] + tile_offsets(ROWS, BLOCKS[side])),)
         place += BLOCKS[0] * BLOCKS[side]
     return tiles
 
 
 @triton.jit
-def load_kept_distances(slot, BLOCKS: tl.constexpr):
-    pairs = load_tiles(pairs_in(slot + HEAD, BLOCKS), BLOCKS)
+def load_kept_distances(slot, least, first, ROWS: tl.constexpr, BLOCKS: tl.constexpr):
+    pairs = load_tiles(pairs_in(slot + HEAD, BLOCKS), first, ROWS, BLOCKS)
+    of_rows = tl.load(slot + HEAD + first + tl.arange(0, ROWS))
     norms = load_norms(slot, BLOCKS)
     close = has_close(slot)
     squares = ()
     for side in tl.static_range(len(BLOCKS)):
-        from_products = norms[0][:, None] + norms[side][None, :] - 2 * pairs[side]
+        from_products = of_rows[:, None] + norms[side][None, :] - 2 * pairs[side]
         squares = squares + (tl.where(close, pairs[side], from_products),)
-    return roots_of_squares(squares, BLOCKS)
-
-
-@triton.jit
-def load_norms(slot, BLOCKS: tl.constexpr):
-    norms = ()
-    for side in tl.static_range(len(BLOCKS)):
-        norms = norms + (tl.load(vector_in(slot, 0, BLOCKS, side)),)
-    return norms
+    return roots_of_squares(squares, least, first, ROWS, BLOCKS)

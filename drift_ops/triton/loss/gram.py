@@ -9,9 +9,17 @@ import triton.language as tl
 from ..group import one_of, zeros
 from ..halves import exponent, split
 from ..tiles import at_least, self_pairs
-from .kept import HEAD, has_close, load_norms, load_tiles, pairs_in, slot_of, tile_offsets, vector_in
-from .points import LEAST_DISTANCE, find_map
-from .statistics import SELF_DISTANCE, slope_of, statistics_of
+from .maps import find_map
+from .products import GRAM, HEAD, has_close, load_norms, load_tiles, pairs_in, slot_of, tile_offsets
+from .state import (
+    affinities_of_scaled,
+    load_exponents,
+    load_rows_of,
+    mean_of_forces,
+    slope_of,
+    slot_of_state,
+    statistics_of,
+)
 
 
 @triton.jit
@@ -21,14 +29,14 @@ def _zero_product(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _load_gram(slot, products, BLOCKS: tl.constexpr):
-    """Products of all targets, those of gen given, between targets scaled to lengths in [2^6, 2^7): two parts of each,
-    in the order of `.points._nothing_yet`."""
+def _load_gram(slot, products, exponents, BLOCKS: tl.constexpr):
+    """Products of all scaled targets times GRAM, those of gen given: two parts of each, in the order of
+    `.distances._nothing_yet`."""
     hi = ()
     lo = ()
-    scale = tl.load(vector_in(slot, 1, BLOCKS, 0))
     for side in tl.static_range(len(BLOCKS)):
-        parts = split(products[side] * scale[:, None] * tl.load(vector_in(slot, 1, BLOCKS, side))[None, :])
+        by_row, by_column = tl.exp2(exponents[0]) * GRAM, tl.exp2(exponents[side])
+        parts = split(products[side] * by_row[:, None] * by_column[None, :])
         hi = hi + (parts[0],)
         lo = lo + (parts[1],)
     slot = pairs_in(slot + HEAD, BLOCKS)
@@ -57,27 +65,6 @@ def _of_sides(gram, a: tl.constexpr, b: tl.constexpr, SIDES: tl.constexpr):
 
 
 @triton.jit
-def _statistics_by_row(statistics, BLOCK_N: tl.constexpr):
-    row = tl.arange(0, BLOCK_N)
-    negative = tl.load(statistics + BLOCK_N + row)
-    positive = tl.load(statistics + 2 * BLOCK_N + row)
-    return tl.load(statistics + row), negative, positive
-
-
-@triton.jit
-def _affinities(d, slot, statistics, row_half, slope, least, BLOCKS: tl.constexpr, side: tl.constexpr):
-    """``weight_j max(A_ij, least)``, of weights over scales, for d with SELF_DISTANCE in it; 0 where there is no
-    target, whose weight is 0, and finite where there is no row."""
-    of_columns = statistics + 3 * BLOCKS[0]
-    for before in tl.static_range(side):
-        of_columns += BLOCKS[before]
-    col_half = tl.load(of_columns + tl.arange(0, BLOCKS[side]))
-    A = tl.exp2(d[side] * slope - row_half[:, None] - col_half[None, :])
-    weight = tl.load(vector_in(slot, 3, BLOCKS, side))
-    return at_least(A, least) * weight[None, :]
-
-
-@triton.jit
 def _add_products(total, hi, lo, gram_hi, gram_lo, SPLIT: tl.constexpr, a: tl.constexpr, SIDES: tl.constexpr):
     """To ``Σ_j c_ij t_j·t_k`` of every side, that of the targets j of side a; the small parts first."""
     more = ()
@@ -91,94 +78,86 @@ def _add_products(total, hi, lo, gram_hi, gram_lo, SPLIT: tl.constexpr, a: tl.co
 
 
 @triton.jit
-def _products_with_others(
-    of_targets, r, d, slot, state, g, scale, R_list, least, BLOCKS: tl.constexpr, KEEP: tl.constexpr
-):
+def _products_with_others(of_targets, r, d, slot, scale, numbers, BLOCKS: tl.constexpr):
     """Products of ``of_targets`` and the coefficients of every R before the r-th, summed over the targets: [N] each."""
     BLOCK_N: tl.constexpr = BLOCKS[0]
     sums = ()
-    for _ in tl.static_range(len(R_list)):
+    for _ in tl.static_range(len(numbers.R_list)):
         sums = sums + (tl.zeros([BLOCK_N], dtype=tl.float32),)
     for other in range(r):
-        statistics = statistics_of(state, g, other, len(R_list), BLOCKS, KEEP)
-        row_half, negative, positive = _statistics_by_row(statistics, BLOCK_N)
-        slope = slope_of(scale, one_of(R_list, other))
+        statistics = statistics_of(slot, other, BLOCKS)
+        row_half, negative, positive, largest = load_rows_of(statistics, 0, BLOCK_N, BLOCK_N)
+        slope = slope_of(scale, numbers, other)
         added = tl.zeros([BLOCK_N], dtype=tl.float32)
         for side in tl.static_range(len(BLOCKS)):
-            A = _affinities(d, slot, statistics, row_half, slope, least, BLOCKS, side)
+            A = affinities_of_scaled(d, slot, statistics, row_half, slope, numbers.least, BLOCKS, side)
             added += tl.sum(of_targets[side] * A, 1) * (-positive if side < len(BLOCKS) - 1 else negative)
         more = ()
-        for n in tl.static_range(len(R_list)):
+        for n in tl.static_range(len(numbers.R_list)):
             more = more + (sums[n] + tl.where(n == other, added, 0.0),)
         sums = more
     return sums
 
 
 @triton.jit
-def gram_moments_kernel(
-    maps,  # see .points.find_map
-    kept,
-    state,
+def gram_kernel(
+    groups,
+    numbers,
+    maps,
+    kept,  # see .products
+    state,  # see .state
     scale,  # [maps of the call]
-    R_list,
     moments,  # [G, R, R]
-    counts,
-    D,
-    least,
     BLOCKS: tl.constexpr,
-    SPLIT: tl.constexpr,
     KEEP: tl.constexpr,  # distances in the state
 ):
-    """``Σ_i F_i·F'_i = Σ_ijk c_ij c'_ik t_j·t_k``."""
+    """``Σ_i F_i·F'_i = Σ_ijk c_ij c'_ik t_j·t_k``, unless the group has close pairs."""
+    R: tl.constexpr = len(numbers.R_list)
     BLOCK_N: tl.constexpr = BLOCKS[0]
     SIDES: tl.constexpr = len(BLOCKS)
     n, place, g = find_map(maps, tl.program_id(0))
-    slot = slot_of(one_of(kept, n), g, BLOCKS)
-    if has_close(slot):
+    of_group = slot_of(one_of(kept, n), g, BLOCKS)
+    if has_close(of_group):
         return
     scale = tl.load(scale + place).to(tl.float32)
-    state = one_of(state, n)
-    norms = load_norms(slot, BLOCKS)
-    pairs = load_tiles(pairs_in(slot + HEAD, BLOCKS), BLOCKS)
+    slot = slot_of_state(one_of(state, n), g, R, BLOCKS, KEEP)
+    norms = load_norms(of_group, BLOCKS)
+    pairs = load_tiles(pairs_in(of_group + HEAD, BLOCKS), 0, BLOCK_N, BLOCKS)
     products = ()
     d = ()
     for side in tl.static_range(SIDES):
         product = pairs[side] - _zero_product(BLOCKS[0], BLOCKS[side])
         squared = norms[0][:, None] + norms[side][None, :] - 2 * product
-        of_side = tl.sqrt(at_least(squared, LEAST_DISTANCE * LEAST_DISTANCE))
+        of_side = tl.sqrt(at_least(squared, numbers.least_distance * numbers.least_distance))
         if side == 0:
-            of_self = LEAST_DISTANCE + SELF_DISTANCE * tl.maximum(scale, 1e-3)
+            of_self = numbers.least_distance + numbers.self_distance * tl.maximum(scale, numbers.least_scale)
             of_side = tl.where(self_pairs(0, BLOCKS[0], BLOCKS[0]), of_self, of_side)
         products = products + (product,)
         d = d + (of_side,)
-    gram_hi, gram_lo = _load_gram(slot, products, BLOCKS)
-    longest = 0.0  # of the targets, as far as powers of two say
-    for side in tl.static_range(SIDES):
-        longest = tl.maximum(longest, tl.max(tl.load(vector_in(slot, 2, BLOCKS, side))))
-    unit = tl.maximum(scale / tl.sqrt(D * 1.0), 1e-3)
-    by = 1 / (unit * unit * (counts[0] * 1.0) * (D * 1.0))
-    moments = one_of(moments, n) + g * len(R_list) * len(R_list)
-    for r in range(len(R_list)):  # not unrolled: the R would compete for registers
-        statistics = statistics_of(state, g, r, len(R_list), BLOCKS, KEEP)
-        row_half, negative, positive = _statistics_by_row(statistics, BLOCK_N)
-        slope = slope_of(scale, one_of(R_list, r))
-        e = exponent(negative * positive * longest)
+    gram_hi, gram_lo = _load_gram(of_group, products, load_exponents(slot, BLOCKS), BLOCKS)
+    by = mean_of_forces(scale, numbers, groups) / GRAM
+    moments = one_of(moments, n) + g * R * R
+    for r in range(R):  # not unrolled: the R would compete for registers
+        statistics = statistics_of(slot, r, BLOCKS)
+        row_half, negative, positive, largest = load_rows_of(statistics, 0, BLOCK_N, BLOCK_N)
+        slope = slope_of(scale, numbers, r)
+        e = exponent(largest)
         of_targets = ()  # Σ_j c_ij t_j·t_k
         for side in tl.static_range(SIDES):
             of_targets = of_targets + (zeros(BLOCKS[0], BLOCKS[side]),)
         itself = tl.zeros([BLOCK_N], dtype=tl.float32)
         for side in tl.static_range(SIDES):
-            A = _affinities(d, slot, statistics, row_half, slope, least, BLOCKS, side)
+            A = affinities_of_scaled(d, slot, statistics, row_half, slope, numbers.least, BLOCKS, side)
             by_row = (-positive if side < SIDES - 1 else negative) * tl.exp2(e)
             hi, lo = split(A * by_row[:, None])
             itself += tl.sum(of_targets[side] * (hi.to(tl.float32) + lo.to(tl.float32)), 1)
-            of_targets = _add_products(of_targets, hi, lo, gram_hi, gram_lo, SPLIT, side, SIDES)
+            of_targets = _add_products(of_targets, hi, lo, gram_hi, gram_lo, groups.SPLIT, side, SIDES)
             itself += tl.sum(of_targets[side] * (hi.to(tl.float32) + lo.to(tl.float32)), 1)
         # of F_r·F_r' for r' < r; after the products, with whose coefficients these would compete for registers
-        sums = _products_with_others(of_targets, r, d, slot, state, g, scale, R_list, least, BLOCKS, KEEP)
+        sums = _products_with_others(of_targets, r, d, slot, scale, numbers, BLOCKS)
         down = tl.exp2(-e)
-        for other in tl.static_range(len(R_list)):
+        for other in tl.static_range(R):
             moment = tl.sum(tl.where(other == r, itself * down, sums[other]) * down) * by
             if other <= r:
-                tl.store(moments + r * len(R_list) + other, moment)
-                tl.store(moments + other * len(R_list) + r, moment)
+                tl.store(moments + r * R + other, moment)
+                tl.store(moments + other * R + r, moment)

@@ -8,16 +8,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import streamed_loss
-from ..spec import AffinitySpec, LossMap, LossSpec
-from . import autotune, launch
-from .affinity.blocks import choose_blocks, cut
-from .affinity.pairs import FAR, distances, keys, keys_of_tile, pairs_of, queries, walk_of_program
-from .tiles import load_vector
+from ... import streamed_loss
+from ...spec import AffinitySpec, LossMap, LossSpec
+from .. import autotune, launch
+from ..affinity.blocks import choose_blocks, cut
+from ..affinity.pairs import FAR, distances, keys, keys_of_tile, pairs_of, queries, walk_of_program
+from ..tiles import load_vector
 
 
 @triton.jit
-def scale_kernel(
+def streamed_scale_kernel(
     pairs,
     sums,  # [G · rectangles.cols · rectangles.rows] float64
     rectangles,
@@ -40,7 +40,7 @@ def scale_kernel(
     tl.store(sums + tl.program_id(0) + tl.arange(0, 1), total)
 
 
-def loss_scale(spec: LossSpec, of_map: LossMap) -> tuple[Tensor, Tensor]:
+def streamed_scale(spec: LossSpec, of_map: LossMap) -> tuple[Tensor, Tensor]:
     """Phase 1: ``[mean d·w, mean w]`` in float64; nothing is kept."""
     gen, targets, w = streamed_loss.centred(of_map)
     G, N, M = *gen.shape[:2], targets.shape[1]
@@ -50,5 +50,5 @@ def loss_scale(spec: LossSpec, of_map: LossMap) -> tuple[Tensor, Tensor]:
         blocks = choose_blocks("statistics", pairs)
         rectangles = cut(pairs, blocks)
         sums = gen.new_empty(G * rectangles.rows * rectangles.cols, dtype=torch.float64)
-        autotune.start(scale_kernel, (sums.numel(),), pairs, sums, rectangles, configuration=blocks.options())
+        autotune.start(streamed_scale_kernel, (sums.numel(),), pairs, sums, rectangles, configuration=blocks.options())
     return torch.stack([sums.sum() / (G * N * M), w.mean(dtype=torch.float64)]), gen.new_empty(0)

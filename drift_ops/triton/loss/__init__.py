@@ -1,0 +1,135 @@
+"""Form C, phase by phase; two scalars over all groups part the work, the scale and λ.
+
+Many groups of a size that one program holds go to group kernels, in which distances stay in registers; :mod:`.plan`
+says which, and maps of one shape share launches, as a :class:`.batch.Batch`:
+
+- :mod:`.scale`: distances, walking the points once, and their mean. Where it takes less memory than the gradient will,
+  products of all targets are kept (:mod:`.products`); otherwise distances are worked out again by those that need them.
+- :mod:`.statistics`: of both softmaxes and the sums of affinities, for every R (:mod:`.state`).
+- :mod:`.gram` or :mod:`.moments`: products of the forces, from the kept products or from weighted sums.
+- :mod:`.gradient`: coefficients of all R together, and one weighted sum.
+
+Larger groups are streamed: :mod:`.streamed_scale`, and for what follows :mod:`drift_ops.streamed_loss`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ... import streamed_loss
+from ...spec import LossMap, LossSpec
+from ..affinity import affinity_sums
+from .batch import Batch, batches
+from .gradient import gradient_kernel
+from .gram import gram_kernel
+from .moments import moments_kernel
+from .plan import plan_of
+from .scale import scale_kernel
+from .statistics import statistics_kernel
+from .streamed_scale import streamed_scale
+
+PROGRAMS = 1024  # that fill a GPU of today; where there are fewer groups, several programs share one
+LEAST_SHARE = 256  # dimensions of a program then, at least
+GROUPS_OF_PROGRAM = 16  # where most have nothing to do
+
+
+def kept_shape(spec: LossSpec, of_map: LossMap) -> tuple[int, ...]:
+    """Shape of what phase 1 keeps for phase 2: products of the targets, or nothing."""
+    plan = plan_of(spec, of_map)
+    return (of_map.groups, plan.floats_kept) if plan is not None and plan.floats_kept else (0,)
+
+
+def state_shape(spec: LossSpec, of_map: LossMap) -> tuple[int, ...]:
+    """Shape of what phase 2 keeps for phase 3: see :mod:`.state`; of streamed groups the forces ``[R, G, N, D]``."""
+    plan, (_, _, N, D) = plan_of(spec, of_map), of_map.gen.shape
+    return (len(spec.R_list), of_map.groups, N, D) if plan is None else (of_map.groups, plan.floats_of_state)
+
+
+def loss_scale(spec: LossSpec, maps: Sequence[LossMap]) -> list[tuple[Tensor, Tensor]]:
+    """Phase 1: of each map ``[mean d·w, mean w]`` in float64, and what it keeps."""
+
+    def in_groups(batch: Batch) -> list[tuple[Tensor, Tensor]]:
+        keeps = batch.plan.floats_kept
+        means, kept = batch.empty(2), batch.empty(keeps) if keeps else [gen.new_empty(0) for gen in batch.gens]
+        results = {"means": batch.filled_up(means), "kept": batch.filled_up(kept) if keeps else None}
+        batch.start(scale_kernel, "scale", spec, (batch.programs,), **results)
+        return [(of_map.mean(0, dtype=torch.float64), k) for of_map, k in zip(means, kept, strict=True)]
+
+    return _of_all_maps(spec, maps, in_groups, lambda place: streamed_scale(spec, maps[place]))
+
+
+def loss_moments(
+    spec: LossSpec, maps: Sequence[LossMap], kept: Sequence[Tensor], scale: Tensor
+) -> list[tuple[Tensor, Tensor]]:
+    """Phase 2: of each map the state of :func:`state_shape`, and the means of the forces' products ``[G, R, R]``.
+
+    ``scale [maps]`` is that of all maps of the call.
+    """
+
+    def in_groups(batch: Batch) -> list[tuple[Tensor, Tensor]]:
+        plan, R, programs = batch.plan, len(spec.R_list), batch.programs
+        moments, states = batch.empty(R, R), batch.empty(plan.floats_of_state)
+        given: dict[str, Any] = {"state": batch.filled_up(states), "scale": scale}
+        given["kept"] = batch.filled_up([kept[place] for place in batch.places]) if plan.floats_kept else None
+        batch.start(statistics_kernel, "statistics", spec, (programs,), **given)
+        # With products kept most groups have nothing to do here, and some share a program.
+        groups = GROUPS_OF_PROGRAM if plan.floats_kept and programs > PROGRAMS else 1
+        given["moments"] = batch.filled_up(moments)
+        grid = (triton.cdiv(programs, groups),)
+        batch.start(moments_kernel, "moments", spec, grid, GROUPS=groups, total=programs, **given)
+        if plan.floats_kept:
+            batch.start(gram_kernel, "gram", spec, (programs,), **given)
+        return list(zip(states, moments, strict=True))
+
+    def streamed(place: int) -> tuple[Tensor, Tensor]:
+        return streamed_loss.loss_moments(affinity_sums, spec, maps[place], scale[place])
+
+    return _of_all_maps(spec, maps, in_groups, streamed)
+
+
+def loss_gradient(
+    spec: LossSpec,
+    maps: Sequence[LossMap],
+    states: Sequence[Tensor],
+    scale: Tensor,
+    factors: Tensor,
+    incoming: Sequence[Tensor],
+) -> list[Tensor]:
+    """Phase 3: of each map the gradient w.r.t. gen, in its dtype and with its strides.
+
+    ``scale`` and ``factors`` are those of all maps of the call.
+    """
+
+    def in_groups(batch: Batch) -> list[Tensor]:
+        keeps, D = batch.plan.keeps_distances, batch.plan.D
+        grads = [torch.empty_like(gen) for gen in batch.gens]
+        shares = max(1, min(PROGRAMS // batch.programs, D // LEAST_SHARE)) if keeps else 1  # who else finds distances
+        share = triton.cdiv(D, shares * LEAST_SHARE) * LEAST_SHARE
+        given: dict[str, Any] = {"scale": scale, "factors": factors, "share": share}
+        given["state"], given["incoming"] = (
+            batch.filled_up([of_maps[place].contiguous() for place in batch.places]) for of_maps in (states, incoming)
+        )
+        grid = (batch.programs, triton.cdiv(D, share))
+        batch.start(gradient_kernel, "gradient", spec, grid, others=(grads,), **given)
+        return grads
+
+    def streamed(place: int) -> Tensor:
+        of_map = maps[place].gen, states[place], scale[place], factors[place], incoming[place]
+        return streamed_loss.loss_gradient(spec, *of_map)
+
+    return _of_all_maps(spec, maps, in_groups, streamed)
+
+
+def _of_all_maps(
+    spec: LossSpec, maps: Sequence[LossMap], in_groups: Callable[[Batch], list[Any]], streamed: Callable[[int], Any]
+) -> list[Any]:
+    """A phase's results for every map: of those with small groups in batches, of the others one at a time."""
+    results: dict[int, Any] = {}
+    for places in batches(maps):
+        plan = plan_of(spec, maps[places[0]])
+        found = [streamed(place) for place in places] if plan is None else in_groups(Batch(plan, places, maps))
+        results |= dict(zip(places, found, strict=True))
+    return [results[place] for place in range(len(maps))]

@@ -1,0 +1,87 @@
+"""The feature maps of a launch, and where a program finds its own.
+
+What maps of one shape do not share comes as a tuple over the maps: pointers, and of each map in ``maps`` its first
+program, its place in the call, T, and for each side of a group the strides of ``[L, T, count]`` of its points, in their
+order. Group g is ``(g // T, g % T)``. The sides are gen, neg (unless it is empty) and pos; arrays, counts and strides
+come as tuples over them.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from ..group import one_of
+
+BEFORE_STRIDES = tl.constexpr(3)  # entries of a map
+
+
+class Groups(NamedTuple):
+    """What the groups of a launch have in common."""
+
+    points: Any  # of every side and map
+    counts: Any
+    D: Any
+    DIFFERENCES: Any  # D is so small that distances come from them
+    SPLIT: Any  # products are of two parts
+    LONG: Any  # and too long a sum for tensor cores
+
+
+class Numbers(NamedTuple):
+    """Of a :class:`drift_ops.spec.LossSpec`."""
+
+    R_list: Any
+    least: Any  # square root of the affinity floor
+    least_distance: Any
+    least_scale: Any
+    self_distance: Any
+
+
+@triton.jit
+def entry_of(maps, n, entry: tl.constexpr):
+    """One entry of the n-th map."""
+    value = maps[0][entry]
+    for other in tl.static_range(1, len(maps)):
+        value = tl.where(n == other, maps[other][entry], value)
+    return value
+
+
+@triton.jit
+def find_map(maps, program):
+    """What ``program`` of a launch works on: the map's place in the launch and in the call, and its group there."""
+    n, place, first = 0, maps[0][1], 0
+    for other in tl.static_range(1, len(maps)):
+        n = tl.where(program >= maps[other][0], other, n)
+        place = tl.where(program >= maps[other][0], maps[other][1], place)
+        first = tl.where(program >= maps[other][0], maps[other][0], first)
+    return n, place, (program - first).to(tl.int64)
+
+
+@triton.jit
+def points_of_group(groups, maps, n, g, ALIGNED: tl.constexpr):
+    """Of group g of the n-th map and every side, a pointer to the first point and the stride to the next."""
+    T = entry_of(maps, n, 2)
+    rows = ()
+    for side in tl.static_range(len(groups.points)):
+        found = ()
+        for dimension in tl.static_range(3):
+            stride = entry_of(maps, n, BEFORE_STRIDES + 3 * side + dimension).to(tl.int64)
+            if ALIGNED:
+                stride = tl.multiple_of(stride, 16)
+            found = found + (stride,)
+        first = one_of(groups.points[side], n) + (g // T) * found[0] + (g % T) * found[1]
+        rows = rows + ((first, found[2]),)
+    return rows
+
+
+@triton.jit
+def weights_of_group(weights, strides, counts, maps, n, g, BLOCKS: tl.constexpr):
+    """Of every side the weights, 0 where there is no target. All maps of a launch share their strides."""
+    T = entry_of(maps, n, 2)
+    found = ()
+    for side in tl.static_range(len(BLOCKS)):
+        first = one_of(weights[side], n) + (g // T) * strides[side][0] + (g % T) * strides[side][1]
+        target = tl.arange(0, BLOCKS[side])
+        w = tl.load(first + target * strides[side][2], mask=target < counts[side], other=0.0)
+        found = found + (w.to(tl.float32),)
+    return found
