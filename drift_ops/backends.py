@@ -39,6 +39,9 @@ _WHY_NOT: dict[str, Callable[[], str | None]] = {
 }
 
 
+_OF_DEVICE = {"cuda": ("triton", "cuda"), "cpu": ("cpu",)}  # best first
+
+
 def backends() -> dict[str, Backend]:
     """``triton``, ``cuda``, ``cpu`` and ``reference`` by name; ``.reason`` says why one is not ``.usable``."""
     reasons = {name: why_not() for name, why_not in _WHY_NOT.items()}
@@ -51,10 +54,13 @@ def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> str:
     Raises:
         ValueError: ``name`` is unknown, cannot be used on this machine, or does not serve such tensors.
     """
-    _use_one_thread_after_fork()
+    if _forked:
+        _use_one_thread_after_fork()
     if name is None:
-        of_device = {"cuda": ("triton", "cuda"), "cpu": ("cpu",)}.get(device.type, ())
-        return next((n for n in of_device if not _WHY_NOT[n]() and not _why_not_for(n, device, dtype)), "reference")
+        for best in _OF_DEVICE.get(device.type, ()):
+            if not _WHY_NOT[best]() and not _why_not_for(best, device, dtype):
+                return best
+        return "reference"
     if not isinstance(name, str) or name not in _WHY_NOT:
         raise ValueError(f"backend: got {name!r}, expected None or one of {', '.join(map(repr, _WHY_NOT))}")
     if reason := _WHY_NOT[name]():
@@ -69,15 +75,22 @@ def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> str:
 choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-_process = os.getpid()
+_forked = False
+
+
+def _note_fork() -> None:
+    global _forked
+    _forked = True
+
+
+os.register_at_fork(after_in_child=_note_fork)
 
 
 def _use_one_thread_after_fork() -> None:
     """A forked process lacks the threads of torch's OpenMP, and torch would wait for them for ever."""
-    global _process
-    if os.getpid() != _process:
-        torch.set_num_threads(1)
-        _process = os.getpid()
+    global _forked
+    torch.set_num_threads(1)
+    _forked = False
 
 
 def _why_not_for(name: str, device: torch.device, dtype: torch.dtype) -> str | None:

@@ -57,14 +57,14 @@ def affinity_sums_backward(
 
 def kept_shape(spec: LossSpec, of_map: LossMap) -> tuple[int, ...]:
     """Shape of the distances that phase 1 of form C keeps for phase 2: [G, N, M padded], or [0] for none."""
-    (N, D), M = of_map.gen.shape[2:], sum(of_map.counts)
+    (N, D), M = of_map.gen.shape[-2:], sum(of_map.counts)
     keeps = N * M <= _cpu.GROUP_PAIRS and D >= _cpu.KEEP_DISTANCES_FROM_D
     return (of_map.groups, N, -(-M // _cpu.KEPT_ALIGN) * _cpu.KEPT_ALIGN) if keeps else (0,)
 
 
 def state_shape(spec: LossSpec, of_map: LossMap) -> tuple[int, ...]:
     """Shape of what phase 2 keeps for phase 3: the forces ``[R, G, N, D]`` before the division by λ."""
-    return len(spec.R_list), of_map.groups, *of_map.gen.shape[2:]
+    return len(spec.R_list), of_map.groups, *of_map.gen.shape[-2:]
 
 
 def loss_scale(spec: LossSpec, maps: Sequence[LossMap]) -> list[tuple[Tensor, Tensor]]:
@@ -92,20 +92,6 @@ def loss_moments(
     return results
 
 
-def loss_forward(
-    spec: LossSpec, maps: Sequence[LossMap]
-) -> tuple[list[Tensor], Tensor, Tensor, Tensor, list[Tensor]]:
-    """Phases 1 and 2 at once; see :func:`drift_ops.ops.loss_in_phases`."""
-    R, gen = len(spec.R_list), maps[0].gen
-    losses = [gen.new_empty(of_map.groups) for of_map in maps]
-    forces = [gen.new_empty(state_shape(spec, of_map)) for of_map in maps]
-    statistics = gen.new_empty(len(maps), 1 + R)
-    scale = gen.new_empty(len(maps), dtype=torch.float64)
-    factors = gen.new_empty(len(maps), R, dtype=torch.float64)
-    _cpu.loss_forward(spec, maps, losses, forces, statistics, scale, factors, torch.get_num_threads())
-    return losses, statistics, scale, factors, forces
-
-
 def loss_gradient(
     spec: LossSpec,
     maps: Sequence[LossMap],
@@ -115,7 +101,28 @@ def loss_gradient(
     incoming: Sequence[Tensor],
 ) -> list[Tensor]:
     """Phase 3: of each map the gradient w.r.t. gen, from the forces and the global statistics."""
-    grads = [torch.empty_like(of_map.gen) for of_map in maps]
-    statistics = scale.contiguous(), factors.contiguous(), [of_map.contiguous() for of_map in incoming]
-    _cpu.loss_gradient(spec, list(states), *statistics, grads, torch.get_num_threads())
+    numbers = torch.cat([scale.unsqueeze(1), factors], 1).tolist()
+    return gradient_at_once(spec, numbers, [of_map.gen for of_map in maps], states, incoming)
+
+
+Numbers = list[list[float]]  # of each map its scale and 1/λ_R
+
+
+def loss_at_once(spec: LossSpec, maps: Sequence[LossMap]) -> tuple[list[Tensor], list[Tensor], Numbers, list[Tensor]]:
+    """Phases 1 and 2: of each map the losses, scale and λ_R² ``[1 + R]``, and for phase 3 numbers and the forces."""
+    R = len(spec.R_list)
+    losses = [of_map.gen.new_empty(of_map.gen.shape[:-2]) for of_map in maps]
+    statistics = [of_map.gen.new_empty(1 + R) for of_map in maps]
+    forces = [of_map.gen.new_empty(state_shape(spec, of_map)) for of_map in maps]
+    numbers = _cpu.loss_forward(spec, maps, losses, statistics, forces, torch.get_num_threads())
+    return losses, statistics, numbers, forces
+
+
+def gradient_at_once(
+    spec: LossSpec, numbers: Numbers, gens: Sequence[Tensor], forces: Sequence[Tensor], incoming: Sequence[Tensor]
+) -> list[Tensor]:
+    """Phase 3: the gradients w.r.t. ``gens``, with their strides."""
+    grads = [torch.empty_like(gen) for gen in gens]
+    of_losses = [of_map.contiguous() for of_map in incoming]
+    _cpu.loss_gradient(spec, numbers, list(forces), of_losses, grads, torch.get_num_threads())
     return grads

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import ops
 from .arguments import check_floor, check_points, check_positives, check_same, check_weights
 from .backends import choose
-from .points import full_precision, saveable, to_compute_dtype
+from .points import saveable, to_compute_dtype
 from .spec import LossMap, LossSpec
 
 
@@ -70,16 +70,19 @@ def drift_loss(
     spec = LossSpec(check_positives("R_list", R_list), check_floor(affinity_floor))
     first = checked[0][0]
     chosen = choose(backend, first.device, first.dtype)
-    with full_precision(first.device):
+    at_once = None if process_group is not None else ops.loss_at_once(first, chosen)
+    if at_once is not None:
+        losses, statistics = at_once([_lean_map(of_map) for of_map in checked], spec)
+    else:
         one = first.new_ones((), dtype=torch.float64 if first.dtype == torch.float64 else torch.float32)
         maps = [_loss_map(of_map, one, reads_16_bits=chosen == "triton") for of_map in checked]
         reduce = None if process_group is None else functools.partial(_mean_over_ranks, maps, process_group)
         losses, statistics = ops.loss(maps, spec, chosen, reduce)
+    shapes = [of_map.shape[:-2] for of_map, *_ in checked]
+    losses = [loss if loss.shape == s else loss.view(s) for loss, s in zip(losses, shapes, strict=True)]
     names = ["scale", *[f"loss_{R}" for R in spec.R_list]]
-    infos = [dict(zip(names, of_map.unbind(), strict=True)) for of_map in statistics.unbind()]
-    if isinstance(gen, Tensor):
-        return losses[0].view(gen.shape[:-2]), infos[0]
-    return [loss.view(given.shape[:-2]) for loss, given in zip(losses, gen, strict=True)], infos
+    infos = [dict(zip(names, of_map.unbind(), strict=True)) for of_map in statistics]
+    return (losses[0], infos[0]) if isinstance(gen, Tensor) else (losses, infos)
 
 
 def _mean_over_ranks(maps: list[LossMap], process_group: dist.ProcessGroup, means: Tensor) -> Tensor:
@@ -142,6 +145,16 @@ def _loss_map(checked: tuple[Any, ...], one: Tensor, reads_16_bits: bool) -> Los
     if not reads_16_bits:
         points = [to_compute_dtype(p) for p in points]
     return LossMap(tuple(points), tuple(weights))  # type: ignore[arg-type]
+
+
+def _lean_map(checked: tuple[Any, ...]) -> LossMap:
+    """The map for a backend that has all phases in one call: as it was given, as far as can be."""
+    gen, neg, pos, *weights = checked
+    points = [to_compute_dtype(saveable(ops.rows(p))) for p in (gen, neg, pos)]
+    if gen.dim() > 4:
+        points = [p.flatten(1, -3) for p in points]
+        weights = [w if w is None else w.flatten(1, -2) for w in weights]
+    return LossMap(tuple(points), tuple([w if w is None else w.to(points[0].dtype) for w in weights]))  # type: ignore[arg-type]
 
 
 def _in_two_dimensions(t: Tensor, trailing: int) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from .backends import implementation
-from .points import saveable
+from .points import full_precision, saveable
 from .spec import AffinitySpec, LossMap, LossSpec
 
 _Spec = TypeVar("_Spec", AffinitySpec, LossSpec)
@@ -255,32 +255,64 @@ class _LossGradient(_Step):
         return None, None, None, None, *[None] * maps, *of_points, *[None] * (4 * maps)
 
 
+class _LossAtOnce(torch.autograd.Function):
+    """Losses and statistics ``[1 + R]`` of all maps, by a backend that has both phases in one call."""
+
+    @staticmethod
+    def forward(ctx: Any, spec: LossSpec, backend: Any, maps: Sequence[LossMap], *gens: Tensor) -> tuple[Tensor, ...]:
+        losses, statistics, ctx.numbers, states = backend.loss_at_once(spec, maps)
+        ctx.spec, ctx.backend = spec, backend
+        ctx.save_for_backward(*gens, *states)
+        ctx.mark_non_differentiable(*statistics)
+        return *losses, *statistics
+
+    @staticmethod
+    def backward(ctx: Any, *incoming: Tensor) -> tuple[Tensor | None, ...]:
+        tensors, maps = ctx.saved_tensors, len(incoming) // 2
+        given = tensors[:maps], tensors[maps:], incoming[:maps]
+        gradient = functools.partial(ctx.backend.gradient_at_once, ctx.spec, ctx.numbers)
+        if not torch.is_grad_enabled():
+            return None, None, None, *gradient(*given)
+        leaves, layout = tree_flatten(given)
+        return None, None, None, *_Once.apply(gradient, layout, *leaves)
+
+
+def loss_at_once(gen: Tensor, backend: str) -> Callable[..., Any] | None:
+    """:func:`loss` of a list of maps and a spec, the short way for the smallest of problems, if there is one."""
+    if not _is_plain(gen) or not hasattr(implementation(backend), "loss_at_once"):
+        return None
+    module = implementation(backend)
+
+    def loss_of(maps: Sequence[LossMap], spec: LossSpec) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        results = _LossAtOnce.apply(spec, module, maps, *[of_map.gen for of_map in maps])
+        return results[: len(maps)], results[len(maps) :]
+
+    return loss_of
+
+
 MeanOverRanks = Callable[[Tensor], Tensor]
 
 
 def loss(
     maps: Sequence[LossMap], spec: LossSpec, backend: str, mean_over_ranks: MeanOverRanks | None
-) -> tuple[Sequence[Tensor], Tensor]:
-    """Form C: the loss ``[G]`` of every map, differentiable w.r.t. gen, and its scale and λ_R², ``[maps, 1 + R]``.
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Form C: the loss ``[G]`` of every map, differentiable w.r.t. gen, and its scale and λ_R², ``[1 + R]``.
 
     Three phases, parted by the statistics over all groups, of which the third, the gradient, is for the backward.
     ``mean_over_ranks`` takes float64 means ``[maps, n]`` over this rank's groups to those over all ranks'; a map may
     have no groups here.
     """
     here = [of_map for of_map in maps if of_map.groups]
-    with torch.no_grad():
-        plain = _is_plain(maps[0].gen) or not here
-        if plain and mean_over_ranks is None and hasattr(implementation(backend), "loss_forward"):
-            losses, statistics, scale, factors, states = implementation(backend).loss_forward(spec, here)
-        else:
-            losses, statistics, scale, factors, states = loss_in_phases(maps, spec, backend, plain, mean_over_ranks)
+    plain = _is_plain(maps[0].gen) or not here
+    with torch.no_grad(), full_precision(maps[0].gen.device):
+        losses, statistics, scale, factors, states = loss_in_phases(maps, spec, backend, plain, mean_over_ranks)
     if torch.is_grad_enabled() and any([of_map.gen.requires_grad for of_map in here]):
         points, weights = [t for of_map, _ in here for t in of_map], [w for _, of_map in here for w in of_map]
         losses = _apply(_LossGradient, spec, backend, scale, factors, *losses, *points, *weights, *states)
     if len(here) < len(maps):
         of_here = iter(losses)
         losses = [next(of_here) if m.groups else m.gen.sum((2, 3)).flatten().to(statistics.dtype) for m in maps]
-    return losses, statistics
+    return losses, statistics.unbind()
 
 
 def loss_in_phases(

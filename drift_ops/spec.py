@@ -71,11 +71,12 @@ class LossSpec(_Flat):
 class LossMap(NamedTuple):
     """One feature map: gen, neg, pos ``[L, T, count, D]`` of L·T groups, and their weights ``[L, T, count]``.
 
-    Strides are any, but for the last dimension of points, which is contiguous.
+    Strides are any, but for the last dimension of points, which is contiguous. For the backends that have all phases in
+    one call, groups may have one dimension, and weights of 1 may be None.
     """
 
     points: tuple[Tensor, Tensor, Tensor]
-    weights: tuple[Tensor, Tensor, Tensor]
+    weights: tuple[Any, Any, Any]
 
     @property
     def gen(self) -> Tensor:
@@ -83,12 +84,12 @@ class LossMap(NamedTuple):
 
     @property
     def groups(self) -> int:
-        return self.gen.shape[0] * self.gen.shape[1]
+        return math.prod(self.gen.shape[:-2])
 
     @property
     def counts(self) -> tuple[int, int, int]:
         gen, neg, pos = self.points
-        return gen.shape[2], neg.shape[2], pos.shape[2]
+        return gen.shape[-2], neg.shape[-2], pos.shape[-2]
 
     def in_groups(self) -> tuple[list[Tensor], list[Tensor]]:
         """Points ``[G, count, D]`` and weights ``[G, count]``, copied where their strides ask for it."""

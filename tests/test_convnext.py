@@ -94,7 +94,7 @@ def test_loss_in_bfloat16(extractor):
     for name, groups in rounded.items():
         assert groups.dtype == torch.bfloat16 and groups.shape == exact[name].shape
         assert (groups.float() - exact[name]).norm() < 0.03 * exact[name].norm(), name
-    assert rounded["stage_3"].shape == (2 * 49, 5, 24)
+    assert rounded["stage_3"].shape == (2, 49, 5, 24)
     gen = images[:, :3].clone().requires_grad_()
     loss, info = DriftingLoss(extractor, bf16=True).loss_and_info(gen, images[:, 3:])
     loss.backward()

@@ -56,7 +56,7 @@ def test_a_backend_that_raises_is_told(two_backends, capsys, monkeypatch):
     def broken(*arguments):
         raise RuntimeError("no kernel image\nand a traceback")
 
-    monkeypatch.setattr(cpu, "loss_scale", broken)
+    monkeypatch.setattr(cpu, "loss_at_once", broken)
     assert doctor.main([]) == 1
     assert "FAILED: drift_loss: RuntimeError: no kernel image (" in capsys.readouterr().out
 

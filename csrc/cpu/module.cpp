@@ -98,12 +98,20 @@ void affinity_backward(py::handle spec_, py::handle q, const py::list& keys, con
     });
 }
 
-// points and weights of gen, neg, pos [L, T, count, …].
+// Weights that are None are 1.
+template <class T> Rows<const T> weight_rows(py::handle weights, int64_t count) {
+    static constexpr T ONE = 1;
+    if (weights.is_none()) return {&ONE, count, 1, {0, 0, 0}};
+    return rows<const T>(weights, 0);
+}
+
+// points and weights of gen, neg, pos [L, T, count, …] or [groups, count, …].
 template <class T> LossProblem<T> loss_problem(const LossSpec& spec, py::handle map, int threads) {
     const py::tuple points = map.attr("points"), weights = map.attr("weights"), shape = points[0].attr("shape");
-    LossProblem<T> p{spec, element(shape, 0) * element(shape, 1), element(shape, 3), {}, {}, threads};
+    const int64_t D = element(shape, shape.size() - 1), groups = element(shape, 0) * (shape.size() == 4 ? element(shape, 1) : 1);
+    LossProblem<T> p{spec, groups, D, {}, {}, threads};
     for (int kind = 0; kind < 3; ++kind)
-        p.points[kind] = rows<const T>(points[kind], 1), p.weights[kind] = rows<const T>(weights[kind], 0);
+        p.points[kind] = rows<const T>(points[kind], 1), p.weights[kind] = weight_rows<T>(weights[kind], p.points[kind].count);
     return p;
 }
 
@@ -133,50 +141,50 @@ void loss_moments(py::handle spec_, py::handle map, double scale, py::handle kep
 }
 
 // All phases but the last, of one map and no other ranks: its losses [G] and forces, its scale and λ_R² as `statistics` [1 + R],
-// and for the last phase the scale and 1/λ_R [R].
-template <class T> void forward_of_map(const LossProblem<T>& p, T* losses, T* forces, T* statistics, double* scale, double* factors) {
+// and for the last phase the scale and 1/λ_R.
+template <class T> std::vector<double> forward_of_map(const LossProblem<T>& p, T* losses, T* statistics, T* forces) {
     const auto& functions = functions_of(T());
     const int64_t R = p.spec.R_list.size();
     const Buffer<T> distances(p.groups * p.kept_of_group()), moments(p.groups * R * R);
     T* const kept = p.kept_of_group() ? static_cast<T*>(distances) : nullptr;
     double means[2];
     functions.loss_scale(p, means, kept);
-    *scale = means[0] / means[1];
-    functions.loss_moments(p, *scale, kept, forces, moments);
+    std::vector<double> numbers{means[0] / means[1]};
+    functions.loss_moments(p, numbers[0], kept, forces, moments);
+    statistics[0] = T(numbers[0]);
     for (int64_t r = 0; r < R; ++r) {
         double sum = 0;
         for (int64_t g = 0; g < p.groups; ++g) sum += moments[(g * R + r) * R + r];
         const double square = sum / double(p.groups), least = p.spec.least_squared_lambda;
         statistics[1 + r] = T(square);
-        factors[r] = 1 / std::sqrt(square < least ? least : square);
+        numbers.push_back(1 / std::sqrt(square < least ? least : square));
     }
-    statistics[0] = T(*scale);
     for (int64_t g = 0; g < p.groups; ++g) {
         double loss = 0;
-        for (int64_t n = 0; n < R * R; ++n) loss += moments[g * R * R + n] * factors[n / R] * factors[n % R];
+        for (int64_t n = 0; n < R * R; ++n) loss += moments[g * R * R + n] * numbers[1 + n / R] * numbers[1 + n % R];
         losses[g] = T(loss);
     }
+    return numbers;
 }
 
-void loss_forward(py::handle spec_, const py::list& maps, const py::list& losses, const py::list& forces, py::handle statistics,
-                  py::handle scale, py::handle factors, int threads) {
+std::vector<std::vector<double>> loss_forward(py::handle spec_, const py::list& maps, const py::list& losses, const py::list& statistics,
+                                              const py::list& forces, int threads) {
     const LossSpec spec = loss_spec(spec_);
-    const size_t R = spec.R_list.size();
-    double *scales = data<double>(scale), *by_R = data<double>(factors);
+    std::vector<std::vector<double>> numbers;
     for (size_t m = 0; m < maps.size(); ++m)
         with_type_of(losses[m], [&](auto type) {
             using T = decltype(type);
             const auto problem = loss_problem<T>(spec, maps[m], threads);
-            T *of_groups = data<T>(losses[m]), *out = data<T>(forces[m]), *found = data<T>(statistics) + m * (1 + R);
+            T *of_groups = data<T>(losses[m]), *found = data<T>(statistics[m]), *out = data<T>(forces[m]);
             const py::gil_scoped_release release;
-            forward_of_map<T>(problem, of_groups, out, found, scales + m, by_R + m * R);
+            numbers.push_back(forward_of_map<T>(problem, of_groups, found, out));
         });
+    return numbers;
 }
 
-void loss_gradient(py::handle spec_, const py::list& forces, py::handle scale, py::handle factors, const py::list& incoming,
+void loss_gradient(py::handle spec_, const std::vector<std::vector<double>>& numbers, const py::list& forces, const py::list& incoming,
                    const py::list& grads, int threads) {
     const LossSpec spec = loss_spec(spec_);
-    const double *of_maps = data<const double>(scale), *by_R = data<const double>(factors);
     for (size_t m = 0; m < grads.size(); ++m)
         with_type_of(grads[m], [&](auto type) {
             using T = decltype(type);
@@ -185,7 +193,7 @@ void loss_gradient(py::handle spec_, const py::list& forces, py::handle scale, p
             const auto grad = rows<T>(grads[m], 1);
             const T *of_map = data<const T>(forces[m]), *of_loss = data<const T>(incoming[m]);
             const py::gil_scoped_release release;
-            functions_of(type).loss_gradient(spec, grad, groups, D, of_maps[m], by_R + m * spec.R_list.size(), of_map, of_loss, threads);
+            functions_of(type).loss_gradient(spec, grad, groups, D, numbers[m][0], numbers[m].data() + 1, of_map, of_loss, threads);
         });
 }
 
