@@ -198,11 +198,11 @@ def test_phases_of_a_training_step(monkeypatch):
 
     phases, seen = training_step.PHASES, {"gradient": [], "extractor": [], "generator": []}
     entered: list[str] = []
-    loss_gradient, enter = cpu.loss_gradient, Stopwatch.enter
+    gradient, enter = cpu.gradient_at_once, Stopwatch.enter
 
     def recorded(*arguments):
         seen["gradient"].append(entered[-1])
-        return loss_gradient(*arguments)
+        return gradient(*arguments)
 
     def recorded_enter(stopwatch, phase):
         entered.append(phase)
@@ -216,7 +216,7 @@ def test_phases_of_a_training_step(monkeypatch):
         return trainer
 
     build_trainer = training_step.build_trainer
-    monkeypatch.setattr(cpu, "loss_gradient", recorded)
+    monkeypatch.setattr(cpu, "gradient_at_once", recorded)
     monkeypatch.setattr(Stopwatch, "enter", recorded_enter)
     monkeypatch.setattr(training_step, "build_trainer", build)
     config = training_step.read_config("digits", (), Config)
