@@ -78,11 +78,11 @@ def drift_loss(
         maps = [_loss_map(of_map, one, reads_16_bits=chosen == "triton") for of_map in checked]
         reduce = None if process_group is None else functools.partial(_mean_over_ranks, maps, process_group)
         losses, statistics = ops.loss(maps, spec, chosen, reduce)
-    shapes = [of_map.shape[:-2] for of_map, *_ in checked]
-    losses = [loss if loss.shape == s else loss.view(s) for loss, s in zip(losses, shapes, strict=True)]
+    if at_once is None or max([of_map.dim() for of_map, *_ in checked]) > 4:
+        losses = [loss.view(of_map.shape[:-2]) for loss, (of_map, *_) in zip(losses, checked, strict=True)]
     names = ["scale", *[f"loss_{R}" for R in spec.R_list]]
     infos = [dict(zip(names, of_map.unbind(), strict=True)) for of_map in statistics]
-    return (losses[0], infos[0]) if isinstance(gen, Tensor) else (losses, infos)
+    return (losses[0], infos[0]) if isinstance(gen, Tensor) else (list(losses), infos)
 
 
 def _mean_over_ranks(maps: list[LossMap], process_group: dist.ProcessGroup, means: Tensor) -> Tensor:
@@ -102,19 +102,19 @@ def _check_maps(given: tuple[Any, ...], empty: bool) -> list[tuple[Any, ...]]:
     """See :func:`_check_map`, of arguments given as lists, one entry a map; None is None for every map."""
     gen, *others = given
     names = ("gen", "fixed_pos", "fixed_neg", "weight_gen", "weight_pos", "weight_neg")
-    if not isinstance(gen, Sequence) or isinstance(gen, str) or len(gen) == 0:
+    if not isinstance(gen, (list, Sequence)) or isinstance(gen, str) or len(gen) == 0:
         raise TypeError(f"gen: got {type(gen).__name__}, expected a torch.Tensor [G, N, D] or a non-empty list of them")
     lists = [list(gen)]
     for name, other in zip(names[1:], others, strict=True):
         if other is None and name != "fixed_pos":
             other = [None] * len(gen)
-        if not isinstance(other, Sequence) or len(other) != len(gen):
+        if not isinstance(other, (list, Sequence)) or len(other) != len(gen):
             got = f"{len(other)} entries" if isinstance(other, Sequence) else type(other).__name__
             raise ValueError(f"{name}: got {got}, expected a list of {len(gen)}, one entry for each map of gen")
         lists.append(list(other))
     maps = [_check_map(entries, f"[{m}]", empty) for m, entries in enumerate(zip(*lists, strict=True))]
     first = maps[0][0]
-    for m, (of_map, *_) in enumerate(maps):
+    for m, (of_map, *_) in enumerate(maps[1:], 1):
         check_same("device", f"gen[{m}]", of_map.device, "gen[0]", first.device)
         check_same("dtype", f"gen[{m}]", of_map.dtype, "gen[0]", first.dtype)
     return maps
