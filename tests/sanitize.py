@@ -37,8 +37,7 @@ TESTS = ["tests/test_operator.py", "tests/test_gradients.py", "tests/test_golden
 # A gradient of 1,000 numbers, of forces that have only 10.
 OVERFLOW = """import sanitized_cpu, torch; from drift_ops import _cpu; from drift_ops.spec import LossSpec
 forces, grad = torch.ones(1, 1, 1, 10), torch.ones(1, 1, 100, 10)
-one = torch.ones(1, 1, dtype=torch.float64)
-_cpu.loss_gradient(LossSpec((1.0,), 0.0), [forces], one[0], one, [torch.ones(1)], [grad], 1)
+_cpu.loss_gradient(LossSpec((1.0,), 0.0), [[1.0, 1.0]], [forces], [torch.ones(1)], [grad], 1)
 """
 SUPPORTED = "import sanitized_cpu; from drift_ops import _cpu; print(*_cpu.supported())"
 
