@@ -27,20 +27,18 @@ def test_large_problem(form):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc gives freed memory back at once")
 def test_freed_memory_is_kept_for_the_next_step():
+    """Without that, most runs fetch all eight tensors of a step again, 49,152 pages."""
     script = """if True:
-        import resource, sys, torch
+        import ctypes, resource, torch
         from drifting.utils.memory import keep_freed_memory
-        if sys.argv[1] == "kept":
-            keep_freed_memory()
-        for step in range(20):
+        ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: a huge page counts as one fault, if there is one
+        keep_freed_memory()
+        for step in range(8):
             if step == 2:  # The first steps fetch memory in any case.
                 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-            tensors = [torch.ones(2**20) for _ in range(8)]  # 4 MB each
+            tensors = [torch.ones(6 * 2**20) for _ in range(8)]  # 24 MB each: more than glibc keeps by itself
             del tensors
         print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     """
-    faults = {}
-    for kept in ("kept", "given back"):
-        result = subprocess.run([sys.executable, "-c", script, kept], capture_output=True, text=True, check=True)
-        faults[kept] = int(result.stdout)
-    assert faults["kept"] < 0.2 * faults["given back"]
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 1.1 * 6144  # One of them may have found no place between others.
