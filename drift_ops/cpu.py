@@ -29,9 +29,7 @@ def affinity_sums(
     spec: AffinitySpec, q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor] | None, w: Tensor | None
 ) -> tuple[Tensor, ...]:
     """See :func:`drift_ops.ops.affinity_sums`."""
-    (G, N, D), M, S = q.shape, sum(k.shape[1] for k in keys), len(spec.widths)
-    shapes = ((S, G, spec.sides, N, D), (S, G, spec.sides, N), (S, G, 2, N), (S, G, 2, M), (G, D))
-    results = tuple([q.new_empty(shape) for shape in shapes])
+    results = tuple([q.new_empty(shape) for shape in spec.shapes(q, keys)])
     w = None if w is None else w.contiguous()
     _cpu.affinity_forward(spec, q, list(keys), list(values or ()), w, *results, torch.get_num_threads())
     return results
@@ -64,7 +62,7 @@ def kept_shape(spec: LossSpec, of_map: LossMap) -> tuple[int, ...]:
 
 def state_shape(spec: LossSpec, of_map: LossMap) -> tuple[int, ...]:
     """Shape of what phase 2 keeps for phase 3: the forces ``[R, G, N, D]`` before the division by λ."""
-    return len(spec.R_list), of_map.groups, *of_map.gen.shape[-2:]
+    return of_map.shape_of_forces(spec)
 
 
 def loss_scale(spec: LossSpec, maps: Sequence[LossMap]) -> list[tuple[Tensor, Tensor]]:

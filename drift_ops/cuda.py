@@ -67,12 +67,10 @@ def affinity_sums(
     tensor on the device."""
     q, k, v, centre = gathered(q, keys, values)
     points = q, k, v, None if w is None else w.contiguous()
-    (G, N, D), M, S = q.shape, k.shape[1], len(spec.widths)
-    num, den = q.new_empty(S, G, spec.sides, N, D), q.new_empty(S, G, spec.sides, N)
-    row_stats, col_stats = q.new_empty(S, G, 2, N), q.new_empty(S, G, 2, M)
+    num, den, row_stats, col_stats = (q.new_empty(shape) for shape in spec.shapes(q, [k])[:-1])
     for of_chunk, at in _in_chunks(spec):
         sums = num[at], den[at], row_stats[at], col_stats[at]
-        _cuda.affinity_forward(of_chunk, points, M - keys[-1].shape[1], unit, sums, _launch(q))
+        _cuda.affinity_forward(of_chunk, points, k.shape[1] - keys[-1].shape[1], unit, sums, _launch(q))
     return num, den, row_stats, col_stats, centre
 
 
@@ -119,7 +117,7 @@ def state_shape(spec: LossSpec, of_map: LossMap) -> tuple[int, ...]:
     """Shape of what phase 2 keeps for phase 3, which makes the gradient: the distances if they are small beside it,
     otherwise nothing; the forces ``[R, G, N, D]`` where groups are streamed."""
     if not _in_shared_memory(spec, of_map):
-        return len(spec.R_list), of_map.groups, *of_map.gen.shape[2:]
+        return of_map.shape_of_forces(spec)
     return kept_shape(spec, of_map) if 4 * sum(of_map.counts) <= of_map.gen.shape[3] else (0,)
 
 

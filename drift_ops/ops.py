@@ -126,7 +126,7 @@ class _AffinitySums(_Step):
     def backward(ctx: Any, *incoming: Tensor | None) -> tuple[Any, ...]:
         q, w, *others, row_stats, col_stats, centre = ctx.saved_tensors
         keys, values = others[: ctx.keys], others[ctx.keys :]
-        shapes = [(len(ctx.spec.widths), q.shape[0], ctx.spec.sides, *rest) for rest in (q.shape[1:], q.shape[1:2])]
+        shapes = ctx.spec.shapes(q, keys)[:2]
         grads = [q.new_zeros(s) if g is None else g for g, s in zip(incoming[:2], shapes, strict=True)]
         tensors = (q, keys, values, w, row_stats, col_stats, centre, *grads)
         if _is_plain(q) and not torch.is_grad_enabled():
@@ -172,10 +172,7 @@ def _affinity_sums(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], 
 
 @_affinity_sums.register_fake
 def _(q, keys, values, w, *rest):  # type: ignore[no-untyped-def]
-    spec = AffinitySpec.of(rest[:-1])
-    (G, N, D), M, S = q.shape, sum(k.shape[1] for k in keys), len(spec.widths)
-    shapes = ((S, G, spec.sides, N, D), (S, G, spec.sides, N), (S, G, 2, N), (S, G, 2, M), (G, D))
-    return tuple(q.new_empty(shape) for shape in shapes)
+    return tuple(q.new_empty(shape) for shape in AffinitySpec.of(rest[:-1]).shapes(q, keys))
 
 
 @_define(

@@ -99,7 +99,7 @@ def kept_shape(spec: LossSpec, of_map: LossMap) -> tuple[int, ...]:
 
 def state_shape(spec: LossSpec, of_map: LossMap) -> tuple[int, ...]:
     """Shape of what phase 2 of form C keeps for phase 3: the forces ``[R, G, N, D]``."""
-    return len(spec.R_list), of_map.groups, *of_map.gen.shape[2:]
+    return of_map.shape_of_forces(spec)
 
 
 def loss_scale(spec: LossSpec, maps: Sequence[LossMap]) -> list[tuple[Tensor, Tensor]]:

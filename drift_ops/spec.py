@@ -4,6 +4,7 @@ The ops of :mod:`drift_ops.ops` take the fields of a spec one by one, in the ord
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -55,6 +56,11 @@ class AffinitySpec(_Flat):
         if self.logit not in LOGITS:
             raise ValueError(f"logit: got {self.logit!r}, expected one of {', '.join(map(repr, LOGITS))}")
 
+    def shapes(self, q: Tensor, keys: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
+        """Of the sums of queries ``[G, N, D]`` and keys: num, den, statistics by row and by column, centre."""
+        (G, N, D), M, S = q.shape, sum(k.shape[1] for k in keys), len(self.widths)
+        return (S, G, self.sides, N, D), (S, G, self.sides, N), (S, G, 2, N), (S, G, 2, M), (G, D)
+
 
 @dataclass(frozen=True)
 class LossSpec(_Flat):
@@ -90,6 +96,10 @@ class LossMap(NamedTuple):
     def counts(self) -> tuple[int, int, int]:
         gen, neg, pos = self.points
         return gen.shape[-2], neg.shape[-2], pos.shape[-2]
+
+    def shape_of_forces(self, spec: LossSpec) -> tuple[int, ...]:
+        """``[R, G, N, D]``."""
+        return len(spec.R_list), self.groups, *self.gen.shape[-2:]
 
     def in_groups(self) -> tuple[list[Tensor], list[Tensor]]:
         """Points ``[G, count, D]`` and weights ``[G, count]``, copied where their strides ask for it."""

@@ -44,8 +44,8 @@ def kept_shape(spec: LossSpec, of_map: LossMap) -> tuple[int, ...]:
 
 def state_shape(spec: LossSpec, of_map: LossMap) -> tuple[int, ...]:
     """Shape of what phase 2 keeps for phase 3: see :mod:`.state`; of streamed groups the forces ``[R, G, N, D]``."""
-    plan, (_, _, N, D) = plan_of(spec, of_map), of_map.gen.shape
-    return (len(spec.R_list), of_map.groups, N, D) if plan is None else (of_map.groups, plan.floats_of_state)
+    plan = plan_of(spec, of_map)
+    return of_map.shape_of_forces(spec) if plan is None else (of_map.groups, plan.floats_of_state)
 
 
 def loss_scale(spec: LossSpec, maps: Sequence[LossMap]) -> list[tuple[Tensor, Tensor]]:
