@@ -4,5 +4,6 @@ from .backends import Backend, backends
 from .gaussian_field import compute_V, compute_V_multiscale
 from .laplacian_field import drift_field
 from .loss import drift_loss
+from .spec import Field
 
-__all__ = ["Backend", "backends", "compute_V", "compute_V_multiscale", "drift_field", "drift_loss"]
+__all__ = ["Backend", "Field", "backends", "compute_V", "compute_V_multiscale", "drift_field", "drift_loss"]

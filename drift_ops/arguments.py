@@ -113,6 +113,56 @@ def check_positives(name: str, values: object) -> tuple[float, ...]:
     return tuple(check_positive(f"{name}[{i}]", value) for i, value in enumerate(values))
 
 
+def check_widths(name: str, values: object, like: Tensor) -> tuple[tuple[float, ...], Tensor | None]:
+    """Widths as floats and None; those of a tensor ``[n]``, or 0-d, as so many times 1.0 and the tensor ``[n]``.
+
+    The tensor, in float64 and where ``like`` is, may learn; its values are looked at where that costs nothing.
+    """
+    if not isinstance(values, Tensor):
+        return check_positives(name, values), None
+    check_tensor(name, values)
+    if values.dim() > 1 or values.numel() == 0:
+        raise ValueError(f"{name}: got shape {tuple(values.shape)}, expected [n], one positive number for each")
+    if known_here(values) and not bool(((values >= LEAST) & (values <= MOST)).all()):
+        raise ValueError(f"{name}: got {values.tolist()}, expected numbers above 0, from {LEAST} to {MOST}")
+    return (1.0,) * values.numel(), values.to(like.device, torch.float64).reshape(-1)
+
+
+def known_here(values: Tensor) -> bool:
+    """Whether the values can be looked at without waiting for a device, and are no tracer's."""
+    return (
+        values.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and type(values) in (Tensor, torch.nn.Parameter)
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> str:
+    """``value`` as one of the words of ``choices``."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
+    return value
+
+
+def check_count(name: str, value: object) -> int:
+    """``value`` as an int of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: got {value!r} ({type(value).__name__}), expected an int of at least 1")
+    if value < 1:
+        raise ValueError(f"{name}: got {value}, expected at least 1")
+    return value
+
+
+def check_amount(name: str, value: object) -> float:
+    """``value`` as a finite float of at least 0, where True and False are taken too."""
+    if not isinstance(value, Real):
+        raise TypeError(f"{name}: got {value!r} ({type(value).__name__}), expected True, False or a number from 0")
+    if not 0 <= _as_float(value) < math.inf:
+        raise ValueError(f"{name}: got {value}, expected True, False or a finite number from 0")
+    return float(value)
+
+
 def check_floor(value: object) -> float:
     """``affinity_floor`` as a float in [0, 1)."""
     if isinstance(value, bool) or not isinstance(value, Real):

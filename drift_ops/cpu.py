@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import reference
 from .spec import AffinitySpec, LossMap, LossSpec
 
 _cpu: Any = None
@@ -55,6 +56,8 @@ def affinity_sums_backward(
 
 def kept_shape(spec: LossSpec, of_map: LossMap) -> tuple[int, ...]:
     """Shape of the distances that phase 1 of form C keeps for phase 2: [G, N, M padded], or [0] for none."""
+    if not spec.of_release:
+        return reference.kept_shape(spec, of_map)
     (N, D), M = of_map.gen.shape[-2:], sum(of_map.counts)
     keeps = N * M <= _cpu.GROUP_PAIRS and D >= _cpu.KEEP_DISTANCES_FROM_D
     return (of_map.groups, N, -(-M // _cpu.KEPT_ALIGN) * _cpu.KEPT_ALIGN) if keeps else (0,)
@@ -67,26 +70,30 @@ def state_shape(spec: LossSpec, of_map: LossMap) -> tuple[int, ...]:
 
 def loss_scale(spec: LossSpec, maps: Sequence[LossMap]) -> list[tuple[Tensor, Tensor]]:
     """Phase 1: of each map ``[mean d·w, mean w]`` in float64, and the distances kept for phase 2."""
+    if not spec.of_release:
+        return reference.loss_scale(spec, maps)
     results = []
     for of_map in maps:
         means = of_map.gen.new_empty(2, dtype=torch.float64)
         kept = of_map.gen.new_empty(kept_shape(spec, of_map))
         _cpu.loss_scale(spec, of_map, means, kept, torch.get_num_threads())
-        results.append((means, kept))
+        results.append((means.view(1, 2), kept))
     return results
 
 
 def loss_moments(
-    spec: LossSpec, maps: Sequence[LossMap], kept: Sequence[Tensor], scale: Tensor
-) -> list[tuple[Tensor, Tensor]]:
+    spec: LossSpec, maps: Sequence[LossMap], kept: Sequence[Tensor], scale: Tensor, R: Tensor | None
+) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Phase 2: of each map the forces ``[R, G, N, D]``, and the means of their products ``[G, R, R]``."""
+    if not spec.of_release:
+        return reference.loss_moments(spec, maps, kept, scale, R)
     results = []
     for of_map, distances, of_scale in zip(maps, kept, scale.tolist(), strict=True):
         R, gen = len(spec.R_list), of_map.gen
         forces, moments = gen.new_empty(state_shape(spec, of_map)), gen.new_empty(of_map.groups, R, R)
         # The distances are moved in place where they belong to the sample itself, and an op must not change its input.
         _cpu.loss_moments(spec, of_map, of_scale, distances.clone(), forces, moments, torch.get_num_threads())
-        results.append((forces, moments))
+        results.append((forces, moments, gen.new_empty(0)))
     return results
 
 
@@ -99,6 +106,8 @@ def loss_gradient(
     incoming: Sequence[Tensor],
 ) -> list[Tensor]:
     """Phase 3: of each map the gradient w.r.t. gen, from the forces and the global statistics."""
+    if not spec.of_release:
+        return reference.loss_gradient(spec, maps, states, scale, factors, incoming)
     numbers = torch.cat([scale.unsqueeze(1), factors], 1).tolist()
     return gradient_at_once(spec, numbers, [of_map.gen for of_map in maps], states, incoming)
 

@@ -10,10 +10,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import ops
-from .arguments import check_floor, check_points, check_positives, check_same, check_weights
+from .arguments import (
+    check_choice,
+    check_flag,
+    check_floor,
+    check_points,
+    check_positive,
+    check_same,
+    check_weights,
+    check_widths,
+)
 from .backends import choose
 from .points import saveable, to_compute_dtype
-from .spec import LossMap, LossSpec
+from .spec import DETAILS, Field, LossMap, LossSpec, check_field, check_suits
 
 
 def drift_loss(
@@ -23,13 +32,17 @@ def drift_loss(
     weight_gen: Tensor | Sequence[Tensor | None] | None = None,
     weight_pos: Tensor | Sequence[Tensor | None] | None = None,
     weight_neg: Tensor | Sequence[Tensor | None] | None = None,
-    R_list: Sequence[float] = (0.02, 0.05, 0.2),
+    R_list: Sequence[float] | Tensor = (0.02, 0.05, 0.2),
     *,
     affinity_floor: float = 1e-6,
+    field: Field | None = None,
+    scale: str | float | Tensor | Sequence[float | Tensor] = "global",
+    scale_self_pairs: bool = True,
+    normalize: str | None = "global",
     process_group: dist.ProcessGroup | None = None,
     backend: str | None = None,
 ) -> tuple[Any, Any]:
-    """The release's training loss over all groups of one feature map, or of several maps at once.
+    """The training loss over all groups of one feature map, or of several maps at once: the release's by default.
 
     Distances are divided by their weighted mean over **all** groups, the forces of each R by their root mean square λ_R
     over all groups; the loss is the mean square of the summed forces, and its gradient w.r.t. ``gen`` moves the samples
@@ -41,10 +54,19 @@ def drift_loss(
             ``[labels, locations, samples, D]`` by a transpose, and nothing is copied.
         fixed_pos: data ``[G, P, D]``, P ≥ 1.
         fixed_neg: further negatives ``[G, M, D]``; M = 0 and None mean none. ``gen`` itself is always among them.
-        weight_gen, weight_pos, weight_neg: ``[G, N]``, ``[G, P]``, ``[G, M]``; None means 1.
-        R_list: kernel widths from 1e-12 to 1e12, in units of the mean distance.
+        weight_gen, weight_pos, weight_neg: ``[G, N]``, ``[G, P]``, ``[G, M]``; None means 1. What they do is the
+            field's ``weights``; the scale is a mean under them.
+        R_list: kernel widths from 1e-12 to 1e12, in units of the scale; or a tensor ``[R]`` of them, which may learn
+            through ``info["log_mass"]``.
         affinity_floor: in [0, 1), of the squared affinity. 1e-6 is the release's, which this form reproduces; it is 0
             in :func:`drift_field`, and should be here where it would swamp the field (large N, small D).
+        field: another member of the family, which has a floor of its own; None is
+            ``Field(mask_self=100.0, affinity_floor=affinity_floor)``, the release's.
+        scale: what costs are divided by: ``"global"``, their mean over all groups; ``"group"``, that of each group; or
+            the scale itself, a positive number or a tensor ``[G]`` (for lists of maps also a list of either).
+        scale_self_pairs: count the pairs of a sample with itself, whose cost is 0, in the scale.
+        normalize: what the forces of each R are divided by: ``"global"``, their root mean square over all groups;
+            ``"group"``, that of each group; ``"group_mean"``, the mean over groups of theirs; None, nothing.
         process_group: sum the statistics over these ranks, so that K ranks with G/K groups each equal one with G. All
             maps together cost two all-reduces. A rank may have no groups at all.
         backend: ``"cpu"``, ``"reference"``, … or None for the best one available (see :func:`backends`).
@@ -53,12 +75,16 @@ def drift_loss(
         per map.
 
     Returns:
-        ``(loss [G], info)``, or a list of each for lists. ``info`` has 0-d tensors ``scale`` and ``loss_{R}`` (= λ_R²).
+        ``(loss [G], info)``, or a list of each for lists. ``info`` has tensors ``scale`` and ``loss_{R}`` (= λ_R²;
+        ``loss_{place}`` for a tensor of R), 0-d or, where each group has its own, ``[G]``. With a ``field`` or a tensor
+        of R it also has, ``[R, G, N]``, ``log_row_sums`` (``log Σ_j exp(L_ij)``), ``log_mass`` (the logarithm of the
+        share of data in them), ``sum_neg`` and ``sum_pos`` (of A), and for Sinkhorn ``residual [R, G]``, the mean error
+        of the sums of columns before the last time they were scaled.
 
     Raises:
         TypeError, ValueError: an argument is not what is described here.
 
-    Source: the release's ``drift_loss.py``.
+    Source: the release's ``drift_loss.py``; the family is described in docs/fields.md.
     """
     if not isinstance(process_group, (dist.ProcessGroup, type(None))):
         raise TypeError(f"process_group: got {type(process_group).__name__}, expected a ProcessGroup or None")
@@ -67,22 +93,90 @@ def drift_loss(
         checked = [_check_map((gen, fixed_pos, fixed_neg, weight_gen, weight_pos, weight_neg), "", empty)]
     else:
         checked = _check_maps((gen, fixed_pos, fixed_neg, weight_gen, weight_pos, weight_neg), empty)
-    spec = LossSpec(check_positives("R_list", R_list), check_floor(affinity_floor))
     first = checked[0][0]
     chosen = choose(backend, first.device, first.dtype)
-    at_once = None if process_group is not None else ops.loss_at_once(first, chosen)
+    widths, R = check_widths("R_list", R_list, first)
+    spec = _spec(checked, widths, R, affinity_floor, field, scale, scale_self_pairs, normalize)
+    at_once = ops.loss_at_once(first, chosen, spec) if process_group is None and R is None else None
     if at_once is not None:
-        losses, statistics = at_once([_lean_map(of_map) for of_map in checked], spec)
+        losses, statistics = at_once([_lean_map(of_map) for of_map in checked])
     else:
         one = first.new_ones((), dtype=torch.float64 if first.dtype == torch.float64 else torch.float32)
         maps = [_loss_map(of_map, one, reads_16_bits=chosen == "triton") for of_map in checked]
         reduce = None if process_group is None else functools.partial(_mean_over_ranks, maps, process_group)
-        losses, statistics = ops.loss(maps, spec, chosen, reduce)
+        scales = _given_scales(scale, maps) if spec.scale == "given" else None
+        losses, statistics = ops.loss(maps, spec, chosen, reduce, R, scales)
     if at_once is None or max([of_map.dim() for of_map, *_ in checked]) > 4:
         losses = [loss.view(of_map.shape[:-2]) for loss, (of_map, *_) in zip(losses, checked, strict=True)]
-    names = ["scale", *[f"loss_{R}" for R in spec.R_list]]
-    infos = [dict(zip(names, of_map.unbind(), strict=True)) for of_map in statistics]
+    names = ["scale", *[f"loss_{R}" for R in (widths if R is None else range(len(widths)))]]
+    infos = [dict(zip(names, (scale, *squares.unbind()), strict=True)) for scale, squares, _ in statistics]
+    if spec.details:
+        for info, of_map in zip(infos, statistics, strict=True):
+            info |= _named_details(spec, of_map, R)
     return (losses[0], infos[0]) if isinstance(gen, Tensor) else (list(losses), infos)
+
+
+def _spec(
+    checked: list[tuple[Any, ...]],
+    widths: tuple[float, ...],
+    R: Tensor | None,
+    affinity_floor: float,
+    field: Field | None,
+    scale: Any,
+    scale_self_pairs: bool,
+    normalize: str | None,
+) -> LossSpec:
+    """What is asked for, checked; ``checked`` are the maps, which must suit the field."""
+    check_flag("scale_self_pairs", scale_self_pairs)
+    if normalize is not None:
+        check_choice("normalize", normalize, ("global", "group", "group_mean"))
+    if isinstance(scale, str):
+        check_choice("scale", scale, ("global", "group"))
+    others: dict[str, Any] = {
+        "scale": scale if isinstance(scale, str) else "given",
+        "scale_self_pairs": scale_self_pairs,
+        "normalize": normalize or "none",
+        "details": field is not None or R is not None,
+    }
+    if field is None:
+        return LossSpec(widths, check_floor(affinity_floor), **others)
+    check_field(field, affinity_floor=(affinity_floor, 1e-6))
+    for m, (_, neg, _, *weights) in enumerate(checked):
+        index = f"[{m}]" if len(checked) > 1 else ""
+        names = (f"weight_gen{index}", f"weight_neg{index}", f"weight_pos{index}")
+        check_suits(field, f"fixed_neg{index}", neg, dict(zip(names, weights, strict=True)))
+        if weights[0] is not None and not field.include_self:
+            raise ValueError(
+                f"{names[0]}: got weights of samples that are no targets with include_self=False; leave it out"
+            )
+    return LossSpec.of_field(field, widths, **others)
+
+
+def _given_scales(scale: Any, maps: list[LossMap]) -> Tensor:
+    """The scale of each group of each map, from that of all, or from those of each map."""
+    of_maps = list(scale) if isinstance(scale, Sequence) else [scale] * len(maps)
+    if len(of_maps) != len(maps):
+        raise ValueError(f"scale: got {len(of_maps)} entries, expected {len(maps)}, one for each map of gen")
+    like = maps[0].gen
+    found = []
+    for m, (of_map, given) in enumerate(zip(maps, of_maps, strict=True)):
+        if not isinstance(given, Tensor):
+            given = like.new_full((1,), check_positive(f"scale[{m}]", given), dtype=torch.float64)
+        elif given.numel() not in (1, of_map.groups):
+            shape = tuple(given.shape)
+            raise ValueError(f"scale[{m}]: got shape {shape}, expected [{of_map.groups}], a scale for each group")
+        found.append(given.detach().to(like.device, torch.float64).flatten().expand(of_map.groups))
+    return torch.cat(found)
+
+
+def _named_details(spec: LossSpec, statistics: ops.Statistics, R: Tensor | None) -> dict[str, Tensor]:
+    """What ``info`` tells of every sample and R."""
+    if statistics.details is None:  # a rank without groups
+        return {}
+    found = dict(zip(DETAILS, statistics.details.unbind(), strict=True))
+    residual, _ = found.pop("residual"), found.pop("slope")
+    found["log_mass"] = ops.log_mass(statistics.details, R)
+    return found | ({"residual": residual[..., 0]} if spec.coupling == "sinkhorn" else {})
 
 
 def _mean_over_ranks(maps: list[LossMap], process_group: dist.ProcessGroup, means: Tensor) -> Tensor:

@@ -10,7 +10,10 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from torch import Tensor
 
-LOGITS = ("laplace", "gaussian")  # the functions L of the distance that the kernels know
+from .arguments import check_amount, check_choice, check_count, check_flag, check_floor, known_here
+
+LOGITS = ("laplace", "gaussian")  # the functions L of the distance that the kernels of forms A and B know
+COSTS = ("l2", "l2_sq")  # what the family makes of a distance: itself, or its square
 
 _SCHEMA_TYPES = {str: "str", float: "float", bool: "bool", int: "int", tuple[float, ...]: "float[]"}
 _Spec = TypeVar("_Spec", bound="_Flat")
@@ -33,6 +36,101 @@ class _Flat:
 
     def values(self) -> tuple[Any, ...]:
         return tuple([getattr(self, name) for name in self.__dataclass_fields__])
+
+
+@dataclass(frozen=True)
+class Field:
+    """A member of the family of drifting fields, for :func:`drift_field` and :func:`drift_loss`.
+
+    Over the targets ``t = [x (if include_self), neg, pos]`` and with logits ``L = −C/T`` of their costs C, samples move
+    along ``V = Σ_j c_ij t_j``, where the rows of c sum to 0: positive for data, negative for all other targets.
+
+    Args:
+        cost: C, ``"l2"`` (the distance) or ``"l2_sq"`` (its square).
+        coupling: the matrix A of the logits. ``"row"`` is the softmax over targets; ``"two_sided"`` the geometric mean
+            of the softmaxes over targets and over samples; ``"sinkhorn"`` the plan with rows that sum to 1 and columns
+            that share N evenly, after so many ``iterations``, of which each scales the rows, then the columns.
+        sides: ``"joint"`` couples all targets at once, and ``V = (Σ⁻A)(A⁺y⁺) − (Σ⁺A)(A⁻y⁻)`` with row sums ``Σ±A``;
+            ``"split"`` couples positives and negatives each on their own, and ``V = P⁺y⁺ − P⁻y⁻`` with rows of A
+            divided by their sums. A sample that has nothing on one side does not move.
+        iterations: of Sinkhorn, at least 1.
+        weights: what weights of targets do. ``"affinity"`` multiplies A; ``"kernel"`` adds log w to L, and a target of
+            weight 0 is left out; ``"marginal"`` (Sinkhorn only) makes the sums of columns proportional to w.
+        include_self: count the samples themselves among the negatives.
+        mask_self: True leaves out the pair of a sample with itself, False counts it as any other; a number is added to
+            its cost (in :func:`drift_loss` to its cost in units of the scale).
+        affinity_floor: in [0, 1), of A², whatever the coupling.
+
+    Raises:
+        TypeError, ValueError: a value is not what is described here, or does not go with another.
+
+    ``Field(mask_self=100.0, affinity_floor=1e-6)`` is the release's training loss, ``Field()`` the paper's Algorithm 2.
+    """
+
+    cost: str = "l2"
+    coupling: str = "two_sided"
+    sides: str = "joint"
+    iterations: int = 20
+    weights: str = "affinity"
+    include_self: bool = True
+    mask_self: bool | float = True
+    affinity_floor: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_choice("cost", self.cost, COSTS)
+        check_choice("coupling", self.coupling, ("row", "two_sided", "sinkhorn"))
+        check_choice("sides", self.sides, ("joint", "split"))
+        check_choice("weights", self.weights, ("affinity", "kernel", "marginal"))
+        check_count("iterations", self.iterations)
+        check_flag("include_self", self.include_self)
+        check_amount("mask_self", self.mask_self)
+        check_floor(self.affinity_floor)
+        if self.coupling == "sinkhorn" and self.weights == "affinity":
+            raise ValueError(
+                "weights: got 'affinity' with coupling='sinkhorn', whose sums they would undo; "
+                "expected 'kernel' or 'marginal'"
+            )
+        if self.coupling != "sinkhorn" and self.weights == "marginal":
+            raise ValueError(
+                f"weights: got 'marginal' with coupling={self.coupling!r}, which has no marginals to set; "
+                "expected 'kernel' or 'affinity', or coupling='sinkhorn'"
+            )
+
+    @property
+    def self_cost(self) -> float:
+        """What is added to the cost of the pair of a sample with itself; infinity leaves it out."""
+        return (math.inf if self.mask_self else 0.0) if isinstance(self.mask_self, bool) else float(self.mask_self)
+
+
+def check_field(field: object, **beside: tuple[Any, Any]) -> Field:
+    """``field`` as a Field, and no argument ``beside`` it, (got, default), that says what a field says."""
+    if not isinstance(field, Field):
+        raise TypeError(f"field: got {type(field).__name__}, expected a drift_ops.Field or None")
+    for name, (got, default) in beside.items():
+        if got != default:
+            raise ValueError(f"{name}: got {got} beside a field, which has its own; say Field({name}={got}, …)")
+    return field
+
+
+def check_suits(field: Field, neg_name: str, neg: Tensor, weights: dict[str, Tensor | None]) -> None:
+    """There are negatives for ``field``, and weights that its couplings can take, as far as can be seen for free."""
+    if neg.shape[-2] == 0 and not field.include_self:
+        raise ValueError(
+            f"{neg_name}: got no negatives with include_self=False, expected at least one; "
+            "pass some or include_self=True"
+        )
+    if field.weights == "affinity":
+        return
+    for name, w in weights.items():
+        if w is None or not known_here(w):
+            continue
+        if field.weights == "marginal" and not bool((w > 0).all()):
+            raise ValueError(
+                f"{name}: got a weight that is not above 0 with weights='marginal', where a column would get nothing; "
+                "leave the target out, or take weights='kernel'"
+            )
+        if not bool((w >= 0).all()):
+            raise ValueError(f"{name}: got a negative weight with weights='kernel', which takes its logarithm")
 
 
 @dataclass(frozen=True)
@@ -63,15 +161,62 @@ class AffinitySpec(_Flat):
 
 
 @dataclass(frozen=True)
+class PairSpec(_Flat):
+    """Sums over pairs of queries and keys under ``exp(L_ij − α_i − β_j)``, with ``L = −(C/unit + self_cost)/width``.
+
+    The family of fields is composed of them. Units, of each problem, and widths are tensors.
+    """
+
+    cost: str  # "l2": C = d; "l2_sq": C = d²
+    has_self: bool = False  # the first keys are the queries
+    self_cost: float = 0.0  # of a query to itself; infinity leaves the pair out
+    sides: int = 1  # 2: the last tensor of keys is a side of its own, whose sums are apart from the others'
+    floor: float = 0.0  # of the square of what values are weighted with; pairs that are left out have 0
+    least_distance: float = 0.0
+
+
+@dataclass(frozen=True)
 class LossSpec(_Flat):
-    """Form C, with the constants of the release's training loss."""
+    """Form C: a member of the family as a training loss, with the constants of the release's."""
 
     R_list: tuple[float, ...]
     floor: float  # of the squared affinity
     least_distance: float = 1e-4
-    least_scale: float = 1e-3  # of what distances and points are divided by
-    self_distance: float = 100.0  # in units of the scale, added to the distance of a sample to itself
+    least_scale: float = 1e-3  # of what costs and points are divided by
+    self_distance: float = 100.0  # in units of the scale, added to the cost of a sample to itself; infinity: left out
     least_squared_lambda: float = 1e-8
+    cost: str = "l2"
+    coupling: str = "two_sided"
+    sides: str = "joint"
+    iterations: int = 20
+    weights: str = "affinity"
+    include_self: bool = True
+    scale: str = "global"  # or "group": each group has its own; or "given": known before
+    scale_self_pairs: bool = True  # count the pairs of a sample with itself in the scale
+    normalize: str = "global"  # or "group": each group has its own λ; "group_mean": the mean of theirs; "none"
+    details: bool = False  # give the log-sum-exps of rows and what else phase 2 knows of them
+
+    @classmethod
+    def of_field(cls, field: Field, R_list: tuple[float, ...], **others: Any) -> "LossSpec":
+        same = {name: getattr(field, name) for name in _SAME}
+        return cls(R_list, field.affinity_floor, self_distance=field.self_cost, **same, **others)
+
+    @property
+    def field(self) -> Field:
+        mask_self = self.self_distance if self.self_distance < math.inf else True
+        return Field(mask_self=mask_self, affinity_floor=self.floor, **{name: getattr(self, name) for name in _SAME})
+
+    @property
+    def of_release(self) -> bool:
+        """Whether nothing is asked for but the release's loss."""
+        return not self.details and self.scale == self.normalize == "global" and self.scale_self_pairs
+
+
+# What phase 2 finds for every sample and R. "slope" is the derivative of log_mass w.r.t. R; "residual", Sinkhorn's
+# error of the sums of columns before the last time they were scaled, is the same for all samples of a group.
+DETAILS = ("log_row_sums", "log_mass", "sum_neg", "sum_pos", "slope", "residual")
+
+_SAME = ("cost", "coupling", "sides", "iterations", "weights", "include_self")
 
 
 class LossMap(NamedTuple):
@@ -101,6 +246,17 @@ class LossMap(NamedTuple):
         """``[R, G, N, D]``."""
         return len(spec.R_list), self.groups, *self.gen.shape[-2:]
 
+    def shape_of_details(self, spec: LossSpec) -> tuple[int, ...]:
+        """``[6, R, G, N]``, see :data:`DETAILS`, or ``[0]`` where they are not wanted."""
+        return (len(DETAILS), len(spec.R_list), self.groups, self.counts[0]) if spec.details else (0,)
+
     def in_groups(self) -> tuple[list[Tensor], list[Tensor]]:
         """Points ``[G, count, D]`` and weights ``[G, count]``, copied where their strides ask for it."""
         return [t.flatten(0, 1) for t in self.points], [w.flatten(0, 1) for w in self.weights]
+
+
+def by_map(maps: Sequence[LossMap], values: Tensor) -> tuple[Tensor, ...]:
+    """``values [maps, …]`` or ``[all groups of all maps, …]`` as those of each map: ``[1, …]`` or ``[G, …]``."""
+    if values.shape[0] == len(maps):
+        return values.split(1)
+    return values.split([of_map.groups for of_map in maps])
