@@ -13,23 +13,29 @@ namespace drift {
 
 namespace py = pybind11;
 
-inline LogitKind logit_kind(const std::string& name) {
-    for (int kind = 0; kind < int(std::size(LOGIT_NAMES)); ++kind)
-        if (name == LOGIT_NAMES[kind]) return LogitKind(kind);
-    throw std::invalid_argument("logit: got '" + name + "', which the compiled kernels do not know");
-}
-
 template <class T> T field(py::handle spec, const char* name) { return spec.attr(name).cast<T>(); }
 
+// A field that holds one of the words of `names`, as the Kind at its place.
+template <class Kind, size_t COUNT> Kind kind(py::handle spec, const char* of_field, const char* const (&names)[COUNT]) {
+    const auto name = field<std::string>(spec, of_field);
+    for (size_t place = 0; place < COUNT; ++place)
+        if (name == names[place]) return Kind(place);
+    throw std::invalid_argument(std::string(of_field) + ": got '" + name + "', which the compiled kernels do not know");
+}
+
 inline AffinitySpec affinity_spec(py::handle spec) {
-    return {logit_kind(field<std::string>(spec, "logit")), field<std::vector<double>>(spec, "widths"), field<double>(spec, "temperature"),
+    return {kind<LogitKind>(spec, "logit", LOGIT_NAMES), field<std::vector<double>>(spec, "widths"), field<double>(spec, "temperature"),
             field<double>(spec, "floor"), field<bool>(spec, "has_self"), field<int>(spec, "sides"),
             field<double>(spec, "least_distance"), field<double>(spec, "self_distance")};
 }
 
 inline LossSpec loss_spec(py::handle spec) {
     return {field<std::vector<double>>(spec, "R_list"), field<double>(spec, "floor"), field<double>(spec, "least_distance"),
-            field<double>(spec, "least_scale"), field<double>(spec, "self_distance"), field<double>(spec, "least_squared_lambda")};
+            field<double>(spec, "least_scale"), field<double>(spec, "self_distance"), field<double>(spec, "least_squared_lambda"),
+            kind<CostKind>(spec, "cost", COST_NAMES), kind<CouplingKind>(spec, "coupling", COUPLING_NAMES),
+            field<std::string>(spec, "sides") == "split", field<int>(spec, "iterations"), kind<WeightsKind>(spec, "weights", WEIGHTS_NAMES),
+            field<bool>(spec, "include_self"), field<std::string>(spec, "scale") != "global", field<bool>(spec, "scale_self_pairs"),
+            kind<NormalizeKind>(spec, "normalize", NORMALIZE_NAMES), field<bool>(spec, "details")};
 }
 
 // Where a tensor's elements start; null for None and where there are none.

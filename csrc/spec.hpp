@@ -16,9 +16,27 @@ struct AffinitySpec {
     double least_distance, self_distance;
 };
 
+enum class CostKind : int { l2, l2_sq };
+constexpr const char* COST_NAMES[] = {"l2", "l2_sq"};
+enum class CouplingKind : int { row, two_sided, sinkhorn };
+constexpr const char* COUPLING_NAMES[] = {"row", "two_sided", "sinkhorn"};
+enum class WeightsKind : int { affinity, kernel, marginal };
+constexpr const char* WEIGHTS_NAMES[] = {"affinity", "kernel", "marginal"};
+enum class NormalizeKind : int { global, group, group_mean, none };
+constexpr const char* NORMALIZE_NAMES[] = {"global", "group", "group_mean", "none"};
+
 struct LossSpec {
     std::vector<double> R_list;
     double floor, least_distance, least_scale, self_distance, least_squared_lambda;
+    CostKind cost;
+    CouplingKind coupling;
+    bool split_sides;
+    int iterations;
+    WeightsKind weights;
+    bool include_self, scale_of_groups, scale_self_pairs;
+    NormalizeKind normalize;
+    bool details;
+    double least_cost() const { return cost == CostKind::l2 ? least_distance : least_distance * least_distance; }
 };
 
 // An array [L, T, count, …] of L·T groups, group g = l·T + t. What belongs to one of `count` is contiguous.

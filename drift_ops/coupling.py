@@ -6,22 +6,14 @@ log-sum-exps of L, or halves of them. All of this is differentiable, Sinkhorn's 
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import ops
 from .points import find_centre
 from .spec import Field, PairSpec
-
-
-class Coupled(NamedTuple):
-    """A side of a field, or both: sums over the keys of each side, ``[S, G, sides, N, D]`` and ``[S, G, sides, N]``."""
-
-    num: Tensor  # Σ_j A_ij w_j (y_j − centre)
-    den: Tensor  # Σ_j A_ij w_j
-    residual: Tensor | None  # [S, G], of Sinkhorn
 
 
 class Pairs(NamedTuple):
@@ -30,79 +22,102 @@ class Pairs(NamedTuple):
     spec: PairSpec
     q: Tensor
     keys: Sequence[Tensor]
+    weights: Tensor | None  # [G, M]; None is 1
     width: Tensor  # [S]
     unit: Tensor | None  # [G]; None is 1
-    backend: str
+    sums: Any  # has log_sums and weighted_sums: a backend, or drift_ops.ops.DifferentiableSums of one
 
     def log_sums_of_rows(self, beta: Tensor) -> Tensor:
         """``log Σ_j exp(L_ij − β_j)``, ``[S, G, N]``, −∞ where nothing is left."""
-        return ops.log_sums(self.spec, self.q, self.keys, self.width, self.unit, beta, True, self.backend)
+        return self._log_sums(beta, True)
 
     def log_sums_of_columns(self, alpha: Tensor | None) -> Tensor:
         """``log Σ_i exp(L_ij − α_i)``, ``[S, G, M]``, −∞ where nothing is left."""
-        return ops.log_sums(self.spec, self.q, self.keys, self.width, self.unit, alpha, False, self.backend)
+        return self._log_sums(alpha, False)
+
+    def _log_sums(self, potential: Tensor | None, by_row: bool) -> Tensor:
+        spec = replace(self.spec, sides=1, floor=0.0)
+        return self.sums.log_sums(spec, self.q, self.keys, self.width, self.unit, potential, by_row)
+
+    def beta(self, field: Field) -> Tensor:
+        """What weights in the kernel take from the logits of their keys, ``[S, G, M]``; ∞ leaves a key out."""
+        zeros = self.q.new_zeros(len(self.width), len(self.q), sum(k.shape[1] for k in self.keys))
+        return zeros - _log(self.weights) if field.weights == "kernel" and self.weights is not None else zeros
 
 
-def drifting_field(
-    x: Tensor,
-    pos: Tensor,
-    neg: Tensor,
-    width: Tensor,
-    unit: Tensor | None,
-    weight_x: Tensor | None,
-    weight_neg: Tensor | None,
-    weight_pos: Tensor | None,
-    field: Field,
-    backend: str,
-    least_distance: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """V ``[S, G, N, D]``; the sums of A over negatives and positives, ``[S, G, 2, N]``; Sinkhorn's residual ``[S, G]``.
+class Problem(NamedTuple):
+    """What a field is of, in the dtype computed in: points ``[G, count, D]`` and their weights, None for 1."""
 
-    ``x [G, N, D]``, ``pos``, ``neg`` and their weights ``[G, count]`` (None: 1) in the dtype computed in.
-    """
-    own = [(x, weight_x)] if field.include_self else []
-    negatives = [*own, *([(neg, weight_neg)] if neg.shape[1] else [])]
-    centre = find_centre(*(y for y, _ in negatives), pos).squeeze(1)
-    sides = [negatives, [(pos, weight_pos)]]
-    both = [[*negatives, (pos, weight_pos)]] if field.sides == "joint" else sides
-    found = []
-    for n, targets in enumerate(both):
-        keys = [y for y, _ in targets]
-        spec = PairSpec(
-            field.cost,
-            has_self=field.include_self and n == 0,
-            self_cost=field.self_cost,
-            sides=2 if field.sides == "joint" else 1,
-            floor=field.affinity_floor,
-            least_distance=least_distance,
-        )
-        found.append(
-            _couple(Pairs(spec, x, keys, width, unit, backend), _joined(keys, [w for _, w in targets]), centre, field)
-        )
-    den = torch.cat([of_side.den for of_side in found], 2)  # [S, G, 2, N]
-    num = torch.cat([of_side.num for of_side in found], 2)
+    x: Tensor
+    neg: Tensor
+    pos: Tensor
+    weight_x: Tensor | None
+    weight_neg: Tensor | None
+    weight_pos: Tensor | None
+    width: Tensor  # [S]
+    unit: Tensor | None  # [G]; None is 1
+    field: Field
+    sums: Any
+    least_distance: float = 0.0
+
+    def sides(self) -> list[Pairs]:
+        """The pairs of x with all targets, or with negatives and with positives, as the field couples them."""
+        own = [(self.x, self.weight_x)] if self.field.include_self else []
+        negatives = [*own, *([(self.neg, self.weight_neg)] if self.neg.shape[1] else [])]
+        positives = [(self.pos, self.weight_pos)]
+        if self.field.sides == "joint":
+            return [self._pairs(negatives + positives, self.field.include_self, 2)]
+        return [self._pairs(negatives, self.field.include_self, 1), self._pairs(positives, False, 1)]
+
+    def _pairs(self, targets: Sequence[tuple[Tensor, Tensor | None]], has_self: bool, sides: int) -> Pairs:
+        field, weights = self.field, None
+        if any(w is not None for _, w in targets):
+            weights = torch.cat([y.new_ones(y.shape[:2]) if w is None else w for y, w in targets], 1)
+        spec = PairSpec(field.cost, has_self, field.self_cost, sides, field.affinity_floor, self.least_distance)
+        return Pairs(spec, self.x, [y for y, _ in targets], weights, self.width, self.unit, self.sums)
+
+
+def drifting_field(problem: Problem) -> tuple[Tensor, Tensor, Tensor | None]:
+    """V ``[S, G, N, D]``; sums of A over negatives and positives, ``[S, G, 2, N]``; Sinkhorn's residual ``[S, G]``."""
+    sides = problem.sides()
+    centre = find_centre(*(key for side in sides for key in side.keys)).squeeze(1)
+    nums, dens, residuals = zip(*(_couple(side, centre, problem.field) for side in sides), strict=True)
+    den = torch.cat(dens, 2)  # [S, G, 2, N]
     by = den.flip(2)
-    if field.sides == "split":
+    if problem.field.sides == "split":
         empty = (den == 0).any(2, keepdim=True)
         by = den.masked_fill(empty, 1.0).reciprocal().masked_fill(empty, 0.0)
-    num = num * by.unsqueeze(-1)
-    residuals = [of_side.residual for of_side in found if of_side.residual is not None]
-    return num[:, :, 1] - num[:, :, 0], den, torch.stack(residuals).mean(0) if residuals else None
+    num = torch.cat(nums, 2) * by.unsqueeze(-1)
+    return num[:, :, 1] - num[:, :, 0], den, None if residuals[0] is None else torch.stack(residuals).mean(0)
 
 
-def _joined(keys: Sequence[Tensor], weights: Sequence[Tensor | None]) -> Tensor | None:
-    """Weights of all keys ``[G, M]``, None where all are 1."""
-    if all(w is None for w in weights):
-        return None
-    return torch.cat([k.new_ones(k.shape[:2]) if w is None else w for k, w in zip(keys, weights, strict=True)], 1)
+def masses(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """``log Σ_j exp(L_ij)`` over all targets; log_mass, the share of positives in it; the derivative of that by width.
+
+    ``[S, G, N]`` each. The sums of the problem are those of a backend, which has ``pair_gradients`` as well.
+    """
+    split = problem._replace(field=replace(problem.field, sides="split"))
+    logs, logits = zip(*(_log_sum_and_mean_logit(side, problem.field) for side in split.sides()), strict=True)
+    total = torch.logaddexp(*logs)
+    mean = sum((log - total).exp() * logit for log, logit in zip(logs, logits, strict=True))
+    slope = (mean - logits[1]) / problem.width.view(-1, 1, 1)  # L moves by −L/width
+    return total, logs[1] - total, slope.masked_fill(logs[1] == -math.inf, 0.0)
 
 
-def _couple(pairs: Pairs, w: Tensor | None, centre: Tensor, field: Field) -> Coupled:
-    """The sums of one coupling of all keys of ``pairs``, whose weights are ``w [G, M]``."""
-    (G, N, _), M = pairs.q.shape, sum(k.shape[1] for k in pairs.keys)
-    zeros = pairs.q.new_zeros(len(pairs.width), G, M)
-    beta = zeros - _log(w) if field.weights == "kernel" and w is not None else zeros
-    residual = None
+def _log_sum_and_mean_logit(pairs: Pairs, field: Field) -> tuple[Tensor, Tensor]:
+    """``log Σ_j exp(L_ij)``, and the mean of L_ij under these exponentials, ``[S, G, N]`` each."""
+    beta = pairs.beta(field)
+    log_sums = pairs.log_sums_of_rows(beta)
+    spec, ones = replace(pairs.spec, floor=0.0), log_sums.new_ones(log_sums.unsqueeze(2).shape)
+    points = spec, pairs.q, pairs.keys, pairs.width, pairs.unit
+    *_, mean = pairs.sums.pair_gradients(*points, _finite(log_sums), beta, None, None, None, ones, None)
+    return log_sums, mean
+
+
+def _couple(pairs: Pairs, centre: Tensor, field: Field) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Of one coupling of all keys, the sums over each side: ``Σ_j A_ij w_j (y_j − centre)``, ``[S, G, sides, N, D]``,
+    and ``Σ_j A_ij w_j``, ``[S, G, sides, N]``; and Sinkhorn's residual ``[S, G]``."""
+    N, beta, residual = pairs.q.shape[1], pairs.beta(field), None
     if field.coupling == "row":
         alpha = _finite(pairs.log_sums_of_rows(beta))
     elif field.coupling == "two_sided":
@@ -110,18 +125,19 @@ def _couple(pairs: Pairs, w: Tensor | None, centre: Tensor, field: Field) -> Cou
         alpha = _finite(pairs.log_sums_of_rows(beta)) / 2
         beta = (_finite(pairs.log_sums_of_columns(None)) + beta) / 2
     else:
-        share = w if field.weights == "marginal" and w is not None else (beta[:1] < math.inf).to(zeros.dtype).squeeze(0)
+        marginal = field.weights == "marginal" and pairs.weights is not None
+        share = pairs.weights if marginal else (beta[0] < math.inf).to(beta.dtype)
         log_columns = _log(share / share.sum(1, keepdim=True)) + math.log(N)
         for _ in range(field.iterations):
             alpha, old = _finite(pairs.log_sums_of_rows(beta)), beta
             beta = _finite(pairs.log_sums_of_columns(alpha)) - log_columns
         errors = log_columns.exp() * (beta - old).expm1().abs()  # the sums of columns under (alpha, old) against c
         residual = errors.masked_fill(log_columns == -math.inf, 0.0).mean(2)
-    by = w if field.weights == "affinity" else None
-    num, den = ops.weighted_sums(
-        pairs.spec, pairs.q, pairs.keys, pairs.width, pairs.unit, alpha, beta, by, centre, pairs.backend
+    w = pairs.weights if field.weights == "affinity" else None
+    num, den = pairs.sums.weighted_sums(
+        pairs.spec, pairs.q, pairs.keys, pairs.width, pairs.unit, alpha, beta, w, centre
     )
-    return Coupled(num, den, residual)
+    return num, den, residual
 
 
 def _log(w: Tensor) -> Tensor:

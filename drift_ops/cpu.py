@@ -4,15 +4,17 @@ Everything here takes and returns plain tensors and is called by :mod:`drift_ops
 """
 
 import os
+import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import reference
-from .spec import AffinitySpec, LossMap, LossSpec
+from . import streamed_loss
+from .spec import AffinitySpec, LossMap, LossSpec, by_map
 
 _cpu: Any = None
 load_error: str | None = None  # why the compiled module cannot be used
@@ -55,12 +57,11 @@ def affinity_sums_backward(
 
 
 def kept_shape(spec: LossSpec, of_map: LossMap) -> tuple[int, ...]:
-    """Shape of the distances that phase 1 of form C keeps for phase 2: [G, N, M padded], or [0] for none."""
-    if not spec.of_release:
-        return reference.kept_shape(spec, of_map)
-    (N, D), M = of_map.gen.shape[-2:], sum(of_map.counts)
-    keeps = N * M <= _cpu.GROUP_PAIRS and D >= _cpu.KEEP_DISTANCES_FROM_D
-    return (of_map.groups, N, -(-M // _cpu.KEPT_ALIGN) * _cpu.KEPT_ALIGN) if keeps else (0,)
+    """Shape of the costs that phase 1 of form C keeps for phase 2: ``[G, N, columns]``, or ``[0]`` for none."""
+    (N, D), (gen, neg, pos) = of_map.gen.shape[-2:], of_map.counts
+    negatives = neg + gen if spec.include_self else neg
+    keeps = N * (negatives + pos) <= _cpu.GROUP_PAIRS and D >= _cpu.KEEP_DISTANCES_FROM_D
+    return (of_map.groups, N, _cpu.loss_columns(negatives, pos)) if keeps else (0,)
 
 
 def state_shape(spec: LossSpec, of_map: LossMap) -> tuple[int, ...]:
@@ -68,32 +69,36 @@ def state_shape(spec: LossSpec, of_map: LossMap) -> tuple[int, ...]:
     return of_map.shape_of_forces(spec)
 
 
+def is_composed(spec: LossSpec, of_map: LossMap) -> bool:
+    """Whether the groups are so large that phase 2 is composed of sums over pairs, for want of a kernel of its own."""
+    return not spec.is_form_b and of_map.counts[0] * of_map.targets(spec) > _cpu.GROUP_PAIRS
+
+
 def loss_scale(spec: LossSpec, maps: Sequence[LossMap]) -> list[tuple[Tensor, Tensor]]:
-    """Phase 1: of each map ``[mean d·w, mean w]`` in float64, and the distances kept for phase 2."""
-    if not spec.of_release:
-        return reference.loss_scale(spec, maps)
+    """Phase 1: of each map ``[mean C·w, mean w]`` in float64, ``[1, 2]`` or ``[G, 2]``, and costs kept for phase 2."""
     results = []
     for of_map in maps:
-        means = of_map.gen.new_empty(2, dtype=torch.float64)
+        means = of_map.gen.new_empty(1 if spec.scale == "global" else of_map.groups, 2, dtype=torch.float64)
         kept = of_map.gen.new_empty(kept_shape(spec, of_map))
         _cpu.loss_scale(spec, of_map, means, kept, torch.get_num_threads())
-        results.append((means.view(1, 2), kept))
+        results.append((means, kept))
     return results
 
 
 def loss_moments(
     spec: LossSpec, maps: Sequence[LossMap], kept: Sequence[Tensor], scale: Tensor, R: Tensor | None
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Phase 2: of each map the forces ``[R, G, N, D]``, and the means of their products ``[G, R, R]``."""
-    if not spec.of_release:
-        return reference.loss_moments(spec, maps, kept, scale, R)
+    """Phase 2: of each map the forces ``[R, G, N, D]``, the means of their products ``[G, R, R]``, and the details."""
     results = []
-    for of_map, distances, of_scale in zip(maps, kept, scale.tolist(), strict=True):
-        R, gen = len(spec.R_list), of_map.gen
-        forces, moments = gen.new_empty(state_shape(spec, of_map)), gen.new_empty(of_map.groups, R, R)
-        # The distances are moved in place where they belong to the sample itself, and an op must not change its input.
-        _cpu.loss_moments(spec, of_map, of_scale, distances.clone(), forces, moments, torch.get_num_threads())
-        results.append((forces, moments, gen.new_empty(0)))
+    for of_map, costs, of_scale in zip(maps, kept, by_map(maps, scale), strict=True):
+        if is_composed(spec, of_map):
+            results.append(streamed_loss.composed_moments(sys.modules[__name__], spec, of_map, of_scale, R))
+            continue
+        known, gen = spec if R is None else replace(spec, R_list=tuple(R.tolist())), of_map.gen
+        forces, moments = gen.new_empty(state_shape(spec, of_map)), gen.new_empty(of_map.shape_of_moments(spec))
+        details = gen.new_empty(of_map.shape_of_details(spec))
+        _cpu.loss_moments(known, of_map, of_scale, costs, forces, moments, details, torch.get_num_threads())
+        results.append((forces, moments, details))
     return results
 
 
@@ -105,31 +110,41 @@ def loss_gradient(
     factors: Tensor,
     incoming: Sequence[Tensor],
 ) -> list[Tensor]:
-    """Phase 3: of each map the gradient w.r.t. gen, from the forces and the global statistics."""
-    if not spec.of_release:
-        return reference.loss_gradient(spec, maps, states, scale, factors, incoming)
-    numbers = torch.cat([scale.unsqueeze(1), factors], 1).tolist()
-    return gradient_at_once(spec, numbers, [of_map.gen for of_map in maps], states, incoming)
+    """Phase 3: of each map the gradient w.r.t. gen, from the forces, the scale and 1/λ_R."""
+    statistics = zip(by_map(maps, scale), by_map(maps, factors), strict=True)
+    numbers = [
+        torch.cat([s.unsqueeze(1).expand(max(len(s), len(f)), 1), f.expand(max(len(s), len(f)), -1)], 1)
+        for s, f in statistics
+    ]
+    return gradient_at_once(spec, [of_map.gen for of_map in maps], states, numbers, incoming)
 
 
-Numbers = list[list[float]]  # of each map its scale and 1/λ_R
-
-
-def loss_at_once(spec: LossSpec, maps: Sequence[LossMap]) -> tuple[list[Tensor], list[Tensor], Numbers, list[Tensor]]:
-    """Phases 1 and 2: of each map the losses, scale and λ_R² ``[1 + R]``, and for phase 3 numbers and the forces."""
-    R = len(spec.R_list)
+def loss_at_once(spec: LossSpec, maps: Sequence[LossMap], scale: Sequence[Tensor] | None) -> tuple[list[Tensor], ...]:
+    """Phases 1 and 2: of each map the losses; scale and λ_R² ``[1 + R]``, or ``[1 + R, G]`` where groups have theirs;
+    the details; and for phase 3 the forces, and scale and 1/λ_R in float64, ``[1, 1 + R]`` or ``[G, 1 + R]``."""
+    columns = 1 + len(spec.R_list)
     losses = [of_map.gen.new_empty(of_map.gen.shape[:-2]) for of_map in maps]
-    statistics = [of_map.gen.new_empty(1 + R) for of_map in maps]
+    of_groups = [of_map.groups if spec.has_statistics_of_groups else 1 for of_map in maps]
+    shapes = [(columns, G) if spec.has_statistics_of_groups else (columns,) for G in of_groups]
+    statistics = [of_map.gen.new_empty(shape) for of_map, shape in zip(maps, shapes, strict=True)]
+    details = [of_map.gen.new_empty(of_map.shape_of_details(spec)) for of_map in maps] if spec.details else []
     forces = [of_map.gen.new_empty(state_shape(spec, of_map)) for of_map in maps]
-    numbers = _cpu.loss_forward(spec, maps, losses, statistics, forces, torch.get_num_threads())
-    return losses, statistics, numbers, forces
+    numbers = [torch.empty(G, columns, dtype=torch.float64, device="cpu") for G in of_groups]
+    for of_map, given in zip(numbers, scale or (), strict=False):
+        of_map[:, 0] = given
+    _cpu.loss_forward(spec, maps, losses, statistics, numbers, forces, details, torch.get_num_threads())
+    return losses, statistics, details, forces, numbers
 
 
 def gradient_at_once(
-    spec: LossSpec, numbers: Numbers, gens: Sequence[Tensor], forces: Sequence[Tensor], incoming: Sequence[Tensor]
+    spec: LossSpec,
+    gens: Sequence[Tensor],
+    forces: Sequence[Tensor],
+    numbers: Sequence[Tensor],
+    incoming: Sequence[Tensor],
 ) -> list[Tensor]:
     """Phase 3: the gradients w.r.t. ``gens``, with their strides."""
     grads = [torch.empty_like(gen) for gen in gens]
     of_losses = [of_map.contiguous() for of_map in incoming]
-    _cpu.loss_gradient(spec, numbers, list(forces), of_losses, grads, torch.get_num_threads())
+    _cpu.loss_gradient(spec, list(numbers), list(forces), of_losses, grads, torch.get_num_threads())
     return grads

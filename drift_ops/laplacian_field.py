@@ -8,7 +8,7 @@ from torch import Tensor
 from . import ops, reference
 from .arguments import check_flag, check_floor, check_points, check_positive, check_weights, check_widths
 from .backends import choose
-from .coupling import drifting_field
+from .coupling import Problem, drifting_field
 from .points import as_problems, full_precision, to_compute_dtype
 from .spec import AffinitySpec, Field, check_field, check_suits
 
@@ -83,7 +83,8 @@ def drift_field(
             V = _form_b(q, p, n, w_pos, w_neg, temperatures, field, chosen)
         else:
             width = q.new_tensor(temperatures) if of_tensor is None else of_tensor.to(q.dtype)
-            V, _, _ = drifting_field(q, p, n, width, None, None, w_neg, w_pos, field, chosen)
+            sums = ops.DifferentiableSums(chosen)
+            V, _, _ = drifting_field(Problem(q, n, p, None, w_neg, w_pos, width, None, field, sums))
         V = V.reshape(-1, *x.shape)
         return (V if several else V[0]).to(x.dtype)
 

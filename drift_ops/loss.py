@@ -97,17 +97,22 @@ def drift_loss(
     chosen = choose(backend, first.device, first.dtype)
     widths, R = check_widths("R_list", R_list, first)
     spec = _spec(checked, widths, R, affinity_floor, field, scale, scale_self_pairs, normalize)
-    at_once = ops.loss_at_once(first, chosen, spec) if process_group is None and R is None else None
-    if at_once is not None:
-        losses, statistics = at_once([_lean_map(of_map) for of_map in checked])
-    else:
+    found: tuple[Sequence[Tensor], Sequence[ops.Statistics]] | None = None
+    if process_group is None and ops.has_loss_at_once(first, chosen):
+        maps = [_lean_map(of_map) for of_map in checked]
+        scales = _given_scales(scale, maps) if spec.scale == "given" else None
+        found = ops.loss_at_once(maps, spec, chosen, R, scales)
+    if found is None:
         one = first.new_ones((), dtype=torch.float64 if first.dtype == torch.float64 else torch.float32)
         maps = [_loss_map(of_map, one, reads_16_bits=chosen == "triton") for of_map in checked]
         reduce = None if process_group is None else functools.partial(_mean_over_ranks, maps, process_group)
         scales = _given_scales(scale, maps) if spec.scale == "given" else None
-        losses, statistics = ops.loss(maps, spec, chosen, reduce, R, scales)
-    if at_once is None or max([of_map.dim() for of_map, *_ in checked]) > 4:
-        losses = [loss.view(of_map.shape[:-2]) for loss, (of_map, *_) in zip(losses, checked, strict=True)]
+        found = ops.loss(maps, spec, chosen, reduce, R, scales)
+    losses, statistics = found
+    losses = [
+        loss if loss.dim() + 2 == of_map.dim() else loss.view(of_map.shape[:-2])
+        for loss, (of_map, *_) in zip(losses, checked, strict=True)
+    ]
     names = ["scale", *[f"loss_{R}" for R in (widths if R is None else range(len(widths)))]]
     infos = [dict(zip(names, (scale, *squares.unbind()), strict=True)) for scale, squares, _ in statistics]
     if spec.details:

@@ -207,9 +207,15 @@ class LossSpec(_Flat):
         return Field(mask_self=mask_self, affinity_floor=self.floor, **{name: getattr(self, name) for name in _SAME})
 
     @property
-    def of_release(self) -> bool:
-        """Whether nothing is asked for but the release's loss."""
-        return not self.details and self.scale == self.normalize == "global" and self.scale_self_pairs
+    def is_form_b(self) -> bool:
+        """Whether the weighted sums of form B have the whole force."""
+        kinds = self.cost, self.coupling, self.sides, self.weights
+        return kinds == ("l2", "two_sided", "joint", "affinity") and self.include_self and not self.details
+
+    @property
+    def has_statistics_of_groups(self) -> bool:
+        """Whether groups have a scale or λ_R of their own."""
+        return self.scale != "global" or self.normalize == "group"
 
 
 # What phase 2 finds for every sample and R. "slope" is the derivative of log_mass w.r.t. R; "residual", Sinkhorn's
@@ -241,6 +247,14 @@ class LossMap(NamedTuple):
     def counts(self) -> tuple[int, int, int]:
         gen, neg, pos = self.points
         return gen.shape[-2], neg.shape[-2], pos.shape[-2]
+
+    def targets(self, spec: LossSpec) -> int:
+        gen, neg, pos = self.counts
+        return (gen if spec.include_self else 0) + neg + pos
+
+    def shape_of_moments(self, spec: LossSpec) -> tuple[int, ...]:
+        """``[G, R, R]``."""
+        return self.groups, len(spec.R_list), len(spec.R_list)
 
     def shape_of_forces(self, spec: LossSpec) -> tuple[int, ...]:
         """``[R, G, N, D]``."""

@@ -1,6 +1,6 @@
-"""Form C for groups too large for a backend's group kernels: phases 2 and 3 from the weighted sums of forms A and B.
+"""Form C for groups that a backend has no group kernel for: phases 2 and 3 from weighted sums that it streams.
 
-The same on every backend, which gives its own ``affinity_sums``. Nothing is read on the host.
+The same on every backend, which gives its own sums. Nothing is read on the host.
 """
 
 from collections.abc import Callable
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .coupling import Problem, drifting_field, masses
 from .points import gathered, to_compute_dtype
 from .spec import AffinitySpec, LossMap, LossSpec
 
@@ -40,9 +41,33 @@ def loss_moments(
     num, den, *_ = affinity_sums(affinity, q, [q, *others], None, torch.cat(weights, 1), unit)
     den = (den / _unit_of_points(spec, scale, q)).unsqueeze(-1)  # [R, G, 2, N, 1]
     forces = num[:, :, 1].mul_(den[:, :, 0]).sub_(num[:, :, 0].mul_(den[:, :, 1])).contiguous()
-    # no matrix products, which TF32 might round
-    moments = torch.stack([torch.stack([(f * other).mean((1, 2)) for other in forces], -1) for f in forces], -1)
-    return forces, moments
+    return forces, _moments(forces)
+
+
+def composed_moments(
+    sums: Any, spec: LossSpec, of_map: LossMap, scale: Tensor, R: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Phase 2 of any member of the family, from a backend's ``sums`` over pairs, with the details."""
+    (gen, neg, pos), weights = of_map.in_groups()
+    gen, neg, pos = (to_compute_dtype(t) for t in (gen, neg, pos))
+    width = gen.new_tensor(spec.R_list) if R is None else R.to(gen.dtype)
+    unit = scale.clamp(min=spec.least_scale).to(gen.dtype).expand(len(gen))
+    of_gen, of_neg, of_pos = weights
+    problem = Problem(gen, neg, pos, of_gen, of_neg, of_pos, width, unit, spec.field, sums, spec.least_distance)
+    V, of_sides, residual = drifting_field(problem)
+    forces = (V / _unit_of_points(spec, scale, V).view(-1, 1, 1)).contiguous()
+    details = V.new_empty(0)
+    if spec.details:
+        residual = V.new_zeros(()) if residual is None else residual.unsqueeze(2)
+        log_row_sums, log_mass, slope = masses(problem)
+        found = log_row_sums, log_mass, *of_sides.unbind(2), slope, residual.expand(log_mass.shape)
+        details = torch.stack(found)
+    return forces, _moments(forces), details
+
+
+def _moments(forces: Tensor) -> Tensor:
+    """Mean products ``[G, R, R]`` of forces ``[R, G, N, D]``: no matrix products, which TF32 might round."""
+    return torch.stack([torch.stack([(f * other).mean((1, 2)) for other in forces], -1) for f in forces], -1)
 
 
 def loss_gradient(
@@ -57,5 +82,5 @@ def loss_gradient(
 
 
 def _unit_of_points(spec: LossSpec, scale: Tensor, like: Tensor) -> Tensor:
-    """``s = max(scale/√D, least_scale)``, 0-d."""
+    """``s = max(scale/√D, least_scale)``, of the shape of the scale."""
     return (scale / like.shape[-1] ** 0.5).clamp(min=spec.least_scale).to(like.dtype)

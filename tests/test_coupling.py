@@ -7,7 +7,8 @@ import torch
 from cases import relative_error
 
 from drift_ops import Field, reference
-from drift_ops.coupling import drifting_field
+from drift_ops.coupling import Problem, drifting_field
+from drift_ops.ops import DifferentiableSums
 
 F64 = torch.float64
 COUPLINGS = [("row", "kernel"), ("row", "affinity"), ("two_sided", "kernel"), ("two_sided", "affinity")]
@@ -31,8 +32,9 @@ def make(field: Field, G: int = 2, N: int = 5, M: int = 4, P: int = 6, D: int = 
 
 @pytest.mark.parametrize("field", FIELDS, ids=str)
 def test_composed(field, float64_backend):
+    sums = DifferentiableSums(float64_backend)
     x, pos, neg, w_neg, w_pos, width = inputs = make(field)
-    V, _, _ = drifting_field(x, pos, neg, width, None, None, w_neg, w_pos, field, float64_backend)
+    V, _, _ = drifting_field(Problem(x, neg, pos, None, w_neg, w_pos, width, None, field, sums))
     expected = reference.drift_field(x, pos, neg, width, w_pos, w_neg, field)
     assert relative_error(V.detach(), expected.detach()) < 1e-10
     incoming = torch.randn_like(V)

@@ -10,7 +10,8 @@ from torch.library import opcheck
 from torch.utils._pytree import tree_map
 
 import drift_ops
-from drift_ops import cpu, ops
+from drift_ops import cpu
+from drift_ops.ops import affinity, loss
 from drift_ops.spec import AffinitySpec, LossSpec
 
 G, N, P, M, D, R_LIST = 2, 4, 5, 3, 6, [0.05, 0.2]
@@ -33,7 +34,7 @@ def op_samples(backend):
     forward, backward = [], []
     for tensors_in, rest in ((gaussian[:4], gaussian[4:]), (laplace[:4], laplace[4:])):
         tensors_in = tree_map(lambda t: t.detach() if isinstance(t, torch.Tensor) else t, tensors_in)
-        num, den, *statistics = ops._affinity_sums(*tensors_in, *rest)
+        num, den, *statistics = affinity._affinity_sums(*tensors_in, *rest)
         incoming = [points(*t.shape, seed=seed).to(t) for seed, t in enumerate((num, den))]
         forward.append((*tensors_in, *rest))
         backward.append((*tensors_in, *statistics, *incoming, *rest))
@@ -42,16 +43,16 @@ def op_samples(backend):
     weights = [t.new_ones(t.shape[:3]) for t in one]
     maps, spec = (one + one, weights + weights), (*LossSpec(tuple(R_LIST), 1e-6).values(), backend)
     scale = torch.ones(2, dtype=torch.float64, device=q.device)
-    _, kept = ops._loss_scale(*maps, *spec)
-    states, moments = ops._loss_moments(*maps, kept, scale, *spec)
+    _, kept = loss._loss_scale(*maps, *spec)
+    states, moments, _ = loss._loss_moments(*maps, kept, scale, None, *spec)
     factors = scale.new_tensor([[0.7, 1.3], [0.9, 1.1]])
     incoming = [of_map.new_ones(G) for of_map in moments]
     return {
-        ops._affinity_sums: forward,
-        ops._affinity_sums_backward: backward,
-        ops._loss_scale: [(one, weights, *spec), (*maps, *spec)],
-        ops._loss_moments: [(*maps, kept, scale, *spec)],
-        ops._loss_gradient: [(*maps, states, scale, factors, incoming, *spec)],
+        affinity._affinity_sums: forward,
+        affinity._affinity_sums_backward: backward,
+        loss._loss_scale: [(one, weights, *spec), (*maps, *spec)],
+        loss._loss_moments: [(*maps, kept, scale, None, *spec)],
+        loss._loss_gradient: [(*maps, states, scale, factors, incoming, *spec)],
     }
 
 

@@ -41,6 +41,11 @@ constexpr int64_t GROUP_PAIRS = int64_t(1) << 18;  // of a group of form C that 
 constexpr int64_t KEEP_DISTANCES_FROM_D = 32;      // where finding them again in phase 2 would cost more than the memory
 constexpr int64_t KEPT_ALIGN = 16;                 // columns; a multiple of every vector width
 
+// Columns of the targets of form C: negatives and positives, each padded to whole vectors.
+inline int64_t loss_columns(int64_t negatives, int64_t positives) {
+    return (negatives + KEPT_ALIGN - 1) / KEPT_ALIGN * KEPT_ALIGN + (positives + KEPT_ALIGN - 1) / KEPT_ALIGN * KEPT_ALIGN;
+}
+
 // Form C, the loss over the groups of one feature map.
 template <class T> struct LossProblem {
     const LossSpec& spec;
@@ -48,23 +53,30 @@ template <class T> struct LossProblem {
     Rows<const T> points[3], weights[3];  // of gen, neg, pos
     int threads;
     int64_t N() const { return points[0].count; }
-    int64_t M() const { return points[0].count + points[1].count + points[2].count; }
-    // Distances of a group that phase 1 keeps for phase 2.
-    int64_t kept_of_group() const {
-        return N() * M() <= GROUP_PAIRS && D >= KEEP_DISTANCES_FROM_D ? N() * ((M() + KEPT_ALIGN - 1) / KEPT_ALIGN * KEPT_ALIGN) : 0;
-    }
+    int64_t negatives() const { return (spec.include_self ? points[0].count : 0) + points[1].count; }
+    int64_t M() const { return negatives() + points[2].count; }
+    int64_t columns() const { return loss_columns(negatives(), points[2].count); }
+    // Costs of a group that phase 1 keeps for phase 2.
+    int64_t kept_of_group() const { return N() * M() <= GROUP_PAIRS && D >= KEEP_DISTANCES_FROM_D ? N() * columns() : 0; }
+};
+
+// Numbers [groups, count], or [1, count] that are those of every group.
+struct OfGroups {
+    const double* first;
+    int64_t stride;
+    const double* operator()(int64_t g) const { return first + g * stride; }
 };
 
 template <class T> struct Functions {
     void (*affinity_forward)(const AffinityProblem<T>&, const AffinitySums<T>&);
     void (*affinity_backward)(const AffinityProblem<T>&, const AffinityGradients<T>&);
-    // means[2] = {mean d·w, mean w}; kept [G, kept_of_group] receives the distances, null: they are not kept.
+    // means [1 or G, 2] = {mean C·w, mean w} over all pairs; kept [G, kept_of_group] receives the costs, null: they are not kept.
     void (*loss_scale)(const LossProblem<T>&, double* means, T* kept);
-    // forces [R, G, N, D] before the division by λ; moments [G, R, R] = mean_{i,dim} forces_r·forces_s.
-    void (*loss_moments)(const LossProblem<T>&, double scale, T* kept, T* forces, T* moments);
-    // grad_g = −2·incoming_g·Σ_R forces_R·factors_R / (N·D·s).
-    void (*loss_gradient)(const LossSpec&, const Rows<T>& grad, int64_t groups, int64_t D, double scale, const double* factors,
-                          const T* forces, const T* incoming, int threads);
+    // forces [R, G, N, D] before the division by λ; moments [G, R, R] = mean_{i,dim} forces_r·forces_s; details [6, R, G, N] or null.
+    void (*loss_moments)(const LossProblem<T>&, OfGroups scale, T* kept, T* forces, T* moments, T* details);
+    // grad_g = −2·incoming_g·Σ_R forces_R·factors_R / (N·D·s), where a group's numbers are {scale, factors}.
+    void (*loss_gradient)(const LossSpec&, const Rows<T>& grad, int64_t groups, int64_t D, OfGroups numbers, const T* forces,
+                          const T* incoming, int threads);
 };
 
 namespace avx512 { extern const Functions<float> of_float; extern const Functions<double> of_double; }

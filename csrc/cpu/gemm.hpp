@@ -97,14 +97,16 @@ template <class T> void find_panel_norms(const T* panel, int64_t depth, int64_t 
     for (int64_t l = 0; l < count; ++l) norms[l] = sum[l / WIDTH<T>][l % WIDTH<T>];
 }
 
-// Rows as the rows of B: panels[d / PANEL][j][d % PANEL] = rows[j][d] − centre[d]. Columns past `depth` are 0.
+// Rows as the rows of B: panels[d / PANEL][j][d % PANEL] = rows[j][d] − centre[d]. Columns past `depth`, and rows that are null,
+// are 0.
 template <class T>
 void pack_rows(int64_t count, int64_t depth, const T* const* rows, const T* centre, T* panels) {
     for (int64_t d = 0; d < depth; d += PANEL<T>) {
         const int64_t here = std::min<int64_t>(PANEL<T>, depth - d);
         for (int64_t j = 0; j < count; ++j, panels += PANEL<T>) {
-            for (int64_t l = 0; l < here; ++l) panels[l] = rows[j][d + l] - (centre ? centre[d + l] : T(0));
-            for (int64_t l = here; l < PANEL<T>; ++l) panels[l] = 0;
+            const int64_t found = rows[j] ? here : 0;
+            for (int64_t l = 0; l < found; ++l) panels[l] = rows[j][d + l] - (centre ? centre[d + l] : T(0));
+            for (int64_t l = found; l < PANEL<T>; ++l) panels[l] = 0;
         }
     }
 }

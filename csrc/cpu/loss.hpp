@@ -1,12 +1,13 @@
-// Form C, the release's training loss. Many small groups: each worker takes whole ones, whose matrices stay in cache. Large
+// Form C, a member of the family as a training loss. Many small groups: each worker takes whole ones, whose matrices stay in cache. Large
 // ones: distances for the scale, then the weighted sums of forms A and B, all threads on one group.
 //
-//   loss_scale     distances, and the means that the global scale is made of
-//   loss_moments   the three softmax tables, the force of every R, and the mean products that λ and the loss are made of
-//   loss_gradient  the forces, weighted by the global λ
+//   loss_scale     costs, and the means that scales are made of
+//   loss_moments   the coefficients and force of every R, and the mean products that λ and the loss are made of
+//   loss_gradient  the forces, weighted by 1/λ
 // Sums are kept in double, one a group, and added in group order: the same result whatever the number of threads.
 #pragma once
 #include "affinity_forward.hpp"
+#include "loss_coupling.hpp"
 
 namespace drift::DRIFT_ISA {
 
@@ -31,155 +32,127 @@ template <class T> void find_moments(int64_t R, int64_t N, int64_t D, const T* f
 
 template <class T> class LossGroup {
     const LossProblem<T>& p;
-    const int64_t N, M, D, ld, depth;
-    Buffer<const T*> rows;
-    Buffer<T> centred, panels, query_norms, norms, negative_weights, positive_weights;  // weights are 0 on the other side
-    Buffer<T> own_distances, A, row_stats, col_stats;
+    const int64_t N, D, negatives, first_positive, M, ld, depth;  // M: columns up to the last target
+    Buffer<const T*> queries, rows;
+    Buffer<T> centred, panels, query_norms, norms, weights, own_costs;
+    Coupling<T> coupling;
 
   public:
-    double weight_total = 0;  // Σ w of the group opened last
+    double weight_total = 0;  // Σ w over the pairs of the group opened last
 
     explicit LossGroup(const LossProblem<T>& p)
-        : p(p), N(p.N()), M(p.M()), D(p.D), ld(round_up(M, KEPT_ALIGN)), depth(round_up(D, PANEL<T>)), rows(round_up(M, PANEL<T>)),
-          centred(N * D), panels(std::max(round_up(M, PANEL<T>) * D, M * depth)), query_norms(N), norms(round_up(M, PANEL<T>)),
-          negative_weights(ld), positive_weights(ld), own_distances(N * ld), A(N * ld), row_stats(2 * round_up(N, ROW_GRAIN)), col_stats(2 * ld) {}
+        : p(p), N(p.N()), D(p.D), negatives(p.negatives()), first_positive(round_up(negatives, KEPT_ALIGN)),
+          M(first_positive + p.points[2].count), ld(p.columns()), depth(round_up(D, PANEL<T>)), queries(N), rows(round_up(ld, PANEL<T>)),
+          centred(N * D), panels(std::max(round_up(ld, PANEL<T>) * D, M * depth)), query_norms(N), norms(round_up(ld, PANEL<T>)), weights(ld),
+          own_costs(N * ld), coupling(p.spec, N, ld, {0, first_positive, negatives}, {first_positive, ld, p.points[2].count}) {}
 
-    // Distances into `kept` (null: into the group's own memory); returns Σ d·w.
-    double find_distances(int64_t g, T* kept) {
+    // Costs into `kept` (null: into the group's own memory); returns Σ C·w.
+    double find_costs(int64_t g, T* kept) {
         open(g);
-        T* d = kept ? kept : own_distances;
-        std::fill_n(static_cast<T*>(norms), round_up(M, PANEL<T>), INF<T>);
-        const T* centre = rows[0];  // any of the points will do: pairs too close for it are worked out from differences
-        for (int64_t i = 0; i < N; ++i)
-            for (int64_t e = 0; e < D; ++e) centred[i * D + e] = rows[i][e] - centre[e];
-        pack_transposed<T>(M, D, rows, centre, panels);
-        for (int64_t j = 0; j < M; j += PANEL<T>) find_panel_norms<T>(panels + j * D, D, std::min<int64_t>(PANEL<T>, M - j), norms + j);
-        std::copy_n(static_cast<T*>(norms), N, static_cast<T*>(query_norms));
-        for_tiles([&](const Tile<T>& t) {
-            distances<T>(t, D, {rows, centred, query_norms}, {rows, panels, norms}, true, T(p.spec.least_distance), d + t.row * ld + t.col);
-        });
-        double total = 0;
+        T* costs = kept ? kept : own_costs;
+        std::fill_n(static_cast<T*>(norms), round_up(ld, PANEL<T>), INF<T>);
+        const T* centre = queries[0];  // any of the points will do: pairs too close for it are worked out from differences
         for (int64_t i = 0; i < N; ++i) {
-            Vec<T> of_row{};
-            for (int64_t j = 0; j < M; j += WIDTH<T>) {  // infinite distances beyond the targets count for nothing
-                const Vec<T> here = load<T>(d + i * ld + j), w = load<T>(negative_weights + j) + load<T>(positive_weights + j);
-                of_row += here > std::numeric_limits<T>::max() && w == Vec<T>{} ? Vec<T>{} : here * w;
-            }
-            total += horizontal_sum<T>(of_row);
+            for (int64_t e = 0; e < D; ++e) centred[i * D + e] = queries[i][e] - centre[e];
+            query_norms[i] = squared_norm(centred + i * D, D);
         }
+        pack_transposed<T>(M, D, rows, centre, panels);
+        find_norms();
+        for (int64_t i = 0; i < N; i += TILE_ROWS)
+            for (int64_t j = 0; j < M; j += TILE_COLS) {
+                const Tile<T> t{i, std::min(TILE_ROWS, N - i), j, std::min(TILE_COLS, M - j), ld};
+                T* corner = costs + t.row * ld + t.col;
+                distances<T>(t, D, {queries, centred, query_norms}, {rows, panels, norms}, p.spec.include_self, T(p.spec.least_distance), corner);
+            }
+        for (int64_t i = 0; i < N; ++i) std::fill(costs + i * ld + round_up(M, WIDTH<T>), costs + (i + 1) * ld, INF<T>);
+        double total = 0;
+        for (int64_t i = 0; i < N; ++i) total += finish_costs(costs + i * ld, i);
         return total;
     }
 
     // Forces of every R into forces[R][g], mean products of theirs into moments[R, R]. `kept` as above, or null to find
-    // the distances again.
-    void find_forces(int64_t g, T* kept, double scale, T* forces, T* moments) {
+    // the costs again.
+    void find_forces(int64_t g, T* kept, double scale, T* forces, T* moments, T* details) {
         if (kept)
             open(g);
         else
-            find_distances(g, nullptr);
-        T* d = kept ? kept : own_distances;
-        pack_rows<T>(M, D, rows, medoid(d), panels);
-        const T kernel_scale = T(std::max(scale, p.spec.least_scale)), unit = unit_of_points<T>(p.spec, scale, D);
-        const T self_distance = T(p.spec.self_distance) * kernel_scale;
-        for_tiles([&](const Tile<T>& t) { add_to_self_pairs(t, self_distance, d + t.row * ld + t.col); });
-        const T least_distance = least_of(d);
+            find_costs(g, nullptr);
+        T* costs = kept ? kept : own_costs;
+        pack_rows<T>(M, D, rows, medoid(costs), panels);
+        const T cost_scale = T(std::max(scale, p.spec.least_scale)), unit = unit_of_points<T>(p.spec, scale, D);
+        if (p.spec.include_self) add_to_self_pairs(costs, T(p.spec.self_distance) * cost_scale);
+        coupling.start(costs);
         const int64_t R = p.spec.R_list.size(), stride = p.groups * N * D;
         T* of_group = forces + g * N * D;
         for (int64_t r = 0; r < R; ++r) {
-            find_coefficients(d, {LogitKind::laplace, T(p.spec.R_list[r]) * kernel_scale, T(1)}, least_distance, 1 / unit);
-            multiply<T>(N, D, M, A, ld, 1, panels, M * PANEL<T>, of_group + r * stride, D, false);
+            const T width = T(p.spec.R_list[r]);
+            const T* c = coupling.coefficients(width * cost_scale, width, 1 / unit, details_of(details, r, g));
+            multiply<T>(N, D, M, c, ld, 1, panels, M * PANEL<T>, of_group + r * stride, D, false);
         }
         find_moments(R, N, D, of_group, stride, moments);
+        if (p.spec.include_self) set_self_pairs(costs, T(p.spec.least_cost()));
     }
 
   private:
     void open(int64_t g) {
+        std::fill_n(static_cast<const T**>(rows), round_up(ld, PANEL<T>), nullptr);
+        std::fill_n(static_cast<T*>(weights), ld, T(0));
+        for (int64_t i = 0; i < N; ++i) queries[i] = p.points[0](g, i);
         int64_t j = 0;
-        weight_total = 0;
-        std::fill_n(static_cast<const T**>(rows), round_up(M, PANEL<T>), nullptr);
-        std::fill_n(static_cast<T*>(negative_weights), ld, T(0));
-        std::fill_n(static_cast<T*>(positive_weights), ld, T(0));
-        for (int kind = 0; kind < 3; ++kind)
-            for (int64_t n = 0; n < p.points[kind].count; ++n, ++j) {
-                rows[j] = p.points[kind](g, n);
-                const T weight = *p.weights[kind](g, n);
-                (kind == 2 ? positive_weights : negative_weights)[j] = weight;
-                weight_total += weight;
-            }
+        for (int kind = p.spec.include_self ? 0 : 1; kind < 3; ++kind) {
+            if (kind == 2) j = first_positive;
+            for (int64_t n = 0; n < p.points[kind].count; ++n, ++j) rows[j] = p.points[kind](g, n), weights[j] = *p.weights[kind](g, n);
+        }
+        const bool of_self = p.spec.include_self && !p.spec.scale_self_pairs;
+        weight_total = double(N) * sum<T>(weights, ld) - (of_self ? sum<T>(weights, N) : T(0));
+        coupling.open(weights, [&](int64_t column) { return rows[column] != nullptr; });
+    }
+
+    void find_norms() {
+        for (int64_t j = 0; j < M; j += PANEL<T>) {
+            find_panel_norms<T>(panels + j * D, D, std::min<int64_t>(PANEL<T>, M - j), norms + j);
+            for (int64_t l = j; l < std::min(j + PANEL<T>, first_positive); ++l)
+                if (!rows[l]) norms[l] = INF<T>;
+        }
+    }
+
+    // Distances of a row to costs; returns Σ C·w.
+    double finish_costs(T* costs, int64_t i) const {
+        Vec<T> total{};
+        for (int64_t j = 0; j < M; j += WIDTH<T>) {  // infinite costs beyond the targets count for nothing
+            Vec<T> here = load<T>(costs + j);
+            if (p.spec.cost == CostKind::l2_sq) store<T>(costs + j, here *= here);
+            const Vec<T> w = load<T>(weights + j);
+            total += here > std::numeric_limits<T>::max() && w == Vec<T>{} ? Vec<T>{} : here * w;
+        }
+        const bool of_self = p.spec.include_self && !p.spec.scale_self_pairs;
+        return double(horizontal_sum<T>(total)) - (of_self ? double(costs[i] * weights[i]) : 0.0);
+    }
+
+    void add_to_self_pairs(T* costs, T amount) const {
+        for (int64_t i = 0; i < N; ++i) costs[i * ld + i] += amount;
+    }
+    void set_self_pairs(T* costs, T cost) const {  // as they were, for whoever comes next
+        for (int64_t i = 0; i < N; ++i) costs[i * ld + i] = cost;
     }
 
     // The generated sample nearest to all targets together: an origin that a few far outliers do not move away from the
     // rest, where the rest would lose digits.
-    const T* medoid(const T* d) const {
+    const T* medoid(const T* costs) const {
         int64_t best = 0;
         T least = INF<T>;
         for (int64_t i = 0; i < N; ++i) {
-            const T total = sum<T>(d + i * ld, M);
+            const T total = sum<T>(costs + i * ld, negatives) + sum<T>(costs + i * ld + first_positive, M - first_positive);
             if (total < least) least = total, best = i;
         }
-        return rows[best];
+        return queries[best];
     }
 
-    T least_of(const T* d) const {
-        Vec<T> least = splat<T>(INF<T>);
-        for (int64_t i = 0; i < N; ++i)
-            for (int64_t j = 0; j < M; j += WIDTH<T>) {
-                const Vec<T> here = load<T>(d + i * ld + j);
-                least = here < least ? here : least;
-            }
-        return -horizontal_max<T>(-least);
-    }
-
-    template <class Body> void for_tiles(Body body) const {
-        for (int64_t i = 0; i < N; i += TILE_ROWS)
-            for (int64_t j = 0; j < M; j += TILE_COLS)
-                body(Tile<T>{i, std::min(TILE_ROWS, N - i), j, std::min(TILE_COLS, M - j), ld});
-    }
-
-    // c⁻_ij = −A⁻_ij Σ⁺_i and c⁺_ij = A⁺_ij Σ⁻_i, times `by`, left in A.
-    void find_coefficients(const T* d, const Logit<T>& logit, T least_distance, T by) {
-        const int64_t padded = round_up(N, ROW_GRAIN);
-        const Statistics<T> row{row_stats, row_stats + padded}, col{col_stats, col_stats + ld};
-        const T level = logit.at(least_distance), least = std::sqrt(T(p.spec.floor));
-        row.start(padded, level), col.start(ld, level);
-        for_tiles([&](const Tile<T>& t) {
-            const int64_t corner = t.row * ld + t.col;
-            add_exponentials<T>(t, logit, level, d + corner, row.sum + t.row, col.sum + t.col, A + corner);
-        });
-        const bool one_level = all_counted<T>(row.sum, N) && all_counted<T>(col.sum, M);
-        if (one_level)
-            row.finish(N), col.finish(ld);
-        else
-            find_affinities_far_apart(d, logit, row, col);
-        for (int64_t i = 0; i < N; ++i) {
-            T* a = A + i * ld;
-            Vec<T> negatives{}, positives{};
-            for (int64_t j = 0; j < M; j += WIDTH<T>) {
-                Vec<T> value = load<T>(a + j);
-                if (one_level) store<T>(a + j, value = at_least<T>(value * row.sum[i] * load<T>(col.sum + j), least));
-                negatives += value * load<T>(negative_weights + j);
-                positives += value * load<T>(positive_weights + j);
-            }
-            const T of_negatives = -horizontal_sum<T>(positives) * by, of_positives = horizontal_sum<T>(negatives) * by;
-            for (int64_t j = 0; j < M; j += WIDTH<T>)
-                store<T>(a + j, load<T>(a + j) * (load<T>(negative_weights + j) * of_negatives + load<T>(positive_weights + j) * of_positives));
-        }
-    }
-
-    // The affinities where one level does not serve all logits: every row and column has its own.
-    void find_affinities_far_apart(const T* d, const Logit<T>& logit, const Statistics<T>& row, const Statistics<T>& col) {
-        const int64_t padded = round_up(N, ROW_GRAIN);
-        row.start(padded, -INF<T>), col.start(ld, -INF<T>);
-        for_tiles([&](const Tile<T>& t) {
-            T* corner = A + t.row * ld + t.col;
-            find_logits<T>(t, logit, d + t.row * ld + t.col, corner);
-            add_to_statistics<T>(t, corner, row.at(t.row), col.at(t.col));
-        });
-        row.finish(padded), col.finish(ld);
-        for_tiles([&](const Tile<T>& t) {
-            T* corner = A + t.row * ld + t.col;
-            affinities<T>(t, corner, row.at(t.row), col.at(t.col), T(p.spec.floor), false, corner);
-        });
+    Details<T> details_of(T* all, int64_t r, int64_t g) const {
+        if (!all) return {};
+        const int64_t R = p.spec.R_list.size();
+        const auto place = [&](int64_t n) { return all + ((n * R + r) * p.groups + g) * N; };
+        return {place(0), place(1), place(2), place(3), place(4), place(5)};
     }
 };
 
@@ -195,16 +168,22 @@ template <class T, class Body> void for_groups(const LossProblem<T>& p, Body bod
 // Σ d·w of a large group.
 template <class T> class DistanceSum : Problem<T> {
     using Base = Problem<T>;
+    const CostKind cost;
     std::vector<double> of_rows;
 
   public:
-    DistanceSum(const AffinityProblem<T>& problem) : Base(problem, problem.threads), of_rows(Base::N) {}
+    DistanceSum(const AffinityProblem<T>& problem, CostKind cost) : Base(problem, problem.threads), cost(cost), of_rows(Base::N) {}
     double operator()(int64_t g) {
         Base::open(g);
         std::fill(of_rows.begin(), of_rows.end(), 0.0);
         Base::walk([&](const KeyTile<T>& t, int worker) {
-            const T *d = Base::find_distances(worker, t), *w = Base::tile_weights(t);
-            for (int64_t i = 0; i < t.rows; ++i) of_rows[t.row + i] += dot<T>(d + i * t.ld, w, t.cols);
+            T* d = const_cast<T*>(Base::find_distances(worker, t));
+            const T* w = Base::tile_weights(t);
+            for (int64_t i = 0; i < t.rows; ++i) {
+                if (cost == CostKind::l2_sq)
+                    for (int64_t j = 0; j < t.cols; ++j) d[i * t.ld + j] *= d[i * t.ld + j];
+                of_rows[t.row + i] += dot<T>(d + i * t.ld, w, t.cols);
+            }
         });
         double total = 0;
         for (double of_row : of_rows) total += of_row;
@@ -212,12 +191,13 @@ template <class T> class DistanceSum : Problem<T> {
     }
 };
 
-// A large group as a problem of form B: gen, neg and pos are the keys, `weights` [M] receives theirs.
+// A large group as a problem of form B: gen, where it counts, neg and pos are the keys, `weights` [M] receives theirs.
 template <class T> AffinityProblem<T> as_affinity(const LossProblem<T>& p, const AffinitySpec& spec, int64_t g, T* weights) {
-    AffinityProblem<T> problem{spec, 1, p.D, p.points[0], {p.points[0], p.points[1], p.points[2]}, {}, weights, p.threads};
+    AffinityProblem<T> problem{spec, 1, p.D, p.points[0], {}, {}, weights, p.threads};
     problem.q.first = p.points[0](g, 0);
-    for (int kind = 0; kind < 3; ++kind) {
-        problem.keys[kind].first = p.points[kind](g, 0);
+    for (int kind = p.spec.include_self ? 0 : 1; kind < 3; ++kind) {
+        problem.keys.push_back(p.points[kind]);
+        problem.keys.back().first = p.points[kind](g, 0);
         for (int64_t n = 0; n < p.points[kind].count; ++n) *weights++ = *p.weights[kind](g, n);
     }
     return problem;
@@ -225,10 +205,11 @@ template <class T> AffinityProblem<T> as_affinity(const LossProblem<T>& p, const
 
 template <class T> double scale_of_large_group(const LossProblem<T>& p, int64_t g, double& weight_total) {
     Buffer<T> weights(p.M());
-    const AffinitySpec spec{LogitKind::laplace, {}, 1.0, 0.0, true, 1, p.spec.least_distance, 0.0};
+    const AffinitySpec spec{LogitKind::laplace, {}, 1.0, 0.0, p.spec.include_self, 1, p.spec.least_distance, 0.0};
     const AffinityProblem<T> problem = as_affinity<T>(p, spec, g, weights);
-    weight_total = sum<T>(weights, p.M());
-    return DistanceSum<T>(problem)(0);
+    const double of_self = p.spec.include_self && !p.spec.scale_self_pairs ? sum<T>(weights, p.N()) : T(0);
+    weight_total = double(p.N()) * sum<T>(weights, p.M()) - of_self;
+    return DistanceSum<T>(problem, p.spec.cost)(0) - p.spec.least_cost() * of_self;
 }
 
 template <class T> void forces_of_large_group(const LossProblem<T>& p, int64_t g, double scale, T* forces, T* moments) {
@@ -258,35 +239,40 @@ template <class T> void loss_scale(const LossProblem<T>& p, double* means, T* ke
         for (int64_t g = 0; g < p.groups; ++g) sums[g] = scale_of_large_group(p, g, weights[g]);
     else
         for_groups(p, [&](LossGroup<T>& group, int64_t g) {
-            sums[g] = group.find_distances(g, kept ? kept + g * p.kept_of_group() : nullptr);
+            sums[g] = group.find_costs(g, kept ? kept + g * p.kept_of_group() : nullptr);
             weights[g] = group.weight_total;
         });
-    double sum = 0, weight = 0;
-    for (int64_t g = 0; g < p.groups; ++g) sum += sums[g], weight += weights[g];
-    means[0] = sum / (double(p.groups) * double(p.N()) * double(p.M())), means[1] = weight / (double(p.groups) * double(p.M()));
+    const int64_t parts = p.spec.scale_of_groups ? p.groups : 1, in_part = p.groups / parts;
+    const double pairs = double(in_part) * double(p.N()) * double(p.M());
+    for (int64_t part = 0; part < parts; ++part) {
+        double sum = 0, weight = 0;
+        for (int64_t g = part * in_part; g < (part + 1) * in_part; ++g) sum += sums[g], weight += weights[g];
+        means[2 * part] = sum / pairs, means[2 * part + 1] = weight / pairs;
+    }
 }
 
-template <class T> void loss_moments(const LossProblem<T>& p, double scale, T* kept, T* forces, T* moments) {
+template <class T> void loss_moments(const LossProblem<T>& p, OfGroups scale, T* kept, T* forces, T* moments, T* details) {
     const int64_t R2 = p.spec.R_list.size() * p.spec.R_list.size();
     if (is_streamed(p))
-        for (int64_t g = 0; g < p.groups; ++g) forces_of_large_group(p, g, scale, forces, moments + R2 * g);
+        for (int64_t g = 0; g < p.groups; ++g) forces_of_large_group(p, g, *scale(g), forces, moments + R2 * g);
     else
         for_groups(p, [&](LossGroup<T>& group, int64_t g) {
-            group.find_forces(g, kept ? kept + g * p.kept_of_group() : nullptr, scale, forces, moments + R2 * g);
+            group.find_forces(g, kept ? kept + g * p.kept_of_group() : nullptr, *scale(g), forces, moments + R2 * g, details);
         });
 }
 
 template <class T>
-void loss_gradient(const LossSpec& spec, const Rows<T>& grad, int64_t groups, int64_t D, double scale, const double* factors,
-                   const T* forces, const T* incoming, int threads) {
+void loss_gradient(const LossSpec& spec, const Rows<T>& grad, int64_t groups, int64_t D, OfGroups numbers, const T* forces, const T* incoming,
+                   int threads) {
     const int64_t N = grad.count, R = spec.R_list.size();
-    const T by = T(-2 / (double(N) * double(D))) / unit_of_points<T>(spec, scale, D);
     parallel(groups, threads_for(groups * N * D * R, threads), [&](int64_t g, int) {
+        const double *scale = numbers(g), *factors = scale + 1;
+        const T by = T(-2 / (double(N) * double(D))) / unit_of_points<T>(spec, *scale, D) * incoming[g];
         for (int64_t i = 0; i < N; ++i) {
             T* out = grad(g, i);
             for (int64_t r = 0; r < R; ++r) {
                 const T* force = forces + ((r * groups + g) * N + i) * D;
-                const T factor = T(factors[r]) * by * incoming[g];
+                const T factor = T(factors[r]) * by;
                 for (int64_t e = 0; e < D; ++e) out[e] = r == 0 ? force[e] * factor : out[e] + force[e] * factor;
             }
         }

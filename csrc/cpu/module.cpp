@@ -123,67 +123,89 @@ void loss_scale(py::handle spec_, py::handle map, py::handle means, py::handle k
         using T = decltype(type);
         const auto problem = loss_problem<T>(spec, map, threads);
         double* out = data<double>(means);
-        T* distances = data<T>(kept);
+        T* costs = data<T>(kept);
         const py::gil_scoped_release release;
-        functions_of(type).loss_scale(problem, out, distances);
+        functions_of(type).loss_scale(problem, out, costs);
     });
 }
 
-void loss_moments(py::handle spec_, py::handle map, double scale, py::handle kept, py::handle forces, py::handle moments, int threads) {
+// A tensor [S, …] of doubles, S = 1 or a row for each group.
+OfGroups of_groups(py::handle tensor) {
+    const py::tuple shape = tensor.attr("shape"), strides = tensor.attr("stride")();
+    return {data<const double>(tensor), element(shape, 0) == 1 ? 0 : element(strides, 0)};
+}
+
+void loss_moments(py::handle spec_, py::handle map, py::handle scale, py::handle kept, py::handle forces, py::handle moments, py::handle details,
+                  int threads) {
     const LossSpec spec = loss_spec(spec_);
     with_type_of(gen_of(map), [&](auto type) {
         using T = decltype(type);
         const auto problem = loss_problem<T>(spec, map, threads);
-        T *distances = data<T>(kept), *out = data<T>(forces), *products = data<T>(moments);
+        const OfGroups of_scale = of_groups(scale);
+        T *costs = data<T>(kept), *out = data<T>(forces), *products = data<T>(moments), *found = data<T>(details);
         const py::gil_scoped_release release;
-        functions_of(type).loss_moments(problem, scale, distances, out, products);
+        functions_of(type).loss_moments(problem, of_scale, costs, out, products, spec.details ? found : nullptr);
     });
 }
 
-// All phases but the last, of one map and no other ranks: its losses [G] and forces, its scale and λ_R² as `statistics` [1 + R],
-// and for the last phase the scale and 1/λ_R.
-template <class T> std::vector<double> forward_of_map(const LossProblem<T>& p, T* losses, T* statistics, T* forces) {
-    const auto& functions = functions_of(T());
-    const int64_t R = p.spec.R_list.size();
-    const Buffer<T> distances(p.groups * p.kept_of_group()), moments(p.groups * R * R);
-    T* const kept = p.kept_of_group() ? static_cast<T*>(distances) : nullptr;
-    double means[2];
-    functions.loss_scale(p, means, kept);
-    std::vector<double> numbers{means[0] / means[1]};
-    functions.loss_moments(p, numbers[0], kept, forces, moments);
-    statistics[0] = T(numbers[0]);
-    for (int64_t r = 0; r < R; ++r) {
-        double sum = 0;
-        for (int64_t g = 0; g < p.groups; ++g) sum += moments[(g * R + r) * R + r];
-        const double square = sum / double(p.groups), least = p.spec.least_squared_lambda;
-        statistics[1 + r] = T(square);
-        numbers.push_back(1 / std::sqrt(square < least ? least : square));
-    }
-    for (int64_t g = 0; g < p.groups; ++g) {
-        double loss = 0;
-        for (int64_t n = 0; n < R * R; ++n) loss += moments[g * R * R + n] * numbers[1 + n / R] * numbers[1 + n % R];
-        losses[g] = T(loss);
-    }
-    return numbers;
+// 1/λ_R behind the scale in `numbers` [S, 1 + R], and λ_R² behind it in `statistics` [1 + R, S], from the mean products of forces.
+template <class T> void normalise(const LossProblem<T>& p, const T* moments, int64_t S, double* numbers, T* statistics) {
+    const int64_t R = p.spec.R_list.size(), parts = p.spec.normalize == NormalizeKind::group ? p.groups : 1, in_part = p.groups / parts;
+    const bool of_roots = p.spec.normalize == NormalizeKind::group_mean;
+    for (int64_t s = 0; s < S; ++s)
+        for (int64_t r = 0; r < R; ++r) {
+            const int64_t first = parts == 1 ? 0 : s * in_part;
+            double sum = 0;
+            for (int64_t g = first; g < first + in_part; ++g) sum += of_roots ? std::sqrt(double(moments[(g * R + r) * R + r])) : moments[(g * R + r) * R + r];
+            const double mean = sum / double(in_part), square = of_roots ? mean * mean : mean;
+            statistics[(1 + r) * S + s] = T(square);
+            numbers[s * (1 + R) + 1 + r] = p.spec.normalize == NormalizeKind::none ? 1 : 1 / std::sqrt(std::max(p.spec.least_squared_lambda, square));
+        }
 }
 
-std::vector<std::vector<double>> loss_forward(py::handle spec_, const py::list& maps, const py::list& losses, const py::list& statistics,
-                                              const py::list& forces, int threads) {
+// All phases but the last, of one map and no other ranks: its losses [G], forces and details; its scale and λ_R² as `statistics`
+// [1 + R, S], and for the last phase the scale and 1/λ_R, `numbers` [S, 1 + R], where the scale stands already if it is given.
+template <class T> void forward_of_map(const LossProblem<T>& p, int64_t S, bool scale_given, T* losses, T* statistics, double* numbers, T* forces, T* details) {
+    const auto& functions = functions_of(T());
+    const int64_t R = p.spec.R_list.size(), parts = p.spec.scale_of_groups ? p.groups : 1;
+    const Buffer<T> costs(p.groups * p.kept_of_group()), moments(p.groups * R * R);
+    T* const kept = p.kept_of_group() ? static_cast<T*>(costs) : nullptr;
+    std::vector<double> means(2 * parts);
+    functions.loss_scale(p, means.data(), kept);
+    for (int64_t s = 0; s < S; ++s) {
+        const int64_t part = parts == 1 ? 0 : s;
+        if (!scale_given) numbers[s * (1 + R)] = means[2 * part] / means[2 * part + 1];
+        statistics[s] = T(numbers[s * (1 + R)]);
+    }
+    const OfGroups of_groups{numbers, S == 1 ? 0 : 1 + R};
+    functions.loss_moments(p, of_groups, kept, forces, moments, details);
+    normalise<T>(p, moments, S, numbers, statistics);
+    for (int64_t g = 0; g < p.groups; ++g) {
+        const double* factors = of_groups(g) + 1;
+        double loss = 0;
+        for (int64_t n = 0; n < R * R; ++n) loss += moments[g * R * R + n] * factors[n / R] * factors[n % R];
+        losses[g] = T(loss);
+    }
+}
+
+void loss_forward(py::handle spec_, const py::list& maps, const py::list& losses, const py::list& statistics, const py::list& numbers,
+                  const py::list& forces, const py::list& details, int threads) {
     const LossSpec spec = loss_spec(spec_);
-    std::vector<std::vector<double>> numbers;
+    const bool scale_given = field<std::string>(spec_, "scale") == "given";
     for (size_t m = 0; m < maps.size(); ++m)
         with_type_of(losses[m], [&](auto type) {
             using T = decltype(type);
             const auto problem = loss_problem<T>(spec, maps[m], threads);
+            const int64_t S = element(numbers[m].attr("shape"), 0);
             T *of_groups = data<T>(losses[m]), *found = data<T>(statistics[m]), *out = data<T>(forces[m]);
+            T* of_samples = spec.details ? data<T>(details[m]) : nullptr;
+            double* for_gradient = data<double>(numbers[m]);
             const py::gil_scoped_release release;
-            numbers.push_back(forward_of_map<T>(problem, of_groups, found, out));
+            forward_of_map<T>(problem, S, scale_given, of_groups, found, for_gradient, out, of_samples);
         });
-    return numbers;
 }
 
-void loss_gradient(py::handle spec_, const std::vector<std::vector<double>>& numbers, const py::list& forces, const py::list& incoming,
-                   const py::list& grads, int threads) {
+void loss_gradient(py::handle spec_, const py::list& numbers, const py::list& forces, const py::list& incoming, const py::list& grads, int threads) {
     const LossSpec spec = loss_spec(spec_);
     for (size_t m = 0; m < grads.size(); ++m)
         with_type_of(grads[m], [&](auto type) {
@@ -191,9 +213,10 @@ void loss_gradient(py::handle spec_, const std::vector<std::vector<double>>& num
             const py::tuple shape = forces[m].attr("shape");
             const int64_t groups = element(shape, 1), D = element(shape, 3);
             const auto grad = rows<T>(grads[m], 1);
+            const OfGroups scale_and_factors = of_groups(numbers[m]);
             const T *of_map = data<const T>(forces[m]), *of_loss = data<const T>(incoming[m]);
             const py::gil_scoped_release release;
-            functions_of(type).loss_gradient(spec, grad, groups, D, numbers[m][0], numbers[m].data() + 1, of_map, of_loss, threads);
+            functions_of(type).loss_gradient(spec, grad, groups, D, scale_and_factors, of_map, of_loss, threads);
         });
 }
 
@@ -209,7 +232,8 @@ PYBIND11_MODULE(_cpu, m) {
     });
     m.def("affinity_forward", &affinity_forward);
     m.def("affinity_backward", &affinity_backward);
-    m.attr("GROUP_PAIRS") = GROUP_PAIRS, m.attr("KEEP_DISTANCES_FROM_D") = KEEP_DISTANCES_FROM_D, m.attr("KEPT_ALIGN") = KEPT_ALIGN;
+    m.attr("GROUP_PAIRS") = GROUP_PAIRS, m.attr("KEEP_DISTANCES_FROM_D") = KEEP_DISTANCES_FROM_D;
+    m.def("loss_columns", &loss_columns);
     m.def("loss_scale", &loss_scale);
     m.def("loss_moments", &loss_moments);
     m.def("loss_forward", &loss_forward);

@@ -86,7 +86,7 @@ template <class T> const T* find_centre(const T* const* points, int64_t count, i
 // Up to this dimension differences cost no more than products and a look for close pairs.
 constexpr int64_t DIFFERENCES_UP_TO = 8;
 
-template <class T> void distances_by_differences(const Tile<T>& t, int64_t depth, const T* centred, const T* k_panels, T least, T* d) {
+template <class T> void distances_by_differences(const Tile<T>& t, int64_t depth, const T* centred, const T* k_panels, const T* k_norms, T least, T* d) {
     for (int64_t i = 0; i < t.rows; ++i) {
         const T* q = centred + (t.row + i) * depth;
         for (int64_t j = 0; j < t.width; j += WIDTH<T>) {
@@ -97,9 +97,9 @@ template <class T> void distances_by_differences(const Tile<T>& t, int64_t depth
                 const Vec<T> difference = q[e] - load<T>(k + e * PANEL<T>);
                 square += difference * difference;
             }
-            store<T>(d + i * t.ld + j, at_least<T>(square_root<T>(square), least));
+            const Vec<T> norm = load<T>(k_norms + col);
+            store<T>(d + i * t.ld + j, norm > std::numeric_limits<T>::max() ? norm : at_least<T>(square_root<T>(square), least));
         }
-        std::fill(d + i * t.ld + t.cols, d + i * t.ld + t.width, INF<T>);
     }
 }
 
@@ -107,7 +107,7 @@ template <class T> void distances_by_differences(const Tile<T>& t, int64_t depth
 // is query i, and its distance is exactly `least`. Padding columns get +∞.
 template <class T>
 void distances(const Tile<T>& t, int64_t depth, const Queries<T>& q, const Keys<T>& k, bool has_self, T least, T* d) {
-    if (depth <= DIFFERENCES_UP_TO) return distances_by_differences(t, depth, q.centred, k.panels, least, d);
+    if (depth <= DIFFERENCES_UP_TO) return distances_by_differences(t, depth, q.centred, k.panels, k.norms, least, d);
     multiply<T>(t.rows, t.width, depth, q.centred + t.row * depth, depth, 1, k.panels + t.col * depth, depth * PANEL<T>, d, t.ld, false);
     for (int64_t i = 0; i < t.rows; ++i) {
         T* row = d + i * t.ld;
@@ -125,7 +125,7 @@ void distances(const Tile<T>& t, int64_t depth, const Queries<T>& q, const Keys<
         if (self_here) row[self] = least;
         if (!any<T>(close)) continue;
         for (int64_t j = 0; j < t.cols; ++j)  // a bound a little wider than above: rounding must not miss a close pair
-            if (!(row[j] * row[j] > (q_norm[0] + k_norms[j]) * T(CLOSE * 1.03)) && !(self_here && j == self)) {
+            if (!(row[j] * row[j] > (q_norm[0] + k_norms[j]) * T(CLOSE * 1.03)) && !(self_here && j == self) && k.rows[t.col + j]) {
                 const T exact = std::sqrt(squared_distance(q.rows[t.row + i], k.rows[t.col + j], depth));
                 row[j] = exact < least ? least : exact;  // NaN stays NaN
             }

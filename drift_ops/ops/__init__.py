@@ -2,9 +2,9 @@
 
 from .affinity import affinity_sums as affinity_sums
 from .loss import Statistics as Statistics
+from .loss import has_loss_at_once as has_loss_at_once
 from .loss import log_mass as log_mass
 from .loss import loss as loss
 from .loss import loss_at_once as loss_at_once
-from .pairs import log_sums as log_sums
-from .pairs import weighted_sums as weighted_sums
+from .pairs import DifferentiableSums as DifferentiableSums
 from .registration import rows as rows

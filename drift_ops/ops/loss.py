@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -56,38 +57,51 @@ class _LossGradient(Step):
 
 
 class _LossAtOnce(torch.autograd.Function):
-    """Losses and statistics ``[1 + R]`` of all maps, by a backend that has both phases in one call."""
+    """Losses, statistics and details of all maps, by a backend that has both phases in one call."""
 
     @staticmethod
-    def forward(ctx: Any, spec: LossSpec, backend: Any, maps: Sequence[LossMap], *gens: Tensor) -> tuple[Tensor, ...]:
-        losses, statistics, ctx.numbers, states = backend.loss_at_once(spec, maps)
-        ctx.spec, ctx.backend = spec, backend
+    def forward(
+        ctx: Any, spec: LossSpec, backend: Any, maps: Sequence[LossMap], scale: Any, *gens: Tensor
+    ) -> tuple[Tensor, ...]:
+        losses, statistics, details, states, numbers = backend.loss_at_once(spec, maps, scale)
+        ctx.spec, ctx.backend, ctx.numbers = spec, backend, numbers
         ctx.save_for_backward(*gens, *states)
-        ctx.mark_non_differentiable(*statistics)
-        return *losses, *statistics
+        ctx.mark_non_differentiable(*statistics, *details)
+        return *losses, *statistics, *details
 
     @staticmethod
     def backward(ctx: Any, *incoming: Tensor) -> tuple[Tensor | None, ...]:
-        tensors, maps = ctx.saved_tensors, len(incoming) // 2
-        given = tensors[:maps], tensors[maps:], incoming[:maps]
-        gradient = functools.partial(ctx.backend.gradient_at_once, ctx.spec, ctx.numbers)
+        tensors, maps = ctx.saved_tensors, len(ctx.numbers)
+        given = tensors[:maps], tensors[maps:], ctx.numbers, incoming[:maps]
+        gradient = functools.partial(ctx.backend.gradient_at_once, ctx.spec)
         if not torch.is_grad_enabled():
-            return None, None, None, *gradient(*given)
+            return None, None, None, None, *gradient(*given)
         leaves, layout = tree_flatten(given)
-        return None, None, None, *Once.apply(gradient, layout, *leaves)
+        return None, None, None, None, *Once.apply(gradient, layout, *leaves)
 
 
-def loss_at_once(gen: Tensor, backend: str, spec: LossSpec) -> Callable[..., Any] | None:
-    """:func:`loss` of a list of maps, the short way for the smallest of problems, if there is one."""
-    if not is_plain(gen) or not hasattr(implementation(backend), "loss_at_once") or not spec.of_release:
-        return None
+def has_loss_at_once(gen: Tensor, backend: str) -> bool:
+    """Whether a backend has the first two phases in one call, the short way for the smallest of problems."""
+    return is_plain(gen) and hasattr(implementation(backend), "loss_at_once")
+
+
+def loss_at_once(
+    maps: Sequence[LossMap], spec: LossSpec, backend: str, R: Tensor | None, scale: Tensor | None
+) -> tuple[Sequence[Tensor], list[Statistics]] | None:
+    """:func:`loss` without other ranks, by such a backend; None where it has no kernel for groups as large as these."""
     module = implementation(backend)
-
-    def loss_of(maps: Sequence[LossMap]) -> tuple[Sequence[Tensor], list[Statistics]]:
-        results = _LossAtOnce.apply(spec, module, maps, *[of_map.gen for of_map in maps])
-        return results[: len(maps)], [Statistics(of_map[0], of_map[1:]) for of_map in results[len(maps) :]]
-
-    return loss_of
+    if any([module.is_composed(spec, of_map) for of_map in maps]):
+        return None
+    spec = spec if R is None else replace(spec, R_list=tuple(R.tolist()))
+    given = None if scale is None else by_map(maps, scale)
+    results = _LossAtOnce.apply(spec, module, maps, given, *[of_map.gen for of_map in maps])
+    losses, statistics, details = (results[n * len(maps) : (n + 1) * len(maps)] for n in range(3))
+    details = details or (None,) * len(maps)
+    if not spec.has_statistics_of_groups:
+        return losses, [Statistics(s[0], s[1:], d) for s, d in zip(statistics, details, strict=True)]
+    scales = [s[0, 0] if spec.scale == "global" else s[0] for s in statistics]
+    lambdas = [s[1:] if spec.normalize == "group" else s[1:, 0] for s in statistics]
+    return losses, [Statistics(*of_map) for of_map in zip(scales, lambdas, details, strict=True)]
 
 
 def loss(

@@ -6,8 +6,7 @@ With logits ``L_ij = −(C_ij/unit + self_cost)/width`` of queries i and keys j,
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,7 +66,6 @@ def log_sums(
     ``log Σ_i exp(L_ij − potential_i)``, ``[S, G, M]``, with one ``[S, G, N]``. None is 0; what has a potential of ∞ is
     left out. Differentiable w.r.t. all other tensors.
     """
-    spec = replace(spec, sides=1, floor=0.0)
     keys = [k.view_as(k) for k in keys]  # dynamo wants to see no tensor twice, and queries may be keys
     return apply_step(_LogSums, spec, backend, by_row, q, width, unit, potential, *keys)
 
@@ -141,6 +139,18 @@ def weighted_sums(
     """
     keys = [k.view_as(k) for k in keys]
     return apply_step(_WeightedSums, spec, backend, q, width, unit, alpha, beta, w, centre, *keys)
+
+
+class DifferentiableSums(NamedTuple):
+    """Both sums of a backend, with derivatives."""
+
+    backend: str
+
+    def log_sums(self, *arguments: Any) -> Tensor:
+        return log_sums(*arguments, backend=self.backend)
+
+    def weighted_sums(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+        return weighted_sums(*arguments, backend=self.backend)
 
 
 _PAIRS = "Tensor q, Tensor[] keys, Tensor width, Tensor? unit, Tensor alpha, Tensor beta, Tensor? w"

@@ -1,0 +1,331 @@
+// How a group of form C couples its samples with its targets: from costs to the coefficients of the targets.
+//
+// Targets lie in columns, negatives first, and positives start at a whole vector. One exponential a pair: E = exp(L − level),
+// with a level for each row and side that none of its logits exceeds, and A = max(E·row·column, √floor) with factors of rows
+// and columns. Where such factors would leave the range of the numbers, logarithms take their place.
+#pragma once
+#include "tiles.hpp"
+
+namespace drift::DRIFT_ISA {
+
+// The columns of a side: its targets, and the padding behind them.
+struct Columns {
+    int64_t begin, end, targets;
+};
+
+// What is found for every sample, [N] each; null: it is not wanted. As DETAILS in drift_ops/spec.py.
+template <class T> struct Details {
+    T *log_row_sums = nullptr, *log_mass = nullptr, *sum_neg = nullptr, *sum_pos = nullptr, *slope = nullptr, *residual = nullptr;
+};
+
+// Sinkhorn's factors stay below this, so that a product of two, and what was lost when E was rounded to 0, matter nowhere.
+template <class T> constexpr T MOST_SCALING = sizeof(T) == 4 ? T(0x1p40) : T(0x1p300);
+
+template <class T> class Coupling {
+    const LossSpec& spec;
+    const int64_t N, ld, padded;
+    const Columns sides[2];  // negatives, positives
+    const T least;
+    const T* costs = nullptr;  // [N, ld], infinite where there is no pair
+    T slope_of_logits = 0;     // L = slope·cost + log w
+    Buffer<T> A, levels, sums, moved, nearest, row_factors;  // [N, ld]; of rows and sides [2, padded]: level, Σ E, Σ E·slope·cost, least cost, factor
+    Buffer<T> column_factors, column_sums, potentials, rows_of_logs;
+    Buffer<T> log_weights, weights, shares;  // [ld], of targets: added to L; multiplies A; what Sinkhorn's columns sum to
+
+  public:
+    Coupling(const LossSpec& spec, int64_t N, int64_t ld, Columns negatives, Columns positives)
+        : spec(spec), N(N), ld(ld), padded(round_up(N, KEPT_ALIGN)), sides{negatives, positives}, least(std::sqrt(T(spec.floor))), A(N * ld),
+          levels(2 * padded), sums(2 * padded), moved(2 * padded), nearest(2 * padded), row_factors(2 * padded), column_factors(ld),
+          column_sums(ld), potentials(ld), rows_of_logs(padded), log_weights(ld), weights(ld), shares(ld) {
+        for (T* array : {&levels[0], &sums[0], &moved[0], &nearest[0], &row_factors[0]}) std::fill_n(array, 2 * padded, T(0));
+    }
+
+    // Takes over the weights [ld] of a group's targets, which `is_there` knows by their columns.
+    template <class IsThere> void open(const T* of_targets, IsThere is_there) {
+        const bool kernel = spec.weights == WeightsKind::kernel;
+        for (int64_t j = 0; j < ld; ++j) {
+            const T w = of_targets[j];
+            const bool left_out = !is_there(j) || (kernel && w == 0);
+            log_weights[j] = left_out ? -INF<T> : kernel ? std::log(w) : T(0);
+            weights[j] = left_out ? T(0) : spec.weights == WeightsKind::affinity ? w : T(1);
+            shares[j] = left_out ? T(0) : spec.weights == WeightsKind::marginal ? w : T(1);
+        }
+        if (spec.coupling != CouplingKind::sinkhorn) return;
+        if (spec.split_sides)
+            share_out(sides[0].begin, sides[0].end), share_out(sides[1].begin, sides[1].end);
+        else
+            share_out(0, ld);
+    }
+
+    // The costs that the next calls are about.
+    void start(const T* of_group) {
+        costs = of_group;
+        for (int side = 0; side < 2; ++side)
+            for (int64_t i = 0; i < N; ++i) {
+                Vec<T> least_cost = splat<T>(INF<T>);
+                for_columns(side, [&](int64_t j) {
+                    const Vec<T> here = load<T>(costs + i * ld + j);
+                    least_cost = here < least_cost ? here : least_cost;
+                });
+                nearest[side * padded + i] = -horizontal_max<T>(-least_cost);
+            }
+    }
+
+    // The coefficients [N, ld] of the targets for logits L = −cost/width + log w, times `by`; R is the width in other units.
+    const T* coefficients(T width, T R, T by, const Details<T>& details) {
+        slope_of_logits = -1 / width;
+        find_levels();
+        const bool wants_columns = spec.coupling == CouplingKind::two_sided;
+        with_bool(spec.weights == WeightsKind::kernel, [&](auto weighted) {
+            with_bool(details.slope != nullptr, [&](auto moves) { find_exponentials<weighted, moves>(wants_columns); });
+        });
+        if (details.log_row_sums) find_masses(R, details);
+        T residual = 0;
+        if (spec.split_sides)
+            for (int side = 0; side < 2; ++side) residual += couple(side, side) / 2;
+        else
+            residual = couple(0, 1);
+        if (details.residual) std::fill_n(details.residual, N, residual);
+        for (int64_t i = 0; i < N; ++i) find_coefficients(i, by, details);
+        return A;
+    }
+
+  private:
+    void share_out(int64_t begin, int64_t end) {
+        const T by = T(N) / sum<T>(&shares[begin], end - begin);
+        for (int64_t j = begin; j < end; ++j) shares[j] *= by;
+    }
+    template <class Body> DRIFT_INLINE void for_columns(int side, Body body) const {
+        for (int64_t j = sides[side].begin; j < sides[side].end; j += WIDTH<T>) body(j);
+    }
+    template <class Body> static void with_bool(bool value, Body body) { value ? body(std::true_type()) : body(std::false_type()); }
+
+    Vec<T> logits(int64_t i, int64_t j) const { return load<T>(costs + i * ld + j) * slope_of_logits + load<T>(log_weights + j); }
+
+    void find_levels() {
+        for (int side = 0; side < 2; ++side)
+            for (int64_t i = 0; i < N; ++i) {
+                T& level = levels[side * padded + i];
+                if (spec.weights == WeightsKind::kernel) {
+                    Vec<T> most = splat<T>(-INF<T>);
+                    for_columns(side, [&](int64_t j) { most = greater<T>(logits(i, j), most); });
+                    level = horizontal_max<T>(most);
+                } else {
+                    level = nearest[side * padded + i] * slope_of_logits;
+                }
+                level = finite_shift<T, T>(level);
+            }
+    }
+
+    // E, its sums along rows, and along columns about the highest level of their side.
+    template <bool WEIGHTED, bool MOVES> void find_exponentials(bool wants_columns) {
+        std::fill_n(&column_sums[0], ld, T(0));
+        for (int side = 0; side < 2; ++side) {
+            const T top = highest_level(side);
+            for (int64_t i = 0; i < N; ++i) {
+                const int64_t at = side * padded + i;
+                const T level = levels[at], by = wants_columns ? exp_of(level - top) : T(0);
+                Vec<T> sum{}, move{};
+                for_columns(side, [&](int64_t j) {
+                    const Vec<T> L = load<T>(costs + i * ld + j) * slope_of_logits;
+                    const Vec<T> E = exp_nonpositive((WEIGHTED ? L + load<T>(log_weights + j) : L) - level);
+                    store<T>(&A[i * ld + j], E);
+                    sum += E;
+                    if (MOVES) move += E > T(0) ? E * L : Vec<T>{};
+                    if (wants_columns) store<T>(&column_sums[j], load<T>(&column_sums[j]) + E * by);
+                });
+                sums[at] = horizontal_sum<T>(sum);
+                moved[at] = horizontal_sum<T>(move);
+            }
+        }
+    }
+    static T exp_of(T x) { return exp_nonpositive(splat<T>(x))[0]; }
+    T highest_level(int side) const {
+        T top = -INF<T>;
+        for (int64_t i = 0; i < N; ++i) top = levels[side * padded + i] > top ? levels[side * padded + i] : top;
+        return top;
+    }
+
+    // Level of row i over the sides from first to last, and the sum of exponentials about it; both sums 0: none is left.
+    std::pair<T, T> row_of(int64_t i, int first, int last) const {
+        const int64_t a = first * padded + i, b = last * padded + i;
+        if (first == last || sums[b] == 0) return {levels[a], sums[a]};
+        if (sums[a] == 0) return {levels[b], sums[b]};
+        const T level = std::max(levels[a], levels[b]);
+        return {level, sums[a] * exp_of(levels[a] - level) + sums[b] * exp_of(levels[b] - level)};
+    }
+
+    void find_masses(T R, const Details<T>& details) const {
+        for (int64_t i = 0; i < N; ++i) {
+            const auto [level, sum] = row_of(i, 0, 1);
+            const int64_t neg = i, pos = padded + i;
+            const T log_sum = sum > 0 ? level + std::log(sum) : T(0);
+            details.log_row_sums[i] = log_sum;
+            details.log_mass[i] = levels[pos] + std::log(sums[pos]) - log_sum;
+            const T all = moved[neg] * exp_of(std::min(T(0), levels[neg] - level)) + moved[pos] * exp_of(std::min(T(0), levels[pos] - level));
+            details.slope[i] = sums[pos] > 0 ? (all / sum - moved[pos] / sums[pos]) / R : T(0);  // L moves by −L/R
+        }
+    }
+
+    // The factors of A in the columns of the sides from first to last; returns Sinkhorn's residual.
+    T couple(int first, int last) {
+        const Columns columns{sides[first].begin, sides[last].end, sides[first].targets + (last > first ? sides[last].targets : 0)};
+        std::fill(&column_factors[columns.begin], &column_factors[0] + columns.end, T(1));
+        if (spec.coupling == CouplingKind::sinkhorn) return sinkhorn(first, last, columns);
+        const bool both_axes = spec.coupling == CouplingKind::two_sided;
+        if (both_axes && !all_columns_counted(columns)) {
+            couple_logarithms(first, last, columns);
+            return 0;
+        }
+        for (int side = first; side <= last; ++side) {
+            const T top = both_axes ? highest_level(side) : T(0);
+            for (int64_t i = 0; i < N; ++i) {
+                const auto [level, sum] = row_of(i, first, last);
+                const T own = levels[side * padded + i];
+                T& factor = row_factors[side * padded + i];
+                if (sum == 0 || sums[side * padded + i] == 0)
+                    factor = 0;
+                else if (both_axes)  // exp(own − (level + top)/2), of which no part is positive
+                    factor = exp_of((own - level) / 2 + (own - top) / 2) / std::sqrt(sum);
+                else
+                    factor = exp_of(own - level) / sum;
+            }
+        }
+        if (both_axes)
+            for (int64_t j = columns.begin; j < columns.end; j += WIDTH<T>) {
+                const Vec<T> sum = load<T>(&column_sums[j]);
+                store<T>(&column_factors[j], sum > T(0) ? T(1) / square_root<T>(sum) : Vec<T>{});
+            }
+        return 0;
+    }
+
+    bool is_target(int64_t j) const { return log_weights[j] > -INF<T>; }
+
+    bool all_columns_counted(Columns c) const {
+        bool all = true;
+        for (int64_t j = c.begin; j < c.end; ++j) all &= column_sums[j] >= LEAST_SUM<T> || !is_target(j);
+        return all;
+    }
+
+    void find_coefficients(int64_t i, T by, const Details<T>& details) {
+        T total[2];
+        for (int side = 0; side < 2; ++side) {
+            const T row = row_factors[side * padded + i];
+            Vec<T> sum{};
+            for_columns(side, [&](int64_t j) {
+                T* a = &A[i * ld + j];
+                const Vec<T> value = at_least<T>(load<T>(a) * row * load<T>(&column_factors[j]), least) * load<T>(&weights[j]);
+                store<T>(a, value);
+                sum += value;
+            });
+            total[side] = horizontal_sum<T>(sum);
+        }
+        if (spec.include_self && spec.self_distance == INF<double>) total[0] -= A[i * ld + i], A[i * ld + i] = 0;  // whatever the floor
+        const bool empty = total[0] == 0 || total[1] == 0;
+        const T of_neg = -by * (empty ? 0 : spec.split_sides ? 1 / total[0] : total[1]);
+        const T of_pos = by * (empty ? 0 : spec.split_sides ? 1 / total[1] : total[0]);
+        for_columns(0, [&](int64_t j) { store<T>(&A[i * ld + j], load<T>(&A[i * ld + j]) * of_neg); });
+        for_columns(1, [&](int64_t j) { store<T>(&A[i * ld + j], load<T>(&A[i * ld + j]) * of_pos); });
+        if (details.sum_neg) details.sum_neg[i] = total[0], details.sum_pos[i] = total[1];
+    }
+
+    // Sinkhorn's iterations on E, rows and columns scaled in turn.
+    T sinkhorn(int first, int last, Columns c) {
+        for (int side = first; side <= last; ++side)  // both sides of a row about one level
+            for (int64_t i = 0; i < N; ++i) {
+                const T by = exp_of(std::min(T(0), levels[side * padded + i] - row_of(i, first, last).first));
+                if (by != 1) for_columns(side, [&](int64_t j) { store<T>(&A[i * ld + j], load<T>(&A[i * ld + j]) * by); });
+            }
+        std::fill(&potentials[c.begin], &potentials[0] + c.end, T(0));
+        T residual = 0;
+        for (int n = 0; n < spec.iterations; ++n)
+            if (!scale(first, last, c, residual)) scale_logarithms(first, last, c, residual);
+        return residual;
+    }
+
+    // One iteration; false, and no column changed, where a factor leaves the range.
+    bool scale(int first, int last, Columns c, T& residual) {
+        constexpr T MOST = MOST_SCALING<T>;
+        std::fill(&column_sums[c.begin], &column_sums[0] + c.end, T(0));
+        bool in_range = true;
+        for (int64_t i = 0; i < N; ++i) {
+            T* a = &A[i * ld];
+            Vec<T> total{};
+            for (int64_t j = c.begin; j < c.end; j += WIDTH<T>) total += load<T>(a + j) * load<T>(&column_factors[j]);
+            const T sum = horizontal_sum<T>(total);
+            const bool empty = sums[first * padded + i] == 0 && sums[last * padded + i] == 0;
+            const T factor = empty ? T(0) : 1 / sum;
+            in_range &= empty || (sum < MOST && factor < MOST);
+            row_factors[first * padded + i] = row_factors[last * padded + i] = factor;
+            for (int64_t j = c.begin; j < c.end; j += WIDTH<T>) store<T>(&column_sums[j], load<T>(&column_sums[j]) + load<T>(a + j) * factor);
+        }
+        for (int64_t j = c.begin; j < c.end; ++j) in_range &= shares[j] == 0 || (column_sums[j] < MOST && shares[j] < MOST * column_sums[j]);
+        if (!in_range) return false;
+        T error = 0;
+        for (int64_t j = c.begin; j < c.end; ++j) {
+            if (shares[j] > 0) error += std::abs(column_sums[j] * column_factors[j] - shares[j]);
+            column_factors[j] = shares[j] == 0 ? T(0) : shares[j] / column_sums[j];
+        }
+        residual = error / T(c.targets);
+        return true;
+    }
+
+    // The same iteration from logarithms: the columns' factors go into potentials, and E becomes exp(L + rows + potentials).
+    void scale_logarithms(int first, int last, Columns c, T& residual) {
+        for (int64_t j = c.begin; j < c.end; ++j) potentials[j] += std::log(column_factors[j]);
+        find_row_logarithms(c, true);
+        std::copy(&potentials[c.begin], &potentials[0] + c.end, &column_sums[c.begin]);
+        find_column_logarithms(c, true);
+        T error = 0;
+        for (int64_t j = c.begin; j < c.end; ++j) {
+            if (shares[j] > 0) error += std::abs(std::exp(column_sums[j] - potentials[j]) - shares[j]);
+            column_factors[j] = shares[j];
+        }
+        residual = error / T(c.targets);
+        exponentiate(first, last, c, 1);
+    }
+
+    // Two sides where one level does not serve all logits of a column: A = exp(L − (log Σ_j + log Σ_i)/2).
+    void couple_logarithms(int first, int last, Columns c) {
+        find_row_logarithms(c, false);
+        find_column_logarithms(c, false);
+        exponentiate(first, last, c, T(0.5));
+    }
+
+    // rows_of_logs = −log Σ_j exp(L + potentials), 0 where nothing is left.
+    void find_row_logarithms(Columns c, bool with_potentials) {
+        if (!with_potentials) std::fill(&potentials[c.begin], &potentials[0] + c.end, T(0));
+        for (int64_t i = 0; i < N; ++i) {
+            const auto exponents = [&](int64_t j) { return logits(i, j) + load<T>(&potentials[j]); };
+            Vec<T> most = splat<T>(-INF<T>), sum{};
+            for (int64_t j = c.begin; j < c.end; j += WIDTH<T>) most = greater<T>(exponents(j), most);
+            const T level = finite_shift<T, T>(horizontal_max<T>(most));
+            for (int64_t j = c.begin; j < c.end; j += WIDTH<T>) sum += exp_nonpositive(exponents(j) - level);
+            const T total = horizontal_sum<T>(sum);
+            rows_of_logs[i] = total > 0 ? -level - std::log(total) : T(0);
+        }
+    }
+
+    // potentials = −log Σ_i exp(L + rows_of_logs), 0 where nothing is left.
+    void find_column_logarithms(Columns c, bool with_rows) {
+        for (int64_t j = c.begin; j < c.end; j += WIDTH<T>) {
+            const auto exponents = [&](int64_t i) { return logits(i, j) + (with_rows ? rows_of_logs[i] : T(0)); };
+            Vec<T> most = splat<T>(-INF<T>), sum{};
+            for (int64_t i = 0; i < N; ++i) most = greater<T>(exponents(i), most);
+            const Vec<T> level = finite_shift<T, Vec<T>>(most);
+            for (int64_t i = 0; i < N; ++i) sum += exp_nonpositive(exponents(i) - level);
+            for (int l = 0; l < WIDTH<T>; ++l) potentials[j + l] = sum[l] > 0 ? -level[l] - std::log(sum[l]) : T(0);
+        }
+    }
+
+    // E = exp(L + by·(rows_of_logs + potentials)), of which all factors are 1.
+    void exponentiate(int first, int last, Columns c, T by) {
+        for (int64_t i = 0; i < N; ++i) {
+            for (int64_t j = c.begin; j < c.end; j += WIDTH<T>)
+                store<T>(&A[i * ld + j], exp_nonpositive(logits(i, j) + (load<T>(&potentials[j]) + rows_of_logs[i]) * by));
+            row_factors[first * padded + i] = row_factors[last * padded + i] = 1;
+        }
+    }
+};
+
+}  // namespace drift::DRIFT_ISA
