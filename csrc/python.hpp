@@ -34,7 +34,8 @@ inline LossSpec loss_spec(py::handle spec) {
             field<double>(spec, "least_scale"), field<double>(spec, "self_distance"), field<double>(spec, "least_squared_lambda"),
             kind<CostKind>(spec, "cost", COST_NAMES), kind<CouplingKind>(spec, "coupling", COUPLING_NAMES),
             field<std::string>(spec, "sides") == "split", field<int>(spec, "iterations"), kind<WeightsKind>(spec, "weights", WEIGHTS_NAMES),
-            field<bool>(spec, "include_self"), field<std::string>(spec, "scale") != "global", field<bool>(spec, "scale_self_pairs"),
+            field<bool>(spec, "include_self"), field<std::string>(spec, "scale") != "global",
+            field<std::string>(spec, "scale") == "given", field<bool>(spec, "scale_self_pairs"),
             kind<NormalizeKind>(spec, "normalize", NORMALIZE_NAMES), field<bool>(spec, "details")};
 }
 

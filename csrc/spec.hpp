@@ -33,7 +33,7 @@ struct LossSpec {
     bool split_sides;
     int iterations;
     WeightsKind weights;
-    bool include_self, scale_of_groups, scale_self_pairs;
+    bool include_self, scale_of_groups, scale_given, scale_self_pairs;
     NormalizeKind normalize;
     bool details;
     double least_cost() const { return cost == CostKind::l2 ? least_distance : least_distance * least_distance; }

@@ -125,8 +125,9 @@ def _couple(pairs: Pairs, centre: Tensor, field: Field) -> tuple[Tensor, Tensor,
         alpha = _finite(pairs.log_sums_of_rows(beta)) / 2
         beta = (_finite(pairs.log_sums_of_columns(None)) + beta) / 2
     else:
-        marginal = field.weights == "marginal" and pairs.weights is not None
-        share = pairs.weights if marginal else (beta[0] < math.inf).to(beta.dtype)
+        share = (beta[0] < math.inf).to(beta.dtype)
+        if field.weights == "marginal" and pairs.weights is not None:
+            share = pairs.weights
         log_columns = _log(share / share.sum(1, keepdim=True)) + math.log(N)
         for _ in range(field.iterations):
             alpha, old = _finite(pairs.log_sums_of_rows(beta)), beta

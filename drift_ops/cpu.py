@@ -28,13 +28,20 @@ except ValueError as error:
     load_error = f"DRIFT_OPS_CPU_ISA: {error}"
 
 
+def _native(spec: AffinitySpec | LossSpec) -> Any:
+    """The spec as the compiled module has it, made once: a conversion takes as long as the smallest of problems."""
+    if "native" not in spec.__dict__:
+        spec.__dict__["native"] = getattr(_cpu, type(spec).__name__)(spec)
+    return spec.__dict__["native"]
+
+
 def affinity_sums(
     spec: AffinitySpec, q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor] | None, w: Tensor | None
 ) -> tuple[Tensor, ...]:
     """See :func:`drift_ops.ops.affinity_sums`."""
     results = tuple([q.new_empty(shape) for shape in spec.shapes(q, keys)])
     w = None if w is None else w.contiguous()
-    _cpu.affinity_forward(spec, q, list(keys), list(values or ()), w, *results, torch.get_num_threads())
+    _cpu.affinity_forward(_native(spec), q, list(keys), list(values or ()), w, *results, torch.get_num_threads())
     return results
 
 
@@ -51,7 +58,7 @@ def affinity_sums_backward(
     of_keys, of_values = grads[: len(keys)], grads[len(keys) :]
     w = None if w is None else w.contiguous()
     grad_w = q.new_empty(0) if w is None else torch.zeros_like(w)
-    given = (spec, q, list(keys), list(values or ()), w, *statistics_and_gradients)
+    given = (_native(spec), q, list(keys), list(values or ()), w, *statistics_and_gradients)
     _cpu.affinity_backward(*given, grad_q, of_keys, of_values, grad_w, torch.get_num_threads())
     return grad_q, of_keys, of_values, grad_w
 
@@ -80,7 +87,7 @@ def loss_scale(spec: LossSpec, maps: Sequence[LossMap]) -> list[tuple[Tensor, Te
     for of_map in maps:
         means = of_map.gen.new_empty(1 if spec.scale == "global" else of_map.groups, 2, dtype=torch.float64)
         kept = of_map.gen.new_empty(kept_shape(spec, of_map))
-        _cpu.loss_scale(spec, of_map, means, kept, torch.get_num_threads())
+        _cpu.loss_scale(_native(spec), of_map, means, kept, torch.get_num_threads())
         results.append((means, kept))
     return results
 
@@ -97,7 +104,7 @@ def loss_moments(
         known, gen = spec if R is None else replace(spec, R_list=tuple(R.tolist())), of_map.gen
         forces, moments = gen.new_empty(state_shape(spec, of_map)), gen.new_empty(of_map.shape_of_moments(spec))
         details = gen.new_empty(of_map.shape_of_details(spec))
-        _cpu.loss_moments(known, of_map, of_scale, costs, forces, moments, details, torch.get_num_threads())
+        _cpu.loss_moments(_native(known), of_map, of_scale, costs, forces, moments, details, torch.get_num_threads())
         results.append((forces, moments, details))
     return results
 
@@ -132,7 +139,7 @@ def loss_at_once(spec: LossSpec, maps: Sequence[LossMap], scale: Sequence[Tensor
     numbers = [torch.empty(G, columns, dtype=torch.float64, device="cpu") for G in of_groups]
     for of_map, given in zip(numbers, scale or (), strict=False):
         of_map[:, 0] = given
-    _cpu.loss_forward(spec, maps, losses, statistics, numbers, forces, details, torch.get_num_threads())
+    _cpu.loss_forward(_native(spec), maps, losses, statistics, numbers, forces, details, torch.get_num_threads())
     return losses, statistics, details, forces, numbers
 
 
@@ -146,5 +153,5 @@ def gradient_at_once(
     """Phase 3: the gradients w.r.t. ``gens``, with their strides."""
     grads = [torch.empty_like(gen) for gen in gens]
     of_losses = [of_map.contiguous() for of_map in incoming]
-    _cpu.loss_gradient(spec, list(numbers), list(forces), of_losses, grads, torch.get_num_threads())
+    _cpu.loss_gradient(_native(spec), list(numbers), list(forces), of_losses, grads, torch.get_num_threads())
     return grads

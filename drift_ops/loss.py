@@ -137,24 +137,30 @@ def _spec(
         check_choice("normalize", normalize, ("global", "group", "group_mean"))
     if isinstance(scale, str):
         check_choice("scale", scale, ("global", "group"))
-    others: dict[str, Any] = {
-        "scale": scale if isinstance(scale, str) else "given",
-        "scale_self_pairs": scale_self_pairs,
-        "normalize": normalize or "none",
-        "details": field is not None or R is not None,
-    }
+    else:
+        scale = "given"
     if field is None:
-        return LossSpec(widths, check_floor(affinity_floor), **others)
+        floor, self_distance = check_floor(affinity_floor), LossSpec.self_distance
+    else:
+        _check_field(field, affinity_floor, checked)
+        floor, self_distance = field.affinity_floor, field.self_cost
+    make = LossSpec.of_field if torch.compiler.is_compiling() else _known_spec
+    details = field is not None or R is not None
+    return make(field, widths, floor, self_distance, scale, scale_self_pairs, normalize or "none", details)
+
+
+# To make one, and what backends make of it, would take a good part of a small call.
+_known_spec = functools.lru_cache(maxsize=64)(LossSpec.of_field)
+
+
+def _check_field(field: Field, affinity_floor: float, checked: list[tuple[Any, ...]]) -> None:
     check_field(field, affinity_floor=(affinity_floor, 1e-6))
     for m, (_, neg, _, *weights) in enumerate(checked):
         index = f"[{m}]" if len(checked) > 1 else ""
         names = (f"weight_gen{index}", f"weight_neg{index}", f"weight_pos{index}")
         check_suits(field, f"fixed_neg{index}", neg, dict(zip(names, weights, strict=True)))
         if weights[0] is not None and not field.include_self:
-            raise ValueError(
-                f"{names[0]}: got weights of samples that are no targets with include_self=False; leave it out"
-            )
-    return LossSpec.of_field(field, widths, **others)
+            raise ValueError(f"{names[0]}: got weights, but samples are no targets with include_self=False; omit it")
 
 
 def _given_scales(scale: Any, maps: list[LossMap]) -> Tensor:

@@ -118,11 +118,15 @@ class Coefficients(NamedTuple):
     residual: Tensor  # [...]: Sinkhorn's error of the sums of columns, of both sides where these are split
 
 
+def _log_weights(weights: Tensor) -> Tensor:
+    """−∞ with a gradient of 0 at 0."""
+    return weights.masked_fill(weights == 0, 1.0).log().masked_fill(weights == 0, -math.inf)
+
+
 def coefficients(logits: Tensor, weights: Tensor, negatives: int, field: Field) -> Coefficients:
     """Of ``logits [..., N, M]``, −∞ where a pair is left out, and weights ``[..., M]``; the first are negatives."""
     if field.weights == "kernel":
-        log_weights = weights.masked_fill(weights == 0, 1.0).log().masked_fill(weights == 0, -math.inf)
-        logits = logits + log_weights.unsqueeze(-2)
+        logits = logits + _log_weights(weights).unsqueeze(-2)
     left_out = logits == -math.inf
     logits = logits.masked_fill(left_out, MASKED)
     counts = [negatives, logits.shape[-1] - negatives]
@@ -340,11 +344,12 @@ def _details(
     found: Coefficients, logits: Tensor, R: Any, weights: Tensor, positives: int, spec: LossSpec
 ) -> tuple[Tensor, ...]:
     """In the order of :data:`drift_ops.spec.DETAILS`, each ``[G, N]``."""
-    P = (logits - found.log_row_sums.unsqueeze(-1)).exp()  # [G, N, M]
-    if spec.weights == "kernel":
-        P = P * weights.unsqueeze(1)
-    moved = P * -logits.masked_fill(logits == -math.inf, 0.0) / R  # dL/dR = −L/R
-    slope = (moved[..., -positives:].sum(-1) / P[..., -positives:].sum(-1)) - moved.sum(-1)
+    with_weights = logits + _log_weights(weights).unsqueeze(1) if spec.weights == "kernel" else logits
+    with_weights = with_weights.clamp(min=MASKED)
+    moved = -logits.masked_fill(logits == -math.inf, 0.0) / R  # dL/dR = −L/R
+    of_pos = (with_weights[..., -positives:].softmax(-1) * moved[..., -positives:]).sum(-1)
+    slope = of_pos - (with_weights.softmax(-1) * moved).sum(-1)
+    slope = slope.masked_fill(found.log_mass < MASKED / 2, 0.0)
     residual = found.residual.unsqueeze(-1).expand_as(slope)
     return found.log_row_sums, found.log_mass, *found.sums, slope, residual
 

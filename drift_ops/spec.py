@@ -197,9 +197,21 @@ class LossSpec(_Flat):
     details: bool = False  # give the log-sum-exps of rows and what else phase 2 knows of them
 
     @classmethod
-    def of_field(cls, field: Field, R_list: tuple[float, ...], **others: Any) -> "LossSpec":
-        same = {name: getattr(field, name) for name in _SAME}
-        return cls(R_list, field.affinity_floor, self_distance=field.self_cost, **same, **others)
+    def of_field(
+        cls,
+        field: Field | None,
+        R_list: tuple[float, ...],
+        floor: float,
+        self_distance: float,  # apart from the field, in which True and 1.0 are the same to a cache
+        scale: str,
+        scale_self_pairs: bool,
+        normalize: str,
+        details: bool,
+    ) -> "LossSpec":
+        """The loss of a field, the release's for None."""
+        same = {} if field is None else {name: getattr(field, name) for name in _SAME}
+        others = {"scale": scale, "scale_self_pairs": scale_self_pairs, "normalize": normalize, "details": details}
+        return cls(R_list, floor, self_distance=self_distance, **same, **others)  # type: ignore[arg-type]
 
     @property
     def field(self) -> Field:

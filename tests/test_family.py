@@ -1,11 +1,12 @@
 """The family of fields in drift_loss: values that others computed, and every backend against the reference."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from cases import device_of, relative_error
+from cases import DENSE_FACTOR, FLOOR, device_of, relative_error
 
 import drift_ops
 from drift_ops import Field
@@ -74,6 +75,84 @@ def test_golden_of_one_positive(path, float64_backend):
     _, info = drift_ops.drift_loss(gen, given["pos"], scale=given["scale"], **arguments)
     (-info["log_mass"].amax(-1).mean()).backward()
     assert R.grad.item() == pytest.approx(given["grad_temperature"], rel=1e-9)
+
+
+FIELDS = [
+    Field(cost, coupling, sides, iterations, weights, include_self, mask_self, floor)
+    for (coupling, iterations, weights), sides in itertools.product(
+        [
+            ("row", 1, "kernel"),
+            ("row", 1, "affinity"),
+            ("two_sided", 1, "kernel"),
+            ("two_sided", 1, "affinity"),
+            ("sinkhorn", 1, "kernel"),
+            ("sinkhorn", 7, "marginal"),
+        ],
+        ("joint", "split"),
+    )
+    for cost, include_self, mask_self, floor in (
+        ("l2", True, True, 1e-3),
+        ("l2_sq", True, False, 0.0),
+        ("l2", True, 2.0, 0.0),
+        ("l2_sq", False, True, 0.0),
+    )
+]
+CHOICES = itertools.cycle(
+    itertools.product(("group", "global", 5.0), ("group_mean", None, "global", "group"), (True, False))
+)
+
+
+def check(field: Field, backend: str, counts, D, options, R_list, far=1.0, dtype=torch.float64, offset=0.0) -> None:
+    """Loss, gradient and info of random groups against the reference in float64."""
+    G, N, M, P = counts
+    torch.manual_seed(1)
+    gen, neg, pos = ((far * torch.randn(G, n, D, dtype=torch.float64) + offset).to(dtype) for n in (N, M, P))
+    weights = [(torch.rand(G, n, dtype=torch.float64) + 0.2).to(dtype) for n in (N, P, M)]
+    if field.weights == "kernel":
+        weights[1][0, 1:2] = weights[2][-1, 1] = 0.0
+    weights[0] = weights[0] if field.include_self else None
+    results = []
+    for of_backend, of_dtype in ((backend, dtype), ("reference", torch.float64), ("reference", dtype)):
+        device = device_of(of_backend)
+        given = [None if t is None else t.to(device, of_dtype, copy=True) for t in (gen, pos, neg, *weights)]
+        given[0].requires_grad_()
+        R = torch.tensor(R_list, dtype=torch.float64, requires_grad=True)
+        loss, info = drift_ops.drift_loss(*given, R, field=field, backend=of_backend, **options)
+        incoming = torch.linspace(0.5, 2.0, G, dtype=loss.dtype, device=device)
+        mass = info["log_mass"].clamp(min=-1e4)
+        (loss * incoming).sum().add(mass.mean()).backward()
+        found = {"loss": loss, "grad": given[0].grad, "grad_R": R.grad, **info}
+        found = {name: value.detach().to("cpu", torch.float64) for name, value in found.items()}
+        results.append(
+            found | {name: 1.0 + found[name] for name in ("log_row_sums", "log_mass")}
+        )  # absolute where small
+    ours, truth, dense = results
+    assert ours.keys() == truth.keys()
+    for name, expected in truth.items():
+        if not expected.any():
+            assert not ours[name].any(), name
+            continue
+        floor = FLOOR[dtype] * {"residual": 100, "grad_R": 10}.get(name, 1)  # what is left where others cancel
+        allowed = max(floor, DENSE_FACTOR * relative_error(dense[name], expected))
+        assert relative_error(ours[name], expected) <= allowed, name
+
+
+@pytest.mark.parametrize("field", FIELDS, ids=str)
+def test_groups(field, kernel_backend):
+    scale, normalize, scale_self_pairs = next(CHOICES)
+    options = {"scale": scale, "normalize": normalize, "scale_self_pairs": scale_self_pairs}
+    for dtype in (torch.float64, torch.float32):
+        if kernel_backend == "triton" and dtype == torch.float64:
+            continue
+        check(field, kernel_backend, (3, 18, 3, 21), 5, options, [0.2, 1.0], dtype=dtype)
+        check(field, kernel_backend, (2, 7, 2, 1), 40, options, [0.2, 0.5], dtype=dtype)
+
+
+@pytest.mark.parametrize("field", FIELDS, ids=str)
+def test_logits_far_apart(field, kernel_backend):
+    """Widths so small that exponentials of most pairs are 0, and some columns have nothing near."""
+    dtype = torch.float32 if kernel_backend == "triton" else torch.float64
+    check(field, kernel_backend, (2, 9, 3, 8), 3, {"scale": 1.0}, [0.02, 0.3], far=8.0, dtype=dtype)
 
 
 def test_goldens_are_there():

@@ -63,8 +63,9 @@ template <class T> class Coupling {
         for (int side = 0; side < 2; ++side)
             for (int64_t i = 0; i < N; ++i) {
                 Vec<T> least_cost = splat<T>(INF<T>);
+                const T* row = costs + i * ld;
                 for_columns(side, [&](int64_t j) {
-                    const Vec<T> here = load<T>(costs + i * ld + j);
+                    const Vec<T> here = load<T>(row + j);
                     least_cost = here < least_cost ? here : least_cost;
                 });
                 nearest[side * padded + i] = -horizontal_max<T>(-least_cost);
@@ -75,9 +76,10 @@ template <class T> class Coupling {
     const T* coefficients(T width, T R, T by, const Details<T>& details) {
         slope_of_logits = -1 / width;
         find_levels();
-        const bool wants_columns = spec.coupling == CouplingKind::two_sided;
         with_bool(spec.weights == WeightsKind::kernel, [&](auto weighted) {
-            with_bool(details.slope != nullptr, [&](auto moves) { find_exponentials<weighted, moves>(wants_columns); });
+            with_bool(details.slope != nullptr, [&](auto moves) {
+                with_bool(spec.coupling == CouplingKind::two_sided, [&](auto by_column) { find_exponentials<weighted, moves, by_column>(); });
+            });
         });
         if (details.log_row_sums) find_masses(R, details);
         T residual = 0;
@@ -103,67 +105,76 @@ template <class T> class Coupling {
     Vec<T> logits(int64_t i, int64_t j) const { return load<T>(costs + i * ld + j) * slope_of_logits + load<T>(log_weights + j); }
 
     void find_levels() {
-        for (int side = 0; side < 2; ++side)
-            for (int64_t i = 0; i < N; ++i) {
-                T& level = levels[side * padded + i];
-                if (spec.weights == WeightsKind::kernel) {
+        if (spec.weights == WeightsKind::kernel)
+            for (int side = 0; side < 2; ++side)
+                for (int64_t i = 0; i < N; ++i) {
                     Vec<T> most = splat<T>(-INF<T>);
                     for_columns(side, [&](int64_t j) { most = greater<T>(logits(i, j), most); });
-                    level = horizontal_max<T>(most);
-                } else {
-                    level = nearest[side * padded + i] * slope_of_logits;
+                    levels[side * padded + i] = finite_shift<T, T>(horizontal_max<T>(most));
                 }
-                level = finite_shift<T, T>(level);
-            }
+        else
+            for (int64_t at = 0; at < 2 * padded; at += WIDTH<T>) store<T>(levels + at, finite_shift<T, Vec<T>>(load<T>(nearest + at) * slope_of_logits));
     }
 
-    // E, its sums along rows, and along columns about the highest level of their side.
-    template <bool WEIGHTED, bool MOVES> void find_exponentials(bool wants_columns) {
-        std::fill_n(&column_sums[0], ld, T(0));
-        for (int side = 0; side < 2; ++side) {
-            const T top = highest_level(side);
+    // E, its sums along rows, and BY_COLUMN those along columns about the highest level of their side.
+    template <bool WEIGHTED, bool MOVES, bool BY_COLUMN> void find_exponentials() {
+        T* const of_columns = column_sums;
+        const T *const log_w = log_weights, slope = slope_of_logits;
+        if (BY_COLUMN) std::fill_n(of_columns, ld, T(0)), find_factors_of_levels();
+        for (int side = 0; side < 2; ++side)
             for (int64_t i = 0; i < N; ++i) {
                 const int64_t at = side * padded + i;
-                const T level = levels[at], by = wants_columns ? exp_of(level - top) : T(0);
+                const T level = levels[at], by = row_factors[at], *row = costs + i * ld;
+                T* const out = A + i * ld;
                 Vec<T> sum{}, move{};
                 for_columns(side, [&](int64_t j) {
-                    const Vec<T> L = load<T>(costs + i * ld + j) * slope_of_logits;
-                    const Vec<T> E = exp_nonpositive((WEIGHTED ? L + load<T>(log_weights + j) : L) - level);
-                    store<T>(&A[i * ld + j], E);
+                    const Vec<T> L = load<T>(row + j) * slope;
+                    const Vec<T> E = exp_nonpositive((WEIGHTED ? L + load<T>(log_w + j) : L) - level);
+                    store<T>(out + j, E);
                     sum += E;
                     if (MOVES) move += E > T(0) ? E * L : Vec<T>{};
-                    if (wants_columns) store<T>(&column_sums[j], load<T>(&column_sums[j]) + E * by);
+                    if (BY_COLUMN) store<T>(of_columns + j, load<T>(of_columns + j) + E * by);
                 });
                 sums[at] = horizontal_sum<T>(sum);
-                moved[at] = horizontal_sum<T>(move);
+                if (MOVES) moved[at] = horizontal_sum<T>(move);
             }
+    }
+    // row_factors = exp(level − the highest of its side).
+    void find_factors_of_levels() {
+        for (int side = 0; side < 2; ++side) {
+            const T top = highest_level(side);
+            for (int64_t at = side * padded; at < side * padded + N; at += WIDTH<T>) store<T>(row_factors + at, exp_nonpositive(load<T>(levels + at) - top));
         }
     }
-    static T exp_of(T x) { return exp_nonpositive(splat<T>(x))[0]; }
     T highest_level(int side) const {
         T top = -INF<T>;
         for (int64_t i = 0; i < N; ++i) top = levels[side * padded + i] > top ? levels[side * padded + i] : top;
         return top;
     }
 
-    // Level of row i over the sides from first to last, and the sum of exponentials about it; both sums 0: none is left.
-    std::pair<T, T> row_of(int64_t i, int first, int last) const {
-        const int64_t a = first * padded + i, b = last * padded + i;
-        if (first == last || sums[b] == 0) return {levels[a], sums[a]};
-        if (sums[a] == 0) return {levels[b], sums[b]};
-        const T level = std::max(levels[a], levels[b]);
-        return {level, sums[a] * exp_of(levels[a] - level) + sums[b] * exp_of(levels[b] - level)};
+    // Levels of rows from i on over the sides from first to last, and the sums of exponentials about them: 0 where none is left.
+    std::pair<Vec<T>, Vec<T>> rows_from(int64_t i, int first, int last) const {
+        const Vec<T> level = load<T>(levels + first * padded + i), sum = load<T>(sums + first * padded + i);
+        if (first == last) return {level, sum};
+        const Vec<T> other = load<T>(levels + last * padded + i), of_other = load<T>(sums + last * padded + i);
+        const Vec<T> both = sum == T(0) ? other : of_other == T(0) ? level : greater<T>(level, other);
+        return {both, sum * exp_up_to_0(level - both) + of_other * exp_up_to_0(other - both)};
     }
+    static Vec<T> exp_up_to_0(Vec<T> x) { return exp_nonpositive(x > T(0) ? Vec<T>{} : x); }
 
     void find_masses(T R, const Details<T>& details) const {
-        for (int64_t i = 0; i < N; ++i) {
-            const auto [level, sum] = row_of(i, 0, 1);
-            const int64_t neg = i, pos = padded + i;
-            const T log_sum = sum > 0 ? level + std::log(sum) : T(0);
-            details.log_row_sums[i] = log_sum;
-            details.log_mass[i] = levels[pos] + std::log(sums[pos]) - log_sum;
-            const T all = moved[neg] * exp_of(std::min(T(0), levels[neg] - level)) + moved[pos] * exp_of(std::min(T(0), levels[pos] - level));
-            details.slope[i] = sums[pos] > 0 ? (all / sum - moved[pos] / sums[pos]) / R : T(0);  // L moves by −L/R
+        for (int64_t first = 0; first < N; first += WIDTH<T>) {
+            const auto [level, sum] = rows_from(first, 0, 1);
+            const Vec<T> moved_neg = load<T>(moved + first) * exp_up_to_0(load<T>(levels + first) - level);
+            const Vec<T> moved_pos = load<T>(moved + padded + first) * exp_up_to_0(load<T>(levels + padded + first) - level);
+            for (int64_t i = first; i < std::min(N, first + WIDTH<T>); ++i) {
+                const int64_t lane = i - first, pos = padded + i;
+                const T log_sum = sum[lane] > 0 ? level[lane] + std::log(sum[lane]) : T(0);
+                details.log_row_sums[i] = log_sum;
+                details.log_mass[i] = levels[pos] + std::log(sums[pos]) - log_sum;
+                const T mean = (moved_neg[lane] + moved_pos[lane]) / sum[lane];  // of L, which moves by −L/R
+                details.slope[i] = sums[pos] > 0 ? (mean - moved[pos] / sums[pos]) / R : T(0);
+            }
         }
     }
 
@@ -179,16 +190,13 @@ template <class T> class Coupling {
         }
         for (int side = first; side <= last; ++side) {
             const T top = both_axes ? highest_level(side) : T(0);
-            for (int64_t i = 0; i < N; ++i) {
-                const auto [level, sum] = row_of(i, first, last);
-                const T own = levels[side * padded + i];
-                T& factor = row_factors[side * padded + i];
-                if (sum == 0 || sums[side * padded + i] == 0)
-                    factor = 0;
-                else if (both_axes)  // exp(own − (level + top)/2), of which no part is positive
-                    factor = exp_of((own - level) / 2 + (own - top) / 2) / std::sqrt(sum);
-                else
-                    factor = exp_of(own - level) / sum;
+            for (int64_t i = 0; i < N; i += WIDTH<T>) {
+                const auto [level, sum] = rows_from(i, first, last);
+                const Vec<T> own = load<T>(levels + side * padded + i);
+                const Vec<T> factor = both_axes  // exp(own − (level + top)/2), of which no part is positive
+                                          ? exp_up_to_0((own - level) * T(0.5) + (own - top) * T(0.5)) / square_root<T>(sum)
+                                          : exp_up_to_0(own - level) / sum;
+                store<T>(row_factors + side * padded + i, sum > T(0) ? factor : Vec<T>{});
             }
         }
         if (both_axes)
@@ -208,32 +216,35 @@ template <class T> class Coupling {
     }
 
     void find_coefficients(int64_t i, T by, const Details<T>& details) {
-        T total[2];
+        const bool cancels = spec.split_sides && least == 0;  // factors of rows, which may be too small for numbers of this type
+        T total[2], found[2], *const row = A + i * ld;
+        const T *const of_columns = column_factors, *const w = weights;
         for (int side = 0; side < 2; ++side) {
-            const T row = row_factors[side * padded + i];
+            const T of_row = row_factors[side * padded + i], lowest = least, factor = cancels ? T(of_row > 0) : of_row;
             Vec<T> sum{};
             for_columns(side, [&](int64_t j) {
-                T* a = &A[i * ld + j];
-                const Vec<T> value = at_least<T>(load<T>(a) * row * load<T>(&column_factors[j]), least) * load<T>(&weights[j]);
-                store<T>(a, value);
+                const Vec<T> value = at_least<T>(load<T>(row + j) * factor * load<T>(of_columns + j), lowest) * load<T>(w + j);
+                store<T>(row + j, value);
                 sum += value;
             });
             total[side] = horizontal_sum<T>(sum);
+            found[side] = cancels ? total[side] * of_row : total[side];
         }
-        if (spec.include_self && spec.self_distance == INF<double>) total[0] -= A[i * ld + i], A[i * ld + i] = 0;  // whatever the floor
+        if (spec.include_self && spec.self_distance == INF<double>) total[0] -= row[i], found[0] -= row[i], row[i] = 0;  // whatever the floor
         const bool empty = total[0] == 0 || total[1] == 0;
         const T of_neg = -by * (empty ? 0 : spec.split_sides ? 1 / total[0] : total[1]);
         const T of_pos = by * (empty ? 0 : spec.split_sides ? 1 / total[1] : total[0]);
-        for_columns(0, [&](int64_t j) { store<T>(&A[i * ld + j], load<T>(&A[i * ld + j]) * of_neg); });
-        for_columns(1, [&](int64_t j) { store<T>(&A[i * ld + j], load<T>(&A[i * ld + j]) * of_pos); });
-        if (details.sum_neg) details.sum_neg[i] = total[0], details.sum_pos[i] = total[1];
+        for_columns(0, [&](int64_t j) { store<T>(row + j, load<T>(row + j) * of_neg); });
+        for_columns(1, [&](int64_t j) { store<T>(row + j, load<T>(row + j) * of_pos); });
+        if (details.sum_neg) details.sum_neg[i] = found[0], details.sum_pos[i] = found[1];
     }
 
     // Sinkhorn's iterations on E, rows and columns scaled in turn.
     T sinkhorn(int first, int last, Columns c) {
-        for (int side = first; side <= last; ++side)  // both sides of a row about one level
-            for (int64_t i = 0; i < N; ++i) {
-                const T by = exp_of(std::min(T(0), levels[side * padded + i] - row_of(i, first, last).first));
+        for (int64_t i = 0; i < N; ++i)  // both sides of a row about one level
+            for (int side = first; side <= last && first != last; ++side) {
+                const Vec<T> level = rows_from(i / WIDTH<T> * WIDTH<T>, first, last).first;
+                const T by = exp_up_to_0(levels[side * padded + i] - level)[i % WIDTH<T>];
                 if (by != 1) for_columns(side, [&](int64_t j) { store<T>(&A[i * ld + j], load<T>(&A[i * ld + j]) * by); });
             }
         std::fill(&potentials[c.begin], &potentials[0] + c.end, T(0));
@@ -248,16 +259,18 @@ template <class T> class Coupling {
         constexpr T MOST = MOST_SCALING<T>;
         std::fill(&column_sums[c.begin], &column_sums[0] + c.end, T(0));
         bool in_range = true;
+        T* const of_columns = column_sums;
+        const T* const factors = column_factors;
         for (int64_t i = 0; i < N; ++i) {
-            T* a = &A[i * ld];
+            const T* const row = A + i * ld;
             Vec<T> total{};
-            for (int64_t j = c.begin; j < c.end; j += WIDTH<T>) total += load<T>(a + j) * load<T>(&column_factors[j]);
+            for (int64_t j = c.begin; j < c.end; j += WIDTH<T>) total += load<T>(row + j) * load<T>(factors + j);
             const T sum = horizontal_sum<T>(total);
             const bool empty = sums[first * padded + i] == 0 && sums[last * padded + i] == 0;
             const T factor = empty ? T(0) : 1 / sum;
             in_range &= empty || (sum < MOST && factor < MOST);
             row_factors[first * padded + i] = row_factors[last * padded + i] = factor;
-            for (int64_t j = c.begin; j < c.end; j += WIDTH<T>) store<T>(&column_sums[j], load<T>(&column_sums[j]) + load<T>(a + j) * factor);
+            for (int64_t j = c.begin; j < c.end; j += WIDTH<T>) store<T>(of_columns + j, load<T>(of_columns + j) + load<T>(row + j) * factor);
         }
         for (int64_t j = c.begin; j < c.end; ++j) in_range &= shares[j] == 0 || (column_sums[j] < MOST && shares[j] < MOST * column_sums[j]);
         if (!in_range) return false;

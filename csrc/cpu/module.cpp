@@ -70,9 +70,8 @@ AffinityProblem<T> affinity_problem(const AffinitySpec& spec, py::handle q, cons
             data<const T>(w), threads};
 }
 
-void affinity_forward(py::handle spec_, py::handle q, const py::list& keys, const py::list& values, py::handle w, py::handle num, py::handle den,
+void affinity_forward(const AffinitySpec& spec, py::handle q, const py::list& keys, const py::list& values, py::handle w, py::handle num, py::handle den,
                       py::handle row_stats, py::handle col_stats, py::handle centre, int threads) {
-    const AffinitySpec spec = affinity_spec(spec_);
     with_type_of(q, [&](auto type) {
         using T = decltype(type);
         const auto problem = affinity_problem<T>(spec, q, keys, values, w, threads);
@@ -82,10 +81,9 @@ void affinity_forward(py::handle spec_, py::handle q, const py::list& keys, cons
     });
 }
 
-void affinity_backward(py::handle spec_, py::handle q, const py::list& keys, const py::list& values, py::handle w, py::handle row_stats,
+void affinity_backward(const AffinitySpec& spec, py::handle q, const py::list& keys, const py::list& values, py::handle w, py::handle row_stats,
                        py::handle col_stats, py::handle centre, py::handle grad_num, py::handle grad_den, py::handle grad_q,
                        const py::list& grad_keys, const py::list& grad_values, py::handle grad_w, int threads) {
-    const AffinitySpec spec = affinity_spec(spec_);
     with_type_of(q, [&](auto type) {
         using T = decltype(type);
         const auto problem = affinity_problem<T>(spec, q, keys, values, w, threads);
@@ -117,8 +115,7 @@ template <class T> LossProblem<T> loss_problem(const LossSpec& spec, py::handle 
 
 py::object gen_of(py::handle map) { return py::tuple(map.attr("points"))[0]; }
 
-void loss_scale(py::handle spec_, py::handle map, py::handle means, py::handle kept, int threads) {
-    const LossSpec spec = loss_spec(spec_);
+void loss_scale(const LossSpec& spec, py::handle map, py::handle means, py::handle kept, int threads) {
     with_type_of(gen_of(map), [&](auto type) {
         using T = decltype(type);
         const auto problem = loss_problem<T>(spec, map, threads);
@@ -135,9 +132,8 @@ OfGroups of_groups(py::handle tensor) {
     return {data<const double>(tensor), element(shape, 0) == 1 ? 0 : element(strides, 0)};
 }
 
-void loss_moments(py::handle spec_, py::handle map, py::handle scale, py::handle kept, py::handle forces, py::handle moments, py::handle details,
+void loss_moments(const LossSpec& spec, py::handle map, py::handle scale, py::handle kept, py::handle forces, py::handle moments, py::handle details,
                   int threads) {
-    const LossSpec spec = loss_spec(spec_);
     with_type_of(gen_of(map), [&](auto type) {
         using T = decltype(type);
         const auto problem = loss_problem<T>(spec, map, threads);
@@ -165,7 +161,7 @@ template <class T> void normalise(const LossProblem<T>& p, const T* moments, int
 
 // All phases but the last, of one map and no other ranks: its losses [G], forces and details; its scale and λ_R² as `statistics`
 // [1 + R, S], and for the last phase the scale and 1/λ_R, `numbers` [S, 1 + R], where the scale stands already if it is given.
-template <class T> void forward_of_map(const LossProblem<T>& p, int64_t S, bool scale_given, T* losses, T* statistics, double* numbers, T* forces, T* details) {
+template <class T> void forward_of_map(const LossProblem<T>& p, int64_t S, T* losses, T* statistics, double* numbers, T* forces, T* details) {
     const auto& functions = functions_of(T());
     const int64_t R = p.spec.R_list.size(), parts = p.spec.scale_of_groups ? p.groups : 1;
     const Buffer<T> costs(p.groups * p.kept_of_group()), moments(p.groups * R * R);
@@ -174,7 +170,7 @@ template <class T> void forward_of_map(const LossProblem<T>& p, int64_t S, bool 
     functions.loss_scale(p, means.data(), kept);
     for (int64_t s = 0; s < S; ++s) {
         const int64_t part = parts == 1 ? 0 : s;
-        if (!scale_given) numbers[s * (1 + R)] = means[2 * part] / means[2 * part + 1];
+        if (!p.spec.scale_given) numbers[s * (1 + R)] = means[2 * part] / means[2 * part + 1];
         statistics[s] = T(numbers[s * (1 + R)]);
     }
     const OfGroups of_groups{numbers, S == 1 ? 0 : 1 + R};
@@ -188,10 +184,8 @@ template <class T> void forward_of_map(const LossProblem<T>& p, int64_t S, bool 
     }
 }
 
-void loss_forward(py::handle spec_, const py::list& maps, const py::list& losses, const py::list& statistics, const py::list& numbers,
+void loss_forward(const LossSpec& spec, const py::list& maps, const py::list& losses, const py::list& statistics, const py::list& numbers,
                   const py::list& forces, const py::list& details, int threads) {
-    const LossSpec spec = loss_spec(spec_);
-    const bool scale_given = field<std::string>(spec_, "scale") == "given";
     for (size_t m = 0; m < maps.size(); ++m)
         with_type_of(losses[m], [&](auto type) {
             using T = decltype(type);
@@ -201,12 +195,11 @@ void loss_forward(py::handle spec_, const py::list& maps, const py::list& losses
             T* of_samples = spec.details ? data<T>(details[m]) : nullptr;
             double* for_gradient = data<double>(numbers[m]);
             const py::gil_scoped_release release;
-            forward_of_map<T>(problem, S, scale_given, of_groups, found, for_gradient, out, of_samples);
+            forward_of_map<T>(problem, S, of_groups, found, for_gradient, out, of_samples);
         });
 }
 
-void loss_gradient(py::handle spec_, const py::list& numbers, const py::list& forces, const py::list& incoming, const py::list& grads, int threads) {
-    const LossSpec spec = loss_spec(spec_);
+void loss_gradient(const LossSpec& spec, const py::list& numbers, const py::list& forces, const py::list& incoming, const py::list& grads, int threads) {
     for (size_t m = 0; m < grads.size(); ++m)
         with_type_of(grads[m], [&](auto type) {
             using T = decltype(type);
@@ -230,6 +223,8 @@ PYBIND11_MODULE(_cpu, m) {
         for (const auto& set : supported()) names.push_back(set.name);
         return names;
     });
+    py::class_<AffinitySpec>(m, "AffinitySpec").def(py::init(&affinity_spec));
+    py::class_<LossSpec>(m, "LossSpec").def(py::init(&loss_spec));
     m.def("affinity_forward", &affinity_forward);
     m.def("affinity_backward", &affinity_backward);
     m.attr("GROUP_PAIRS") = GROUP_PAIRS, m.attr("KEEP_DISTANCES_FROM_D") = KEEP_DISTANCES_FROM_D;

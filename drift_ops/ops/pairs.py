@@ -147,10 +147,10 @@ class DifferentiableSums(NamedTuple):
     backend: str
 
     def log_sums(self, *arguments: Any) -> Tensor:
-        return log_sums(*arguments, backend=self.backend)
+        return log_sums(*arguments, self.backend)  # type: ignore[call-arg]
 
     def weighted_sums(self, *arguments: Any) -> tuple[Tensor, Tensor]:
-        return weighted_sums(*arguments, backend=self.backend)
+        return weighted_sums(*arguments, self.backend)  # type: ignore[call-arg]
 
 
 _PAIRS = "Tensor q, Tensor[] keys, Tensor width, Tensor? unit, Tensor alpha, Tensor beta, Tensor? w"
