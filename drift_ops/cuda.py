@@ -5,6 +5,7 @@ float16 ones: 22 bits where ``torch.get_float32_matmul_precision()`` is ``"highe
 """
 
 import functools
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib import import_module
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from . import streamed_loss
 from .points import gathered, scattered
-from .spec import AffinitySpec, LossMap, LossSpec
+from .spec import AffinitySpec, LossMap, LossSpec, by_map
 
 _cuda: Any = None
 load_error: str | None = None  # why the compiled module cannot be used
@@ -101,7 +102,7 @@ def affinity_sums_backward(
 def _in_shared_memory(spec: LossSpec, of_map: LossMap) -> bool:
     """Whether the groups of a map go through the kernels that hold one in shared memory; others are streamed."""
     gen, targets = of_map.gen, sum(of_map.counts)
-    if gen.dtype != torch.float32 or targets >= 1 << 16:
+    if not spec.is_of_release or gen.dtype != torch.float32 or targets >= 1 << 16:
         return False
     return _cuda.group_fits(of_map.counts[0], targets, len(spec.R_list), gen.device.index or 0)
 
@@ -122,13 +123,15 @@ def state_shape(spec: LossSpec, of_map: LossMap) -> tuple[int, ...]:
 
 
 def loss_scale(spec: LossSpec, maps: Sequence[LossMap]) -> list[tuple[Tensor, Tensor]]:
-    """Phase 1: of each map ``[mean d·w, mean w]`` in float64, and what :func:`kept_shape` says."""
+    """Phase 1: of each map ``[mean C·w, mean w]`` in float64, and what :func:`kept_shape` says."""
     results = []
     for of_map in maps:
         gen = of_map.gen
-        means, kept = gen.new_empty(2, dtype=torch.float64), gen.new_empty(kept_shape(spec, of_map))
+        means, kept = gen.new_empty(1, 2, dtype=torch.float64), gen.new_empty(kept_shape(spec, of_map))
         if _in_shared_memory(spec, of_map):
             _cuda.loss_scale(spec, of_map, kept, means, _launch(gen))
+        elif not spec.is_of_release:
+            means = streamed_loss.composed_means(sys.modules[__name__], spec, of_map)
         else:
             q, targets, w = streamed_loss.centred(of_map)
             affinity = AffinitySpec("laplace", (), has_self=True, least_distance=spec.least_distance, self_distance=0.0)
@@ -138,19 +141,25 @@ def loss_scale(spec: LossSpec, maps: Sequence[LossMap]) -> list[tuple[Tensor, Te
 
 
 def loss_moments(
-    spec: LossSpec, maps: Sequence[LossMap], kept: Sequence[Tensor], scale: Tensor
-) -> list[tuple[Tensor, Tensor]]:
-    """Phase 2: of each map the state of :func:`state_shape`, and the means of the forces' products ``[G, R, R]``."""
+    spec: LossSpec, maps: Sequence[LossMap], kept: Sequence[Tensor], scale: Tensor, R_list: Tensor | None
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Phase 2: of each map the state of :func:`state_shape`, the means of the forces' products ``[G, R, R]``, and the
+    details."""
     results = []
-    for of_map, distances, s in zip(maps, kept, scale, strict=True):
+    for of_map, distances, s in zip(maps, kept, by_map(maps, scale), strict=True):
+        if not spec.is_of_release:
+            results.append(streamed_loss.composed_moments(sys.modules[__name__], spec, of_map, s, R_list))
+            continue
         if not _in_shared_memory(spec, of_map):
-            results.append(streamed_loss.loss_moments(affinity_sums, spec, of_map, s))
+            forces, moments = streamed_loss.loss_moments(affinity_sums, spec, of_map, s[0])
+            results.append((forces, moments, forces.new_empty(0)))
             continue
         gen, R = of_map.gen, len(spec.R_list)
         moments = gen.new_empty(of_map.groups, R, R)
         _cuda.loss_moments(spec, of_map, distances, s, moments, _launch(gen))
         keeps = state_shape(spec, of_map) == distances.shape
-        results.append((distances.clone() if keeps else gen.new_empty(0), moments))  # an op returns no input
+        state = distances.clone() if keeps else gen.new_empty(0)  # an op returns no input
+        results.append((state, moments, gen.new_empty(0)))
     return results
 
 
@@ -164,7 +173,8 @@ def loss_gradient(
 ) -> list[Tensor]:
     """Phase 3: of each map the gradient w.r.t. gen, with its strides."""
     grads = []
-    for of_map, state, s, by_R, of_loss in zip(maps, states, scale, factors.contiguous(), incoming, strict=True):
+    statistics = by_map(maps, scale), by_map(maps, factors.contiguous())
+    for of_map, state, s, by_R, of_loss in zip(maps, states, *statistics, incoming, strict=True):
         if not _in_shared_memory(spec, of_map):
             grads.append(streamed_loss.loss_gradient(spec, of_map.gen, state, s, by_R, of_loss))
             continue

@@ -214,6 +214,10 @@ class LossSpec(_Flat):
         return cls(R_list, floor, self_distance=self_distance, **same, **others)  # type: ignore[arg-type]
 
     @property
+    def least_cost(self) -> float:
+        return self.least_distance**2 if self.cost == "l2_sq" else self.least_distance
+
+    @property
     def field(self) -> Field:
         mask_self = self.self_distance if self.self_distance < math.inf else True
         return Field(mask_self=mask_self, affinity_floor=self.floor, **{name: getattr(self, name) for name in _SAME})
@@ -223,6 +227,12 @@ class LossSpec(_Flat):
         """Whether the weighted sums of form B have the whole force."""
         kinds = self.cost, self.coupling, self.sides, self.weights
         return kinds == ("l2", "two_sided", "joint", "affinity") and self.include_self and not self.details
+
+    @property
+    def is_of_release(self) -> bool:
+        """Whether kernels do that have one scale and one λ_R for all groups of a map."""
+        shared = self.scale == "global" and self.scale_self_pairs and self.normalize != "group"
+        return self.is_form_b and shared and self.self_distance < math.inf
 
     @property
     def has_statistics_of_groups(self) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .coupling import Problem, drifting_field, masses
 from .points import gathered, to_compute_dtype
-from .spec import AffinitySpec, LossMap, LossSpec
+from .spec import AffinitySpec, LossMap, LossSpec, PairSpec
 
 
 def centred(of_map: LossMap) -> tuple[Tensor, Tensor, Tensor]:
@@ -70,15 +70,38 @@ def _moments(forces: Tensor) -> Tensor:
     return torch.stack([torch.stack([(f * other).mean((1, 2)) for other in forces], -1) for f in forces], -1)
 
 
+def composed_means(sums: Any, spec: LossSpec, of_map: LossMap) -> Tensor:
+    """Phase 1 of any member of the family: means of C·w and w over all pairs, ``[1, 2]`` or ``[G, 2]``, in float64."""
+    (gen, neg, pos), weights = of_map.in_groups()
+    points = [to_compute_dtype(t) for t in (gen, neg, pos)]
+    kinds = [n for n in range(3) if points[n].shape[1] and (n or spec.include_self)]
+    keys, w = [points[n] for n in kinds], torch.cat([weights[n] for n in kinds], 1).to(points[0].dtype)
+    # Under so large a width all pairs count alike, and mean logits are mean costs.
+    pairs = PairSpec(spec.cost, has_self=spec.include_self, least_distance=spec.least_distance)
+    alpha, beta = (gen.new_zeros(1, *t.shape[:2], dtype=w.dtype) for t in (gen, w))
+    ones, width = alpha.unsqueeze(2) + 1, alpha.new_full((1,), ALL_ALIKE)
+    *_, logits = sums.pair_gradients(pairs, points[0], keys, width, None, alpha, beta, w, None, None, ones, None)
+    costs, total = logits[0].sum(1, dtype=torch.float64) * -ALL_ALIKE, w.sum(1, dtype=torch.float64) * gen.shape[1]
+    if spec.include_self and not spec.scale_self_pairs:
+        of_self = weights[0].sum(1, dtype=torch.float64)
+        costs, total = costs - of_self * spec.least_cost, total - of_self
+    means = torch.stack([costs, total], 1) / (gen.shape[1] * w.shape[1])  # [G, 2]
+    return means if spec.scale != "global" else means.mean(0, keepdim=True)
+
+
+ALL_ALIKE = 1e15  # a width beside which costs are nothing
+
+
 def loss_gradient(
     spec: LossSpec, gen: Tensor, forces: Tensor, scale: Tensor, factors: Tensor, incoming: Tensor
 ) -> Tensor:
     """Phase 3: the gradient w.r.t. ``gen [L, T, N, D]``, with its strides and in its dtype."""
-    by_R = factors.to(forces.dtype) * (-2 / (gen.shape[2] * gen.shape[3])) / _unit_of_points(spec, scale, forces)
+    by = factors.to(forces.dtype).T * (-2 / (gen.shape[2] * gen.shape[3])) / _unit_of_points(spec, scale, forces)
+    by_R = (by * incoming)[:, :, None, None]  # [R, G, 1, 1]
     total = forces[0] * by_R[0]
-    for of_R, by in zip(forces[1:], by_R[1:], strict=True):
-        total.addcmul_(of_R, by)
-    return torch.empty_like(gen).copy_(total.mul_(incoming.view(-1, 1, 1)).view(gen.shape))
+    for of_R, of_groups in zip(forces[1:], by_R[1:], strict=True):
+        total.addcmul_(of_R, of_groups)
+    return torch.empty_like(gen).copy_(total.view(gen.shape))
 
 
 def _unit_of_points(spec: LossSpec, scale: Tensor, like: Tensor) -> Tensor:
