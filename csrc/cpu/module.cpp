@@ -98,6 +98,56 @@ void affinity_backward(py::handle spec_, py::handle q, const py::list& keys, con
     });
 }
 
+template <class T>
+PairProblem<T> pair_problem(const PairSpec& spec, py::handle q, const py::list& keys, py::handle w, const std::vector<double>& widths,
+                            const std::vector<double>& units, py::handle alpha, py::handle beta, int threads) {
+    const py::tuple shape = q.attr("shape");
+    return {spec, element(shape, 0), element(shape, 2), rows<const T>(q, 1), list_of_rows<const T>(keys), data<const T>(w), widths, units,
+            data<const T>(alpha), data<const T>(beta), threads};
+}
+
+void log_sums(py::handle spec_, py::handle q, const py::list& keys, const std::vector<double>& widths, const std::vector<double>& units,
+              py::handle potential, bool by_row, py::handle sums, int threads) {
+    const PairSpec spec = pair_spec(spec_);
+    with_type_of(q, [&](auto type) {
+        using T = decltype(type);
+        const py::none none;
+        const auto problem = pair_problem<T>(spec, q, keys, none, widths, units, by_row ? py::handle(none) : potential,
+                                             by_row ? potential : py::handle(none), threads);
+        const LogSums<T> out{by_row, data<T>(sums)};
+        const py::gil_scoped_release release;
+        functions_of(type).log_sums(problem, out);
+    });
+}
+
+void weighted_sums(py::handle spec_, py::handle q, const py::list& keys, const std::vector<double>& widths, const std::vector<double>& units,
+                   py::handle alpha, py::handle beta, py::handle w, py::handle centre, py::handle num, py::handle den, int threads) {
+    const PairSpec spec = pair_spec(spec_);
+    with_type_of(q, [&](auto type) {
+        using T = decltype(type);
+        const auto problem = pair_problem<T>(spec, q, keys, w, widths, units, alpha, beta, threads);
+        const PairSums<T> out{data<T>(num), data<T>(den), data<const T>(centre)};
+        const py::gil_scoped_release release;
+        functions_of(type).weighted_sums(problem, out);
+    });
+}
+
+void pair_gradients(py::handle spec_, py::handle q, const py::list& keys, const std::vector<double>& widths, const std::vector<double>& units,
+                    py::handle alpha, py::handle beta, py::handle w, py::handle centre, py::handle grad_num, py::handle grad_den,
+                    py::handle grad_columns, py::handle grad_q, const py::list& grad_keys, py::handle grad_w, py::handle row_flow,
+                    py::handle col_flow, py::handle width_flow, int threads) {
+    const PairSpec spec = pair_spec(spec_);
+    with_type_of(q, [&](auto type) {
+        using T = decltype(type);
+        const auto problem = pair_problem<T>(spec, q, keys, w, widths, units, alpha, beta, threads);
+        PairGradients<T> io{data<const T>(centre), data<const T>(grad_num), data<const T>(grad_den), data<const T>(grad_columns),
+                            data<T>(grad_q), {}, data<T>(grad_w), data<T>(row_flow), data<T>(col_flow), data<T>(width_flow)};
+        for (py::handle grad : grad_keys) io.grad_keys.push_back(data<T>(grad));
+        const py::gil_scoped_release release;
+        functions_of(type).pair_gradients(problem, io);
+    });
+}
+
 // Weights that are None are 1.
 template <class T> Rows<const T> weight_rows(py::handle weights, int64_t count) {
     static constexpr T ONE = 1;
@@ -209,6 +259,9 @@ PYBIND11_MODULE(_cpu, m) {
     });
     m.def("affinity_forward", &affinity_forward);
     m.def("affinity_backward", &affinity_backward);
+    m.def("log_sums", &log_sums);
+    m.def("weighted_sums", &weighted_sums);
+    m.def("pair_gradients", &pair_gradients);
     m.attr("GROUP_PAIRS") = GROUP_PAIRS, m.attr("KEEP_DISTANCES_FROM_D") = KEEP_DISTANCES_FROM_D, m.attr("KEPT_ALIGN") = KEPT_ALIGN;
     m.def("loss_scale", &loss_scale);
     m.def("loss_moments", &loss_moments);
