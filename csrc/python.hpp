@@ -15,12 +15,12 @@ namespace py = pybind11;
 
 template <class T> T field(py::handle spec, const char* name) { return spec.attr(name).cast<T>(); }
 
-// A field of a spec that is one of these names, as the enumerator in the same place.
-template <class Kind, size_t COUNT> Kind kind(py::handle spec, const char* name, const char* const (&names)[COUNT]) {
-    const auto value = field<std::string>(spec, name);
-    for (size_t n = 0; n < COUNT; ++n)
-        if (value == names[n]) return Kind(n);
-    throw std::invalid_argument(name + (": got '" + value) + "', which the compiled kernels do not know");
+// A field that holds one of the words of `names`, as the Kind at its place.
+template <class Kind, size_t COUNT> Kind kind(py::handle spec, const char* of_field, const char* const (&names)[COUNT]) {
+    const auto name = field<std::string>(spec, of_field);
+    for (size_t place = 0; place < COUNT; ++place)
+        if (name == names[place]) return Kind(place);
+    throw std::invalid_argument(std::string(of_field) + ": got '" + name + "', which the compiled kernels do not know");
 }
 
 inline AffinitySpec affinity_spec(py::handle spec) {

@@ -106,10 +106,8 @@ def pair_gradients(
     """See :func:`drift_ops.ops.pairs._pair_gradients`."""
     grad_q, *of_keys = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, *keys))
     grad_w = q.new_zeros(0 if w is None else w.shape)
-    flows = [q.new_zeros(t.shape) for t in (alpha, beta, alpha)]
-    widths_and_units, others = _of_pairs(
-        q, width, unit, alpha, beta, w, centre, grad_num, grad_den, grad_columns
-    )
+    flows = q.new_zeros(alpha.shape), q.new_zeros(beta.shape), q.new_zeros(alpha.shape)
+    widths_and_units, others = _of_pairs(q, width, unit, alpha, beta, w, centre, grad_num, grad_den, grad_columns)
     results = grad_q, of_keys, grad_w, *flows
     _cpu.pair_gradients(spec, q, list(keys), *widths_and_units, *others, *results, torch.get_num_threads())
     return results

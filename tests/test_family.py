@@ -1,4 +1,4 @@
-"""The family of fields: values that others computed, ``../shared``'s definitions, and every backend against the reference."""
+"""The family of fields: values that others computed, and every backend against the reference."""
 
 from pathlib import Path
 
