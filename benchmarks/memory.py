@@ -15,15 +15,18 @@ import drift_ops
 
 from .measure import peak_extra_memory, synchronised
 
-FORMS = {"compute_V": "N = P = M", "drift_field": "N = P = M", "drift_loss": "N = P"}
+FORMS = {"compute_V": "N = P = M", "drift_field": "N = P = M", "sinkhorn": "N = P", "drift_loss": "N = P"}
 
 
-def run(form: str, points: int, dim: int, device: str) -> None:
+def run(form: str, points: int, dim: int, iterations: int, device: str) -> None:
     x, pos, neg = (torch.randn(points, dim, device=device, requires_grad=True) for _ in range(3))
     if form == "compute_V":
         V = drift_ops.compute_V(x, pos, neg)
     elif form == "drift_field":
         V = drift_ops.drift_field(x, pos, neg, temperature=0.1 * dim**0.5)
+    elif form == "sinkhorn":
+        field = drift_ops.Field(coupling="sinkhorn", weights="kernel", iterations=iterations)
+        V = drift_ops.drift_field(x, pos, temperature=0.1 * dim**0.5, field=field)
     else:
         V, _ = drift_ops.drift_loss(x.unsqueeze(0), pos.unsqueeze(0))
     V.square().sum().backward()
@@ -32,13 +35,14 @@ def run(form: str, points: int, dim: int, device: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("form", choices=FORMS)
-    parser.add_argument("--points", type=int, default=32768, help="N = P = M, of drift_loss N = P (default 32768)")
+    parser.add_argument("--points", type=int, default=32768, help="N = P = M, or N = P (default 32768)")
     parser.add_argument("--dim", type=int, default=16, help="D (default 16)")
+    parser.add_argument("--iterations", type=int, default=20, help="of sinkhorn (default 20)")
     parser.add_argument("--device", default="cpu", help="default cpu")
     args = parser.parse_args()
-    run(args.form, 64, args.dim, args.device)
+    run(args.form, 64, args.dim, args.iterations, args.device)
     start = time.perf_counter()
-    large = synchronised(lambda: run(args.form, args.points, args.dim, args.device), args.device)
+    large = synchronised(lambda: run(args.form, args.points, args.dim, args.iterations, args.device), args.device)
     growth = peak_extra_memory(large, args.device)
     result = {
         "form": args.form,

@@ -29,6 +29,11 @@ inline AffinitySpec affinity_spec(py::handle spec) {
             field<double>(spec, "least_distance"), field<double>(spec, "self_distance")};
 }
 
+inline PairSpec pair_spec(py::handle spec) {
+    return {kind<CostKind>(spec, "cost", COST_NAMES), field<bool>(spec, "has_self"), field<double>(spec, "self_cost"),
+            field<int>(spec, "sides"), field<double>(spec, "floor"), field<double>(spec, "least_distance")};
+}
+
 inline LossSpec loss_spec(py::handle spec) {
     return {field<std::vector<double>>(spec, "R_list"), field<double>(spec, "floor"), field<double>(spec, "least_distance"),
             field<double>(spec, "least_scale"), field<double>(spec, "self_distance"), field<double>(spec, "least_squared_lambda"),

@@ -16,14 +16,20 @@ struct AffinitySpec {
     double least_distance, self_distance;
 };
 
-enum class CostKind : int { l2, l2_sq };
-constexpr const char* COST_NAMES[] = {"l2", "l2_sq"};
 enum class CouplingKind : int { row, two_sided, sinkhorn };
 constexpr const char* COUPLING_NAMES[] = {"row", "two_sided", "sinkhorn"};
 enum class WeightsKind : int { affinity, kernel, marginal };
 constexpr const char* WEIGHTS_NAMES[] = {"affinity", "kernel", "marginal"};
 enum class NormalizeKind : int { global, group, group_mean, none };
 constexpr const char* NORMALIZE_NAMES[] = {"global", "group", "group_mean", "none"};
+
+struct PairSpec {
+    CostKind cost;
+    bool has_self;
+    double self_cost;
+    int sides;
+    double floor, least_distance;
+};
 
 struct LossSpec {
     std::vector<double> R_list;

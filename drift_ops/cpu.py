@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import streamed_loss
-from .spec import AffinitySpec, LossMap, LossSpec, by_map
+from .spec import AffinitySpec, LossMap, LossSpec, PairSpec, by_map
 
 _cpu: Any = None
 load_error: str | None = None  # why the compiled module cannot be used
@@ -28,7 +28,7 @@ except ValueError as error:
     load_error = f"DRIFT_OPS_CPU_ISA: {error}"
 
 
-def _native(spec: AffinitySpec | LossSpec) -> Any:
+def _native(spec: AffinitySpec | PairSpec | LossSpec) -> Any:
     """The spec as the compiled module has it, made once: a conversion takes as long as the smallest of problems."""
     if "native" not in spec.__dict__:
         spec.__dict__["native"] = getattr(_cpu, type(spec).__name__)(spec)
@@ -61,6 +61,73 @@ def affinity_sums_backward(
     given = (_native(spec), q, list(keys), list(values or ()), w, *statistics_and_gradients)
     _cpu.affinity_backward(*given, grad_q, of_keys, of_values, grad_w, torch.get_num_threads())
     return grad_q, of_keys, of_values, grad_w
+
+
+def log_sums(
+    spec: PairSpec,
+    q: Tensor,
+    keys: Sequence[Tensor],
+    width: Tensor,
+    unit: Tensor | None,
+    potential: Tensor | None,
+    by_row: bool,
+) -> Tensor:
+    """See :func:`drift_ops.ops.log_sums`."""
+    sums = q.new_empty(len(width), q.shape[0], q.shape[1] if by_row else sum(k.shape[1] for k in keys))
+    widths_and_units, (potential,) = _of_pairs(q, width, unit, potential)
+    _cpu.log_sums(_native(spec), q, list(keys), *widths_and_units, potential, by_row, sums, torch.get_num_threads())
+    return sums
+
+
+def weighted_sums(
+    spec: PairSpec,
+    q: Tensor,
+    keys: Sequence[Tensor],
+    width: Tensor,
+    unit: Tensor | None,
+    alpha: Tensor,
+    beta: Tensor,
+    w: Tensor | None,
+    centre: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`drift_ops.ops.weighted_sums`."""
+    (G, N, D), S = q.shape, len(width)
+    num, den = q.new_empty(S, G, spec.sides, N, D), q.new_empty(S, G, spec.sides, N)
+    widths_and_units, others = _of_pairs(q, width, unit, alpha, beta, w, centre)
+    _cpu.weighted_sums(_native(spec), q, list(keys), *widths_and_units, *others, num, den, torch.get_num_threads())
+    return num, den
+
+
+def pair_gradients(
+    spec: PairSpec,
+    q: Tensor,
+    keys: Sequence[Tensor],
+    width: Tensor,
+    unit: Tensor | None,
+    alpha: Tensor,
+    beta: Tensor,
+    w: Tensor | None,
+    centre: Tensor | None,
+    grad_num: Tensor | None,
+    grad_den: Tensor | None,
+    grad_columns: Tensor | None,
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`drift_ops.ops.pairs._pair_gradients`."""
+    grad_q, *of_keys = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, *keys))
+    grad_w = q.new_zeros(0 if w is None else w.shape)
+    flows = q.new_zeros(alpha.shape), q.new_zeros(beta.shape), q.new_zeros(alpha.shape)
+    widths_and_units, others = _of_pairs(q, width, unit, alpha, beta, w, centre, grad_num, grad_den, grad_columns)
+    results = grad_q, of_keys, grad_w, *flows
+    _cpu.pair_gradients(_native(spec), q, list(keys), *widths_and_units, *others, *results, torch.get_num_threads())
+    return results
+
+
+def _of_pairs(
+    q: Tensor, width: Tensor, unit: Tensor | None, *others: Tensor | None
+) -> tuple[tuple[list[float], list[float]], list[Tensor | None]]:
+    """Widths ``[S]`` and units ``[G]`` as numbers, and the other tensors as the kernels take them."""
+    numbers = width.tolist(), [1.0] * len(q) if unit is None else unit.tolist()
+    return numbers, [None if t is None else t.to(q.dtype).contiguous() for t in others]
 
 
 def kept_shape(spec: LossSpec, of_map: LossMap) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from . import ops, reference
 from .arguments import check_flag, check_floor, check_points, check_positive, check_weights, check_widths
 from .backends import choose
 from .coupling import Problem, drifting_field
-from .points import as_problems, full_precision, to_compute_dtype
+from .points import as_problems, full_precision, saveable, to_compute_dtype
 from .spec import AffinitySpec, Field, check_field, check_suits
 
 
@@ -72,8 +72,8 @@ def drift_field(
     temperatures, of_tensor = check_widths("temperature", given, x)
     chosen = choose(backend, x.device, x.dtype)
     with full_precision(x.device):
-        q, p, n = (to_compute_dtype(t) for t in (x, pos, neg))
-        w_pos, w_neg = (None if w is None else w.to(q.dtype) for w in (weight_pos, weight_neg))
+        q, p, n = (to_compute_dtype(saveable(t)) for t in (x, pos, neg))
+        w_pos, w_neg = (None if w is None else saveable(w).to(q.dtype) for w in (weight_pos, weight_neg))
         if chosen == "reference":
             V = reference.drift_field(q, p, n, temperatures if of_tensor is None else of_tensor, w_pos, w_neg, field)
             return (V if several else V[0]).to(x.dtype)
@@ -82,7 +82,7 @@ def drift_field(
         if of_tensor is None and _is_form_b(field):
             V = _form_b(q, p, n, w_pos, w_neg, temperatures, field, chosen)
         else:
-            width = q.new_tensor(temperatures) if of_tensor is None else of_tensor.to(q.dtype)
+            width = q.new_tensor(temperatures) if of_tensor is None else saveable(of_tensor).to(q.dtype)
             sums = ops.DifferentiableSums(chosen)
             V, _, _ = drifting_field(Problem(q, n, p, None, w_neg, w_pos, width, None, field, sums))
         V = V.reshape(-1, *x.shape)

@@ -32,7 +32,7 @@ BUILD = Path("build/sanitize")
 FLAGS = ["-std=c++17", "-O1", "-g", "-fno-omit-frame-pointer", "-fno-math-errno", "-fno-trapping-math", "-fPIC"]
 ADDRESS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 THREAD = ["-fsanitize=thread"]
-TESTS = ["tests/test_operator.py", "tests/test_gradients.py", "tests/test_golden.py"]
+TESTS = [f"tests/test_{name}.py" for name in ("operator", "gradients", "golden", "pairs")]
 
 # A gradient of 1,000 numbers, of forces that have only 10.
 OVERFLOW = """import sanitized_cpu, torch; from drift_ops import _cpu; from drift_ops.spec import LossSpec

@@ -10,10 +10,10 @@ from torch.library import opcheck
 from torch.utils._pytree import tree_map
 
 import drift_ops
-from drift_ops import cpu
-from drift_ops.ops import affinity, loss
-from drift_ops.spec import AffinitySpec, LossSpec
+from drift_ops import Field, cpu
+from drift_ops.spec import AffinitySpec, LossSpec, PairSpec
 
+affinity, loss, pairs = (import_module(f"drift_ops.ops.{name}") for name in ("affinity", "loss", "pairs"))
 G, N, P, M, D, R_LIST = 2, 4, 5, 3, 6, [0.05, 0.2]
 
 
@@ -47,12 +47,33 @@ def op_samples(backend):
     states, moments, _ = loss._loss_moments(*maps, kept, scale, None, *spec)
     factors = scale.new_tensor([[0.7, 1.3], [0.9, 1.1]])
     incoming = [of_map.new_ones(G) for of_map in moments]
-    return {
+    return pair_samples([q, neg, pos], w, backend) | {
         affinity._affinity_sums: forward,
         affinity._affinity_sums_backward: backward,
         loss._loss_scale: [(one, weights, *spec), (*maps, *spec)],
         loss._loss_moments: [(*maps, kept, scale, None, *spec)],
         loss._loss_gradient: [(*maps, states, scale, factors, incoming, *spec)],
+    }
+
+
+def pair_samples(keys, w, backend):
+    """Of the sums over pairs, with all that they take and with as little as they can do with."""
+    q, *others = keys = [t.detach() for t in keys]
+    full, least = PairSpec("l2_sq", True, 2.0, 2, 1e-3), PairSpec("l2")
+    width, unit, centre = q.new_tensor([0.5, 1.0]), q.new_tensor([1.0, 2.0]), q[:, 0]
+    alpha, beta = (points(2, *t.shape[:2], seed=seed).to(t) for seed, t in enumerate((q, w)))
+    num, den = points(2, G, 2, N, D).to(q), points(2, G, 2, N).to(q)
+    problem, others = (q, keys, width, unit), (q, others, width, None)
+    return {
+        pairs._log_sums: [
+            (*problem, beta, True, *full.values(), backend),
+            (*others, None, False, *least.values(), backend),
+        ],
+        pairs._weighted_sums: [(*problem, alpha, beta, w.detach(), centre, *full.values(), backend)],
+        pairs._pair_gradients: [
+            (*problem, alpha, beta, w.detach(), centre, num, den, beta, *full.values(), backend),
+            (*others, alpha, beta[:, :, N:], None, None, None, den[:, :, :1], None, *least.values(), backend),
+        ],
     }
 
 
@@ -70,6 +91,11 @@ FORMS = {
     "compute_V_multiscale": (drift_ops.compute_V_multiscale, compute_V_inputs(N, P, M, D), {"normalize_drift": False}),
     "drift_field": (drift_ops.drift_field, field_inputs(N, P, M, D, (G,), weighted=True), {"temperature": (0.5, 1.0)}),
     "drift_loss": (drift_ops.drift_loss, loss_inputs(N, P, M, D, G, weighted=True), {"R_list": R_LIST}),
+    "sinkhorn": (
+        drift_ops.drift_field,
+        field_inputs(N, P, M, D, (G,)),
+        {"temperature": (4.0, 9.0), "field": Field("l2_sq", "sinkhorn", "split", 2, "kernel")},
+    ),
 }
 every_form = pytest.mark.parametrize(("function", "tensors", "options"), FORMS.values(), ids=FORMS)
 

@@ -14,12 +14,12 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from Linux's /proc")
-@pytest.mark.parametrize("form", ["compute_V", "drift_field", "drift_loss"])
+@pytest.mark.parametrize("form", ["compute_V", "drift_field", "sinkhorn", "drift_loss"])
 def test_large_problem(form):
     """8,192 points a side: a dense matrix takes 256 MB."""
     if not drift_ops.backends()["cpu"].usable:
         pytest.skip(drift_ops.backends()["cpu"].reason)
-    command = [sys.executable, "-m", "benchmarks.memory", form, "--points", "8192"]
+    command = [sys.executable, "-m", "benchmarks.memory", form, "--points", "8192", "--iterations", "2"]
     result = json.loads(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
     assert result["dense_matrix_mb"] == 256
     assert 0.5 < result["growth_mb"] < 50  # the gradient of one set of points alone takes 0.5

@@ -15,6 +15,9 @@ GEN, POS = torch.randn(3, 5, 8), torch.randn(3, 6, 8)
 FORMS = {
     "compute_V": lambda x, pos, **options: drift_ops.compute_V(x, pos, pos[..., 1:, :], **options),
     "drift_field": lambda x, pos, **options: drift_ops.drift_field(x, pos, temperature=1.0, **options),
+    "sinkhorn": lambda x, pos, **options: drift_ops.drift_field(
+        x, pos, temperature=9.0, field=drift_ops.Field("l2_sq", "sinkhorn", "split", 2, "kernel"), **options
+    ),
     "drift_loss": lambda x, pos, **options: drift_ops.drift_loss(x, pos, **options)[0],
 }
 every_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)

@@ -53,6 +53,27 @@ void affinity(const Functions<T>& functions, LogitKind logit, int64_t G, int64_t
                                           results.add(G * M)});
 }
 
+// The sums over pairs, and their gradients.
+template <class T>
+void pairs(const Functions<T>& functions, CostKind cost, int64_t G, int64_t N, int64_t M, int64_t D, int threads, Results<T>& results) {
+    const PairSpec spec{cost, true, 1.0, 2, 0.0, 0.0};
+    const int64_t S = 2, keys = N + M;
+    const auto q = numbers<T>(G * N * D, 1), last = numbers<T>(G * M * D, 2), w = numbers<T>(G * keys, 3);
+    const auto alpha = numbers<T>(S * G * N, 4), beta = numbers<T>(S * G * keys, 5);
+    const PairProblem<T> problem{spec, G, D, rows(q, N, D), {rows(q, N, D), rows(last, M, D)}, w.data(), {0.5, 1.5},
+                                 std::vector<double>(G, 2.0), alpha.data(), beta.data(), threads};
+    results.arrays.reserve(64);
+    functions.log_sums(problem, {true, results.add(S * G * N)});
+    functions.log_sums(problem, {false, results.add(S * G * keys)});
+    const auto centre = numbers<T>(G * D, 6), grad_num = numbers<T>(S * G * 2 * N * D, 7), grad_den = numbers<T>(S * G * 2 * N, 8);
+    T *num = results.add(S * G * 2 * N * D), *den = results.add(S * G * 2 * N);
+    functions.weighted_sums(problem, {num, den, centre.data()});
+    T *grad_q = results.add(G * N * D), *grad_first = results.add(G * N * D), *grad_last = results.add(G * M * D), *grad_w = results.add(G * keys);
+    T *row_flow = results.add(S * G * N), *col_flow = results.add(S * G * keys), *width_flow = results.add(S * G * N);
+    functions.pair_gradients(problem, {centre.data(), grad_num.data(), grad_den.data(), beta.data(), grad_q, {grad_first, grad_last}, grad_w,
+                                       row_flow, col_flow, width_flow});
+}
+
 // Form C, its three phases.
 template <class T>
 void loss(const Functions<T>& functions, int64_t G, int64_t N, int64_t M, int64_t P, int64_t D, int threads, Results<T>& results) {
@@ -95,6 +116,10 @@ template <class T> bool all(const std::string& name, const Functions<T>& functio
     for (LogitKind logit : {LogitKind::laplace, LogitKind::gaussian}) {
         good &= same<T>(name + " many groups", [&](int threads, Results<T>& r) { affinity(functions, logit, 24, 17, 40, 33, threads, r); });
         good &= same<T>(name + " one group", [&](int threads, Results<T>& r) { affinity(functions, logit, 1, 300, 2000, 5, threads, r); });
+    }
+    for (CostKind cost : {CostKind::l2, CostKind::l2_sq}) {
+        good &= same<T>(name + " pairs of many groups", [&](int threads, Results<T>& r) { pairs(functions, cost, 24, 17, 40, 33, threads, r); });
+        good &= same<T>(name + " pairs of one group", [&](int threads, Results<T>& r) { pairs(functions, cost, 1, 300, 1700, 5, threads, r); });
     }
     good &= same<T>(name + " loss", [&](int threads, Results<T>& r) { loss(functions, 24, 24, 8, 24, 40, threads, r); });
     good &= same<T>(name + " loss of small D", [&](int threads, Results<T>& r) { loss(functions, 200, 33, 0, 30, 3, threads, r); });

@@ -1,40 +1,22 @@
 // The vector-Jacobian product of forms A and B.
 #pragma once
-#include "problem.hpp"
+#include "point_gradients.hpp"
 
 namespace drift::DRIFT_ISA {
 
-template <class T> class AffinityBackward : Problem<T> {
-    using Base = Problem<T>;
-    using Base::p, Base::g, Base::N, Base::M, Base::D, Base::S, Base::threads, Base::cols, Base::rows, Base::blocks;
+template <class T> class AffinityBackward : PointGradients<T, AffinityProblem<T>> {
+    using Base = PointGradients<T, AffinityProblem<T>>;
+    using typename Base::Own;
+    using Base::p, Base::g, Base::N, Base::M, Base::D, Base::S, Base::cols, Base::rows, Base::blocks, Base::own;
     const AffinityGradients<T>& io;
-    const int64_t depth;  // D, padded to whole panels
-    Buffer<const T*> value_rows;
-    Buffer<T> value_panels;        // transposed
-    Buffer<T> key_rows_panels;     // not transposed
     Buffer<T> row_flow, col_flow;  // [S, rows], [S, cols]: Σ_j G_ij and Σ_i G_ij, with G = w·A·dA where A is above the floor
-    struct Own {                   // a worker's
-        Buffer<T> logits, A, G, h, query_panels, grad_panels;
-        Buffer<const T*> pointers;
-    };
-    std::vector<Own> own;
 
   public:
     AffinityBackward(const AffinityProblem<T>& problem, const AffinityGradients<T>& io, int threads)
-        : Base(problem, threads), io(io), depth(round_up(D, PANEL<T>)), value_rows(cols), value_panels(cols * D), key_rows_panels(M * depth),
-          row_flow(S * rows), col_flow(S * cols) {
-        auto tile = [&] { return Buffer<T>(TILE_ROWS * this->ld); };
-        auto panels = [&] { return Buffer<T>(TILE_ROWS * depth); };
-        for (int t = 0; t < threads; ++t) own.push_back({tile(), tile(), tile(), tile(), panels(), panels(), Buffer<const T*>(TILE_ROWS)});
-    }
+        : Base(problem, threads), io(io), row_flow(S * rows), col_flow(S * cols) {}
 
     void run(int64_t group) {
-        Base::open(group);
-        std::fill_n(static_cast<const T**>(value_rows), cols, nullptr);
-        Base::point_at(Base::values(), [](const Block& block) { return block.col; }, value_rows);
-        pack_transposed<T>(cols, D, value_rows, io.centre + g * D, value_panels);
-        Base::point_at(p.keys, [](const Block& block) { return block.key; }, value_rows);
-        pack_rows<T>(M, D, value_rows, Base::centre, key_rows_panels);
+        Base::open(group, io.centre + group * D);
         load_statistics();
         std::fill_n(static_cast<T*>(row_flow), S * rows, T(0));
         std::fill_n(static_cast<T*>(col_flow), S * cols, T(0));
@@ -55,27 +37,9 @@ template <class T> class AffinityBackward : Problem<T> {
             }
     }
 
-    // Gradients of the keys, or values, of a tile.
-    T* grad_rows(const std::vector<T*>& grads, const KeyTile<T>& t) const {
-        return grads[t.array] + (g * blocks[t.array].count + t.in_array) * D;
-    }
-
-    // Rows [row, row + rows) of a matrix [N, D] as the right-hand side of a product.
-    void pack_tile_rows(const T* matrix, int64_t count, Own& mine, T* panels) const {
-        for (int64_t i = 0; i < count; ++i) mine.pointers[i] = matrix + i * D;
-        pack_rows<T>(count, D, mine.pointers, nullptr, panels);
-    }
-
-    // A of the tile, and G = dA_ij = dnum_i·(v_j − centre) + dden_i (not yet times A and w).
+    // A of the tile, and G = dA_ij, not yet times A and w.
     void find_affinities_and_gradients(const KeyTile<T>& t, int64_t s, const T* d, Own& mine) const {
-        const int64_t at = Base::output_row(s, t.side) + t.row;
-        find_logits<T>(t, Base::logit(s), d, mine.logits);
-        Base::find_affinities(t, s, mine.logits, mine.A);
-        multiply<T>(t.rows, t.width, D, io.grad_num + at * D, D, 1, value_panels + t.col * D, D * PANEL<T>, mine.G, t.ld, false);
-        for (int64_t i = 0; i < t.rows; ++i) {
-            const Vec<T> grad_den = splat<T>(io.grad_den[at + i]);
-            for (T *G = mine.G + i * t.ld, *end = G + t.width; G < end; G += WIDTH<T>) store<T>(G, load<T>(G) + grad_den);
-        }
+        Base::find_affinities_and_gradients(t, s, d, io.grad_num, io.grad_den, mine);
     }
 
     // Pass 1: gradients of v and w, and the sums of G along rows and columns that pass 2 needs.
@@ -102,9 +66,7 @@ template <class T> class AffinityBackward : Problem<T> {
                 }
                 row_flow[s * rows + t.row + i] += horizontal_sum<T>(row);
             }
-            pack_tile_rows(io.grad_num + (Base::output_row(s, t.side) + t.row) * D, t.rows, mine, mine.grad_panels);
-            T* grad_v = grad_rows(io.grad_values.empty() ? io.grad_keys : io.grad_values, t);
-            multiply<T>(t.cols, D, t.rows, mine.A, 1, t.ld, mine.grad_panels, t.rows * PANEL<T>, grad_v, D, true);
+            Base::add_value_gradients(t, s, io.grad_num, mine, io.grad_values.empty() ? io.grad_keys : io.grad_values);
         }
     }
 
@@ -117,44 +79,7 @@ template <class T> class AffinityBackward : Problem<T> {
             find_affinities_and_gradients(t, s, d, mine);
             for (int64_t i = 0; i < t.rows; ++i) add_row_factors(t, s, i, d, mine);
         }
-        const T* q = Base::centred + t.row * D;
-        T *grad_q = io.grad_q + (g * N + t.row) * D, *grad_k = grad_rows(io.grad_keys, t);
-        T col_sums[TILE_COLS] = {};
-        for (int64_t i = 0; i < t.rows; ++i) {
-            T* h = mine.h + i * t.ld;  // −h, so that products add
-            add_close_pairs(t, i, d + i * t.ld, h, grad_q + i * D, grad_k);
-            const T row_sum = sum<T>(h, t.cols);
-            for (int64_t j = 0; j < t.cols; ++j) col_sums[j] += h[j];
-            for (int64_t e = 0; e < D; ++e) grad_q[i * D + e] -= row_sum * q[i * D + e];
-        }
-        for (int64_t j = 0; j < t.cols; ++j)
-            for (int64_t e = 0; e < D; ++e) grad_k[j * D + e] -= col_sums[j] * (Base::key_rows[t.col + j][e] - Base::centre[e]);
-        multiply<T>(t.rows, D, t.cols, mine.h, t.ld, 1, key_rows_panels + t.key * PANEL<T>, M * PANEL<T>, grad_q, D, true);
-        pack_tile_rows(q, t.rows, mine, mine.query_panels);
-        multiply<T>(t.cols, D, t.rows, mine.h, 1, t.ld, mine.query_panels, t.rows * PANEL<T>, grad_k, D, true);
-    }
-
-    // Pairs so close that h·q − h·k would cancel contribute through their difference instead; their h becomes 0.
-    void add_close_pairs(const KeyTile<T>& t, int64_t i, const T* d, T* h, T* grad_q, T* grad_k) const {
-        const T q_norm = Base::query_norms[t.row + i];
-        const T* k_norms = Base::key_norms + t.col;
-        typename Simd<T>::ivec close{};
-        for (int64_t j = 0; j < t.width; j += WIDTH<T>) {
-            const Vec<T> distance = load<T>(d + j);
-            close |= distance * distance < (q_norm + load<T>(k_norms + j)) * T(CLOSE);
-        }
-        if (!any<T>(close)) return;
-        const T* q = Base::query_rows[t.row + i];
-        for (int64_t j = 0; j < t.cols; ++j) {
-            if (!(d[j] * d[j] < (q_norm + k_norms[j]) * T(CLOSE))) continue;
-            const T* k = Base::key_rows[t.col + j];
-            for (int64_t e = 0; e < D; ++e) {
-                const T pull = h[j] * (q[e] - k[e]);
-                grad_q[e] -= pull;
-                grad_k[j * D + e] += pull;
-            }
-            h[j] = 0;
-        }
+        Base::add_point_gradients(t, d, mine, io.grad_q, io.grad_keys);
     }
 
     void add_row_factors(const KeyTile<T>& t, int64_t s, int64_t i, const T* d, Own& mine) const {

@@ -1,39 +1,28 @@
 // Forms A and B: softmax statistics, then weighted sums.
 #pragma once
-#include "problem.hpp"
+#include "row_sums.hpp"
 
 namespace drift::DRIFT_ISA {
 
-template <class T> class AffinityForward : Problem<T> {
-    using Base = Problem<T>;
-    using Base::p, Base::g, Base::N, Base::M, Base::D, Base::S, Base::threads, Base::cols, Base::rows, Base::blocks;
+template <class T> class AffinityForward : RowSums<T, AffinityProblem<T>> {
+    using Base = RowSums<T, AffinityProblem<T>>;
+    using Base::p, Base::g, Base::N, Base::M, Base::D, Base::S, Base::cols, Base::rows, Base::blocks, Base::tiles;
     const AffinitySums<T>& out;
-    Buffer<const T*> value_rows;
-    Buffer<T> value_panels;
-    std::vector<Buffer<T>> tiles;
 
   public:
-    AffinityForward(const AffinityProblem<T>& problem, const AffinitySums<T>& out, int threads)
-        : Base(problem, threads), out(out), value_rows(M), value_panels(M * round_up(D, PANEL<T>)), tiles(Base::tile_buffers()) {}
+    AffinityForward(const AffinityProblem<T>& problem, const AffinitySums<T>& out, int threads) : Base(problem, threads), out(out) {}
 
     void run(int64_t group) {
         Base::open(group);
-        pack_values();
+        const T* centre = find_centre<T>(Base::find_values(), M, D, Base::mean);
+        std::copy_n(centre, D, out.centre + g * D);
+        Base::pack_values(centre);
         if (!find_statistics_of_one_level()) find_statistics();
         finish_statistics();
-        const int64_t size = Base::parts == 1 ? TILE_ROWS : std::clamp(round_up(N / (4 * threads), ROW_GRAIN), ROW_GRAIN, TILE_ROWS);
-        parallel(Base::units_of(N, size), threads,
-                 [&](int64_t unit, int worker) { sum_rows(worker, {unit * size, std::min(N, (unit + 1) * size)}); });
+        Base::find_sums(out.num, out.den);
     }
 
   private:
-    void pack_values() {
-        Base::point_at(Base::values(), [](const Block& block) { return block.key; }, value_rows);
-        const T* centre = find_centre<T>(value_rows, M, D, Base::mean);
-        std::copy_n(centre, D, out.centre + g * D);
-        pack_rows<T>(M, D, value_rows, centre, value_panels);
-    }
-
     void start(int64_t s, T level) { Base::row_statistics(s).start(rows, level), Base::col_statistics(s).start(cols, level); }
 
     // With one level for all logits, one exponential serves a row and a column; false where some sums would lose their terms.
@@ -80,26 +69,6 @@ template <class T> class AffinityForward : Problem<T> {
                 std::copy_n(of_cols.sum + block.col, block.count, out.col_stats + (at + 1) * M + block.key);
             }
         }
-    }
-
-    void sum_rows(int worker, Range r) {
-        for (int64_t s = 0; s < S; ++s)
-            for (int side = 0; side < p.spec.sides; ++side) {
-                const int64_t at = Base::output_row(s, side);
-                std::fill(out.num + (at + r.begin) * D, out.num + (at + r.end) * D, T(0));
-                std::fill(out.den + at + r.begin, out.den + at + r.end, T(0));
-            }
-        T* A = tiles[worker];
-        Base::for_tiles(r, {0, cols}, [&](const KeyTile<T>& t) {
-            const T* d = Base::distances_again(worker, t);
-            for (int64_t s = 0; s < S; ++s) {
-                const int64_t at = Base::output_row(s, t.side) + t.row;
-                find_logits<T>(t, Base::logit(s), d, A);
-                Base::find_affinities(t, s, A, A);
-                for (int64_t i = 0; i < t.rows; ++i) out.den[at + i] += weigh<T>(A + i * t.ld, Base::tile_weights(t), t.cols);
-                multiply<T>(t.rows, D, t.cols, A, t.ld, 1, value_panels + t.key * PANEL<T>, M * PANEL<T>, out.num + at * D, D, true);
-            }
-        });
     }
 };
 

@@ -1,10 +1,17 @@
 // What every instruction set provides, for float and double.
 #pragma once
+#include <cmath>
 #include <vector>
 
 #include "../spec.hpp"
 
 namespace drift {
+
+template <class T> int64_t count(const std::vector<Rows<const T>>& arrays) {
+    int64_t sum = 0;
+    for (const auto& array : arrays) sum += array.count;
+    return sum;
+}
 
 // Weighted sums under the doubly normalised affinity, the core of forms A and B (and of C for large groups):
 //   num[s, g, side, i, :] = Σ_{j in side} w_j A_ij (v_j − centre)      den[s, g, side, i] = Σ_{j in side} w_j A_ij
@@ -16,11 +23,11 @@ template <class T> struct AffinityProblem {
     std::vector<Rows<const T>> keys, values;  // no values: they are the keys
     const T* w;                               // [G, M] or null
     int threads;
-    int64_t M() const {
-        int64_t sum = 0;
-        for (const auto& array : keys) sum += array.count;
-        return sum;
-    }
+    int64_t M() const { return count(keys); }
+    int64_t S() const { return int64_t(spec.widths.size()); }
+    const std::vector<Rows<const T>>& summed() const { return values.empty() ? keys : values; }
+    Logit<T> logit(int64_t s, int64_t) const { return {spec.logit, T(spec.widths[s]), T(spec.temperature)}; }
+    double self_distance(int64_t) const { return spec.self_distance; }
 };
 
 template <class T> struct AffinitySums {
@@ -35,6 +42,46 @@ template <class T> struct AffinityGradients {
     T* grad_q;                                // this and the rest are contiguous, and zero on entry
     std::vector<T*> grad_keys, grad_values;   // no gradients of values: they belong to those of keys
     T* grad_w;                                // [G, M] or null
+};
+
+// Sums over pairs under A_ij = exp(L_ij − α_i − β_j), of which the family of fields is composed, with logits
+// L = −(C/unit + self_cost)/width for each of S widths: see drift_ops/ops/pairs.py.
+template <class T> struct PairProblem {
+    const PairSpec& spec;
+    int64_t groups, D;
+    Rows<const T> q;
+    std::vector<Rows<const T>> keys;
+    const T* w;                         // [G, M] or null
+    std::vector<double> widths, units;  // [S], [G]
+    const T *alpha, *beta;              // [S, G, N], [S, G, M]; null: 0
+    int threads;
+    int64_t M() const { return count(keys); }
+    int64_t S() const { return int64_t(widths.size()); }
+    const std::vector<Rows<const T>>& summed() const { return keys; }
+    CostLogit<T> logit(int64_t s, int64_t g) const { return {spec.cost, T(widths[s] * units[g]), T(spec.least_distance)}; }
+    // What makes the cost of a query to itself larger by self_cost units when it is added to its distance.
+    double self_distance(int64_t g) const {
+        const double more = spec.self_cost * units[g], least = spec.least_distance;
+        return spec.cost == CostKind::l2 ? more : std::sqrt(least * least + more) - least;
+    }
+};
+
+template <class T> struct LogSums {
+    bool by_row;
+    T* sums;  // [S, G, N] by row, else [S, G, M]
+};
+
+template <class T> struct PairSums {
+    T *num, *den;     // [S, G, sides, N, D], [S, G, sides, N]
+    const T* centre;  // [G, D], or null for 0
+};
+
+template <class T> struct PairGradients {
+    const T *centre, *grad_num, *grad_den, *grad_columns;  // each null where it is 0
+    T* grad_q;  // this and the rest are contiguous, and zero on entry
+    std::vector<T*> grad_keys;
+    T* grad_w;                              // [G, M] or null
+    T *row_flow, *col_flow, *width_flow;  // [S, G, N], [S, G, M], [S, G, N]
 };
 
 constexpr int64_t GROUP_PAIRS = int64_t(1) << 18;  // of a group of form C that stays in cache; larger ones are streamed
@@ -70,6 +117,9 @@ struct OfGroups {
 template <class T> struct Functions {
     void (*affinity_forward)(const AffinityProblem<T>&, const AffinitySums<T>&);
     void (*affinity_backward)(const AffinityProblem<T>&, const AffinityGradients<T>&);
+    void (*log_sums)(const PairProblem<T>&, const LogSums<T>&);
+    void (*weighted_sums)(const PairProblem<T>&, const PairSums<T>&);
+    void (*pair_gradients)(const PairProblem<T>&, const PairGradients<T>&);
     // means [1 or G, 2] = {mean C·w, mean w} over all pairs; kept [G, kept_of_group] receives the costs, null: they are not kept.
     void (*loss_scale)(const LossProblem<T>&, double* means, T* kept);
     // forces [R, G, N, D] before the division by λ; moments [G, R, R] = mean_{i,dim} forces_r·forces_s; details [6, R, G, N] or null.

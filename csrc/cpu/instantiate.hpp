@@ -2,11 +2,14 @@
 #include "affinity_backward.hpp"
 #include "affinity_forward.hpp"
 #include "loss.hpp"
+#include "pairs_backward.hpp"
+#include "pairs_forward.hpp"
 
 namespace drift::DRIFT_ISA {
 
 template <class T>
-constexpr Functions<T> FUNCTIONS{affinity_forward<T>, affinity_backward<T>, loss_scale<T>, loss_moments<T>, loss_gradient<T>};
+constexpr Functions<T> FUNCTIONS{affinity_forward<T>, affinity_backward<T>, log_sums<T>,     weighted_sums<T>,
+                                 pair_gradients<T>,   loss_scale<T>,        loss_moments<T>, loss_gradient<T>};
 extern const Functions<float> of_float = FUNCTIONS<float>;
 extern const Functions<double> of_double = FUNCTIONS<double>;
 

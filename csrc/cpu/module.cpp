@@ -96,6 +96,53 @@ void affinity_backward(const AffinitySpec& spec, py::handle q, const py::list& k
     });
 }
 
+template <class T>
+PairProblem<T> pair_problem(const PairSpec& spec, py::handle q, const py::list& keys, py::handle w, const std::vector<double>& widths,
+                            const std::vector<double>& units, py::handle alpha, py::handle beta, int threads) {
+    const py::tuple shape = q.attr("shape");
+    return {spec, element(shape, 0), element(shape, 2), rows<const T>(q, 1), list_of_rows<const T>(keys), data<const T>(w), widths, units,
+            data<const T>(alpha), data<const T>(beta), threads};
+}
+
+void log_sums(const PairSpec& spec, py::handle q, const py::list& keys, const std::vector<double>& widths, const std::vector<double>& units,
+              py::handle potential, bool by_row, py::handle sums, int threads) {
+    with_type_of(q, [&](auto type) {
+        using T = decltype(type);
+        const py::none none;
+        const auto problem = pair_problem<T>(spec, q, keys, none, widths, units, by_row ? py::handle(none) : potential,
+                                             by_row ? potential : py::handle(none), threads);
+        const LogSums<T> out{by_row, data<T>(sums)};
+        const py::gil_scoped_release release;
+        functions_of(type).log_sums(problem, out);
+    });
+}
+
+void weighted_sums(const PairSpec& spec, py::handle q, const py::list& keys, const std::vector<double>& widths, const std::vector<double>& units,
+                   py::handle alpha, py::handle beta, py::handle w, py::handle centre, py::handle num, py::handle den, int threads) {
+    with_type_of(q, [&](auto type) {
+        using T = decltype(type);
+        const auto problem = pair_problem<T>(spec, q, keys, w, widths, units, alpha, beta, threads);
+        const PairSums<T> out{data<T>(num), data<T>(den), data<const T>(centre)};
+        const py::gil_scoped_release release;
+        functions_of(type).weighted_sums(problem, out);
+    });
+}
+
+void pair_gradients(const PairSpec& spec, py::handle q, const py::list& keys, const std::vector<double>& widths, const std::vector<double>& units,
+                    py::handle alpha, py::handle beta, py::handle w, py::handle centre, py::handle grad_num, py::handle grad_den,
+                    py::handle grad_columns, py::handle grad_q, const py::list& grad_keys, py::handle grad_w, py::handle row_flow,
+                    py::handle col_flow, py::handle width_flow, int threads) {
+    with_type_of(q, [&](auto type) {
+        using T = decltype(type);
+        const auto problem = pair_problem<T>(spec, q, keys, w, widths, units, alpha, beta, threads);
+        PairGradients<T> io{data<const T>(centre), data<const T>(grad_num), data<const T>(grad_den), data<const T>(grad_columns),
+                            data<T>(grad_q), {}, data<T>(grad_w), data<T>(row_flow), data<T>(col_flow), data<T>(width_flow)};
+        for (py::handle grad : grad_keys) io.grad_keys.push_back(data<T>(grad));
+        const py::gil_scoped_release release;
+        functions_of(type).pair_gradients(problem, io);
+    });
+}
+
 // Weights that are None are 1.
 template <class T> Rows<const T> weight_rows(py::handle weights, int64_t count) {
     static constexpr T ONE = 1;
@@ -224,9 +271,13 @@ PYBIND11_MODULE(_cpu, m) {
         return names;
     });
     py::class_<AffinitySpec>(m, "AffinitySpec").def(py::init(&affinity_spec));
+    py::class_<PairSpec>(m, "PairSpec").def(py::init(&pair_spec));
     py::class_<LossSpec>(m, "LossSpec").def(py::init(&loss_spec));
     m.def("affinity_forward", &affinity_forward);
     m.def("affinity_backward", &affinity_backward);
+    m.def("log_sums", &log_sums);
+    m.def("weighted_sums", &weighted_sums);
+    m.def("pair_gradients", &pair_gradients);
     m.attr("GROUP_PAIRS") = GROUP_PAIRS, m.attr("KEEP_DISTANCES_FROM_D") = KEEP_DISTANCES_FROM_D;
     m.def("loss_columns", &loss_columns);
     m.def("loss_scale", &loss_scale);

@@ -1,12 +1,14 @@
-// One problem of forms A and B, prepared for products, and how its pairs are walked: in tiles, nothing of size N×M is kept.
+// One problem of forms A and B or of sums over pairs, prepared for products, and how its pairs are walked: in tiles, nothing of size N×M is kept.
 //
-// Small problems are spread over the threads whole. A large one is cut into `parts` row ranges × `parts` column ranges, more
-// than there are threads; in phase p unit t works on row range t and column range (t + p) mod parts, so that every row and
+// Small problems are spread over the threads whole. A large one is cut into `parts` row ranges × `parts` column ranges, as
+// many as its size says, so that no result depends on the number of threads; in phase p unit t works on row range t and column range (t + p) mod parts, so that every row and
 // every column has one writer at a time: no locks, no atomics, one fixed order of summation, and whoever is free takes the
 // next unit.
 //
 // Keys are laid out in columns, each array of them padded to whole panels, so that a tile holds keys of one array.
 #pragma once
+#include <type_traits>
+
 #include "buffer.hpp"
 #include "functions.hpp"
 #include "parallel.hpp"
@@ -38,9 +40,10 @@ template <class T> struct KeyTile : Tile<T> {
     int64_t in_array;  // the same, of its array
 };
 
-template <class T> class Problem {
+// Asked: AffinityProblem<T> or PairProblem<T>.
+template <class T, class Asked = AffinityProblem<T>> class Problem {
   protected:
-    const AffinityProblem<T>& p;
+    const Asked& p;
     const int threads;
     const int64_t N, M, D, S, parts;
     const int64_t rows;  // N, padded to whole vectors
@@ -52,13 +55,13 @@ template <class T> class Problem {
     const T* centre = nullptr;  // of its queries and keys
     Buffer<const T*> query_rows, key_rows;
     Buffer<T> centred, key_panels, query_norms, key_norms;
-    Buffer<T> row_stats, col_stats;         // [S, 2, rows], [S, 2, cols]
+    Buffer<T> row_stats, col_stats;         // [S, 2, rows], [S, 2, cols]; of pairs, potentials are levels
     Buffer<T> mean;
     std::vector<Buffer<T>> kept_distances;  // a worker's
 
-    Problem(const AffinityProblem<T>& problem, int threads)
-        : p(problem), threads(threads), N(p.q.count), M(p.M()), D(p.D), S(p.spec.widths.size()),
-          parts(N * M >= LARGE ? std::max(8, 2 * threads) : 1), rows(round_up(N, ROW_GRAIN)), blocks(find_blocks()),
+    Problem(const Asked& problem, int threads)
+        : p(problem), threads(threads), N(p.q.count), M(p.M()), D(p.D), S(p.S()),
+          parts(N * M >= LARGE ? std::clamp<int64_t>(std::sqrt(double(N * M)) / 128, 8, 64) : 1), rows(round_up(N, ROW_GRAIN)), blocks(find_blocks()),
           one_tile(parts == 1 && N <= TILE_ROWS && cols <= 2 * TILE_COLS), ld(one_tile ? cols : TILE_COLS), query_rows(N), key_rows(cols),
           centred(N * D), key_panels(cols * D), query_norms(rows), key_norms(cols), row_stats(S * 2 * rows), col_stats(S * 2 * cols),
           mean(D), kept_distances(tile_buffers()) {}
@@ -79,12 +82,10 @@ template <class T> class Problem {
         return all;
     }
 
-    const std::vector<Rows<const T>>& values() const { return p.values.empty() ? p.keys : p.values; }
     Statistics<T> row_statistics(int64_t s) const { return {row_stats + s * 2 * rows, row_stats + (s * 2 + 1) * rows}; }
     Statistics<T> col_statistics(int64_t s) const { return {col_stats + s * 2 * cols, col_stats + (s * 2 + 1) * cols}; }
-    bool masked_self() const { return p.spec.has_self && p.spec.self_distance == INF<double>; }
     int64_t output_row(int64_t s, int side) const { return ((s * p.groups + g) * p.spec.sides + side) * N; }
-    Logit<T> logit(int64_t s) const { return {p.spec.logit, T(p.spec.widths[s]), T(p.spec.temperature)}; }
+    auto logit(int64_t s) const { return p.logit(s, g); }
 
     // Makes `group` the problem being worked on, its points about one of them.
     void open(int64_t group) {
@@ -115,6 +116,17 @@ template <class T> class Problem {
         for (size_t n = 0; n < arrays.size(); ++n)
             for (int64_t j = 0; j < arrays[n].count; ++j) out[place(blocks[n]) + j] = arrays[n](g, j);
     }
+    // The potentials of pairs; 0 where there are none, and in the padding.
+    void load_potentials() {
+        for (int64_t s = 0; s < S; ++s) {
+            T *alpha = row_statistics(s).level, *beta = col_statistics(s).level;
+            std::fill_n(alpha, rows, T(0));
+            std::fill_n(beta, cols, T(0));
+            if (p.alpha) std::copy_n(p.alpha + (s * p.groups + g) * N, N, alpha);
+            if (!p.beta) continue;
+            for (const Block& block : blocks) std::copy_n(p.beta + (s * p.groups + g) * M + block.key, block.count, beta + block.col);
+        }
+    }
     // Calls body(tile) for every tile of the ranges, all of a row block before the next.
     template <class Body> void for_tiles(Range r, Range c, Body body) const {
         for (int64_t i = r.begin; i < r.end; i += TILE_ROWS)
@@ -144,25 +156,39 @@ template <class T> class Problem {
         walk(body, [] { return true; });
     }
 
+    // Calls body(range, worker) for ranges of rows or columns that start at multiples of the grain, each on one thread; they are
+    // so small that there are some for every thread.
+    template <class Body> void for_units(int64_t count, int64_t grain, int64_t largest, Body body) const {
+        const int64_t size = threads == 1 ? largest : std::clamp(round_up(count / (4 * threads), grain), grain, largest);
+        parallel(units_of(count, size), threads,
+                 [&](int64_t unit, int worker) { body(Range{unit * size, std::min(count, (unit + 1) * size)}, worker); });
+    }
+
     T* tile_distances(int worker, const KeyTile<T>& t) const { return kept_distances[worker] + (one_tile ? t.col : 0); }
     const T* find_distances(int worker, const KeyTile<T>& t) const {
         T* d = tile_distances(worker, t);
         distances<T>(t, D, {query_rows, centred, query_norms}, {key_rows, key_panels, key_norms}, p.spec.has_self,
                      T(p.spec.least_distance), d);
-        if (p.spec.has_self) add_to_self_pairs(t, T(p.spec.self_distance), d);
+        if (p.spec.has_self) add_to_self_pairs(t, T(p.self_distance(g)), d);
         return d;
     }
     const T* distances_again(int worker, const KeyTile<T>& t) const {
         return one_tile ? tile_distances(worker, t) : find_distances(worker, t);
     }
     void find_affinities(const KeyTile<T>& t, int64_t s, const T* logits, T* A) const {
-        affinities<T>(t, logits, row_statistics(s).at(t.row), col_statistics(s).at(t.col), T(p.spec.floor), masked_self(), A);
+        const Statistics<T> of_rows = row_statistics(s).at(t.row), of_cols = col_statistics(s).at(t.col);
+        if constexpr (std::is_same_v<Asked, PairProblem<T>>) {
+            affinities_of_potentials<T>(t, logits, of_rows.level, of_cols.level, T(p.spec.floor), A);
+        } else {
+            const bool masked_self = p.spec.has_self && p.spec.self_distance == INF<double>;
+            affinities<T>(t, logits, of_rows, of_cols, T(p.spec.floor), masked_self, A);
+        }
     }
     const T* tile_weights(const KeyTile<T>& t) const { return p.w ? p.w + g * M + t.key : nullptr; }
 };
 
 // Small problems: the next one to whoever is free. Large ones: one after the other, all threads on each.
-template <class T, template <class> class Direction, class Outputs> void run_all(const AffinityProblem<T>& p, const Outputs& out) {
+template <class T, template <class> class Direction, class Asked, class Outputs> void run_all(const Asked& p, const Outputs& out) {
     const int64_t pairs = p.q.count * p.M();
     const int threads = pairs >= LARGE ? 1 : int(std::min<int64_t>(threads_for(p.groups * pairs * p.D, p.threads), p.groups));
     std::vector<Direction<T>> of_worker;

@@ -2,6 +2,7 @@
 // every instruction set: the width is what DRIFT_VECTOR_BYTES says, the instructions are what the flags allow.
 #pragma once
 #include <cstdint>
+#include <limits>
 #include <utility>
 
 namespace drift::DRIFT_ISA {
@@ -92,7 +93,7 @@ template <class T> DRIFT_INLINE void transpose(Vec<T> (&square)[WIDTH<T>]) {
     }
 }
 
-// exp(x) for x <= 0: range reduction to |r| <= ln(2)/2, a polynomial, 2^n by exponent bits. About 1 ulp; results that
+// exp(x) for x <= 0 (in fact up to 127.5·ln(2), or 1023.5·ln(2)): range reduction to |r| <= ln(2)/2, a polynomial, 2^n by exponent bits. About 1 ulp; results that
 // would be subnormal are 0; NaN stays NaN (the comparison is false for it).
 DRIFT_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
     const Vec<float> shifted = x * 1.44269504f + 12582912.0f;  // 1.5·2^23: the low mantissa bits now hold round(x/ln 2)
@@ -127,6 +128,12 @@ DRIFT_INLINE Vec<double> exp_nonpositive(Vec<double> x) {
     typedef Simd<double>::uvec uvec;
     const Vec<double> power = (Vec<double>)(((uvec)shifted << 52) + 0x3ff0000000000000u);
     return x < -708.0 ? Vec<double>{} : p * power;
+}
+
+// exp(x) for any x; what comes near the largest number is infinite.
+template <class T> DRIFT_INLINE Vec<T> exponential(Vec<T> x) {
+    const Vec<T> value = exp_nonpositive(x);
+    return x > T(sizeof(T) == 4 ? 88.3 : 709.3) ? splat<T>(std::numeric_limits<T>::infinity()) : value;
 }
 
 template <class T> DRIFT_INLINE Vec<T> square_root(Vec<T> v) {

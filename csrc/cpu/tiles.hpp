@@ -143,9 +143,10 @@ struct Exp {
     template <class V> DRIFT_INLINE V operator()(V x) const { return exp_nonpositive(x); }
 };
 
-// Calls body(n, L) for the vectors of a row of a tile, whose distances start at `d`; −∞ in the padding.
+// Calls body(n, L) for the vectors of a row of a tile, whose distances start at `d`; −∞ in the padding. What kind of logit
+// it is, is asked outside the loop, as compilers leave it inside.
 template <class T, class Body> DRIFT_INLINE void for_logits(const Tile<T>& t, const Logit<T>& logit, const T* d, Body body) {
-    if (logit.kind == LogitKind::laplace) {  // outside the loop, as compilers leave it inside
+    if (logit.kind == LogitKind::laplace) {
         const Logit<T> laplace{LogitKind::laplace, logit.width, logit.temperature};
         for (int64_t j = 0; j < t.width; j += WIDTH<T>) body(j, laplace.at(load<T>(d + j), Exp()));
     } else {
@@ -153,7 +154,15 @@ template <class T, class Body> DRIFT_INLINE void for_logits(const Tile<T>& t, co
     }
 }
 
-template <class T> void find_logits(const Tile<T>& t, const Logit<T>& logit, const T* d, T* logits) {
+template <class T, class Body> DRIFT_INLINE void for_logits(const Tile<T>& t, const CostLogit<T>& logit, const T* d, Body body) {
+    const auto of_kind = [&](CostKind kind) {
+        const CostLogit<T> known{kind, logit.width, logit.least_distance};
+        for (int64_t j = 0; j < t.width; j += WIDTH<T>) body(j, known.at(load<T>(d + j)));
+    };
+    logit.kind == CostKind::l2 ? of_kind(CostKind::l2) : of_kind(CostKind::l2_sq);
+}
+
+template <class T, class Kind> void find_logits(const Tile<T>& t, const Kind& logit, const T* d, T* logits) {
     for (int64_t i = 0; i < t.rows; ++i)
         for_logits(t, logit, d + i * t.ld, [&](int64_t j, Vec<T> L) { store<T>(logits + i * t.ld + j, L); });
 }
@@ -252,6 +261,55 @@ void affinities(const Tile<T>& t, const T* logits, Statistics<T> rows, Statistic
         const int64_t self = t.row + i - t.col;
         if (masked_self && self >= 0 && self < t.cols) out[i * t.ld + self] = 0;
     }
+}
+
+// Adds exp(L_ij − β_j) of a tile to the sums of its rows, whose levels are running maxima: one exponential a pair.
+template <class T, class Kind>
+void add_to_rows(const Tile<T>& t, const Kind& logit, const T* d, const T* beta, Statistics<T> rows) {
+    T exponents[TILE_COLS];  // of a row
+    for (int64_t i = 0; i < t.rows; ++i) {
+        Vec<T> top = splat<T>(-std::numeric_limits<T>::max()) * 2, sum{};
+        for_logits(t, logit, d + i * t.ld, [&](int64_t j, Vec<T> L) {
+            const Vec<T> exponent = L - load<T>(beta + j);
+            top = greater<T>(exponent, top);
+            store<T>(exponents + j, exponent);
+        });
+        const T old = rows.level[i], now = std::max(old, horizontal_max<T>(top)), shift = finite_shift<T, T>(now);
+        for (int64_t j = 0; j < t.width; j += WIDTH<T>) sum += exp_nonpositive(load<T>(exponents + j) - shift);
+        if (now > old) rows.sum[i] *= std::exp(old - shift);
+        rows.sum[i] += horizontal_sum<T>(sum);
+        rows.level[i] = now;
+    }
+}
+
+// The same of exp(L_ij − α_i) and the columns; `exponents` is room for the tile.
+template <class T, class Kind>
+void add_to_columns(const Tile<T>& t, const Kind& logit, const T* d, const T* alpha, Statistics<T> cols, T* exponents) {
+    T level[TILE_COLS], sums[TILE_COLS] = {};
+    std::fill(level, level + t.width, -INF<T>);
+    for (int64_t i = 0; i < t.rows; ++i)
+        for_logits(t, logit, d + i * t.ld, [&](int64_t j, Vec<T> L) {
+            const Vec<T> exponent = L - alpha[i];
+            store<T>(level + j, greater<T>(exponent, load<T>(level + j)));
+            store<T>(exponents + i * t.ld + j, exponent);
+        });
+    raise(cols, level, t.width);
+    for (int64_t j = 0; j < t.width; j += WIDTH<T>) store<T>(level + j, finite_shift<T, Vec<T>>(load<T>(cols.level + j)));
+    for (int64_t i = 0; i < t.rows; ++i)
+        for (int64_t j = 0; j < t.width; j += WIDTH<T>)
+            store<T>(sums + j, load<T>(sums + j) + exp_nonpositive(load<T>(exponents + i * t.ld + j) - load<T>(level + j)));
+    for (int64_t j = 0; j < t.width; j += WIDTH<T>) store<T>(cols.sum + j, load<T>(cols.sum + j) + load<T>(sums + j));
+}
+
+// Logits to max(exp(L_ij − α_i − β_j), √floor), but 0 where the exponent is −∞; potentials start at the tile's corner.
+template <class T> void affinities_of_potentials(const Tile<T>& t, const T* logits, const T* alpha, const T* beta, T floor, T* out) {
+    const T least = std::sqrt(floor);
+    for (int64_t i = 0; i < t.rows; ++i)
+        for (int64_t j = 0; j < t.width; j += WIDTH<T>) {
+            const Vec<T> exponent = load<T>(logits + i * t.ld + j) - alpha[i] - load<T>(beta + j);
+            const Vec<T> value = at_least<T>(exponential<T>(exponent), least);
+            store<T>(out + i * t.ld + j, exponent < std::numeric_limits<T>::lowest() ? Vec<T>{} : value);
+        }
 }
 
 }  // namespace drift::DRIFT_ISA

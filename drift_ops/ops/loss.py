@@ -220,7 +220,7 @@ def _statistics(
     return [Statistics(*of_map) for of_map in zip(scales, lambdas, found, strict=True)]
 
 
-_MAPS = "Tensor[] points, Tensor[] weights"  # gen, neg, pos of map 0, then of map 1, and so on
+_MAPS = "Tensor[] points, Tensor[] w"  # gen, neg, pos of map 0, then of map 1, and so on
 
 
 @define(_MAPS, LossSpec, "(Tensor, Tensor[])")
@@ -240,7 +240,7 @@ def _(points, weights, *rest):  # type: ignore[no-untyped-def]
     return points[0].new_empty(rows, 2, dtype=torch.float64), kept
 
 
-@define(f"{_MAPS}, Tensor[] kept, Tensor scale, Tensor? R", LossSpec, "(Tensor[], Tensor[], Tensor[])")
+@define(f"{_MAPS}, Tensor[] kept, Tensor scales, Tensor? R", LossSpec, "(Tensor[], Tensor[], Tensor[])")
 def _loss_moments(
     points: Sequence[Tensor],
     weights: Sequence[Tensor],
@@ -270,7 +270,7 @@ def _(points, weights, kept, scale, *rest):  # type: ignore[no-untyped-def]
     return states, moments, [_fake(of_map, of_map.shape_of_details(spec)) for of_map in maps]
 
 
-@define(f"{_MAPS}, Tensor[] states, Tensor scale, Tensor factors, Tensor[] incoming", LossSpec, "Tensor[]")
+@define(f"{_MAPS}, Tensor[] states, Tensor scales, Tensor factors, Tensor[] incoming", LossSpec, "Tensor[]")
 def _loss_gradient(
     points: Sequence[Tensor],
     weights: Sequence[Tensor],
