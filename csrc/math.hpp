@@ -63,4 +63,23 @@ template <class T> struct Logit {
     }
 };
 
+enum class CostKind : int { l2, l2_sq };
+constexpr const char* COST_NAMES[] = {"l2", "l2_sq"};  // as in drift_ops/spec.py
+
+// The logit L of a distance d in the family of fields: −d/width or −d²/width; −∞ at infinite distance.
+template <class T> struct CostLogit {
+    CostKind kind;
+    T width, least_distance;
+
+    template <class V> DRIFT_MATH V at(V distance) const {
+        return (kind == CostKind::l2 ? distance : V(distance * distance)) * (T(-1) / width);
+    }
+    // The factor h for which the gradient of L w.r.t. q_i, times dL, is h·(q_i − k_j); 0 up to the least distance, which
+    // all nearer pairs have.
+    template <class V> DRIFT_MATH V point_factor(V distance, V grad_logit) const {
+        const V h = kind == CostKind::l2 ? V(-grad_logit / (distance * width)) : V(grad_logit * (T(-2) / width));
+        return distance > least_distance ? h : V{};
+    }
+};
+
 }  // namespace drift

@@ -13,18 +13,25 @@ namespace drift {
 
 namespace py = pybind11;
 
-inline LogitKind logit_kind(const std::string& name) {
-    for (int kind = 0; kind < int(std::size(LOGIT_NAMES)); ++kind)
-        if (name == LOGIT_NAMES[kind]) return LogitKind(kind);
-    throw std::invalid_argument("logit: got '" + name + "', which the compiled kernels do not know");
-}
-
 template <class T> T field(py::handle spec, const char* name) { return spec.attr(name).cast<T>(); }
 
+// A field of a spec that is one of these names, as the enumerator in the same place.
+template <class Kind, size_t COUNT> Kind kind(py::handle spec, const char* name, const char* const (&names)[COUNT]) {
+    const auto value = field<std::string>(spec, name);
+    for (size_t n = 0; n < COUNT; ++n)
+        if (value == names[n]) return Kind(n);
+    throw std::invalid_argument(name + (": got '" + value) + "', which the compiled kernels do not know");
+}
+
 inline AffinitySpec affinity_spec(py::handle spec) {
-    return {logit_kind(field<std::string>(spec, "logit")), field<std::vector<double>>(spec, "widths"), field<double>(spec, "temperature"),
+    return {kind<LogitKind>(spec, "logit", LOGIT_NAMES), field<std::vector<double>>(spec, "widths"), field<double>(spec, "temperature"),
             field<double>(spec, "floor"), field<bool>(spec, "has_self"), field<int>(spec, "sides"),
             field<double>(spec, "least_distance"), field<double>(spec, "self_distance")};
+}
+
+inline PairSpec pair_spec(py::handle spec) {
+    return {kind<CostKind>(spec, "cost", COST_NAMES), field<bool>(spec, "has_self"), field<double>(spec, "self_cost"),
+            field<int>(spec, "sides"), field<double>(spec, "floor"), field<double>(spec, "least_distance")};
 }
 
 inline LossSpec loss_spec(py::handle spec) {

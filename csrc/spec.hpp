@@ -16,6 +16,14 @@ struct AffinitySpec {
     double least_distance, self_distance;
 };
 
+struct PairSpec {
+    CostKind cost;
+    bool has_self;
+    double self_cost;
+    int sides;
+    double floor, least_distance;
+};
+
 struct LossSpec {
     std::vector<double> R_list;
     double floor, least_distance, least_scale, self_distance, least_squared_lambda;
