@@ -164,7 +164,7 @@ def pair_gradients(
 
 
 def _widths(spec: PairSpec, q: Tensor, width: Tensor, unit: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The widths ``[S, G]`` of costs, and the distances ``[G]`` at which pairs of a query with itself have their costs."""
+    """The widths ``[S, G]`` of costs, and the distances ``[G]`` that give pairs of a query with itself their costs."""
     unit = torch.ones_like(q[:, 0, 0]) if unit is None else unit.to(q.dtype)
     added = spec.self_cost * unit
     own = added + spec.least_distance if spec.cost == "l2" else (added + spec.least_distance**2).sqrt()
@@ -172,7 +172,7 @@ def _widths(spec: PairSpec, q: Tensor, width: Tensor, unit: Tensor | None) -> tu
 
 
 def _as_statistics(*potentials: Tensor) -> tuple[Tensor, ...]:
-    """Each ``[S, G, count]`` as the statistics of softmaxes that have them for half their logarithms, ``[S, G, 2, count]``."""
+    """Each ``[S, G, count]`` as the statistics ``[S, G, 2, count]`` of softmaxes: twice the values, and ones."""
     return tuple(torch.stack([2 * t, torch.ones_like(t)], 2) for t in potentials)
 
 

@@ -1,4 +1,4 @@
-"""The sums over pairs of a backend against their dense definition: cases for backends that have kernels of their own."""
+"""The sums over pairs of a backend against their dense definition, in a few cases that span tiles."""
 
 import math
 from collections.abc import Callable
@@ -62,7 +62,9 @@ def converted(given: dict[str, Any], by: Callable[[Tensor], Tensor]) -> dict[str
     return new | {"keys": [new["q"] if t is given["q"] else by(t) for t in given["keys"]]}
 
 
-def results(module: Any, spec: PairSpec, given: dict[str, Any], layout: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+def results(
+    module: Any, spec: PairSpec, given: dict[str, Any], layout: Callable[[Tensor], Tensor]
+) -> dict[str, Tensor]:
     """Of all three functions, by name."""
     q, keys, width, unit = problem = [given[name] for name in ("q", "keys", "width", "unit")]
     alpha, beta, w, centre = others = [given[name] for name in ("alpha", "beta", "w", "centre")]

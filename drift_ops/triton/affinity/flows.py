@@ -91,7 +91,7 @@ def flows_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Sums of B over the rows and columns of one rectangle, of ``A g`` over its columns, and of ``B L`` over its rows."""
+    """In one rectangle, sums of B over rows and columns, of ``A g`` over columns, and of ``B L`` over rows."""
     N, M = pairs.N, pairs.M
     walk = walk_of_program(pairs, rectangles, BLOCK_Q, BLOCK_K)
     g = walk.g

@@ -2,8 +2,8 @@
 
 - :mod:`.log_sum_exps`: log-sum-exps along either axis, of some widths in one walk.
 - :mod:`.problem`: widths and units in memory, as the streaming kernels of forms A and B want them.
-- :mod:`.potentials`: the potentials as statistics of softmaxes. With these, the kernels of :mod:`..affinity` that follow
-  the softmaxes serve here too: weighted sums, flows, and the gradients of points and of values.
+- :mod:`.potentials`: the potentials as statistics of softmaxes. With these, the kernels of :mod:`..affinity` that
+  follow the softmaxes serve here too: weighted sums, flows, and the gradients of points and of values.
 """
 
 from collections.abc import Sequence

@@ -14,7 +14,7 @@ from ..affinity.logit import LOG2E, tile_logits
 from ..affinity.pairs import Keys, Pairs, distances, keys, queries
 from ..affinity.softmax import merge
 from ..affinity.statistics import merge_slots
-from ..tiles import NOTHING, finite_shift, load_vector
+from ..tiles import finite_shift, load_vector
 
 WIDTHS_OF_PROGRAM = 4
 

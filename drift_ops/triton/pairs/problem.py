@@ -1,5 +1,7 @@
-"""What the kernels are told of sums over pairs. Widths and units are tensors on the device: nothing is read on the host,
-so kernels take their products, a width for each problem."""
+"""What the kernels are told of sums over pairs.
+
+Widths and units stay on the device: kernels read their products, of which each problem has one for every width.
+"""
 
 import math
 
