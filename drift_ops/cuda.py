@@ -165,7 +165,7 @@ def pair_gradients(
 
 def _widths(spec: PairSpec, q: Tensor, width: Tensor, unit: Tensor | None) -> tuple[Tensor, Tensor]:
     """The widths ``[S, G]`` of costs, and the distances ``[G]`` that give pairs of a query with itself their costs."""
-    unit = torch.ones_like(q[:, 0, 0]) if unit is None else unit.to(q.dtype)
+    unit = q.new_ones(len(q)) if unit is None else unit.to(q.dtype)
     added = spec.self_cost * unit
     own = added + spec.least_distance if spec.cost == "l2" else (added + spec.least_distance**2).sqrt()
     return width.to(q.dtype).unsqueeze(1) * unit, own

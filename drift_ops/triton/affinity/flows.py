@@ -42,14 +42,16 @@ def incoming_of_tile(
 ):
     """g_ij of a tile."""
     row = (problem * pairs.sides + tile.side) * pairs.N + i
-    total = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
     if incoming.grad_num is not None:
         a = rows_of(incoming.grad_num, row, pairs.N - i, pairs.EXACT, pairs.DEPTH, BLOCK_Q, BLOCK_D)
         b = rows_of(incoming.v, g * pairs.M + tile.first, tile.count, pairs.EXACT, pairs.DEPTH, BLOCK_K, BLOCK_D)
-        total = products(a, b, pairs.EXACT, pairs.DEPTH, BLOCK_Q, BLOCK_K, BLOCK_D)
+    of_den = tl.zeros([BLOCK_Q], tl.float32)
     if incoming.grad_den is not None:
-        total += load_vector(incoming.grad_den + row, pairs.N - i, 0, BLOCK_Q)[:, None]
-    return total
+        of_den = load_vector(incoming.grad_den + row, pairs.N - i, 0, BLOCK_Q)
+    if incoming.grad_num is not None:
+        return products(a, b, pairs.EXACT, pairs.DEPTH, BLOCK_Q, BLOCK_K, BLOCK_D) + of_den[:, None]
+    else:
+        return tl.zeros([BLOCK_Q, BLOCK_K], tl.float32) + of_den[:, None]
 
 
 @triton.jit

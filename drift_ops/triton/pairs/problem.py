@@ -5,7 +5,6 @@ Widths and units stay on the device: kernels read their products, of which each 
 
 import math
 
-import torch
 import triton.language as tl
 from torch import Tensor
 
@@ -21,7 +20,7 @@ def pairs_of(
 ) -> Pairs:
     """Of contiguous centred points; ``width [S]``, ``unit [G]`` or None for 1."""
     width = width.to(q.dtype).unsqueeze(1)
-    widths = width * (torch.ones_like(q[:, 0, 0]) if unit is None else unit.to(q.dtype))  # [S, G]
+    widths = width * (q.new_ones(len(q)) if unit is None else unit.to(q.dtype))  # [S, G]
     self_logits = None
     if spec.has_self and 0 < spec.self_cost < math.inf:
         least_cost = spec.least_distance if spec.cost == "l2" else spec.least_distance**2
