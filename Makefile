@@ -30,7 +30,8 @@ INTERPRETED := coinciding or origin or outlier or sharp or lone or without or fi
 test: lint
 	$(PYTEST) --dist loadfile --no-loadscope-reorder
 	TRITON_INTERPRET=1 DRIFT_OPS_REQUIRE=triton $(PYTEST) --dist worksteal \
-		tests/test_triton_group.py tests/test_triton_streaming.py tests/test_golden.py tests/test_operator.py \
+		tests/test_triton_group.py tests/test_triton_pairs.py tests/test_triton_streaming.py \
+		tests/test_golden.py tests/test_operator.py \
 		-k "test_triton or (triton and not large and not 700 and (drift_loss_ or $(INTERPRETED)))"
 
 test-kernels: export DRIFT_EVERY_KERNEL := 1
@@ -38,7 +39,7 @@ test-kernels: $(VENV)/installed-dev
 	$(PYTEST) --dist load tests/test_triton_compile.py
 	$(PYTEST) --dist loadfile tests/test_cuda_build.py tests/test_cuda_emulated.py tests/test_triton_autotune.py
 	TRITON_INTERPRET=1 DRIFT_OPS_REQUIRE=triton $(PYTEST) --dist worksteal \
-		tests/test_triton_group.py tests/test_triton_streaming.py
+		tests/test_triton_group.py tests/test_triton_pairs.py tests/test_triton_streaming.py
 
 lint: $(VENV)/installed-dev
 	$(RUN) -m ruff check .

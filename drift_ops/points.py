@@ -70,11 +70,12 @@ def gathered(
 
 
 def scattered(
-    keys: Sequence[Tensor], values: Sequence[Tensor] | None, grad_k: Tensor, grad_v: Tensor
+    keys: Sequence[Tensor], values: Sequence[Tensor] | None, grad_k: Tensor, grad_v: Tensor | None
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Gradients of what was :func:`gathered`: of every tensor of keys, and of values where these are not the keys."""
     counts = [key.shape[1] for key in keys]
-    if values is None:
-        return [grad.clone() for grad in grad_k.add_(grad_v).split(counts, 1)], []
+    if values is None or grad_v is None:
+        total = grad_k if grad_v is None else grad_k.add_(grad_v)
+        return [grad.clone() for grad in total.split(counts, 1)], []
     of_keys, of_values = grad_k.split(counts, 1), grad_v.split(counts, 1)
     return [grad.clone() for grad in of_keys], [grad.clone() for grad in of_values]

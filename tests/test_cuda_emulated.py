@@ -23,13 +23,15 @@ from cases import (
     points,
     relative_error,
     run,
+    transposed,
     unaligned,
 )
+from pair_cases import CASES, Case, check_pairs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import drift_ops
-from drift_ops import cuda
-from drift_ops.spec import AffinitySpec, LossMap, LossSpec
+from drift_ops import Field, cuda
+from drift_ops.spec import AffinitySpec, LossMap, LossSpec, PairSpec
 
 ROOT = Path(__file__).parents[1]
 COMPILER = shutil.which("g++")
@@ -146,6 +148,33 @@ def test_little_shared_memory(monkeypatch, dtype):
     check(drift_ops.drift_field, field_inputs(*shape, weighted=True), {"temperature": [1.0, 4.0]}, dtype, "cuda")
     for R_list in ((0.05, 0.2), (0.02, 0.05, 0.2)):  # the last is streamed, as on no device with more
         check(drift_ops.drift_loss, loss_inputs(40, 64, 16, 30, 1, True), {"R_list": R_list}, dtype, "cuda")
+
+
+@every_dtype
+@pytest.mark.parametrize("name", CASES)
+def test_pairs(monkeypatch, name, dtype):
+    monkeypatch.setenv("DRIFT_EMULATED_MULTIPROCESSORS", "40" if name == "masked" else "1")
+    if name == "least distance":  # narrower tiles
+        monkeypatch.setenv("DRIFT_EMULATED_SHARED_BYTES", "101376")
+    check_pairs(cuda, CASES[name], dtype, transposed if name == "squares" else unaligned)
+
+
+@every_dtype
+@pytest.mark.parametrize("counts", [(150, 0), (70, 131)], ids=str)
+def test_pairs_of_several_tiles(monkeypatch, counts, dtype):
+    monkeypatch.setenv("DRIFT_EMULATED_MULTIPROCESSORS", "1" if counts[1] else "40")
+    keys = (counts[0], *([counts[1]] if counts[1] else []))
+    spec = PairSpec("l2_sq", True, 2.0, len(keys), 1e-6)
+    check_pairs(cuda, Case(spec, 1, counts[0], keys, 19, (8.0, 20.0), True, True), dtype, unaligned)
+
+
+@every_dtype
+@pytest.mark.parametrize("coupling", ["row", "two_sided", "sinkhorn"])
+def test_family(coupling, dtype):
+    field = Field("l2_sq", coupling, "split" if coupling == "row" else "joint", 2, "kernel", mask_self=0.5)
+    tensors = field_inputs(5, 6, 4, 3, weighted=True) | {"temperature": torch.tensor([2.0, 5.0], dtype=torch.float64)}
+    tensors |= {name: tensors[name] + 0.1 for name in ("weight_pos", "weight_neg")}
+    check(drift_ops.drift_field, tensors, {"field": field}, dtype, "cuda")
 
 
 def clusters(count: int, D: int, seed: int) -> torch.Tensor:

@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,21 @@ def group_field(N: int, M: int, D: int) -> None:
     triton.affinity_sums(AffinitySpec("laplace", WIDTHS, has_self=True, sides=2), q, keys, None, empty(4, M))
 
 
+def pairs(N: int, M: int, D: int, cost: str, self_cost: float) -> None:
+    from drift_ops import triton
+    from drift_ops.spec import PairSpec
+
+    spec, S = PairSpec(cost, True, self_cost, 2, 1e-6), len(WIDTHS)
+    problem = empty(1, N, D), [empty(1, N, D), empty(1, M - N, D)], empty(S), empty(1)
+    alpha, beta, grad_num, grad_den = empty(S, 1, N), empty(S, 1, M), empty(S, 1, 2, N, D), empty(S, 1, 2, N)
+    triton.log_sums(spec, *problem, beta, True)
+    triton.log_sums(spec, *problem, alpha, False)
+    triton.weighted_sums(spec, *problem, alpha, beta, empty(1, M), empty(1, D))
+    triton.pair_gradients(spec, *problem, alpha, beta, empty(1, M), empty(1, D), grad_num, grad_den, None)
+    of_columns = replace(spec, sides=1, floor=0.0)  # that is what the log-sum-exps of columns want
+    triton.pair_gradients(of_columns, *problem, alpha, beta, None, None, None, None, beta)
+
+
 # What the launchers are called with, by name: the regimes, few dimensions and many. Kernels that only depend on shapes
 # through their blocks are compiled once.
 CASES: dict[str, Callable[[], None]] = {
@@ -97,6 +113,7 @@ CASES: dict[str, Callable[[], None]] = {
     "group loss D=256": lambda: loss((64, 16, 64), 256),
     "group loss D=1024, 10 maps": lambda: loss((64, 16, 64), 1024, maps=10),
     "group field D=256": lambda: group_field(32, 64, 256),
+    "pairs D=256": lambda: pairs(4096, 8192, 256, "l2_sq", 2.0),
 }
 EXACT_CASES: dict[str, Callable[[], None]] = {  # with products rounded as "highest" only
     "streaming D=2": lambda: streaming_field(4096, 8192, 2),
@@ -109,6 +126,7 @@ EXACT_CASES: dict[str, Callable[[], None]] = {  # with products rounded as "high
     "group loss largest": lambda: loss((64, 32, 64), 256),
     "group loss tiny": lambda: loss((16, 0, 16), 32),
     "group field D=2": lambda: group_field(32, 64, 2),
+    "pairs D=2": lambda: pairs(4096, 8192, 2, "l2", float("inf")),
 }
 
 
@@ -127,6 +145,8 @@ USUAL_CASES = (  # at "highest": every kernel with products, and those that take
     "group field D=256",
     "streaming D=2",
     "group loss D=2",
+    "pairs D=256",
+    "pairs D=2",
 )
 USUAL_NAMES = tuple(f"{case}, highest, " for case in USUAL_CASES)  # what their kernels' names begin with
 NEIGHBOURS_OF = ("streaming D=256", "group loss D=256")  # cases whose configurations' neighbours compile, too

@@ -52,7 +52,8 @@ def dense_sums(spec, first, q, k, v, w=None):
     num, den = [], []
     for width in spec.widths:
         L = -d / width if spec.logit == "laplace" else torch.exp(-d.square() / (2 * width**2)) / spec.temperature
-        A = reference.affinity(L.masked_fill(masked, reference.MASKED), spec.floor).masked_fill(masked, 0.0)
+        A = reference.affinity(L.masked_fill(masked, reference.MASKED))
+        A = A.clamp(min=spec.floor**0.5).masked_fill(masked, 0.0)
         A = A if w is None else A * w.unsqueeze(1)
         num.append(torch.stack([A[..., side] @ v[:, side] for side in sides], 1))
         den.append(torch.stack([A[..., side].sum(-1) for side in sides], 1))

@@ -1,4 +1,5 @@
-// What forms A and B compute on a tile of pairs: distances, logits, affinities; and how a problem is cut into tiles.
+// What forms A and B, and with PAIRS the sums over pairs, compute on a tile of pairs: distances, logits, affinities; and how a
+// problem is cut into tiles.
 //
 // A kernel looks at the pairs from the queries or from the keys: the axis whose points lie along a tile's rows is `x`, the
 // other is `y`. All of it is symmetric in the two but for the sides and the weights, which belong to the keys.
@@ -45,6 +46,7 @@ template <class T> struct Axis {  // of one problem
     int64_t count;
     const T* stats;  // of width 0: maxima, then factors; the next width's are stats_stride further
     int64_t stats_stride;
+    T self_distance;
     __device__ Matrix<T> rows(Span span, int64_t D) const { return {points + span.first * D, span.count, D}; }
 };
 
@@ -53,15 +55,21 @@ template <class T> struct Known {
     const T *q_norms, *k_norms, *row_stats, *col_stats;
 };
 
+template <class T> __device__ T self_distance(const Affinity<T>& p, int64_t g) {
+    return p.self_distances ? p.self_distances[g] : T(p.least_distance) + T(p.self_distance) * (p.unit ? T(*p.unit) : T(1));
+}
 template <class T> __device__ Axis<T> queries(const Affinity<T>& p, const Known<T>& known, int64_t g) {
-    return {p.q + g * p.N * p.D, known.q_norms + g * p.N, p.N, known.row_stats + g * 2 * p.N, p.groups * 2 * p.N};
+    return {p.q + g * p.N * p.D, known.q_norms + g * p.N, p.N, known.row_stats + g * 2 * p.N, p.groups * 2 * p.N, self_distance(p, g)};
 }
 template <class T> __device__ Axis<T> keys(const Affinity<T>& p, const Known<T>& known, int64_t g) {
-    return {p.k + g * p.M * p.D, known.k_norms + g * p.M, p.M, known.col_stats + g * 2 * p.M, p.groups * 2 * p.M};
+    return {p.k + g * p.M * p.D, known.k_norms + g * p.M, p.M, known.col_stats + g * 2 * p.M, p.groups * 2 * p.M, self_distance(p, g)};
 }
 
-template <class T> __device__ Logit<T> logit(const Affinity<T>& p, int s) {
-    return {p.logit, T(p.width[s]) * (p.unit ? T(*p.unit) : T(1)), T(p.temperature)};
+template <bool PAIRS, class T> __device__ auto logit(const Affinity<T>& p, int s, int64_t g) {
+    if constexpr (PAIRS)
+        return CostLogit<T>{p.cost, p.pair_widths[s * p.groups + g], T(p.least_distance)};
+    else
+        return Logit<T>{p.logit, T(p.width[s]) * (p.unit ? T(*p.unit) : T(1)), T(p.temperature)};
 }
 
 // Pairs (r, c) of the tile that exist: body(r, c, i, j) with i, j counted from the spans' first points.
@@ -72,8 +80,8 @@ template <class T, int NT, class Body> __device__ __forceinline__ void for_pairs
     });
 }
 
-// d = max(‖x_i − y_j‖, least_distance), the self pairs' exactly least_distance + self_distance. Products lose close pairs: a
-// tile that has any is worked out again from differences.
+// d = max(‖x_i − y_j‖, least_distance), the self pairs' exactly the axis' self_distance. Products lose close pairs: a tile that
+// has any is worked out again from differences.
 template <class T, int NT>
 __device__ void find_distances(Tile<T, NT>& d, const Affinity<T>& p, const Axis<T>& x, Span xs, const Axis<T>& y, Span ys, T* stage) {
     const T *x_norms = x.norms + xs.first, *y_norms = y.norms + ys.first;
@@ -89,7 +97,7 @@ __device__ void find_distances(Tile<T, NT>& d, const Affinity<T>& p, const Axis<
         });
         if (!__syncthreads_or(close)) break;
     }
-    const T least = T(p.least_distance), self_distance = least + T(p.self_distance) * (p.unit ? T(*p.unit) : T(1));
+    const T least = T(p.least_distance), self_distance = x.self_distance;
     for_pairs<T, NT>(xs, ys, [&](int r, int c, int i, int j) {
         const T distance = std::sqrt(d.value[r][c]);
         d.value[r][c] = j == i + self ? self_distance : distance < least ? least : distance;  // NaN stays NaN
@@ -99,17 +107,16 @@ __device__ void find_distances(Tile<T, NT>& d, const Affinity<T>& p, const Axis<
 // A of one pair from its logit and the finished statistics of x_i and y_j of one width.
 template <class T> struct Affinities {
     const T *x_max, *x_factor, *y_max, *y_factor;
-    T least;          // sqrt(floor)
-    int64_t masked;   // pair (i, i + masked) is 0 whatever the floor
+    T least;  // sqrt(floor)
 
     __device__ Affinities(const Affinity<T>& p, const Axis<T>& x, Span xs, const Axis<T>& y, Span ys, int s)
         : x_max(x.stats + s * x.stats_stride + xs.first), x_factor(x_max + x.count), y_max(y.stats + s * y.stats_stride + ys.first),
-          y_factor(y_max + y.count), least(std::sqrt(T(p.floor))),
-          masked(p.has_self && p.self_distance == INF<double> ? xs.first - ys.first : int64_t(1) << 40) {}
+          y_factor(y_max + y.count), least(std::sqrt(T(p.floor))) {}
 
+    // 0 whatever the floor where the exponent is −∞: for pairs that are left out.
     __device__ __forceinline__ T operator()(int i, int j, T logit) const {
-        const T value = std::exp(logit - (x_max[i] + y_max[j]) * T(0.5)) * (x_factor[i] * y_factor[j]);
-        return j == i + masked ? T(0) : value < least ? least : value;
+        const T exponent = logit - (x_max[i] + y_max[j]) * T(0.5), value = std::exp(exponent) * (x_factor[i] * y_factor[j]);
+        return exponent == -INF<T> ? T(0) : value < least ? least : value;
     }
 };
 

@@ -5,55 +5,11 @@
 //   finish_statistics  the parts together
 //   weighted_sums      a block has 64 queries and walks the keys of one side, or a part of them
 //   sum_parts          where the keys were cut into parts
-#include "affinity.cuh"
+#include "statistics.cuh"
 
 namespace drift::cuda {
 
 namespace {
-
-// Adds (max, sum) of other logits to a running maximum and sum of exp(L − max).
-template <class T> __device__ __forceinline__ void merge(T& max, T& sum, T other_max, T other_sum) {
-    const T now = max > other_max ? max : other_max, shift = finite_shift<T>(now);
-    sum = sum * std::exp(max - shift) + other_sum * std::exp(other_max - shift);
-    max = now;
-}
-
-// Statistics of a tile's rows and columns, by warp: [2 of max, sum][warps across][ROWS], [2][warps down][COLS].
-template <class T, int NT> struct TileStatistics {
-    T row[2][4][ROWS], col[2][2][COLS<NT>];
-
-    __device__ void put(const Tile<T, NT>& logits) {
-        const int lane = threadIdx.x % 32;
-#pragma unroll
-        for (int r = 0; r < 4; ++r) {
-            T max = -INF<T>, sum = 0;
-#pragma unroll
-            for (int c = 0; c < 2 * NT; ++c) max = fmax(max, logits.value[r][c]);
-            max = max_over_row(max);
-#pragma unroll
-            for (int c = 0; c < 2 * NT; ++c) sum += std::exp(logits.value[r][c] - finite_shift<T>(max));
-            sum = sum_over_row(sum);
-            if (lane % 4 == 0) row[0][logits.warp_col()][logits.row(r)] = max, row[1][logits.warp_col()][logits.row(r)] = sum;
-        }
-#pragma unroll
-        for (int c = 0; c < 2 * NT; ++c) {
-            T max = -INF<T>, sum = 0;
-#pragma unroll
-            for (int r = 0; r < 4; ++r) max = fmax(max, logits.value[r][c]);
-            max = max_over_col(max);
-#pragma unroll
-            for (int r = 0; r < 4; ++r) sum += std::exp(logits.value[r][c] - finite_shift<T>(max));
-            sum = sum_over_col(sum);
-            if (lane < 4) col[0][logits.warp_row()][logits.col(c)] = max, col[1][logits.warp_row()][logits.col(c)] = sum;
-        }
-    }
-    __device__ void add_row(int i, T& max, T& sum) const {
-        for (int w = 0; w < 4; ++w) merge(max, sum, row[0][w][i], row[1][w][i]);
-    }
-    __device__ void add_col(int j, T& max, T& sum) const {
-        for (int w = 0; w < 2; ++w) merge(max, sum, col[0][w][j], col[1][w][j]);
-    }
-};
 
 // row_parts [col_parts, S, G, 2, N] and col_parts [row_parts, S, G, 2, M].
 template <class T>
@@ -76,11 +32,11 @@ find_statistics(const __grid_constant__ Affinity<T> p, const __grid_constant__ C
             Tile<T, NT> d;
             find_distances(d, p, block.x, xs, block.y, ys, stage);
             for (int s = 0; s < p.widths; ++s) {
-                const Logit<T> logit_of = logit(p, s);
+                const Logit<T> logit_of = logit<false>(p, s, block.group);
                 Tile<T, NT> logits;
                 logits.fill(-INF<T>);
                 for_pairs<T, NT>(xs, ys, [&](int r, int c, int, int) { logits.value[r][c] = logit_of.at(d.value[r][c]); });
-                found.put(logits);
+                found.put_rows(logits), found.put_cols(logits);
                 __syncthreads();
                 const int64_t rows_at = (block.col_part * p.widths + s) * p.groups + block.group;
                 const int64_t cols_at = (block.row_part * p.widths + s) * p.groups + block.group;
@@ -114,7 +70,7 @@ __global__ void __launch_bounds__(THREADS) finish_statistics(int64_t problems, i
 }
 
 // num [key_parts, S, G, sides, N, D] and den [key_parts, S, G, sides, N].
-template <class T>
+template <class T, bool PAIRS>
 __global__ void __launch_bounds__(THREADS, 1)
 weighted_sums(const __grid_constant__ Affinity<T> p, const __grid_constant__ Cut cut, Known<T> known, T* num, T* den) {
     constexpr int NT = COLUMN_TILES<T>;
@@ -131,7 +87,7 @@ weighted_sums(const __grid_constant__ Affinity<T> p, const __grid_constant__ Cut
         Tile<T, NT> d;
         find_distances(d, p, x, xs, y, ys, stage);
         for (int s = 0; s < p.widths; ++s) {
-            const Logit<T> logit_of = logit(p, s);
+            const auto logit_of = logit<PAIRS>(p, s, g);
             const Affinities<T> affinity(p, x, xs, y, ys, s);
             Tile<T, NT> A;
             T mine[4] = {};
@@ -154,6 +110,14 @@ weighted_sums(const __grid_constant__ Affinity<T> p, const __grid_constant__ Cut
     }
 }
 
+template <class T, bool PAIRS>
+void launch_weighted_sums(const Affinity<T>& p, const Cut& cut, const Known<T>& known, const Parts<T>& num, const Parts<T>& den, Device device) {
+    constexpr int NT = COLUMN_TILES<T>;
+    launch("weighted_sums", weighted_sums<T, PAIRS>, device, p.groups * p.sides * cut.key_parts * cut.queries_down.count(),
+           (STAGE<T, NT> + ROWS * STRIP_LD<T, NT> + 4 * ROWS) * sizeof(T), p, cut, known, num.parts, den.parts);
+    num.sum(device), den.sum(device);
+}
+
 }  // namespace
 
 template <class T> int64_t affinity_forward(const Affinity<T>& p, const Sums<T>& out, double* memory, Device device) {
@@ -172,13 +136,26 @@ template <class T> int64_t affinity_forward(const Affinity<T>& p, const Sums<T>&
            p, cut, known, row_parts, col_parts);
     launch("finish_statistics", finish_statistics<T>, device, ceil_div(problems * (p.N + p.M), THREADS), 0, problems, p.N, p.M, row_parts,
            cut.col_parts, col_parts, cut.row_parts, out.row_stats, out.col_stats);
-    launch("weighted_sums", weighted_sums<T>, device, p.groups * p.sides * cut.key_parts * cut.queries_down.count(),
-           (STAGE<T, NT> + ROWS * STRIP_LD<T, NT> + 4 * ROWS) * sizeof(T), p, cut, known, num.parts, den.parts);
-    num.sum(device), den.sum(device);
+    launch_weighted_sums<T, false>(p, cut, known, num, den, device);
+    return scratch.doubles;
+}
+
+template <class T> int64_t pair_weighted_sums(const Affinity<T>& p, const Sums<T>& io, double* memory, Device device) {
+    const OnDevice guard(device);
+    const Cut cut(p, COLS<COLUMN_TILES<T>>, device);
+    const int64_t outputs = p.widths * p.groups * p.sides * p.N;
+    Scratch scratch{memory};
+    T* norms = scratch.take<T>(p.groups * (p.N + p.M));
+    const Parts<T> num(scratch, io.num, cut.key_parts, outputs * p.D), den(scratch, io.den, cut.key_parts, outputs);
+    if (!memory) return scratch.doubles;
+    launch_squared_norms(p, norms, device);
+    launch_weighted_sums<T, true>(p, cut, {norms, norms + p.groups * p.N, io.row_stats, io.col_stats}, num, den, device);
     return scratch.doubles;
 }
 
 template int64_t affinity_forward(const Affinity<float>&, const Sums<float>&, double*, Device);
 template int64_t affinity_forward(const Affinity<double>&, const Sums<double>&, double*, Device);
+template int64_t pair_weighted_sums(const Affinity<float>&, const Sums<float>&, double*, Device);
+template int64_t pair_weighted_sums(const Affinity<double>&, const Sums<double>&, double*, Device);
 
 }  // namespace drift::cuda

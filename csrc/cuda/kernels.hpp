@@ -28,6 +28,10 @@ template <class T> struct Affinity {
     double floor, least_distance, self_distance;  // self_distance, in units of *unit, is added to self pairs; +∞ masks them
     const double* unit;                           // device; null: 1
     const T *q, *k, *v, *w;                       // [G, N, D], [G, M, D], [G, M, D], [G, M] or null
+    // Of sums over pairs, instead of logit, width, temperature, self_distance and unit: widths [S, G], and the distances [G] of
+    // queries to themselves.
+    CostKind cost;
+    const T *pair_widths, *self_distances;
 };
 
 template <class T> struct Sums {
@@ -39,11 +43,18 @@ template <class T> struct Gradients {
     const T *row_stats, *col_stats;  // of the forward
     const T *grad_num, *grad_den;
     T *grad_q, *grad_k, *grad_v, *grad_w;  // like q, k, v, w
+    // Of sums over pairs, of which any incoming gradient may be null; the flows are those of drift_ops.ops.pairs.
+    const T* grad_columns;                   // [S, G, M]
+    T *row_flow, *col_flow, *width_flow;     // [S, G, N], [S, G, M], [S, G, N]
 };
 
 // Every function that takes `scratch` returns how many doubles of scratch memory it wants, and does no more where that is null.
 template <class T> int64_t affinity_forward(const Affinity<T>&, const Sums<T>&, double* scratch, Device);
 template <class T> int64_t affinity_backward(const Affinity<T>&, const Gradients<T>&, double* scratch, Device);
+// Sums over pairs, whose statistics are potentials: twice their values, and 1.
+template <class T> int64_t pair_log_sums(const Affinity<T>&, const T* potential, bool by_row, T* sums, double* scratch, Device);
+template <class T> int64_t pair_weighted_sums(const Affinity<T>&, const Sums<T>&, double* scratch, Device);
+template <class T> int64_t pair_gradients(const Affinity<T>&, const Gradients<T>&, double* scratch, Device);
 template <class T> int64_t affinity_scale(const Affinity<T>&, double* means, double* scratch, Device);  // means as of loss_scale
 
 // Form C for groups small enough for the shared memory of one block of threads; targets are [gen, neg, pos].

@@ -33,7 +33,7 @@ Affinity<T> affinity(const AffinitySpec& spec, py::tuple points, int64_t first, 
     Affinity<T> p{element(of_queries, 0), element(of_queries, 1), element(of_keys, 1), element(of_queries, 2), spec.sides == 2 ? first : 0,
                   spec.sides, int(spec.widths.size()), spec.logit, spec.has_self, launch.split_products, {}, spec.temperature, spec.floor,
                   spec.least_distance, spec.self_distance, data<double>(unit), data<T>(points[0]), data<T>(points[1]), data<T>(points[2]),
-                  data<T>(points[3])};
+                  data<T>(points[3]), CostKind{}, nullptr, nullptr};
     if (spec.widths.size() > MAX_WIDTHS) throw std::invalid_argument("too many widths for one call");
     std::copy(spec.widths.begin(), spec.widths.end(), p.width);
     return p;
@@ -56,6 +56,47 @@ void find_gradients(py::handle spec, py::tuple points, int64_t first, py::tuple 
         const Gradients<T> io{data<T>(known[0]), data<T>(known[1]), data<T>(known[2]), data<T>(known[3]),
                               data<T>(grads[0]), data<T>(grads[1]), data<T>(grads[2]), data<T>(grads[3])};
         launch.with_scratch([&](double* scratch) { return affinity_backward(p, io, scratch, launch.device); });
+    });
+}
+
+// The same of sums over pairs; `widths` are those [S, G] and the distances [G] of queries to themselves.
+template <class T> Affinity<T> pairs(const PairSpec& spec, py::tuple points, int64_t first, py::tuple widths, const Launch& launch) {
+    const py::tuple of_queries = points[0].attr("shape"), of_keys = points[1].attr("shape"), of_widths = widths[0].attr("shape");
+    return {element(of_queries, 0), element(of_queries, 1), element(of_keys, 1), element(of_queries, 2), spec.sides == 2 ? first : 0,
+            spec.sides, int(element(of_widths, 0)), LogitKind{}, spec.has_self, launch.split_products, {}, 0, spec.floor,
+            spec.least_distance, 0, nullptr, data<T>(points[0]), data<T>(points[1]), data<T>(points[2]), data<T>(points[3]),
+            spec.cost, data<T>(widths[0]), data<T>(widths[1])};
+}
+
+void find_log_sums(py::handle spec, py::tuple points, py::tuple widths, py::handle potential, bool by_row, py::handle sums,
+                   const Launch& launch) {
+    launch.in_dtype([&](auto number) {
+        using T = decltype(number);
+        const Affinity<T> p = pairs<T>(pair_spec(spec), points, 0, widths, launch);
+        const T* of_others = data<T>(potential);
+        T* out = data<T>(sums);
+        launch.with_scratch([&](double* scratch) { return pair_log_sums(p, of_others, by_row, out, scratch, launch.device); });
+    });
+}
+
+void find_pair_sums(py::handle spec, py::tuple points, int64_t first, py::tuple widths, py::tuple stats, py::tuple sums, const Launch& launch) {
+    launch.in_dtype([&](auto number) {
+        using T = decltype(number);
+        const Affinity<T> p = pairs<T>(pair_spec(spec), points, first, widths, launch);
+        const Sums<T> io{data<T>(sums[0]), data<T>(sums[1]), data<T>(stats[0]), data<T>(stats[1])};
+        launch.with_scratch([&](double* scratch) { return pair_weighted_sums(p, io, scratch, launch.device); });
+    });
+}
+
+void find_pair_gradients(py::handle spec, py::tuple points, int64_t first, py::tuple widths, py::tuple known, py::tuple grads,
+                         py::tuple flows, const Launch& launch) {
+    launch.in_dtype([&](auto number) {
+        using T = decltype(number);
+        const Affinity<T> p = pairs<T>(pair_spec(spec), points, first, widths, launch);
+        const Gradients<T> io{data<T>(known[0]), data<T>(known[1]), data<T>(known[2]), data<T>(known[3]), data<T>(grads[0]),
+                              data<T>(grads[1]), data<T>(grads[2]), data<T>(grads[3]), data<T>(known[4]), data<T>(flows[0]),
+                              data<T>(flows[1]), data<T>(flows[2])};
+        launch.with_scratch([&](double* scratch) { return pair_gradients(p, io, scratch, launch.device); });
     });
 }
 
@@ -93,6 +134,9 @@ PYBIND11_MODULE(_cuda, m) {
     }));
     m.def("affinity_forward", &find_sums);
     m.def("affinity_backward", &find_gradients);
+    m.def("log_sums", &find_log_sums);
+    m.def("weighted_sums", &find_pair_sums);
+    m.def("pair_gradients", &find_pair_gradients);
     m.def("affinity_scale", &find_scale);
     m.def("loss_scale", [](py::handle spec, py::tuple map, py::handle kept, py::handle means, const Launch& launch) {
         const Loss p = loss(spec, map, kept, py::none(), launch);

@@ -10,3 +10,6 @@ from .loss import loss_gradient as loss_gradient
 from .loss import loss_moments as loss_moments
 from .loss import loss_scale as loss_scale
 from .loss import state_shape as state_shape
+from .pairs import log_sums as log_sums
+from .pairs import pair_gradients as pair_gradients
+from .pairs import weighted_sums as weighted_sums

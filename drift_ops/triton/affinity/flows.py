@@ -7,31 +7,33 @@ With ``g_ij = grad_num_i·v_j + grad_den_i`` (of the side of key j), the flow in
 
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .. import autotune
-from ..group import one_of
-from ..tiles import load_vector
+from ..tiles import NOTHING, load_vector
 from .blocks import choose_blocks, cut
-from .logit import logits
+from .logit import LOG2E, tile_logits
 from .pairs import Pairs, distances_of_tile, keys_of_tile, walk_of_program
 from .rows import products, rows_of
 from .softmax import Statistics, tile_affinities
 
 
 class Incoming(NamedTuple):
-    """The incoming gradients, and the values they belong to."""
+    """The incoming gradients, None for 0, and the values they belong to."""
 
     v: Any  # halves [G, M, DEPTH]
     grad_num: Any  # halves [S, G, sides, N, DEPTH]
     grad_den: Any  # [S, G, sides, N]
+    grad_columns: Any = None  # of Σ_i A, [S, G, M]
 
 
 class Flows(NamedTuple):
     rows: Any  # Σ_j B [S, G, N]
     cols: Any  # Σ_i B [S, G, M]
+    of_logits: Any = None  # Σ_j B L [S, G, N]
 
 
 @triton.jit
@@ -40,10 +42,16 @@ def incoming_of_tile(
 ):
     """g_ij of a tile."""
     row = (problem * pairs.sides + tile.side) * pairs.N + i
-    a = rows_of(incoming.grad_num, row, pairs.N - i, pairs.EXACT, pairs.DEPTH, BLOCK_Q, BLOCK_D)
-    b = rows_of(incoming.v, g * pairs.M + tile.first, tile.count, pairs.EXACT, pairs.DEPTH, BLOCK_K, BLOCK_D)
-    of_den = load_vector(incoming.grad_den + row, pairs.N - i, 0, BLOCK_Q)
-    return products(a, b, pairs.EXACT, pairs.DEPTH, BLOCK_Q, BLOCK_K, BLOCK_D) + of_den[:, None]
+    if incoming.grad_num is not None:
+        a = rows_of(incoming.grad_num, row, pairs.N - i, pairs.EXACT, pairs.DEPTH, BLOCK_Q, BLOCK_D)
+        b = rows_of(incoming.v, g * pairs.M + tile.first, tile.count, pairs.EXACT, pairs.DEPTH, BLOCK_K, BLOCK_D)
+    of_den = tl.zeros([BLOCK_Q], tl.float32)
+    if incoming.grad_den is not None:
+        of_den = load_vector(incoming.grad_den + row, pairs.N - i, 0, BLOCK_Q)
+    if incoming.grad_num is not None:
+        return products(a, b, pairs.EXACT, pairs.DEPTH, BLOCK_Q, BLOCK_K, BLOCK_D) + of_den[:, None]
+    else:
+        return tl.zeros([BLOCK_Q, BLOCK_K], tl.float32) + of_den[:, None]
 
 
 @triton.jit
@@ -54,10 +62,12 @@ def flow_of_tile(
     A = tile_affinities(pairs, stats, L, problem, i, tile.first, pairs.N - i, tile.count, BLOCK_Q, BLOCK_K)
     unweighted = A * incoming_of_tile(pairs, incoming, problem, g, i, tile, BLOCK_Q, BLOCK_K, BLOCK_D)
     B = unweighted
-    if pairs.least_affinity is not None:
-        B = tl.where(A > pairs.least_affinity, B, 0.0)
     if pairs.w is not None:
         B *= load_vector(pairs.w + g * pairs.M + tile.first, tile.count, 0, BLOCK_K)[None, :]
+    if incoming.grad_columns is not None:
+        B += A * load_vector(incoming.grad_columns + problem * pairs.M + tile.first, tile.count, 0, BLOCK_K)[None, :]
+    if pairs.least_affinity is not None:
+        B = tl.where(A > pairs.least_affinity, B, 0.0)
     return unweighted, B
 
 
@@ -77,12 +87,13 @@ def flows_kernel(
     row_slots,  # [S, G, rectangles.cols, N]
     col_slots,  # [S, G, rectangles.rows, M]
     weight_slots,  # [G, rectangles.rows, M], or None without w
+    logit_slots,  # as row_slots, or None where it is not wanted
     rectangles,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Sums of B over the rows and columns of one rectangle, and of ``A g`` over its columns."""
+    """In one rectangle, sums of B over rows and columns, of ``A g`` over columns, and of ``B L`` over rows."""
     N, M = pairs.N, pairs.M
     walk = walk_of_program(pairs, rectangles, BLOCK_Q, BLOCK_K)
     g = walk.g
@@ -95,29 +106,35 @@ def flows_kernel(
             fresh_rows = col_tile == walk.first_col_tile
             fresh_cols = row_tile == walk.first_row_tile
             grad_w = tl.zeros([BLOCK_K], tl.float32)
-            for s in range(len(pairs.widths)):
+            for s in range(pairs.S):
                 problem = s * pairs.G + g
-                L = logits(d, one_of(pairs.widths, s), pairs.temperature, pairs.LOGIT)
+                L = tile_logits(pairs, d, s, g, i - j, BLOCK_Q, BLOCK_K)
                 unweighted, B = flow_of_tile(pairs, stats, incoming, L, problem, g, i, tile, BLOCK_Q, BLOCK_K, BLOCK_D)
                 grad_w += tl.sum(unweighted, 0)
-                row_slot = row_slots + (problem * rectangles.cols + walk.col) * N + i
+                row_slot = (problem * rectangles.cols + walk.col) * N + i
                 col_slot = col_slots + (problem * rectangles.rows + walk.row) * M + j
-                _add_to_sums(row_slot, N - i, tl.sum(B, 1), fresh_rows, BLOCK_Q)
+                _add_to_sums(row_slots + row_slot, N - i, tl.sum(B, 1), fresh_rows, BLOCK_Q)
                 _add_to_sums(col_slot, tile.count, tl.sum(B, 0), fresh_cols, BLOCK_K)
+                if logit_slots is not None:
+                    of_logits = tl.sum(tl.where(L == NOTHING, 0.0, B * L), 1) * (1 / LOG2E)
+                    _add_to_sums(logit_slots + row_slot, N - i, of_logits, fresh_rows, BLOCK_Q)
             if pairs.w is not None:
                 slot = weight_slots + (g * rectangles.rows + walk.row) * M + j
                 _add_to_sums(slot, tile.count, grad_w, fresh_cols, BLOCK_K)
             tl.debug_barrier()  # another thread of this program may read what one wrote
 
 
-def find_flows(pairs: Pairs, stats: Statistics, incoming: Incoming) -> tuple[Flows, Tensor | None]:
+def find_flows(
+    pairs: Pairs, stats: Statistics, incoming: Incoming, with_logits: bool = False
+) -> tuple[Flows, Tensor | None]:
     """And the gradient of w ``[G, M]``, if there is one."""
-    S, G = len(pairs.widths), pairs.G
+    S, G = pairs.S.value, pairs.G
     blocks = choose_blocks("flows", pairs)
     rectangles = cut(pairs, blocks)
     new = pairs.q.new_empty
     row_slots, col_slots = new(S, G, rectangles.cols, pairs.N), new(S, G, rectangles.rows, pairs.M)
     weight_slots = None if pairs.w is None else new(G, rectangles.rows, pairs.M)
+    logit_slots = torch.empty_like(row_slots) if with_logits else None
     autotune.start(
         flows_kernel,
         (rectangles.rows * rectangles.cols * G,),
@@ -127,7 +144,9 @@ def find_flows(pairs: Pairs, stats: Statistics, incoming: Incoming) -> tuple[Flo
         row_slots,
         col_slots,
         weight_slots,
+        logit_slots,
         rectangles,
         configuration=blocks.options(),
     )
-    return Flows(row_slots.sum(2), col_slots.sum(2)), None if weight_slots is None else weight_slots.sum(1)
+    flows = Flows(row_slots.sum(2), col_slots.sum(2), None if logit_slots is None else logit_slots.sum(2))
+    return flows, None if weight_slots is None else weight_slots.sum(1)

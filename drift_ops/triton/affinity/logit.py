@@ -1,7 +1,8 @@
 """The logit, a function of the distance, and its derivative: all that the kernels know of it.
 
 It is chosen by its name, ``LOGIT``; one more is one more branch in each of these functions, where an infinite distance,
-that of pairs that do not exist, must have the logit −∞. Logits are to the base 2: softmaxes are ratios of ``2^L``.
+that of pairs that do not exist, must have the logit −∞. Logits are to the base 2: softmaxes are ratios of ``2^L``. The
+square of the distance serves sums over pairs only, which need no level.
 """
 
 import math
@@ -9,7 +10,8 @@ import math
 import triton
 import triton.language as tl
 
-from ..tiles import NOTHING
+from ..group import one_of
+from ..tiles import NOTHING, self_pairs
 
 LOG2E = tl.constexpr(math.log2(math.e))
 UNKNOWN = tl.constexpr("unknown logit")
@@ -23,6 +25,8 @@ def logits(d, width, temperature, LOGIT: tl.constexpr):
     elif LOGIT == "gaussian":  # L = exp(−d²/(2·width²))/temperature
         L = tl.exp2(d * d * (-0.5 * LOG2E / (width * width))) * (LOG2E / temperature)
         return tl.where(d == float("inf"), NOTHING, L)
+    elif LOGIT == "square":  # L = −d²/width
+        return d * d * (-LOG2E / width)
     else:
         tl.static_assert(False, UNKNOWN)
 
@@ -37,8 +41,30 @@ def slopes(L, d, width, LOGIT: tl.constexpr):
         return tl.where(d > 0, 1 / d, 0.0) * (-1 / width)
     elif LOGIT == "gaussian":
         return L * (-1 / (LOG2E * width * width))
+    elif LOGIT == "square":
+        return -2 / width
     else:
         tl.static_assert(False, UNKNOWN)
+
+
+@triton.jit
+def width_of(pairs, s, g):
+    """The s-th width, for problem g."""
+    if pairs.IN_MEMORY:
+        return tl.load(pairs.widths + s * pairs.G + g)
+    else:
+        return one_of(pairs.widths, s)
+
+
+@triton.jit
+def tile_logits(pairs, d, s, g, shift, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr):
+    """Of a tile of distances of problem g, for the s-th width; ``shift`` is the first of a − the first of b."""
+    L = logits(d, width_of(pairs, s, g), pairs.temperature, pairs.LOGIT)
+    if pairs.self_logits is not None:
+        if (shift > -BLOCK_A) & (shift < BLOCK_B):
+            own = self_pairs(shift, BLOCK_A, BLOCK_B) & (d != float("inf"))
+            L = tl.where(own, tl.load(pairs.self_logits + s * pairs.G + g), L)
+    return L
 
 
 @triton.jit

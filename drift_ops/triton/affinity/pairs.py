@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from ...spec import AffinitySpec
+from ...spec import AffinitySpec, PairSpec
 from .. import launch
 from ..tiles import CLOSE, DIFFERENCES_UP_TO, load_rows, load_vector, pairs_within, self_pairs, squared_differences
 from .rows import padded_depth, products, rows_of, split_rows
@@ -36,12 +36,15 @@ class Pairs(NamedTuple):
     D: Any
     first_keys: Any  # those of the first side
     sides: Any
-    widths: Any
+    widths: Any  # numbers, or [S, G] where IN_MEMORY
     temperature: Any
     least_affinity: Any  # or None for 0
     least_distance: Any  # or None for 0
     self_distance: Any
     unit: Any  # of distances: [], or None for 1
+    self_logits: Any  # [S, G] to the base 2, or None: those of the distances
+    S: Any  # how many widths
+    IN_MEMORY: Any
     LOGIT: Any
     SELF: Any  # key i is query i, and "masked" or "apart" by self_distance; else "none"
     DIFFERENCES: Any  # D is so small that they serve all pairs: there are no halves and no norms
@@ -53,38 +56,51 @@ def pairs_of(
     spec: AffinitySpec, q: Tensor, k: Tensor, w: Tensor | None, first_keys: int, unit: Tensor | None = None
 ) -> Pairs:
     """Of contiguous centred points."""
+    apart = spec.self_distance < math.inf
+    return Pairs(
+        **shared_fields(spec, q, k, w, first_keys, apart),
+        widths=tuple(map(float, spec.widths)),
+        temperature=float(spec.temperature),
+        self_distance=spec.self_distance if apart else 0.0,
+        unit=None if unit is None else unit.float(),
+        self_logits=None,
+        S=tl.constexpr(len(spec.widths)),
+        IN_MEMORY=tl.constexpr(False),
+        LOGIT=tl.constexpr(spec.logit),
+    )
+
+
+def shared_fields(
+    spec: AffinitySpec | PairSpec, q: Tensor, k: Tensor, w: Tensor | None, first_keys: int, apart: bool
+) -> dict[str, Any]:
+    """What does not depend on the logit; ``apart``: the pairs of a query with itself are not left out."""
     (G, N, D), M = q.shape, k.shape[1]
     differences = D <= DIFFERENCES_UP_TO
     halves = None if differences else split_rows(k)
     shared = spec.has_self or q is k  # the first keys are the queries
-    norms = (None, None) if differences else tuple(vector_norm(t, dim=2).square_() for t in (q, k))
-    apart = spec.self_distance < math.inf
-    return Pairs(
-        q,
-        k,
-        None if w is None else w.contiguous(),
-        *norms,
-        q_halves=halves if shared or differences else split_rows(q),
-        k_halves=halves,
-        q_rows=M if shared else N,
-        G=G,
-        N=N,
-        M=M,
-        D=D,
-        first_keys=first_keys,
-        sides=spec.sides,
-        widths=tuple(map(float, spec.widths)),
-        temperature=float(spec.temperature),
-        least_affinity=math.sqrt(spec.floor) or None,
-        least_distance=spec.least_distance or None,
-        self_distance=spec.self_distance if apart else 0.0,
-        unit=None if unit is None else unit.float(),
-        LOGIT=tl.constexpr(spec.logit),
-        SELF=tl.constexpr(("apart" if apart else "masked") if spec.has_self else "none"),
-        DIFFERENCES=tl.constexpr(differences),
-        EXACT=tl.constexpr(launch.splits_products()),
-        DEPTH=tl.constexpr(padded_depth(D)),
-    )
+    norms = (None, None) if differences else [vector_norm(t, dim=2).square_() for t in (q, k)]
+    return {
+        "q": q,
+        "k": k,
+        "w": None if w is None else w.contiguous(),
+        "q_norms": norms[0],
+        "k_norms": norms[1],
+        "q_halves": halves if shared or differences else split_rows(q),
+        "k_halves": halves,
+        "q_rows": M if shared else N,
+        "G": G,
+        "N": N,
+        "M": M,
+        "D": D,
+        "first_keys": first_keys,
+        "sides": spec.sides,
+        "least_affinity": math.sqrt(spec.floor) or None,
+        "least_distance": spec.least_distance or None,
+        "SELF": tl.constexpr(("apart" if apart else "masked") if spec.has_self else "none"),
+        "DIFFERENCES": tl.constexpr(differences),
+        "EXACT": tl.constexpr(launch.splits_products()),
+        "DEPTH": tl.constexpr(padded_depth(D)),
+    }
 
 
 class Points(NamedTuple):

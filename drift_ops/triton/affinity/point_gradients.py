@@ -11,12 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..group import one_of
 from ..tiles import CLOSE, load_rows, load_vector
 from .blocks import Blocks, choose_blocks, query_tiles
 from .blocks import key_tiles as count_key_tiles
 from .flows import Flows, Incoming, flow_of_tile
-from .logit import logits, slopes
+from .logit import slopes, tile_logits, width_of
 from .pairs import FAR, Pairs, distances_of_tile, key_tiles, keys_of_tile
 from .rows import LARGEST_EXPONENT, add_weighted, chunk_of_rows, power_of_two
 from .softmax import Statistics
@@ -39,15 +38,18 @@ def pulls_of_tile(
     """h_ij of a tile, summed over the widths; 0 where d is FAR."""
     N, M = pairs.N, pairs.M
     h = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
-    for s in range(len(pairs.widths)):
+    for s in range(pairs.S):
         problem = s * pairs.G + g
-        width = one_of(pairs.widths, s)
-        L = logits(d, width, pairs.temperature, pairs.LOGIT)
+        L = tile_logits(pairs, d, s, g, i - tile.first, BLOCK_Q, BLOCK_K)
         _, grad = flow_of_tile(pairs, stats, incoming, L, problem, g, i, tile, BLOCK_Q, BLOCK_K, BLOCK_D)
-        grad -= _returned(L, stats.rows + problem * 2 * N + i, flows.rows + problem * N + i, N, N - i, BLOCK_Q, 1)
-        j = tile.first
-        grad -= _returned(L, stats.cols + problem * 2 * M + j, flows.cols + problem * M + j, M, tile.count, BLOCK_K, 0)
-        h += tl.where(d == FAR, 0.0, grad * slopes(L, d, width, pairs.LOGIT))
+        if flows is not None:
+            grad -= _returned(L, stats.rows + problem * 2 * N + i, flows.rows + problem * N + i, N, N - i, BLOCK_Q, 1)
+            j = tile.first
+            cols = stats.cols + problem * 2 * M + j
+            grad -= _returned(L, cols, flows.cols + problem * M + j, M, tile.count, BLOCK_K, 0)
+        h += tl.where(d == FAR, 0.0, grad * slopes(L, d, width_of(pairs, s, g), pairs.LOGIT))
+    if pairs.least_distance is not None:
+        h = tl.where(d > pairs.least_distance, h, 0.0)
     return h
 
 
@@ -63,7 +65,7 @@ def close_pairs(pairs, d, g, i, tile, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constex
 def differences_kernel(
     pairs,
     stats,
-    flows,
+    flows,  # None where the affinities' potentials are constants
     incoming,
     grad,  # of q or of k, zeroed
     OF_KEYS: tl.constexpr,
@@ -164,7 +166,9 @@ def products_kernel(
     tl.store(grad + row * D + n * D + dim, total, mask=(n < count) & (dim < D))
 
 
-def find_point_gradients(pairs: Pairs, stats: Statistics, flows: Flows, incoming: Incoming) -> tuple[Tensor, Tensor]:
+def find_point_gradients(
+    pairs: Pairs, stats: Statistics, flows: Flows | None, incoming: Incoming
+) -> tuple[Tensor, Tensor]:
     """Of q and k."""
     grads = torch.zeros_like(pairs.q), torch.zeros_like(pairs.k)
     for grad, of_keys in zip(grads, (False, True), strict=True):  # no autotuning: both must find the same pairs close

@@ -21,6 +21,14 @@ class Statistics(NamedTuple):
 
 
 @triton.jit
+def entries_of_program(size, BLOCK: tl.constexpr):
+    """The problem of a program of those that share ``problems [problems, size]`` out, and its entries."""
+    blocks = tl.cdiv(size, BLOCK)
+    problem = (tl.program_id(0) // blocks).to(tl.int64)
+    return problem, tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+
+
+@triton.jit
 def merge(top, total, other_top, other_total):
     """Two sums of ``2^(L − top)`` as one."""
     both = tl.maximum(top, other_top)
@@ -40,11 +48,11 @@ def finish(top, total):
 
 @triton.jit
 def affinities(L, row_top, row_factor, col_top, col_factor, least):
-    """``max(A, least)`` of logits, 0 where they are −∞; ``least`` is the root of the affinity floor, or None for 0."""
+    """``max(A, least)``, 0 where the exponent is −∞; ``least`` is the root of the affinity floor, or None for 0."""
     exponent = L - (row_top * 0.5)[:, None] - (col_top * 0.5)[None, :]
     A = tl.exp2(exponent) * (row_factor[:, None] * col_factor[None, :])
     if least is not None:
-        A = tl.where(L == NOTHING, 0.0, tl.where(A < least, least, A))
+        A = tl.where(exponent == NOTHING, 0.0, tl.where(A < least, least, A))
     return A
 
 

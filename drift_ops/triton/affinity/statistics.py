@@ -14,9 +14,9 @@ from torch import Tensor
 from .. import autotune, launch
 from ..tiles import NOTHING, finite_shift
 from .blocks import choose_blocks, cut
-from .logit import better_level, first_level, logits
+from .logit import LOG2E, better_level, first_level, logits
 from .pairs import Pairs, distances, keys, keys_of_tile, queries, walk_of_program
-from .softmax import Statistics, finish, merge
+from .softmax import Statistics, entries_of_program, finish, merge
 
 # Sums of exponentials relative to a level in which nothing is lost: their terms are normal float32 numbers or too small
 # to count, and as many sums as there may be cannot overflow.
@@ -149,15 +149,14 @@ def statistics_kernel(
 @triton.jit
 def merge_kernel(
     slots,  # [problems, rectangles, 2, size]
-    stats,  # [problems, 2, size]
+    sums,  # [problems, 2, size], or [problems, size]
     rectangles,
     size,
+    AS_LOGARITHM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Merges the sums of rectangles, in order, and finishes them."""
-    blocks = tl.cdiv(size, BLOCK)
-    n = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    problem = (tl.program_id(0) // blocks).to(tl.int64)
+    """Merges the sums of rectangles, in order, to statistics or to natural logarithms."""
+    problem, n = entries_of_program(size, BLOCK)
     top = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     for rectangle in range(rectangles):
@@ -165,9 +164,12 @@ def merge_kernel(
         more_top = tl.load(slot + n, mask=n < size, other=float("-inf"))
         more_total = tl.load(slot + size + n, mask=n < size, other=0.0)
         top, total = merge(top, total, more_top, more_total)
-    top, factor = finish(top, total)
-    tl.store(stats + problem * 2 * size + n, top, mask=n < size)
-    tl.store(stats + (problem * 2 + 1) * size + n, factor, mask=n < size)
+    if AS_LOGARITHM:
+        tl.store(sums + problem * size + n, (top + tl.log2(total)) * (1 / LOG2E), mask=n < size)
+    else:
+        top, factor = finish(top, total)
+        tl.store(sums + problem * 2 * size + n, top, mask=n < size)
+        tl.store(sums + (problem * 2 + 1) * size + n, factor, mask=n < size)
 
 
 def find_statistics(pairs: Pairs) -> Statistics:
@@ -189,12 +191,14 @@ def find_statistics(pairs: Pairs) -> Statistics:
             rectangles,
             configuration=blocks.options(),
         )
-    return Statistics(_merge(row_slots), _merge(col_slots))
+    return Statistics(merge_slots(row_slots), merge_slots(col_slots))
 
 
-def _merge(slots: Tensor) -> Tensor:
+def merge_slots(slots: Tensor, as_logarithm: bool = False) -> Tensor:
+    """Statistics ``[S, G, 2, size]`` of ``slots [S, G, rectangles, 2, size]``, or logarithms ``[S, G, size]``."""
     S, G, rectangles, _, size = slots.shape
-    stats = slots.new_empty(S, G, 2, size)
+    sums = slots.new_empty((S, G, size) if as_logarithm else (S, G, 2, size))
     block = min(1024, launch.padded_block(size))
-    merge_kernel[triton.cdiv(size, block) * S * G,](slots, stats, rectangles, size, BLOCK=block, num_warps=4)
-    return stats
+    grid = (triton.cdiv(size, block) * S * G,)
+    merge_kernel[grid](slots, sums, rectangles, size, AS_LOGARITHM=as_logarithm, BLOCK=block, num_warps=4)
+    return sums

@@ -7,11 +7,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import autotune
-from ..group import one_of
 from ..tiles import load_vector
 from .blocks import choose_blocks
 from .blocks import key_tiles as count_key_tiles
-from .logit import logits
+from .logit import tile_logits
 from .pairs import Pairs, distances_of_tile, key_tiles, keys_of_tile
 from .rows import LARGEST_EXPONENT, Halves, add_weighted, chunk_of_rows, power_of_two
 from .softmax import Statistics, tile_affinities
@@ -40,9 +39,9 @@ def values_kernel(
     for row_tile in range(tl.cdiv(N, BLOCK_Q)):
         i = row_tile * BLOCK_Q
         d = distances_of_tile(pairs, g, i, tile, BLOCK_Q, BLOCK_K, BLOCK_D)
-        for s in range(len(pairs.widths)):
+        for s in range(pairs.S):
             problem = s * pairs.G + g
-            L = logits(d, one_of(pairs.widths, s), pairs.temperature, pairs.LOGIT)
+            L = tile_logits(pairs, d, s, g, i - tile.first, BLOCK_Q, BLOCK_K)
             A = tile_affinities(pairs, stats, L, problem, i, tile.first, N - i, tile.count, BLOCK_Q, BLOCK_K)
             row = (problem * pairs.sides + tile.side) * N + i
             x = chunk_of_rows(grad_num, row, N - i, start, pairs.EXACT, pairs.DEPTH, BLOCK_Q, BLOCK_V)

@@ -6,10 +6,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import autotune
-from ..group import one_of
 from ..tiles import load_vector
 from .blocks import choose_blocks, query_tiles
-from .logit import logits
+from .logit import tile_logits
 from .pairs import Pairs, distances, key_tiles, keys, keys_of_tile, queries
 from .rows import LARGEST_EXPONENT, Halves, add_weighted, chunk_of_rows, power_of_two
 from .softmax import Statistics, tile_affinities
@@ -37,7 +36,7 @@ def weighted_sums_kernel(
     side = program // row_tiles // chunks % pairs.sides
     problem = (program // row_tiles // chunks // pairs.sides).to(tl.int64)  # s * G + g
     g = problem % pairs.G
-    width = one_of(pairs.widths, problem // pairs.G)
+    s = problem // pairs.G
     own = queries(pairs, g, i, BLOCK_Q, BLOCK_D)
     tiles_of_first = tl.cdiv(pairs.first_keys, BLOCK_K)
     last_tile = tl.where(side == pairs.sides - 1, key_tiles(pairs, BLOCK_K), tiles_of_first)
@@ -48,9 +47,8 @@ def weighted_sums_kernel(
         tile = keys_of_tile(pairs, of_keys, BLOCK_K)
         j = tile.first
         others = keys(pairs, g, tile, BLOCK_K, BLOCK_D)
-        L = logits(
-            distances(pairs, own, others, i - j, BLOCK_Q, BLOCK_K, BLOCK_D), width, pairs.temperature, pairs.LOGIT
-        )
+        d = distances(pairs, own, others, i - j, BLOCK_Q, BLOCK_K, BLOCK_D)
+        L = tile_logits(pairs, d, s, g, i - j, BLOCK_Q, BLOCK_K)
         A = tile_affinities(pairs, stats, L, problem, i, j, own.count, tile.count, BLOCK_Q, BLOCK_K)
         if pairs.w is not None:
             A *= load_vector(pairs.w + g * pairs.M + j, tile.count, 0, BLOCK_K)[None, :]
@@ -74,7 +72,7 @@ def weighted_sums_kernel(
 
 def find_weighted_sums(pairs: Pairs, stats: Statistics, values: Halves | None) -> tuple[Tensor, Tensor]:
     """num and den; ``values`` are halves ``[G·M, depth]``, None those of the keys."""
-    S, G, sides, N, D = len(pairs.widths), pairs.G, pairs.sides, pairs.N, pairs.D
+    S, G, sides, N, D = pairs.S.value, pairs.G, pairs.sides, pairs.N, pairs.D
     num, den = pairs.q.new_empty(S, G, sides, N, D), pairs.q.new_empty(S, G, sides, N)
     autotune.start(
         weighted_sums_kernel,
