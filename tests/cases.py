@@ -74,8 +74,8 @@ def loss_phases(
     of_maps = zip(points, weights, strict=True)
     maps = [LossMap(*(tuple(t.unsqueeze(1) for t in tensors) for tensors in of_map)) for of_map in of_maps]
     means, kept = zip(*module.loss_scale(spec, maps), strict=True)
-    scale = torch.stack([distance / weight for distance, weight in means])
-    states, moments = zip(*module.loss_moments(spec, maps, kept, scale), strict=True)
+    scale = torch.cat([of_map[:, 0] / of_map[:, 1] for of_map in means])
+    states, moments, _ = zip(*module.loss_moments(spec, maps, kept, scale, None), strict=True)
     factors = torch.stack([m.double().mean(0).diagonal() for m in moments]).clamp(min=1e-8).rsqrt()
     incoming = [of_map.to(m) for of_map, m in zip(incoming, moments, strict=True)]
     grads = module.loss_gradient(spec, maps, states, scale, factors, incoming)

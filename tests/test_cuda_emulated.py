@@ -265,7 +265,7 @@ def test_loss_without_copies(D):
     spec, scale, factors = LossSpec((0.2,), 0.0), torch.ones(1).double(), torch.ones(1, 1).double()
     with Operations() as operations:
         ((_, kept),) = cuda.loss_scale(spec, [one_map])
-        ((state, _),) = cuda.loss_moments(spec, [one_map], [kept], scale)
+        ((state, _, _),) = cuda.loss_moments(spec, [one_map], [kept], scale, None)
         (grad,) = cuda.loss_gradient(spec, [one_map], [state], scale, factors, [torch.ones(6)])
     assert grad.stride() == torch.empty_like(points[0]).stride() != grad.contiguous().stride()
     assert {name for name, size in operations.seen if size >= one_map.points[1].numel()} == {"empty_like"}

@@ -78,7 +78,7 @@ def loss(
     given = [LossMap(points, tuple(empty(1, 1, n).expand(1, T, n) for n in counts))] * maps
     scale, factors = empty(maps, dtype=torch.float64), empty(maps, len(R_list), dtype=torch.float64)
     kept = [kept for _, kept in triton.loss_scale(spec, given)]
-    states = [state for state, _ in triton.loss_moments(spec, given, kept, scale)]
+    states = [state for state, _, _ in triton.loss_moments(spec, given, kept, scale, None)]
     triton.loss_gradient(spec, given, states, scale, factors, [empty(T)] * maps)
 
 

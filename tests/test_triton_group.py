@@ -176,8 +176,8 @@ def test_loss_of_maps_with_strides(D):
             of_gen, of_pos = (lay_out(t.to(DEVICE, torch.float32), 2) for t in (w[0], w[2]))
             maps.append(LossMap((gen, neg, pos), (of_gen, ones, of_pos)))
         means, kept = zip(*triton_backend.loss_scale(spec, maps), strict=True)
-        scale = torch.stack([distance / weight for distance, weight in means])
-        states, moments = zip(*triton_backend.loss_moments(spec, maps, kept, scale), strict=True)
+        scale = torch.cat([of_map[:, 0] / of_map[:, 1] for of_map in means])
+        states, moments, _ = zip(*triton_backend.loss_moments(spec, maps, kept, scale, None), strict=True)
         factors = torch.stack([m.double().mean(0).diagonal() for m in moments]).rsqrt()
         grads = triton_backend.loss_gradient(spec, maps, states, scale, factors, incoming)
         assert all(

@@ -3,8 +3,8 @@
 - :mod:`.group`: small problems, one program each.
 - :mod:`.statistics`, :mod:`.weighted_sums`: large ones, and those of form C. Tiles over both axes; nothing of size N×M
   is kept, distances are worked out again by each kernel, and no sum depends on timing.
-- :mod:`.flows`, :mod:`.point_gradients`, :mod:`.value_gradients`: the backward of both. These and the weighted sums also
-  serve the sums over pairs of :mod:`..pairs`.
+- :mod:`.flows`, :mod:`.point_gradients`, :mod:`.value_gradients`: the backward of both. These and the weighted sums
+  also serve the sums over pairs of :mod:`..pairs`.
 - :mod:`.logit`, :mod:`.softmax`: what is computed of a pair's distance. :mod:`.pairs`: what the streaming kernels are
   told of a problem, and its distances; :mod:`.rows`: its points as float16 halves; :mod:`.blocks`: its tiles.
 """
