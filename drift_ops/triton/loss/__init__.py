@@ -4,10 +4,10 @@ Many groups of a size that one program holds go to group kernels, in which dista
 says which, and maps of one shape share launches, as a :class:`.batch.Batch`:
 
 - :mod:`.scale`: distances, walking the points once, and their mean. Where it takes less memory than the gradient will,
-  products of all targets are kept (:mod:`.products`); otherwise distances are worked out again by those that need them.
-- :mod:`.statistics`: of both softmaxes and the sums of affinities, for every R (:mod:`.state`).
-- :mod:`.gram` or :mod:`.moments`: products of the forces, from the kept products or from weighted sums.
-- :mod:`.gradient`: coefficients of all R together, and one weighted sum.
+  products of all targets are kept (:mod:`.memory`); otherwise distances are worked out again by those that need them.
+- :mod:`.moments`: :mod:`.statistics` of both softmaxes and the sums of affinities, for every R; and products of the
+  forces, from the kept products (:mod:`.gram`) or from weighted sums (:mod:`.weighted`).
+- :mod:`.gradient`: :mod:`.coefficients` of all R together, and one weighted sum.
 
 Larger groups are streamed: :mod:`.streamed_scale`, and for what follows :mod:`drift_ops.streamed_loss`.
 """
@@ -24,16 +24,13 @@ from ...spec import LossMap, LossSpec
 from ..affinity import affinity_sums
 from .batch import Batch, batches
 from .gradient import gradient_kernel
-from .gram import gram_kernel
 from .moments import moments_kernel
 from .plan import plan_of
-from .scale import scale_kernel
-from .statistics import statistics_kernel
+from .scale import scale_kernel, slices_kernel
 from .streamed_scale import streamed_scale
 
 PROGRAMS = 1024  # that fill a GPU of today; where there are fewer groups, several programs share one
 LEAST_SHARE = 256  # dimensions of a program then, at least
-GROUPS_OF_PROGRAM = 16  # where most have nothing to do
 
 
 def kept_shape(spec: LossSpec, of_map: LossMap) -> tuple[int, ...]:
@@ -43,7 +40,7 @@ def kept_shape(spec: LossSpec, of_map: LossMap) -> tuple[int, ...]:
 
 
 def state_shape(spec: LossSpec, of_map: LossMap) -> tuple[int, ...]:
-    """Shape of what phase 2 keeps for phase 3: see :mod:`.state`; of streamed groups the forces ``[R, G, N, D]``."""
+    """Shape of what phase 2 keeps for phase 3: see :mod:`.memory`; of streamed groups the forces ``[R, G, N, D]``."""
     plan = plan_of(spec, of_map)
     return of_map.shape_of_forces(spec) if plan is None else (of_map.groups, plan.floats_of_state)
 
@@ -54,8 +51,12 @@ def loss_scale(spec: LossSpec, maps: Sequence[LossMap]) -> list[tuple[Tensor, Te
     def in_groups(batch: Batch) -> list[tuple[Tensor, Tensor]]:
         keeps = batch.plan.floats_kept
         means, kept = batch.empty(2), batch.empty(keeps) if keeps else [gen.new_empty(0) for gen in batch.gens]
-        results = {"means": batch.filled_up(means), "kept": batch.filled_up(kept) if keeps else None}
-        batch.start(scale_kernel, "scale", spec, (batch.programs,), **results)
+        results: dict[str, Any] = {"means": batch.filled_up(means), "kept": batch.filled_up(kept) if keeps else None}
+        slices, grid = None, (batch.programs, batch.plan.slices)
+        if grid[1] > 1:
+            slices = batch.gens[0].new_empty(*grid, keeps, dtype=torch.float32)
+            batch.start(slices_kernel, "scale", spec, grid, slices=slices, share=batch.plan.share)
+        batch.start(scale_kernel, "scale", spec, (batch.programs,), slices=slices, **results)
         return [(of_map.mean(0, dtype=torch.float64), k) for of_map, k in zip(means, kept, strict=True)]
 
     return _of_all_maps(spec, maps, in_groups, lambda place: streamed_scale(spec, maps[place]))
@@ -70,18 +71,12 @@ def loss_moments(
     """
 
     def in_groups(batch: Batch) -> list[tuple[Tensor, Tensor]]:
-        plan, R, programs = batch.plan, len(spec.R_list), batch.programs
-        moments, states = batch.empty(R, R), batch.empty(plan.floats_of_state)
-        given: dict[str, Any] = {"state": batch.filled_up(states), "scale": scale}
-        given["kept"] = batch.filled_up([kept[place] for place in batch.places]) if plan.floats_kept else None
-        batch.start(statistics_kernel, "statistics", spec, (programs,), **given)
-        # With products kept most groups have nothing to do here, and some share a program.
-        groups = GROUPS_OF_PROGRAM if plan.floats_kept and programs > PROGRAMS else 1
-        given["moments"] = batch.filled_up(moments)
-        grid = (triton.cdiv(programs, groups),)
-        batch.start(moments_kernel, "moments", spec, grid, GROUPS=groups, total=programs, **given)
-        if plan.floats_kept:
-            batch.start(gram_kernel, "gram", spec, (programs,), **given)
+        R, states = len(spec.R_list), batch.empty(batch.plan.floats_of_state)
+        moments = batch.empty(R, R)
+        of_maps = [kept[place] for place in batch.places]
+        given: dict[str, Any] = {"kept": batch.filled_up(of_maps) if batch.plan.floats_kept else None}
+        given |= {"state": batch.filled_up(states), "scale": scale, "moments": batch.filled_up(moments)}
+        batch.start(moments_kernel, "moments", spec, (batch.programs,), **given)
         return list(zip(states, moments, strict=True))
 
     def streamed(place: int) -> tuple[Tensor, Tensor]:

@@ -45,8 +45,8 @@ def streamed_scale(spec: LossSpec, of_map: LossMap) -> tuple[Tensor, Tensor]:
     gen, targets, w = streamed_loss.centred(of_map)
     G, N, M = *gen.shape[:2], targets.shape[1]
     with launch.on_device_of(gen):
-        distance = AffinitySpec("laplace", (), has_self=True, least_distance=spec.least_distance, self_distance=0.0)
-        pairs = pairs_of(distance, gen, targets, w, M)
+        lengths = AffinitySpec("laplace", (), has_self=True, least_distance=spec.least_distance, self_distance=0.0)
+        pairs = pairs_of(lengths, gen, targets, w, M)
         blocks = choose_blocks("statistics", pairs)
         rectangles = cut(pairs, blocks)
         sums = gen.new_empty(G * rectangles.rows * rectangles.cols, dtype=torch.float64)
