@@ -125,6 +125,7 @@ EXACT_CASES: dict[str, Callable[[], None]] = {  # with products rounded as "high
     "group loss D=64": lambda: loss((64, 16, 64), 64),
     "group loss largest": lambda: loss((64, 32, 64), 256),
     "group loss tiny": lambda: loss((16, 0, 16), 32),
+    "group loss D=2048": lambda: loss((64, 16, 64), 2048),
     "group field D=2": lambda: group_field(32, 64, 2),
     "pairs D=2": lambda: pairs(4096, 8192, 2, "l2", float("inf")),
 }
@@ -142,6 +143,7 @@ USUAL_CASES = (  # at "highest": every kernel with products, and those that take
     "streaming D=256",
     "streaming loss D=256",
     "group loss D=256",
+    "group loss D=2048",
     "group field D=256",
     "streaming D=2",
     "group loss D=2",

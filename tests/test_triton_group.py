@@ -226,6 +226,7 @@ def kept_case(N, M, P, D, shift=0.0):
         (11, 3, 1, 257, 1e-6),
         (1, 1, 1, 1760, 0.0),  # no fewer dimensions keep the products of so few points
         (13, 5, 30, 513, 1e-6),
+        (13, 5, 30, 2081, 1e-6),  # phase 1 by several programs for a group
     ],
 )
 def test_loss_from_kept_products(N, M, P, D, floor):

@@ -4,10 +4,10 @@ Many groups of a size that one program holds go to group kernels, in which dista
 says which, and maps of one shape share launches, as a :class:`.batch.Batch`:
 
 - :mod:`.scale`: distances, walking the points once, and their mean. Where it takes less memory than the gradient will,
-  products of all targets are kept (:mod:`.products`); otherwise distances are worked out again by those that need them.
-- :mod:`.statistics`: of both softmaxes and the sums of affinities, for every R (:mod:`.state`).
-- :mod:`.gram` or :mod:`.moments`: products of the forces, from the kept products or from weighted sums.
-- :mod:`.gradient`: coefficients of all R together, and one weighted sum.
+  products of all targets are kept (:mod:`.memory`); otherwise distances are worked out again by those that need them.
+- :mod:`.moments`: :mod:`.statistics` of both softmaxes and the sums of affinities, for every R; and products of the
+  forces, from the kept products (:mod:`.gram`) or from weighted sums (:mod:`.weighted`).
+- :mod:`.gradient`: :mod:`.coefficients` of all R together, and one weighted sum.
 
 Larger groups are streamed: :mod:`.streamed_scale`, and for what follows :mod:`drift_ops.streamed_loss`.
 """
@@ -20,20 +20,18 @@ import triton
 from torch import Tensor
 
 from ... import streamed_loss
-from ...spec import LossMap, LossSpec
+from ...spec import LossMap, LossSpec, by_map
+from .. import pairs
 from ..affinity import affinity_sums
 from .batch import Batch, batches
 from .gradient import gradient_kernel
-from .gram import gram_kernel
 from .moments import moments_kernel
 from .plan import plan_of
-from .scale import scale_kernel
-from .statistics import statistics_kernel
+from .scale import scale_kernel, slices_kernel
 from .streamed_scale import streamed_scale
 
 PROGRAMS = 1024  # that fill a GPU of today; where there are fewer groups, several programs share one
 LEAST_SHARE = 256  # dimensions of a program then, at least
-GROUPS_OF_PROGRAM = 16  # where most have nothing to do
 
 
 def kept_shape(spec: LossSpec, of_map: LossMap) -> tuple[int, ...]:
@@ -43,49 +41,57 @@ def kept_shape(spec: LossSpec, of_map: LossMap) -> tuple[int, ...]:
 
 
 def state_shape(spec: LossSpec, of_map: LossMap) -> tuple[int, ...]:
-    """Shape of what phase 2 keeps for phase 3: see :mod:`.state`; of streamed groups the forces ``[R, G, N, D]``."""
+    """Shape of what phase 2 keeps for phase 3: see :mod:`.memory`; of streamed groups the forces ``[R, G, N, D]``."""
     plan = plan_of(spec, of_map)
     return of_map.shape_of_forces(spec) if plan is None else (of_map.groups, plan.floats_of_state)
 
 
 def loss_scale(spec: LossSpec, maps: Sequence[LossMap]) -> list[tuple[Tensor, Tensor]]:
-    """Phase 1: of each map ``[mean d·w, mean w]`` in float64, and what it keeps."""
+    """Phase 1: of each map ``[mean C·w, mean w]`` in float64, ``[1, 2]`` or ``[G, 2]``, and what it keeps."""
 
     def in_groups(batch: Batch) -> list[tuple[Tensor, Tensor]]:
         keeps = batch.plan.floats_kept
         means, kept = batch.empty(2), batch.empty(keeps) if keeps else [gen.new_empty(0) for gen in batch.gens]
-        results = {"means": batch.filled_up(means), "kept": batch.filled_up(kept) if keeps else None}
-        batch.start(scale_kernel, "scale", spec, (batch.programs,), **results)
-        return [(of_map.mean(0, dtype=torch.float64), k) for of_map, k in zip(means, kept, strict=True)]
+        results: dict[str, Any] = {"means": batch.filled_up(means), "kept": batch.filled_up(kept) if keeps else None}
+        slices, grid = None, (batch.programs, batch.plan.slices)
+        if grid[1] > 1:
+            slices = batch.gens[0].new_empty(*grid, keeps, dtype=torch.float32)
+            batch.start(slices_kernel, "scale", spec, grid, slices=slices, share=batch.plan.share)
+        batch.start(scale_kernel, "scale", spec, (batch.programs,), slices=slices, **results)
+        return [(of_map.mean(0, keepdim=True, dtype=torch.float64), k) for of_map, k in zip(means, kept, strict=True)]
 
-    return _of_all_maps(spec, maps, in_groups, lambda place: streamed_scale(spec, maps[place]))
+    def streamed(place: int) -> tuple[Tensor, Tensor]:
+        of_map = maps[place]
+        if spec.is_of_release:
+            return streamed_scale(spec, of_map), of_map.gen.new_empty(0)
+        return streamed_loss.composed_means(pairs, spec, of_map), of_map.gen.new_empty(0)
+
+    return _of_all_maps(spec, maps, in_groups, streamed)
 
 
 def loss_moments(
-    spec: LossSpec, maps: Sequence[LossMap], kept: Sequence[Tensor], scale: Tensor
-) -> list[tuple[Tensor, Tensor]]:
-    """Phase 2: of each map the state of :func:`state_shape`, and the means of the forces' products ``[G, R, R]``.
+    spec: LossSpec, maps: Sequence[LossMap], kept: Sequence[Tensor], scale: Tensor, R_list: Tensor | None
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Phase 2: of each map the state of :func:`state_shape`, the means of the forces' products ``[G, R, R]``, details.
 
-    ``scale [maps]`` is that of all maps of the call.
+    ``scale`` is that of all maps of the call, or of all their groups.
     """
+    of_maps = by_map(maps, scale)
 
-    def in_groups(batch: Batch) -> list[tuple[Tensor, Tensor]]:
-        plan, R, programs = batch.plan, len(spec.R_list), batch.programs
-        moments, states = batch.empty(R, R), batch.empty(plan.floats_of_state)
-        given: dict[str, Any] = {"state": batch.filled_up(states), "scale": scale}
-        given["kept"] = batch.filled_up([kept[place] for place in batch.places]) if plan.floats_kept else None
-        batch.start(statistics_kernel, "statistics", spec, (programs,), **given)
-        # With products kept most groups have nothing to do here, and some share a program.
-        groups = GROUPS_OF_PROGRAM if plan.floats_kept and programs > PROGRAMS else 1
-        given["moments"] = batch.filled_up(moments)
-        grid = (triton.cdiv(programs, groups),)
-        batch.start(moments_kernel, "moments", spec, grid, GROUPS=groups, total=programs, **given)
-        if plan.floats_kept:
-            batch.start(gram_kernel, "gram", spec, (programs,), **given)
-        return list(zip(states, moments, strict=True))
+    def in_groups(batch: Batch) -> list[tuple[Tensor, Tensor, Tensor]]:
+        R, states = len(spec.R_list), batch.empty(batch.plan.floats_of_state)
+        moments = batch.empty(R, R)
+        of_batch = [kept[place] for place in batch.places]
+        given: dict[str, Any] = {"kept": batch.filled_up(of_batch) if batch.plan.floats_kept else None}
+        given |= {"state": batch.filled_up(states), "scale": scale, "moments": batch.filled_up(moments)}
+        batch.start(moments_kernel, "moments", spec, (batch.programs,), **given)
+        return [(state, of_map, state.new_empty(0)) for state, of_map in zip(states, moments, strict=True)]
 
-    def streamed(place: int) -> tuple[Tensor, Tensor]:
-        return streamed_loss.loss_moments(affinity_sums, spec, maps[place], scale[place])
+    def streamed(place: int) -> tuple[Tensor, Tensor, Tensor]:
+        if not spec.is_of_release:
+            return streamed_loss.composed_moments(pairs, spec, maps[place], of_maps[place], R_list)
+        forces, moments = streamed_loss.loss_moments(affinity_sums, spec, maps[place], of_maps[place][0])
+        return forces, moments, forces.new_empty(0)
 
     return _of_all_maps(spec, maps, in_groups, streamed)
 
@@ -100,8 +106,9 @@ def loss_gradient(
 ) -> list[Tensor]:
     """Phase 3: of each map the gradient w.r.t. gen, in its dtype and with its strides.
 
-    ``scale`` and ``factors`` are those of all maps of the call.
+    ``scale`` and ``factors`` are those of all maps of the call, or of all their groups.
     """
+    statistics = list(zip(by_map(maps, scale), by_map(maps, factors), strict=True))
 
     def in_groups(batch: Batch) -> list[Tensor]:
         keeps, D = batch.plan.keeps_distances, batch.plan.D
@@ -117,7 +124,7 @@ def loss_gradient(
         return grads
 
     def streamed(place: int) -> Tensor:
-        of_map = maps[place].gen, states[place], scale[place], factors[place], incoming[place]
+        of_map = maps[place].gen, states[place], *statistics[place], incoming[place]
         return streamed_loss.loss_gradient(spec, *of_map)
 
     return _of_all_maps(spec, maps, in_groups, streamed)

@@ -76,13 +76,14 @@ class Batch:
         counts: tuple[Any, ...] = tuple(count for count in self.of_maps[0].counts if count > 0)
         if counts == plan.blocks:  # no mask is needed, and the compiler will see it
             counts = tuple(map(tl.constexpr, counts))
-        split, points = launch.splits_products(), (*self.points, *map(self.filled_up, others))
-        constants = map(tl.constexpr, (plan.D <= DIFFERENCES_UP_TO, split, plan.D > CHAIN_UP_TO))
-        arguments |= {"groups": Groups(points, counts, plan.D, *constants), "maps": maps}
-        arguments |= {"weights": self.weights, "weight_strides": self.weight_strides, "BLOCKS": plan.blocks}
+        points, blocks = (*self.points, *map(self.filled_up, others)), tuple(map(tl.constexpr, plan.blocks))
+        kinds = plan.D <= DIFFERENCES_UP_TO, launch.splits_products(), plan.D > CHAIN_UP_TO
+        arguments |= {"groups": Groups(points, counts, blocks, plan.D, *map(tl.constexpr, kinds)), "maps": maps}
+        arguments |= {"weights": self.weights, "weight_strides": self.weight_strides}
         R_list, least = tuple(map(float, spec.R_list)), spec.floor**0.5
         arguments["numbers"] = Numbers(R_list, least, spec.least_distance, spec.least_scale, spec.self_distance)
-        arguments["KEEP"] = plan.keeps_distances
+        arguments |= {"KEPT": plan.floats_kept, "STATE": plan.floats_of_state, "KEEP": plan.keeps_distances}
+        arguments["SLICES"] = plan.slices
         arguments["ALIGNED"] = all(n % launch.ALIGNMENT == 0 for of_map in maps for n in of_map[BEFORE_STRIDES.value :])
         taken = {name: value for name, value in arguments.items() if name in _parameters(kernel)}
         with launch.on_device_of(gen):

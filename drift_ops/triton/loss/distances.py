@@ -1,9 +1,10 @@
-"""Distances and products of the points of a groups, rows, on tiles that stay in registers.
+"""Distances and products of the points of a group, on tiles that stay in registers.
 
 Queries are the rows [first, first + ROWS) of gen; targets are those of every side, each padded to a power of two. The
 origin is a generated sample amid the others: every pair holds a generated sample, and these tend to be close to each
 other. Products are of float16 halves (see :mod:`..halves`), for which every target has an exponent of its own, so that
-one far away takes no digits from the others.
+one far away takes no digits from the others. The ``points`` of a group are for every side a pointer to the first point
+and the stride to the next, its ``origin`` a pointer.
 """
 
 import triton
@@ -19,69 +20,70 @@ MOST_SQUARED = tl.constexpr(65504.0**2)  # of float16
 
 
 @triton.jit
-def load_points(points, stride, count, start, D, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+def load_points(place, stride, count, start, D, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
     """Dimensions [start, start + BLOCK_D) of rows [0, count), float32 [BLOCK, BLOCK_D]; zero where there is nothing."""
     row = tl.arange(0, BLOCK)[:, None]
     dim = start + tl.arange(0, BLOCK_D)[None, :]
-    return tl.load(points + row * stride + dim, mask=(row < count) & (dim < D), other=0.0).to(tl.float32)
+    return tl.load(place + row * stride + dim, mask=(row < count) & (dim < D), other=0.0).to(tl.float32)
 
 
 @triton.jit
 def load_centred(
-    groups,
-    rows,
-    side: tl.constexpr,
-    origin,
-    start,
-    BLOCKS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    first=0,
-    ROWS: tl.constexpr = None,
+    groups, points, side: tl.constexpr, origin, start, BLOCK_D: tl.constexpr, first=0, ROWS: tl.constexpr = None
 ):
-    """The same of a side, from row ``first`` on, about the point ``origin``."""
-    BLOCK: tl.constexpr = BLOCKS[side] if ROWS is None else ROWS
+    """The same of a side, from row ``first`` on, about the origin."""
+    BLOCK: tl.constexpr = groups.BLOCKS[side] if ROWS is None else ROWS
     dim = start + tl.arange(0, BLOCK_D)
     centre = tl.load(origin + dim, mask=dim < groups.D, other=0.0).to(tl.float32)
-    points, count = rows[side][0] + first * rows[side][1], groups.counts[side] - first
-    x = load_points(points, rows[side][1], count, start, groups.D, BLOCK, BLOCK_D) - centre[None, :]
+    place, count = points[side][0] + first * points[side][1], groups.counts[side] - first
+    x = load_points(place, points[side][1], count, start, groups.D, BLOCK, BLOCK_D) - centre[None, :]
     return tl.where(tl.arange(0, BLOCK)[:, None] < count, x, 0.0)
 
 
 @triton.jit
-def find_origin(groups, rows, BLOCKS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The row of the generated sample nearest to their mean in the first dimensions: not a far outlier, which would be
-    an origin away from the rest, where the rest would lose digits."""
-    N = groups.counts[0]
-    x = load_points(rows[0][0], rows[0][1], N, 0, groups.D, BLOCKS[0], BLOCK_D)
-    mean = tl.sum(x, 0) / N
-    distance = tl.sum(tl.abs(x - mean[None, :]), 1)
-    distance = tl.where((tl.arange(0, BLOCKS[0]) < N) & (distance == distance), distance, float("inf"))
-    return tl.minimum(tl.argmin(distance, 0), N - 1)
+def load_lifted(
+    groups, points, side: tl.constexpr, origin, e, start, BLOCK_D: tl.constexpr, first=0, ROWS: tl.constexpr = None
+):
+    """The same, and the two parts of it times 2^e, row by row."""
+    x = load_centred(groups, points, side, origin, start, BLOCK_D, first, ROWS)
+    hi, lo = split(x * tl.exp2(e)[:, None])
+    return x, hi, lo
 
 
 @triton.jit
-def squared_norms(groups, rows, origin, BLOCKS: tl.constexpr, BLOCK_D: tl.constexpr):
+def find_origin(groups, points, BLOCK_D: tl.constexpr):
+    """The row of the generated sample nearest to their mean in the first dimensions: not a far outlier, which would be
+    an origin away from the rest, where the rest would lose digits."""
+    N = groups.counts[0]
+    x = load_points(points[0][0], points[0][1], N, 0, groups.D, groups.BLOCKS[0], BLOCK_D)
+    mean = tl.sum(x, 0) / N
+    from_mean = tl.sum(tl.abs(x - mean[None, :]), 1)
+    usable = (tl.arange(0, groups.BLOCKS[0]) < N) & (from_mean == from_mean)
+    return tl.minimum(tl.argmin(tl.where(usable, from_mean, float("inf")), 0), N - 1)
+
+
+@triton.jit
+def _squared_norms(groups, points, origin, BLOCK_D: tl.constexpr):
     """Of all targets about the origin, a tuple over the sides."""
     norms = ()
-    for side in tl.static_range(len(BLOCKS)):
-        of_side = tl.sum(zeros(BLOCKS[side], BLOCK_D), 1)
+    for side in tl.static_range(len(groups.BLOCKS)):
+        of_side = tl.sum(zeros(groups.BLOCKS[side], BLOCK_D), 1)
         for start in range(0, groups.D, BLOCK_D):
-            x = load_centred(groups, rows, side, origin, start, BLOCKS, BLOCK_D)
+            x = load_centred(groups, points, side, origin, start, BLOCK_D)
             of_side += tl.sum(x * x, 1)
         norms = norms + (of_side,)
     return norms
 
 
 @triton.jit
-def _largest(groups, rows, origin, end, BLOCKS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Of the entries of each target about the origin, in dimensions [0, end)."""
+def _largest(groups, points, origin, begin, end, BLOCK_D: tl.constexpr):
+    """Of the entries of each target about the origin, in dimensions [begin, end)."""
     largest = ()
-    for side in tl.static_range(len(BLOCKS)):
-        of_side = tl.sum(zeros(BLOCKS[side], BLOCK_D), 1)
-        for start in range(0, end, BLOCK_D):
-            of_side = tl.maximum(
-                of_side, tl.max(tl.abs(load_centred(groups, rows, side, origin, start, BLOCKS, BLOCK_D)), 1)
-            )
+    for side in tl.static_range(len(groups.BLOCKS)):
+        of_side = tl.sum(zeros(groups.BLOCKS[side], BLOCK_D), 1)
+        for start in range(begin, end, BLOCK_D):
+            x = load_centred(groups, points, side, origin, start, BLOCK_D)
+            of_side = tl.maximum(of_side, tl.max(tl.abs(x), 1))
         largest = largest + (of_side,)
     return largest
 
@@ -104,79 +106,74 @@ def _exponents(largest, headroom):
 
 
 @triton.jit
-def _nothing_yet(ROWS: tl.constexpr, BLOCKS: tl.constexpr, ALL: tl.constexpr):
-    """Zeros for products, of the queries and every side, and of the other sides, rows of the later, if ALL; and for
+def _nothing_yet(groups, ROWS: tl.constexpr, ALL: tl.constexpr):
+    """Zeros for products, of the queries and every side, and if ALL of the other sides, rows of the later, and for
     norms."""
+    SIDES: tl.constexpr = len(groups.BLOCKS)
     products = ()
     norms = ()
-    for side in tl.static_range(len(BLOCKS)):
-        products = products + (zeros(ROWS, BLOCKS[side]),)
+    for a in tl.static_range(SIDES if ALL else 1):
+        for b in tl.static_range(1 if a > 0 else 0, a + 1 if a > 0 else SIDES):
+            products = products + (zeros(groups.BLOCKS[a] if a > 0 else ROWS, groups.BLOCKS[b]),)
+    for side in tl.static_range(SIDES):
         norms = norms + (tl.sum(products[side], 0),)
-    if ALL:
-        for later in tl.static_range(1, len(BLOCKS)):
-            for side in tl.static_range(1, later + 1):
-                products = products + (zeros(BLOCKS[later], BLOCKS[side]),)
     return products, norms
 
 
 @triton.jit
+def _add_products(products, q_hi, q_lo, hi, lo, groups, ALL: tl.constexpr):
+    """To the products of :func:`_nothing_yet`, those of the parts of queries and targets."""
+    SIDES: tl.constexpr = len(hi)
+    more = ()
+    for a in tl.static_range(SIDES if ALL else 1):
+        for b in tl.static_range(1 if a > 0 else 0, a + 1 if a > 0 else SIDES):
+            a_hi, a_lo = (hi[a], lo[a]) if a > 0 else (q_hi, q_lo)
+            b_hi, b_lo = tl.trans(hi[b]), tl.trans(lo[b])
+            more = more + (add_product(products[len(more)], a_hi, a_lo, b_hi, b_lo, groups.EXACT, groups.LONG),)
+    return more
+
+
+@triton.jit
+def _without_powers(products, of_queries, exponents, ALL: tl.constexpr):
+    """Products of points, from those of points times the powers of two that the exponents are of."""
+    SIDES: tl.constexpr = len(exponents)
+    found = ()
+    for a in tl.static_range(SIDES if ALL else 1):
+        for b in tl.static_range(1 if a > 0 else 0, a + 1 if a > 0 else SIDES):
+            by_row = tl.exp2(-(exponents[a] if a > 0 else of_queries))
+            found = found + (products[len(found)] * by_row[:, None] * tl.exp2(-exponents[b])[None, :],)
+    return found
+
+
+@triton.jit
 def _products(
-    groups,
-    rows,
-    first,
-    origin,
-    exponents,
-    of_queries,
-    ROWS: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    groups, points, first, origin, begin, end, exponents, of_queries, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
     ALL: tl.constexpr,
-):
-    """Products of points about the origin, as :func:`_nothing_yet` lists them, and squared norms of all targets and of
-    the queries. The exponents, of targets and of the queries, bring them into float16's range."""
-    products, norms = _nothing_yet(ROWS, BLOCKS, ALL)
+):  # fmt: skip
+    """Products of points about the origin in dimensions [begin, end), as :func:`_nothing_yet` lists them, and squared
+    norms of all targets and of the queries. The exponents, of targets and of the queries, bring them into float16's
+    range."""
+    products, norms = _nothing_yet(groups, ROWS, ALL)
     query_norms = tl.sum(products[0], 1)
-    for start in range(0, groups.D, BLOCK_D):
+    for start in range(begin, end, BLOCK_D):
         hi = ()
         lo = ()
         more_norms = ()
-        for side in tl.static_range(len(BLOCKS)):
-            x = load_centred(groups, rows, side, origin, start, BLOCKS, BLOCK_D)
-            parts = split(x * tl.exp2(exponents[side])[:, None])
-            hi = hi + (parts[0],)
-            lo = lo + (parts[1],)
+        for side in tl.static_range(len(groups.BLOCKS)):
+            x, of_hi, of_lo = load_lifted(groups, points, side, origin, exponents[side], start, BLOCK_D)
+            hi = hi + (of_hi,)
+            lo = lo + (of_lo,)
             more_norms = more_norms + (norms[side] + tl.sum(x * x, 1),)
-        if ROWS == BLOCKS[0]:
-            q_hi, q_lo = hi[0], lo[0]
-        else:
-            q = load_centred(groups, rows, 0, origin, start, BLOCKS, BLOCK_D, first, ROWS)
-            q_hi, q_lo = split(q * tl.exp2(of_queries)[:, None])
-            query_norms += tl.sum(q * q, 1)
-        more = ()
-        for side in tl.static_range(len(BLOCKS)):
-            y_hi, y_lo = tl.trans(hi[side]), tl.trans(lo[side])
-            more = more + (add_product(products[side], q_hi, q_lo, y_hi, y_lo, groups.SPLIT, groups.LONG),)
-        if ALL:
-            for later in tl.static_range(1, len(BLOCKS)):
-                for side in tl.static_range(1, later + 1):
-                    y_hi, y_lo = tl.trans(hi[side]), tl.trans(lo[side])
-                    of_sides = add_product(
-                        products[len(more)], hi[later], lo[later], y_hi, y_lo, groups.SPLIT, groups.LONG
-                    )
-                    more = more + (of_sides,)
-        products = more
         norms = more_norms
-    if ROWS == BLOCKS[0]:
+        if ROWS == groups.BLOCKS[0]:
+            products = _add_products(products, hi[0], lo[0], hi, lo, groups, ALL)
+        else:
+            q, q_hi, q_lo = load_lifted(groups, points, 0, origin, of_queries, start, BLOCK_D, first, ROWS)
+            query_norms += tl.sum(q * q, 1)
+            products = _add_products(products, q_hi, q_lo, hi, lo, groups, ALL)
+    if ROWS == groups.BLOCKS[0]:
         query_norms = norms[0]
-    scaled = ()
-    for side in tl.static_range(len(BLOCKS)):
-        scaled = scaled + (products[side] * tl.exp2(-of_queries)[:, None] * tl.exp2(-exponents[side])[None, :],)
-    if ALL:
-        for later in tl.static_range(1, len(BLOCKS)):
-            for side in tl.static_range(1, later + 1):
-                by_row, by_column = tl.exp2(-exponents[later]), tl.exp2(-exponents[side])
-                scaled = scaled + (products[len(scaled)] * by_row[:, None] * by_column[None, :],)
-    return scaled, norms, query_norms
+    return _without_powers(products, of_queries, exponents, ALL), norms, query_norms
 
 
 @triton.jit
@@ -189,102 +186,93 @@ def _may_overflow(norms, exponents):
 
 
 @triton.jit
-def find_products(groups, rows, origin, BLOCKS: tl.constexpr, BLOCK_D: tl.constexpr, ALL: tl.constexpr):
+def find_products(groups, points, origin, begin, end, BLOCK_D: tl.constexpr, ALL: tl.constexpr):
     """:func:`_products` of all rows of gen, and squared norms of the targets, with exponents that are found here."""
-    e = _exponents(_largest(groups, rows, origin, BLOCK_D, BLOCKS, BLOCK_D), HEADROOM)
-    products, norms = _nothing_yet(BLOCKS[0], BLOCKS, ALL)
+    BLOCK_N: tl.constexpr = groups.BLOCKS[0]
+    e = _exponents(_largest(groups, points, origin, begin, begin + BLOCK_D, BLOCK_D), HEADROOM)
+    products, norms = _nothing_yet(groups, BLOCK_N, ALL)
     turns = 2
     while turns > 0:
-        products, norms, _ = _products(groups, rows, 0, origin, e, e[0], BLOCKS[0], BLOCKS, BLOCK_D, ALL)
+        products, norms, _ = _products(groups, points, 0, origin, begin, end, e, e[0], BLOCK_N, BLOCK_D, ALL)
         turns = tl.where(_may_overflow(norms, e), turns - 1, 0)
         if turns > 0:
-            e = _exponents(_largest(groups, rows, origin, groups.D, BLOCKS, BLOCK_D), 1)
+            e = _exponents(_largest(groups, points, origin, begin, end, BLOCK_D), 1)
     return products, norms
 
 
 @triton.jit
-def _differences(groups, rows, first, side: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr):
+def _differences(groups, points, first, side: tl.constexpr, ROWS: tl.constexpr):
     """Squared distances of the queries to a side, from differences."""
-    q, q_stride = rows[0][0] + first * rows[0][1], rows[0][1]
+    q, q_stride = points[0][0] + first * points[0][1], points[0][1]
     counts = groups.counts[0] - first, groups.counts[side]
-    return squared_differences(q, rows[side][0], *counts, groups.D, ROWS, BLOCKS[side], q_stride, rows[side][1])
+    return squared_differences(
+        q, points[side][0], *counts, groups.D, ROWS, groups.BLOCKS[side], q_stride, points[side][1]
+    )
 
 
 @triton.jit
-def squared_distances(products, query_norms, norms, groups, rows, first, ROWS: tl.constexpr, BLOCKS: tl.constexpr):
+def _all_differences(groups, points, first, ROWS: tl.constexpr):
+    squares = ()
+    for side in tl.static_range(len(groups.BLOCKS)):
+        squares = squares + (_differences(groups, points, first, side, ROWS),)
+    return squares
+
+
+@triton.jit
+def squared_distances(products, query_norms, norms, groups, points, first, ROWS: tl.constexpr):
     """Squared distances of the queries to every side, from products, or from differences where the tile holds a close
     pair; and whether any does."""
     found = ()
     any_close = 0
-    for side in tl.static_range(len(BLOCKS)):
+    for side in tl.static_range(len(groups.BLOCKS)):
         both = query_norms[:, None] + norms[side][None, :]
         squared = both - 2 * products[side]
-        exists = pairs_within(groups.counts[0] - first, groups.counts[side], ROWS, BLOCKS[side])
+        exists = pairs_within(groups.counts[0] - first, groups.counts[side], ROWS, groups.BLOCKS[side])
         margin = tl.where(exists, squared - both * CLOSE, 0.0)
         if side == 0:
-            margin = tl.where(self_pairs(first, ROWS, BLOCKS[0]), 0.0, margin)
+            margin = tl.where(self_pairs(first, ROWS, groups.BLOCKS[0]), 0.0, margin)
         of_side = (tl.min(margin) < 0).to(tl.int32)
         if of_side > 0:
-            squared = _differences(groups, rows, first, side, ROWS, BLOCKS)
+            squared = _differences(groups, points, first, side, ROWS)
         any_close = tl.maximum(any_close, of_side)
         found = found + (squared,)
     return found, any_close
 
 
 @triton.jit
-def roots_of_squares(squares, least, first, ROWS: tl.constexpr, BLOCKS: tl.constexpr):
+def roots_of_squares(squares, least, first, ROWS: tl.constexpr, groups):
     """``max(‖x_i − t_j‖, least)``, a tuple over the sides."""
     d = ()
-    for side in tl.static_range(len(BLOCKS)):
-        d = d + (roots(squares[side], least, first, side == 0, ROWS, BLOCKS[side]),)
+    for side in tl.static_range(len(groups.BLOCKS)):
+        d = d + (roots(squares[side], least, first, side == 0, ROWS, groups.BLOCKS[side]),)
     return d
 
 
 @triton.jit
-def _all_differences(groups, rows, first, ROWS: tl.constexpr, BLOCKS: tl.constexpr):
-    squares = ()
-    for side in tl.static_range(len(BLOCKS)):
-        squares = squares + (_differences(groups, rows, first, side, ROWS, BLOCKS),)
-    return squares
-
-
-@triton.jit
-def find_distances(groups, rows, least, BLOCKS: tl.constexpr, BLOCK_D: tl.constexpr):
+def find_distances(groups, points, least, BLOCK_D: tl.constexpr):
     """Distances of gen to every side, a tuple of ``[BLOCKS[0], BLOCKS[side]]``; squared norms of the targets, and the
     row of gen that is the origin."""
-    ROWS: tl.constexpr = BLOCKS[0]
-    origin_row = find_origin(groups, rows, BLOCKS, BLOCK_D)
-    origin = rows[0][0] + origin_row * rows[0][1]
+    ROWS: tl.constexpr = groups.BLOCKS[0]
+    origin_row = find_origin(groups, points, BLOCK_D)
+    origin = points[0][0] + origin_row * points[0][1]
     if groups.DIFFERENCES:
-        squares, norms = (
-            _all_differences(groups, rows, 0, ROWS, BLOCKS),
-            squared_norms(groups, rows, origin, BLOCKS, BLOCK_D),
-        )
+        squares, norms = _all_differences(groups, points, 0, ROWS), _squared_norms(groups, points, origin, BLOCK_D)
     else:
-        products, norms = find_products(groups, rows, origin, BLOCKS, BLOCK_D, False)
-        squares, _ = squared_distances(products, norms[0], norms, groups, rows, 0, ROWS, BLOCKS)
-    return roots_of_squares(squares, least, 0, ROWS, BLOCKS), norms, origin_row
+        products, norms = find_products(groups, points, origin, 0, groups.D, BLOCK_D, False)
+        squares, _ = squared_distances(products, norms[0], norms, groups, points, 0, ROWS)
+    return roots_of_squares(squares, least, 0, ROWS, groups), norms, origin_row
 
 
 @triton.jit
 def find_distances_again(
-    groups,
-    rows,
-    first,
-    origin,
-    exponents,
-    of_queries,
-    least,
-    ROWS: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    groups, points, first, origin, exponents, of_queries, least, ROWS: tl.constexpr, BLOCK_D: tl.constexpr
 ):
     """Distances of ROWS rows of gen to every side, when the exponents of all targets and of these are known."""
     if groups.DIFFERENCES:
-        squares = _all_differences(groups, rows, first, ROWS, BLOCKS)
+        squares = _all_differences(groups, points, first, ROWS)
     else:
         products, norms, query_norms = _products(
-            groups, rows, first, origin, exponents, of_queries, ROWS, BLOCKS, BLOCK_D, False
+            groups, points, first, origin, 0, groups.D, exponents, of_queries, ROWS, BLOCK_D, False
         )
-        squares, _ = squared_distances(products, query_norms, norms, groups, rows, first, ROWS, BLOCKS)
-    return roots_of_squares(squares, least, first, ROWS, BLOCKS)
+        squares, _ = squared_distances(products, query_norms, norms, groups, points, first, ROWS)
+    return roots_of_squares(squares, least, first, ROWS, groups)

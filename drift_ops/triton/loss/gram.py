@@ -1,4 +1,4 @@
-"""Products of the forces from products of the targets, without the points.
+"""Products of the forces from the kept products of the targets, without the points.
 
 ``Σ_i F_i·F'_i = Σ_ijk c_ij c'_ik t_j·t_k``, whatever the number of dimensions.
 """
@@ -6,49 +6,10 @@
 import triton
 import triton.language as tl
 
-from ..group import one_of, zeros
+from ..group import zeros
 from ..halves import exponent, split
-from ..tiles import at_least, self_pairs
-from .maps import find_map
-from .products import GRAM, HEAD, has_close, load_norms, load_tiles, pairs_in, slot_of, tile_offsets
-from .state import (
-    affinities_of_scaled,
-    load_exponents,
-    load_rows_of,
-    mean_of_forces,
-    slope_of,
-    slot_of_state,
-    statistics_of,
-)
-
-
-@triton.jit
-def _zero_product(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Zeros in the registers where a product leaves its result: what they are subtracted from moves there, once."""
-    return tl.dot(tl.zeros([ROWS, 16], dtype=tl.float16), tl.zeros([16, COLUMNS], dtype=tl.float16))
-
-
-@triton.jit
-def _load_gram(slot, products, exponents, BLOCKS: tl.constexpr):
-    """Products of all scaled targets times GRAM, those of gen given: two parts of each, in the order of
-    `.distances._nothing_yet`."""
-    hi = ()
-    lo = ()
-    for side in tl.static_range(len(BLOCKS)):
-        by_row, by_column = tl.exp2(exponents[0]) * GRAM, tl.exp2(exponents[side])
-        parts = split(products[side] * by_row[:, None] * by_column[None, :])
-        hi = hi + (parts[0],)
-        lo = lo + (parts[1],)
-    slot = pairs_in(slot + HEAD, BLOCKS)
-    for side in tl.static_range(len(BLOCKS)):
-        slot += BLOCKS[0] * BLOCKS[side]
-    for later in tl.static_range(1, len(BLOCKS)):
-        for side in tl.static_range(1, later + 1):
-            halves = slot.to(tl.pointer_type(tl.float16)) + tile_offsets(BLOCKS[later], BLOCKS[side])
-            hi = hi + (tl.load(halves),)
-            lo = lo + (tl.load(halves + BLOCKS[later] * BLOCKS[side]),)
-            slot += BLOCKS[later] * BLOCKS[side]
-    return hi, lo
+from .coefficients import coefficients, largest_coefficients, ready_for_softmax
+from .memory import GRAM, HEAD, load_distances, load_gram, load_vectors
 
 
 @triton.jit
@@ -65,12 +26,13 @@ def _of_sides(gram, a: tl.constexpr, b: tl.constexpr, SIDES: tl.constexpr):
 
 
 @triton.jit
-def _add_products(total, hi, lo, gram_hi, gram_lo, SPLIT: tl.constexpr, a: tl.constexpr, SIDES: tl.constexpr):
+def _add_products(total, hi, lo, gram_hi, gram_lo, EXACT: tl.constexpr, a: tl.constexpr):
     """To ``Σ_j c_ij t_j·t_k`` of every side, that of the targets j of side a; the small parts first."""
+    SIDES: tl.constexpr = len(total)
     more = ()
     for b in tl.static_range(SIDES):
         of_b = total[b]
-        if SPLIT:
+        if EXACT:
             of_b = tl.dot(lo, _of_sides(gram_hi, a, b, SIDES), of_b)
             of_b = tl.dot(hi, _of_sides(gram_lo, a, b, SIDES), of_b)
         more = more + (tl.dot(hi, _of_sides(gram_hi, a, b, SIDES), of_b),)
@@ -78,86 +40,64 @@ def _add_products(total, hi, lo, gram_hi, gram_lo, SPLIT: tl.constexpr, a: tl.co
 
 
 @triton.jit
-def _products_with_others(of_targets, r, d, slot, scale, numbers, BLOCKS: tl.constexpr):
+def _products_with_others(of_targets, r, d, state, scale, numbers, groups):
     """Products of ``of_targets`` and the coefficients of every R before the r-th, summed over the targets: [N] each."""
-    BLOCK_N: tl.constexpr = BLOCKS[0]
+    R: tl.constexpr = len(numbers.R_list)
+    BLOCK_N: tl.constexpr = groups.BLOCKS[0]
     sums = ()
-    for _ in tl.static_range(len(numbers.R_list)):
+    for _ in tl.static_range(R):
         sums = sums + (tl.zeros([BLOCK_N], dtype=tl.float32),)
     for other in range(r):
-        statistics = statistics_of(slot, other, BLOCKS)
-        row_half, negative, positive, largest = load_rows_of(statistics, 0, BLOCK_N, BLOCK_N)
-        slope = slope_of(scale, numbers, other)
         added = tl.zeros([BLOCK_N], dtype=tl.float32)
-        for side in tl.static_range(len(BLOCKS)):
-            A = affinities_of_scaled(d, slot, statistics, row_half, slope, numbers.least, BLOCKS, side)
-            added += tl.sum(of_targets[side] * A, 1) * (-positive if side < len(BLOCKS) - 1 else negative)
+        for side in tl.static_range(len(groups.BLOCKS)):
+            c = coefficients(d, state, other, scale, numbers, groups, 0, BLOCK_N, side)
+            added += tl.sum(of_targets[side] * c, 1)
         more = ()
-        for n in tl.static_range(len(numbers.R_list)):
+        for n in tl.static_range(R):
             more = more + (sums[n] + tl.where(n == other, added, 0.0),)
         sums = more
     return sums
 
 
 @triton.jit
-def gram_kernel(
-    groups,
-    numbers,
-    maps,
-    kept,  # see .products
-    state,  # see .state
-    scale,  # [maps of the call]
-    moments,  # [G, R, R]
-    BLOCKS: tl.constexpr,
-    KEEP: tl.constexpr,  # distances in the state
-):
-    """``Σ_i F_i·F'_i = Σ_ijk c_ij c'_ik t_j·t_k``, unless the group has close pairs."""
+def _where_products_are(d, groups):
+    """``d``, in the registers where a product leaves its result: it moves there once, and not for every R."""
+    moved = ()
+    for side in tl.static_range(len(groups.BLOCKS)):
+        zero = tl.dot(
+            tl.zeros([groups.BLOCKS[0], 16], dtype=tl.float16), tl.zeros([16, groups.BLOCKS[side]], dtype=tl.float16)
+        )
+        moved = moved + (d[side] - zero,)
+    return moved
+
+
+@triton.jit
+def moments_of_products(moments, kept, state, scale, by, numbers, groups):
+    """Stores ``by`` times the products of the forces of all R, of a group without close pairs."""
     R: tl.constexpr = len(numbers.R_list)
-    BLOCK_N: tl.constexpr = BLOCKS[0]
-    SIDES: tl.constexpr = len(BLOCKS)
-    n, place, g = find_map(maps, tl.program_id(0))
-    of_group = slot_of(one_of(kept, n), g, BLOCKS)
-    if has_close(of_group):
-        return
-    scale = tl.load(scale + place).to(tl.float32)
-    slot = slot_of_state(one_of(state, n), g, R, BLOCKS, KEEP)
-    norms = load_norms(of_group, BLOCKS)
-    pairs = load_tiles(pairs_in(of_group + HEAD, BLOCKS), 0, BLOCK_N, BLOCKS)
-    products = ()
-    d = ()
-    for side in tl.static_range(SIDES):
-        product = pairs[side] - _zero_product(BLOCKS[0], BLOCKS[side])
-        squared = norms[0][:, None] + norms[side][None, :] - 2 * product
-        of_side = tl.sqrt(at_least(squared, numbers.least_distance * numbers.least_distance))
-        if side == 0:
-            of_self = numbers.least_distance + numbers.self_distance * tl.maximum(scale, numbers.least_scale)
-            of_side = tl.where(self_pairs(0, BLOCKS[0], BLOCKS[0]), of_self, of_side)
-        products = products + (product,)
-        d = d + (of_side,)
-    gram_hi, gram_lo = _load_gram(of_group, products, load_exponents(slot, BLOCKS), BLOCKS)
-    by = mean_of_forces(scale, numbers, groups) / GRAM
-    moments = one_of(moments, n) + g * R * R
+    BLOCK_N: tl.constexpr = groups.BLOCKS[0]
+    SIDES: tl.constexpr = len(groups.BLOCKS)
+    # loaded again: those of the statistics lie elsewhere, and would compete for registers
+    d = _where_products_are(load_distances(kept, numbers.least_distance, groups, 0, BLOCK_N), groups)
+    d = ready_for_softmax(d, scale, numbers, groups, 0, BLOCK_N)
+    gram_hi, gram_lo = load_gram(kept, load_vectors(state + HEAD, groups), groups)
     for r in range(R):  # not unrolled: the R would compete for registers
-        statistics = statistics_of(slot, r, BLOCKS)
-        row_half, negative, positive, largest = load_rows_of(statistics, 0, BLOCK_N, BLOCK_N)
-        slope = slope_of(scale, numbers, r)
-        e = exponent(largest)
+        e = exponent(largest_coefficients(state, r, groups, 0, BLOCK_N))
         of_targets = ()  # Σ_j c_ij t_j·t_k
         for side in tl.static_range(SIDES):
-            of_targets = of_targets + (zeros(BLOCKS[0], BLOCKS[side]),)
+            of_targets = of_targets + (zeros(BLOCK_N, groups.BLOCKS[side]),)
         itself = tl.zeros([BLOCK_N], dtype=tl.float32)
         for side in tl.static_range(SIDES):
-            A = affinities_of_scaled(d, slot, statistics, row_half, slope, numbers.least, BLOCKS, side)
-            by_row = (-positive if side < SIDES - 1 else negative) * tl.exp2(e)
-            hi, lo = split(A * by_row[:, None])
+            c = coefficients(d, state, r, scale, numbers, groups, 0, BLOCK_N, side)
+            hi, lo = split(c * tl.exp2(e)[:, None])
             itself += tl.sum(of_targets[side] * (hi.to(tl.float32) + lo.to(tl.float32)), 1)
-            of_targets = _add_products(of_targets, hi, lo, gram_hi, gram_lo, groups.SPLIT, side, SIDES)
+            of_targets = _add_products(of_targets, hi, lo, gram_hi, gram_lo, groups.EXACT, side)
             itself += tl.sum(of_targets[side] * (hi.to(tl.float32) + lo.to(tl.float32)), 1)
         # of F_r·F_r' for r' < r; after the products, with whose coefficients these would compete for registers
-        sums = _products_with_others(of_targets, r, d, slot, scale, numbers, BLOCKS)
+        sums = _products_with_others(of_targets, r, d, state, scale, numbers, groups)
         down = tl.exp2(-e)
         for other in tl.static_range(R):
-            moment = tl.sum(tl.where(other == r, itself * down, sums[other]) * down) * by
+            moment = tl.sum(tl.where(other == r, itself * down, sums[other]) * down) * by / GRAM
             if other <= r:
                 tl.store(moments + r * R + other, moment)
                 tl.store(moments + other * R + r, moment)

@@ -21,9 +21,10 @@ class Groups(NamedTuple):
 
     points: Any  # of every side and map
     counts: Any
+    BLOCKS: Any  # that the sides are padded to
     D: Any
     DIFFERENCES: Any  # D is so small that distances come from them
-    SPLIT: Any  # products are of two parts
+    EXACT: Any  # products are of two parts
     LONG: Any  # and too long a sum for tensor cores
 
 
@@ -61,7 +62,7 @@ def find_map(maps, program):
 def points_of_group(groups, maps, n, g, ALIGNED: tl.constexpr):
     """Of group g of the n-th map and every side, a pointer to the first point and the stride to the next."""
     T = entry_of(maps, n, 2)
-    rows = ()
+    points = ()
     for side in tl.static_range(len(groups.points)):
         found = ()
         for dimension in tl.static_range(3):
@@ -70,18 +71,18 @@ def points_of_group(groups, maps, n, g, ALIGNED: tl.constexpr):
                 stride = tl.multiple_of(stride, 16)
             found = found + (stride,)
         first = one_of(groups.points[side], n) + (g // T) * found[0] + (g % T) * found[1]
-        rows = rows + ((first, found[2]),)
-    return rows
+        points = points + ((first, found[2]),)
+    return points
 
 
 @triton.jit
-def weights_of_group(weights, strides, counts, maps, n, g, BLOCKS: tl.constexpr):
+def weights_of_group(weights, strides, groups, maps, n, g):
     """Of every side the weights, 0 where there is no target. All maps of a launch share their strides."""
     T = entry_of(maps, n, 2)
     found = ()
-    for side in tl.static_range(len(BLOCKS)):
+    for side in tl.static_range(len(groups.BLOCKS)):
         first = one_of(weights[side], n) + (g // T) * strides[side][0] + (g % T) * strides[side][1]
-        target = tl.arange(0, BLOCKS[side])
-        w = tl.load(first + target * strides[side][2], mask=target < counts[side], other=0.0)
+        target = tl.arange(0, groups.BLOCKS[side])
+        w = tl.load(first + target * strides[side][2], mask=target < groups.counts[side], other=0.0)
         found = found + (w.to(tl.float32),)
     return found

@@ -1,121 +1,46 @@
-"""Products of the forces from weighted sums of the targets, in a second walk over the points."""
+"""Phase 2 in one kernel: statistics of the softmaxes, and then products of the forces, mean F_r·F_r'.
+
+These come from products of the targets where phase 1 has kept them (:mod:`.gram`), otherwise from weighted sums
+(:mod:`.weighted`). So do those of groups with close pairs: there the forces may be much shorter than the targets, and
+too little would be left of products that cancel.
+"""
 
 import triton
 import triton.language as tl
 
-from ..group import one_of, zeros
-from ..halves import add_product, split
-from .distances import find_distances_again, load_centred
-from .maps import find_map, points_of_group
-from .products import has_close, load_kept_distances, load_origin_row, slot_of
-from .state import (
-    coefficients,
-    load_exponents,
-    load_exponents_of_rows,
-    mean_of_forces,
-    ready_for_softmax,
-    slot_of_state,
-    split_rows,
+from ..group import one_of
+from .coefficients import mean_of_forces, ready_for_softmax, slope_of
+from .distances import find_distances
+from .gram import moments_of_products
+from .maps import find_map, points_of_group, weights_of_group
+from .memory import (
+    HEAD,
+    after_vector,
+    exponents_of,
+    has_close,
+    load_distances,
+    load_origin_row,
+    load_vectors,
+    statistics_of,
+    store_head,
+    store_tiles,
+    store_vectors,
 )
+from .statistics import nearest, store_statistics
+from .weighted import moments_of_points
 
 
 @triton.jit
-def _add_rows(
-    totals,
-    d,
-    slot,
-    scale,
-    numbers,
-    groups,
-    rows,
-    origin,
-    first,
-    ROWS: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    BLOCK_SUM: tl.constexpr,
-):
-    """To the sums of F_r·F_r', r' <= r, over the dimensions, those of rows [first, first + ROWS)."""
-    R: tl.constexpr = len(numbers.R_list)
-    tables = ()  # of the coefficients of each R
-    sums = ()
-    for r in tl.static_range(R):
-        c, bound = coefficients(d, slot, r, scale, 1.0, numbers, first, ROWS, BLOCKS)
-        tables = tables + (split_rows(c, bound, BLOCKS),)
-        for _ in tl.static_range(r + 1):
-            sums = sums + (tl.zeros([ROWS], dtype=tl.float32),)
-    exponents = load_exponents(slot, BLOCKS)
-    for start in range(0, groups.D, BLOCK_SUM):
-        F = ()
-        for _ in tl.static_range(R):
-            F = F + (zeros(ROWS, BLOCK_SUM),)
-        for side in tl.static_range(len(BLOCKS)):
-            t_hi, t_lo = split(
-                load_centred(groups, rows, side, origin, start, BLOCKS, BLOCK_SUM) * tl.exp2(exponents[side])[:, None]
-            )
-            more = ()
-            for r in tl.static_range(R):
-                of_R = add_product(F[r], tables[r][0][side], tables[r][1][side], t_hi, t_lo, groups.SPLIT, False)
-                more = more + (of_R,)
-            F = more
-        added = ()
-        for r in tl.static_range(R):
-            for other in tl.static_range(r + 1):
-                added = added + (sums[len(added)] + tl.sum(F[r] * F[other], 1),)
-        sums = added
-    more_totals = ()
-    for r in tl.static_range(R):
-        for other in tl.static_range(r + 1):
-            down = tables[r][2] * tables[other][2]  # type: ignore[var-annotated]
-            more_totals = more_totals + (totals[len(more_totals)] + sums[len(more_totals)] * down,)
-    return more_totals
-
-
-@triton.jit
-def _moments_of_points(
-    program,
-    groups,
-    numbers,
-    maps,
-    kept,
-    state,
-    scale,
-    moments,
-    ROWS: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_SUM: tl.constexpr,
-    KEEP: tl.constexpr,
-    ALIGNED: tl.constexpr,
-):
-    """Of one groups, rows, from weighted sums of its targets."""
-    R: tl.constexpr = len(numbers.R_list)
-    n, place, g = find_map(maps, program)
-    scale = tl.load(scale + place).to(tl.float32)
-    rows = points_of_group(groups, maps, n, g, ALIGNED)
-    slot = slot_of_state(one_of(state, n), g, R, BLOCKS, KEEP)
-    origin = rows[0][0] + load_origin_row(slot) * rows[0][1]
-    totals = ()  # of F_r·F_r', r' <= r, over the dimensions, and over rows that are ROWS apart
-    for r in tl.static_range(R):
-        for _ in tl.static_range(r + 1):
-            totals = totals + (tl.zeros([ROWS], dtype=tl.float32),)
-    for first in range(0, groups.counts[0], ROWS):
-        if kept is None:
-            exponents, of_rows = load_exponents(slot, BLOCKS), load_exponents_of_rows(slot, first, ROWS)
-            d = find_distances_again(
-                groups, rows, first, origin, exponents, of_rows, numbers.least_distance, ROWS, BLOCKS, BLOCK_D
-            )
-        else:
-            of_group = slot_of(one_of(kept, n), g, BLOCKS)
-            d = load_kept_distances(of_group, numbers.least_distance, first, ROWS, BLOCKS)
-        d = ready_for_softmax(d, scale, numbers, groups.counts, first, ROWS, BLOCKS)
-        totals = _add_rows(totals, d, slot, scale, numbers, groups, rows, origin, first, ROWS, BLOCKS, BLOCK_SUM)
-    by = mean_of_forces(scale, numbers, groups)
-    moments = one_of(moments, n) + g * R * R
-    for r in tl.static_range(R):
-        for other in tl.static_range(r + 1):
-            moment = tl.sum(totals[r * (r + 1) // 2 + other]) * by
-            tl.store(moments + r * R + other, moment)
-            tl.store(moments + other * R + r, moment)
+def _store_lifts(state, norms, weights, groups):
+    """Stores the exponents of targets and their weights when lifted, which it returns; 0 for the origin itself."""
+    exponents = ()
+    lifted = ()
+    for side in tl.static_range(len(groups.BLOCKS)):
+        exponents = exponents + (exponents_of(norms[side]),)
+        lifted = lifted + (tl.where(norms[side] == 0, 0.0, weights[side] * tl.exp2(-exponents[side])),)
+    store_vectors(state + HEAD, exponents, groups)
+    store_vectors(after_vector(state + HEAD, groups), lifted, groups)
+    return lifted
 
 
 @triton.jit
@@ -123,34 +48,49 @@ def moments_kernel(
     groups,
     numbers,
     maps,
-    kept,  # see .products, or None
-    state,  # see .state
+    weights,
+    weight_strides,
+    kept,  # see .memory, or None
+    state,
     scale,  # [maps of the call]
     moments,  # [G, R, R]
-    total,  # groups of all maps
-    GROUPS: tl.constexpr,  # of a program
-    ROWS: tl.constexpr,  # of gen that it has tables of coefficients for at a time
-    BLOCKS: tl.constexpr,
+    KEPT: tl.constexpr,  # floats of a group
+    STATE: tl.constexpr,
+    KEEP: tl.constexpr,  # distances in the state
+    ROWS: tl.constexpr,  # of gen that a program has tables of coefficients for at a time
     BLOCK_D: tl.constexpr,
     BLOCK_SUM: tl.constexpr,
-    KEEP: tl.constexpr,  # distances in the state
     ALIGNED: tl.constexpr,
 ):
-    """Of all groups, or if products are kept, of those with close pairs."""
-    first = tl.program_id(0) * GROUPS
+    R: tl.constexpr = len(numbers.R_list)
+    n, place, g = find_map(maps, tl.program_id(0))
+    scale = tl.load(scale + place).to(tl.float32)
+    weights = weights_of_group(weights, weight_strides, groups, maps, n, g)
+    state = one_of(state, n) + g * STATE
     if kept is None:
-        _moments_of_points(
-            first, groups, numbers, maps, kept, state, scale, moments, ROWS, BLOCKS, BLOCK_D, BLOCK_SUM, KEEP, ALIGNED
-        )
+        points = points_of_group(groups, maps, n, g, ALIGNED)
+        d, norms, origin_row = find_distances(groups, points, numbers.least_distance, BLOCK_D)
     else:
-        programs = first + tl.arange(0, GROUPS)
-        n, _, g = find_map(maps, programs)
-        close = has_close(slot_of(one_of(kept, n), g, BLOCKS), programs < total).to(tl.int32)
-        if tl.max(close) > 0:
-            for other in range(GROUPS):
-                program = first + other
-                if tl.sum(tl.where(programs == program, close, 0)) > 0:
-                    _moments_of_points(
-                        program, groups, numbers, maps, kept, state, scale, moments, ROWS, BLOCKS, BLOCK_D, BLOCK_SUM,
-                        KEEP, ALIGNED,
-                    )  # fmt: skip
+        kept = one_of(kept, n) + g * KEPT
+        norms, origin_row = load_vectors(kept + HEAD, groups), load_origin_row(kept)
+        d = load_distances(kept, numbers.least_distance, groups, 0, groups.BLOCKS[0])
+    store_head(state, origin_row, origin_row * 0)
+    lifted = _store_lifts(state, norms, weights, groups)
+    if KEEP:
+        store_tiles(statistics_of(state, R, groups), d, groups)
+    d = ready_for_softmax(d, scale, numbers, groups, 0, groups.BLOCKS[0])
+    least = nearest(d)
+    for r in range(R):  # not unrolled: the R would compete for registers
+        slope = slope_of(scale, numbers, r)
+        store_statistics(
+            statistics_of(state, r, groups), d, least * slope, slope, weights, lifted, numbers.least, groups
+        )
+    tl.debug_barrier()  # for what other threads have stored
+    moments, by = one_of(moments, n) + g * R * R, mean_of_forces(scale, numbers, groups)
+    if kept is None:
+        moments_of_points(moments, d, kept, state, scale, by, numbers, groups, points, ROWS, BLOCK_D, BLOCK_SUM)
+    elif not has_close(kept):
+        moments_of_products(moments, kept, state, scale, by, numbers, groups)
+    else:
+        points = points_of_group(groups, maps, n, g, ALIGNED)
+        moments_of_points(moments, d, kept, state, scale, by, numbers, groups, points, ROWS, BLOCK_D, BLOCK_SUM)

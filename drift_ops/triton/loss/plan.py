@@ -6,15 +6,19 @@ A matter of shapes, dtype and the limits of the device alone, so that it is know
 import functools
 from dataclasses import dataclass
 
+import triton
+
 from ...spec import LossMap, LossSpec
 from .. import group, launch
 from ..tiles import DIFFERENCES_UP_TO
-from .products import HEAD
+from .memory import HEAD, OF_ROWS
 
 MOST_PAIRS, AMD_MOST_PAIRS = 64 * 160, 64 * 144  # padded: what the registers of a program hold
 MOST_R = 8  # whose products of forces the moments sum up at a time
 MOMENTS_SHARE = 0.75  # of the shared memory, for all that _coefficients_fit counts
-BYTES_OF_PRODUCT = 5.5  # of the gram kernel's shared memory, for each product of two targets
+LEAST_SLICE, UNIT = 1024, 256  # dimensions, and what slices are multiples of, as every block divides
+ROWS_OF_CLOSE = 16  # at a time, in groups with close pairs: more would leave less shared memory to all others
+BYTES_OF_PRODUCT = 5.8  # of the moments kernel's shared memory, for each product of two targets
 
 
 @dataclass(frozen=True)
@@ -26,10 +30,17 @@ class Plan:
     floats_kept: int  # of a group by phase 1 for phase 2: products, or nothing
     floats_of_state: int  # of a group by phase 2 for phase 3
     keeps_distances: bool  # in the state
+    share: int  # dimensions of a program in phase 1
+
+    @property
+    def slices(self) -> int:
+        return triton.cdiv(self.D, self.share)
 
 
 def plan_of(spec: LossSpec, of_map: LossMap) -> Plan | None:
     """None: the groups are streamed."""
+    if not spec.is_of_release:
+        return None
     gen, counts = of_map.gen, tuple(map(int, of_map.counts))  # under torch.compile they may be symbols
     return _plan(len(spec.R_list), counts, int(gen.shape[3]), gen.element_size(), launch.limits(gen.device))
 
@@ -44,9 +55,11 @@ def _plan(R: int, counts: tuple[int, ...], D: int, bytes_of_entry: int, limits: 
     kept = HEAD.value + sum(blocks) + _products_of_targets(blocks)
     if D <= DIFFERENCES_UP_TO or 4 * kept > of_gen or not _products_fit(blocks, limits):
         kept = 0
-    state = HEAD.value + 2 * sum(blocks) + R * (4 * blocks[0] + sum(blocks))
+    state = HEAD.value + 2 * sum(blocks) + R * (OF_ROWS.value * blocks[0] + sum(blocks))
     keeps_distances = 40 * (state + pairs) <= of_all + of_gen  # a tenth of what is read and written
-    return Plan(blocks, D, kept, state + pairs * keeps_distances, keeps_distances)
+    # not by the number of groups, on which the bits of the result would depend
+    share = triton.cdiv(D, D // LEAST_SLICE * UNIT) * UNIT if kept and D >= 2 * LEAST_SLICE else D
+    return Plan(blocks, D, kept, state + pairs * keeps_distances, keeps_distances, share)
 
 
 def _coefficients_fit(R: int, blocks: tuple[int, ...], limits: launch.Limits) -> bool:
@@ -56,7 +69,7 @@ def _coefficients_fit(R: int, blocks: tuple[int, ...], limits: launch.Limits) ->
 
 
 def _products_fit(blocks: tuple[int, ...], limits: launch.Limits) -> bool:
-    """Whether the gram kernel has the room for products of all targets."""
+    """Whether the moments kernel has the room for products of all targets."""
     if limits.tensor_memory:  # of which it wants more than there is
         return False
     return limits.amd or BYTES_OF_PRODUCT * _products_of_targets(blocks) <= limits.shared_bytes
@@ -74,10 +87,10 @@ def configuration(kernel: str, plan: Plan, limits: launch.Limits) -> launch.Conf
     block_d, block_sum = min(32, most), min(64, most)
     return {
         "scale": {"BLOCK_D": block_d, "num_warps": 4, "num_stages": 3 if pipelined else 1},
-        "statistics": {"BLOCK_D": block_d, "num_warps": 4, "num_stages": 1},
-        "moments": {"ROWS": plan.blocks[0], "BLOCK_D": block_d, "BLOCK_SUM": block_d}
+        "moments": {"ROWS": ROWS_OF_CLOSE, "BLOCK_D": block_d, "BLOCK_SUM": block_d, "num_warps": 4, "num_stages": 1}
+        if plan.floats_kept
+        else {"ROWS": plan.blocks[0], "BLOCK_D": block_d, "BLOCK_SUM": block_d}
         | {"num_warps": 4 if limits.amd else 8, "num_stages": 2 if pipelined else 1},
-        "gram": {"num_warps": 4, "num_stages": 1},
         "gradient": {"BLOCK_D": block_d, "BLOCK_SUM": block_sum, "num_warps": 4}
         | {"num_stages": 1 if not pipelined else 2 if plan.keeps_distances else 3},
     }[kernel]

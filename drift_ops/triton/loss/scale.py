@@ -1,4 +1,8 @@
-"""The scale: distances, walking the points once, and their mean."""
+"""The scale: distances, walking the points once, and their mean.
+
+Where there are many dimensions there are few groups, too few for a GPU. Then the products of a group come from several
+programs, each of which takes a slice of the dimensions, and are added up in the order of the slices.
+"""
 
 import triton
 import triton.language as tl
@@ -6,7 +10,73 @@ import triton.language as tl
 from ..group import one_of
 from .distances import find_distances, find_origin, find_products, roots_of_squares, squared_distances
 from .maps import find_map, points_of_group, weights_of_group
-from .products import keep_others, keep_pairs, slot_of, store_head
+from .memory import (
+    HEAD,
+    after_vector,
+    load_origin_row,
+    load_products,
+    load_vectors,
+    store_head,
+    store_products,
+    store_tiles,
+    store_vectors,
+)
+
+
+@triton.jit
+def slices_kernel(
+    groups,
+    maps,
+    slices,  # of every group and slice what is kept of a group, see .memory
+    share,  # dimensions of a slice
+    KEPT: tl.constexpr,  # floats of a slice
+    BLOCK_D: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    n, _, g = find_map(maps, tl.program_id(0))
+    points = points_of_group(groups, maps, n, g, ALIGNED)
+    origin_row = find_origin(groups, points, BLOCK_D)
+    origin = points[0][0] + origin_row * points[0][1]
+    begin = tl.program_id(1) * share
+    products, norms = find_products(groups, points, origin, begin, tl.minimum(begin + share, groups.D), BLOCK_D, True)
+    place = slices + (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * KEPT
+    store_head(place, origin_row, origin_row * 0)
+    store_vectors(place + HEAD, norms, groups)
+    store_products(after_vector(place + HEAD, groups), products, groups)
+
+
+@triton.jit
+def _add(tensors, others):
+    total = ()
+    for n in tl.static_range(len(tensors)):
+        total = total + (tensors[n] + others[n],)
+    return total
+
+
+@triton.jit
+def _sum_of_slices(place, COUNT: tl.constexpr, KEPT: tl.constexpr, groups):
+    """Products and norms of a group, in all dimensions."""
+    norms = load_vectors(place + HEAD, groups)
+    products = load_products(after_vector(place + HEAD, groups), groups)
+    for _ in range(1, COUNT):
+        place += KEPT
+        norms = _add(norms, load_vectors(place + HEAD, groups))
+        products = _add(products, load_products(after_vector(place + HEAD, groups), groups))
+    return products, norms
+
+
+@triton.jit
+def _keep(kept, origin_row, products, norms, groups, points, least):
+    """Distances; what :mod:`.memory` lists is stored."""
+    pairs = after_vector(kept + HEAD, groups)
+    store_vectors(kept + HEAD, norms, groups)
+    store_products(pairs, products, groups)  # first: those of the other sides would compete for registers
+    squares, any_close = squared_distances(products, norms[0], norms, groups, points, 0, groups.BLOCKS[0])
+    store_head(kept, origin_row, any_close)
+    if any_close > 0:
+        tl.debug_barrier()  # these come where other threads have stored products
+        store_tiles(pairs, squares, groups)
+    return roots_of_squares(squares, least, 0, groups.BLOCKS[0], groups)
 
 
 @triton.jit
@@ -17,35 +87,37 @@ def scale_kernel(
     weights,
     weight_strides,
     means,  # [G, 2]: mean d·w, mean w
-    kept,  # see .products, or None
-    BLOCKS: tl.constexpr,
+    kept,  # see .memory, or None
+    slices,  # of slices_kernel, or None
+    SLICES: tl.constexpr,  # of a group
+    KEPT: tl.constexpr,  # floats of a group
     BLOCK_D: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    BLOCK_N: tl.constexpr = BLOCKS[0]
-    counts, least = groups.counts, numbers.least_distance
+    N = groups.counts[0]
     n, _, g = find_map(maps, tl.program_id(0))
-    rows = points_of_group(groups, maps, n, g, ALIGNED)
-    weights = weights_of_group(weights, weight_strides, groups.counts, maps, n, g, BLOCKS)
+    points = points_of_group(groups, maps, n, g, ALIGNED)
+    weights = weights_of_group(weights, weight_strides, groups, maps, n, g)
     if kept is None:
-        d, _, _ = find_distances(groups, rows, least, BLOCKS, BLOCK_D)
+        d, _, _ = find_distances(groups, points, numbers.least_distance, BLOCK_D)
     else:
-        origin_row = find_origin(groups, rows, BLOCKS, BLOCK_D)
-        products, norms = find_products(groups, rows, rows[0][0] + origin_row * rows[0][1], BLOCKS, BLOCK_D, True)
-        slot = slot_of(one_of(kept, n), g, BLOCKS)
-        keep_others(slot, norms, products, BLOCKS)  # first: they would compete for registers
-        squares, any_close = squared_distances(products, norms[0], norms, groups, rows, 0, BLOCK_N, BLOCKS)
-        store_head(slot, origin_row, any_close)
-        keep_pairs(slot, squares, products, any_close, BLOCKS)
-        d = roots_of_squares(squares, least, 0, BLOCK_N, BLOCKS)
-    exists = tl.arange(0, BLOCK_N)[:, None] < counts[0]
-    of_rows = tl.zeros([BLOCK_N], dtype=tl.float32)
+        if slices is None:
+            origin_row = find_origin(groups, points, BLOCK_D)
+            origin = points[0][0] + origin_row * points[0][1]
+            products, norms = find_products(groups, points, origin, 0, groups.D, BLOCK_D, True)
+        else:
+            place = slices + tl.program_id(0).to(tl.int64) * SLICES * KEPT
+            origin_row = load_origin_row(place)
+            products, norms = _sum_of_slices(place, SLICES, KEPT, groups)
+        d = _keep(one_of(kept, n) + g * KEPT, origin_row, products, norms, groups, points, numbers.least_distance)
+    exists = tl.arange(0, groups.BLOCKS[0])[:, None] < N
+    of_rows = tl.zeros([groups.BLOCKS[0]], dtype=tl.float32)
     total_weight = 0.0
     targets = 0
-    for side in tl.static_range(len(BLOCKS)):
+    for side in tl.static_range(len(groups.BLOCKS)):
         of_rows += tl.sum(tl.where(exists, d[side] * weights[side][None, :], 0.0), 1)
         total_weight += tl.sum(weights[side])
-        targets += counts[side]
+        targets += groups.counts[side]
     means = one_of(means, n) + 2 * g
-    tl.store(means, tl.sum(of_rows) / (counts[0] * targets))
+    tl.store(means, tl.sum(of_rows) / (N * targets))
     tl.store(means + 1, total_weight / targets)

@@ -40,15 +40,15 @@ def streamed_scale_kernel(
     tl.store(sums + tl.program_id(0) + tl.arange(0, 1), total)
 
 
-def streamed_scale(spec: LossSpec, of_map: LossMap) -> tuple[Tensor, Tensor]:
-    """Phase 1: ``[mean d·w, mean w]`` in float64; nothing is kept."""
+def streamed_scale(spec: LossSpec, of_map: LossMap) -> Tensor:
+    """Phase 1: ``[mean d·w, mean w]`` in float64, ``[1, 2]``."""
     gen, targets, w = streamed_loss.centred(of_map)
     G, N, M = *gen.shape[:2], targets.shape[1]
     with launch.on_device_of(gen):
-        distance = AffinitySpec("laplace", (), has_self=True, least_distance=spec.least_distance, self_distance=0.0)
-        pairs = pairs_of(distance, gen, targets, w, M)
+        lengths = AffinitySpec("laplace", (), has_self=True, least_distance=spec.least_distance, self_distance=0.0)
+        pairs = pairs_of(lengths, gen, targets, w, M)
         blocks = choose_blocks("statistics", pairs)
         rectangles = cut(pairs, blocks)
         sums = gen.new_empty(G * rectangles.rows * rectangles.cols, dtype=torch.float64)
         autotune.start(streamed_scale_kernel, (sums.numel(),), pairs, sums, rectangles, configuration=blocks.options())
-    return torch.stack([sums.sum() / (G * N * M), w.mean(dtype=torch.float64)]), gen.new_empty(0)
+    return torch.stack([sums.sum() / (G * N * M), w.mean(dtype=torch.float64)]).unsqueeze(0)
