@@ -61,11 +61,17 @@ template <class T, class Asked = AffinityProblem<T>> class Problem {
 
     Problem(const Asked& problem, int threads)
         : p(problem), threads(threads), N(p.q.count), M(p.M()), D(p.D), S(p.S()),
-          parts(N * M >= LARGE ? std::clamp<int64_t>(std::sqrt(double(N * M)) / 128, 8, 64) : 1), rows(round_up(N, ROW_GRAIN)), blocks(find_blocks()),
+          parts(parts_of(N * M)), rows(round_up(N, ROW_GRAIN)), blocks(find_blocks()),
           one_tile(parts == 1 && N <= TILE_ROWS && cols <= 2 * TILE_COLS), ld(one_tile ? cols : TILE_COLS), query_rows(N), key_rows(cols),
           centred(N * D), key_panels(cols * D), query_norms(rows), key_norms(cols), row_stats(S * 2 * rows), col_stats(S * 2 * cols),
           mean(D), kept_distances(tile_buffers()) {}
 
+    // A power of two, as many counts are, whose ranges are whole tiles then.
+    static int64_t parts_of(int64_t pairs) {
+        int64_t parts = pairs >= LARGE ? 8 : 1;
+        while (parts > 1 && parts < 64 && pairs >= 4 * parts * parts * 128 * 128) parts *= 2;
+        return parts;
+    }
     std::vector<Block> find_blocks() {
         std::vector<Block> found;
         int64_t key = 0;
@@ -143,10 +149,11 @@ template <class T, class Asked = AffinityProblem<T>> class Problem {
     // Calls body(tile, worker) for all tiles; no two calls at a time share a row or a column. After each phase ends the walk
     // unless go_on().
     template <class Body, class GoOn> bool walk(Body body, GoOn go_on) const {
+        const int64_t row_grain = N < parts * TILE_ROWS ? ROW_GRAIN : TILE_ROWS, col_grain = cols < parts * TILE_COLS ? PANEL<T> : TILE_COLS;
         for (int64_t phase = 0; phase < parts; ++phase) {
             parallel(parts, threads, [&](int64_t t, int worker) {
-                const Range columns = share(cols, PANEL<T>, (t + phase) % parts, parts);
-                for_tiles(share(N, ROW_GRAIN, t, parts), columns, [&](const KeyTile<T>& tile) { body(tile, worker); });
+                const Range columns = share(cols, col_grain, (t + phase) % parts, parts);
+                for_tiles(share(N, row_grain, t, parts), columns, [&](const KeyTile<T>& tile) { body(tile, worker); });
             });
             if (!go_on()) return false;
         }
