@@ -115,7 +115,7 @@ def picture(rows: dict[str, dict[str, Tensor]]) -> Figure:
                 axes.scatter(*x[:500].T, s=1.5, c="C0" if title == "data" else "C1", linewidths=0)
                 axes.set(xlim=(-4, 4), ylim=(-4, 4))
             else:
-                axes.imshow(x[:10, 0].unflatten(0, (2, 5)).transpose(1, 2).flatten(2).flatten(0, 1), cmap="gray")
+                axes.imshow(x[:10, 0].numpy().reshape(2, 5, 8, 8).swapaxes(1, 2).reshape(16, 40), cmap="gray")
     for axes, title in zip(figure.axes, ["data", *METHODS], strict=False):
         axes.set_title(title, fontsize=9)
     return figure

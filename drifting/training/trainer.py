@@ -58,7 +58,7 @@ class DriftingTrainer:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model, self.signature, self.facts = model.to(self.device), Signature.of(model, noise_shape), facts
         self.stopwatch, self.images_per_step = Stopwatch(self.device), 0  # So many are generated on all ranks.
-        self.feature_extractor = feature_extractor
+        self.feature_extractor, self.field = feature_extractor, drift_of(config)
         self.groups: ClassGroups | PairGroups
         if config.step.groups == "pairs":
             self.groups = PairGroups(config, self.ranks, self.device, self._meet_pairs)
@@ -93,7 +93,7 @@ class DriftingTrainer:
         config = self.config
         self.sample_shape = self.signature.sample_shape(self.model, conditions)
         self.loss_fn = DriftingLoss(
-            self.feature_extractor, config.loss.temperatures, field=drift_of(config),
+            self.feature_extractor, config.loss.temperatures, field=self.field,
             in_chans=self.sample_shape[0] if len(self.sample_shape) == 3 else None, bf16=config.step.bf16,
             process_group=self.ranks.group,
         ).to(self.device)  # fmt: skip
