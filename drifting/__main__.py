@@ -17,6 +17,8 @@ COMMANDS = {
     "cache_latents": "encode images once, to train on their latents",
     "doctor": "list versions, devices and backends, and check each usable backend",
     "experiments.toy_2d_drifting": "learn distributions in the plane, and draw how",
+    "experiments.couplings": "learn them and the digits with all couplings of the field, side by side",
+    "experiments.policy": "learn paths past an obstacle, by pair",
 }
 
 

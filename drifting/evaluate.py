@@ -71,6 +71,9 @@ def _parse(argv: Sequence[str] | None) -> Any:
 def _judge_generator(arguments: Any) -> int:
     model = None if arguments.model is None else import_named(arguments.model, "--model")
     generator = load_generator(arguments.source, model)
+    if generator.condition_shape is not None:
+        advice = "draw with `python -m drifting.sample --conditions FILE.npy`, and measure its .npz"
+        raise UserError(f"{arguments.source} was trained by pair, which labels do not tell: {advice}")
     evaluator, config = _open_evaluator(arguments), _config(arguments.source) or Config()
     num = arguments.num or config.evaluation.num_samples or evaluator.num_samples
     scales = arguments.cfg_scale or [generator.cfg_scale]

@@ -76,16 +76,17 @@ class Signature:
     def call(self, model: nn.Module, drawn: dict[str, Tensor], y: Tensor, cfg_scale: Tensor) -> Tensor:
         """Samples ``[B, …]`` of what was drawn, all moved to where ``model`` is.
 
-        Labels and guidance scales ``[L]`` are each those of B/L consecutive samples.
+        Labels ``[L]`` or other conditions ``[L, …]``, and guidance scales, are each those of B/L consecutive samples.
         """
         device, dtype = _weight_of(model).device, _weight_of(model).dtype
         moved = {name: v.to(device, dtype if v.is_floating_point() else v.dtype) for name, v in drawn.items()}
         repeats = 1 if self.conditions_once else len(moved["z"]) // max(1, len(y))
-        conditions = [each.repeat_interleave(repeats).to(device) for each in (y, cfg_scale)[: self.conditions]]
+        y = y.to(device, dtype if y.is_floating_point() else y.dtype)
+        conditions = [each.repeat_interleave(repeats, 0).to(device) for each in (y, cfg_scale)[: self.conditions]]
         return model(moved.pop("z"), *conditions, **moved)
 
-    def sample_shape(self, model: nn.Module, num_classes: int = 1) -> tuple[int, ...]:
-        """The shape of one sample, which trial samples show, of the first and the last of ``num_classes`` labels.
+    def sample_shape(self, model: nn.Module, y: Tensor) -> tuple[int, ...]:
+        """The shape of one sample, which trial samples show, of two labels ``y [2]`` or other conditions ``[2, …]``.
 
         There is one of each, or two where the network takes labels once for all samples that share them. A network that
         cannot make them raises ValueError.
@@ -94,11 +95,12 @@ class Signature:
         drawn = self.draw(model, num, torch.Generator().manual_seed(0), "cpu")
         taken = ", ".join(("z", "y", "cfg_scale")[: 1 + self.conditions])
         called = f"{type(unwrapped(model)).__name__} ({taken}) with z {list(drawn['z'].shape)}"
-        called += f" and y [0, {num_classes - 1}]" if num_classes > 1 and self.conditions else ""
+        if self.conditions and (y.ndim > 1 or y.any()):
+            called += f" and y {y.tolist()}" if y.ndim == 1 else f" and conditions {list(y.shape)}"
         called += " (its conditions_once is true, so that each label is of two samples)" if self.conditions_once else ""
         try:
             with torch.no_grad(), evaluating(model):
-                samples = self.call(model, drawn, torch.tensor([0, num_classes - 1]), torch.ones(2))
+                samples = self.call(model, drawn, y, torch.ones(2))
         except Exception as error:  # A user's network may raise anything.
             raise ValueError(f"the network {called} fails: {reason(error)}") from error
         if not isinstance(samples, Tensor) or samples.shape[:1] != (num,):
@@ -132,7 +134,8 @@ def generate(
     Args:
         model: the network.
         batch_size: the number of samples B.
-        y: integer labels ``[B]``; None draws them uniformly from the network's ``num_classes``.
+        y: integer labels ``[B]``; None draws them uniformly from the network's ``num_classes``. Or what other
+            conditions it takes, ``[B, …]``.
         cfg_scale: the guidance scale, a number or a tensor ``[B]``.
         device: the network is moved there first; by default it stays where it is.
         generator: all is drawn on its device, then moved, so that one CPU seed gives the same samples on every device.
@@ -151,9 +154,9 @@ def generate(
             raise ValueError(f"the network {type(model).__name__} takes labels and has no num_classes: give labels y")
         y = torch.randint(num_classes, (batch_size,), generator=generator, device=source)
     y, scale = torch.as_tensor(y), torch.as_tensor(cfg_scale, dtype=torch.float32)
-    for name, value, shapes in (("y", y, [(batch_size,)]), ("cfg_scale", scale, [(), (batch_size,)])):
-        if value.shape not in shapes:
-            raise ValueError(f"{name} has shape {list(value.shape)}, expected [{batch_size}], one for each sample")
+    for name, shape, shapes in (("y", y.shape[:1], [(batch_size,)]), ("cfg_scale", scale.shape, [(), (batch_size,)])):
+        if shape not in shapes:
+            raise ValueError(f"{name} has shape {list(shape)}, expected [{batch_size}], one for each sample")
     with evaluating(model):
         return signature.call(model, drawn, y, scale.expand(batch_size))
 
@@ -185,6 +188,7 @@ class Generator:
     cfg_scale: float = 1.0  # Samples have this guidance scale by default: the one that evaluated best, if any was.
     name: str = ""  # This name of ours, or module:Name, builds the network …
     arguments: Mapping[str, Any] = field(default_factory=dict)  # … with these arguments, which are values of JSON.
+    condition_shape: tuple[int, ...] | None = None  # It takes conditions of this shape in place of labels, if any.
 
     @property
     def makes_images(self) -> bool:
@@ -198,11 +202,15 @@ class Generator:
     ) -> Tensor:  # fmt: skip
         """Samples ``[batch_size, *sample_shape]`` in one forward pass, see :func:`generate`.
 
-        Labels ``y [batch_size]`` are called as in training; None draws them uniformly. None for ``cfg_scale`` is the
-        generator's own.
+        Labels ``y [batch_size]`` are called as in training; None draws them uniformly. Where training was by pair, they
+        are conditions ``[batch_size, *condition_shape]``. None for ``cfg_scale`` is the generator's own.
         """
         source = None if generator is None else generator.device
-        if y is None:
+        if self.condition_shape is not None:
+            numbers, expected = torch.as_tensor([] if y is None else y), (batch_size, *self.condition_shape)
+            if numbers.shape != expected:
+                raise ValueError(f"conditions are {list(numbers.shape)}, expected {list(expected)}, one a sample")
+        elif y is None:
             numbers = torch.randint(len(self.class_names), (batch_size,), generator=generator, device=source)
         else:
             numbers = class_numbers(y, self.class_names)

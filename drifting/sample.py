@@ -4,10 +4,11 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from .cli import ArgumentParser, run_command
-from .errors import UserError, some_of
+from .errors import UserError, explained, some_of
 from .evaluation.archives import write_samples
 from .evaluation.drawing import DEFAULT_SCALE, check_drawing, draw_samples, spread_labels
 from .generation import ClassNames, label_numbers
@@ -23,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--num", type=int, required=True, help="how many samples")
     parser.add_argument("--out", type=Path, required=True, help=".npz (arr_0 samples, arr_1 labels) or .png (a grid)")
     parser.add_argument("--labels", help="labels to spread the samples over, by name or number, such as 3,5")
+    text = "of training by pair: conditions [C, …] to spread the samples over"
+    parser.add_argument("--conditions", type=Path, metavar="FILE.npy", help=text)
     parser.add_argument("--cfg-scale", type=float, help=f"guidance scale, 1 or more (default: {DEFAULT_SCALE})")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", metavar="MODULE:NAME", help="the class of a network of your own")
@@ -38,20 +41,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     if out.suffix == ".png" and not generator.makes_images:
         shape = list(generator.sample_shape)
         raise UserError(f"--out is {out}, but samples {shape} are no images: expected a file in .npz")
-    chosen = parse_labels(arguments.labels, generator.class_names)
-    numbers = spread_labels(num, chosen)
+    if generator.condition_shape is None and arguments.conditions is None:
+        numbers = spread_labels(num, parse_labels(arguments.labels, generator.class_names))
+        labels = torch.tensor(label_numbers(generator.class_names))[numbers].numpy()
+        told = f"labels {', '.join(str(generator.class_names[number]) for number in numbers.unique().tolist())}"
+    else:
+        conditions = read_conditions(arguments.conditions, generator.condition_shape)
+        numbers = conditions[spread_labels(num, range(len(conditions)))]
+        labels, told = numbers.numpy(), f"{len(conditions)} conditions"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if generator.latent:
         require_vae(device)
     generator.model.to(device)
     samples = draw_samples(generator, numbers, arguments.cfg_scale, arguments.seed)
     if out.suffix == ".npz":
-        write_samples(out, samples, torch.tensor(label_numbers(generator.class_names))[numbers].numpy())
+        write_samples(out, samples, labels, "arr_1" if generator.condition_shape is None else "conditions")
     else:
         save_grid(samples, math.ceil(math.sqrt(num)), out)
-    labels = ", ".join(str(generator.class_names[number]) for number in numbers.unique().tolist())
-    print(f"wrote {num} samples of labels {labels} to {out}")
+    print(f"wrote {num} samples of {told} to {out}")
     return 0
+
+
+def read_conditions(path: Path | None, shape: tuple[int, ...] | None) -> torch.Tensor:
+    """The conditions ``[C, *shape]`` of a file; a generator that was trained by pair needs them, another has none."""
+    if path is None or shape is None:
+        used = "by class: --labels has what it takes" if shape is None else f"by pair: --conditions must name {shape}"
+        raise UserError(f"--conditions is {path}, the generator was trained {used}")
+    with explained(f"--conditions: {path} cannot be read"):
+        conditions = torch.from_numpy(np.load(path, allow_pickle=False))
+    if conditions.shape[1:] != shape or not len(conditions):
+        raise UserError(f"--conditions: {path} has the shape {list(conditions.shape)}, expected {['C', *shape]}")
+    return conditions
 
 
 def parse_labels(text: str | None, names: ClassNames) -> list[int]:

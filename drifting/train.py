@@ -19,6 +19,7 @@ from .hub.sources import load_mae
 from .models import NETWORKS, FeatureStack
 from .models.drifting_loss import build_extractor
 from .training import DriftingTrainer, Ranks, join_ranks, loop
+from .training.groups import PairGroups
 from .training.run_evaluation import GeneratorRun
 from .utils.memory import keep_freed_memory
 from .utils.named import check_arguments, facts_taken, import_named, is_own
@@ -41,7 +42,7 @@ def train(config: Config, out: Path, ranks: Ranks = Ranks(), asked: Collection[s
     directory = RunDirectory(out)
     with loop.opened_run(directory, config, ranks, asked) as config:
         with ranks.agreed():
-            dataset = open_dataset(config.data, config.seed)
+            dataset = open_dataset(config.data, config.seed, pairs=config.step.groups == "pairs")
             trainer = build_trainer(config, dataset, ranks)
         loop.train(GeneratorRun(directory, trainer, dataset))
 
@@ -73,6 +74,8 @@ def build_trainer(config: Config, dataset: Dataset, ranks: Ranks) -> DriftingTra
             model, config, extractor, class_names=dataset.class_names, pixel_range=dataset.pixel_range, ranks=ranks,
             latent=dataset.latent, data=dataset.name, name=name, arguments=arguments,
         )  # fmt: skip
+        if isinstance(trainer.groups, PairGroups):
+            trainer.groups.see(torch.stack([torch.as_tensor(dataset.train[place][1]) for place in (0, -1)]))
     except ValueError as error:
         raise UserError(str(error)) from error
     if trainer.sample_shape != shape:

@@ -44,6 +44,12 @@ RUNS = {  # settings of trainers, the numbers of ranks that they are tried with
     "fsdp": ({"fsdp": True}, (2, 4)),
     "ddp, uneven": ({"labels_per_step": 5}, (2, 4)),
     "ddp, in parts": ({"labels_at_once": 1}, (2,)),
+    "pairs": ({"groups": "pairs", "gen_per_pair": 3, "normalize": "global", "learn_temperature": True}, (2, 4)),
+    "pairs, fsdp, in parts": (
+        {"groups": "pairs", "gen_per_pair": 3, "normalize": "group", "fsdp": True, "labels_at_once": 2},
+        (2,),
+    ),
+    "a second batch repels": ({"field": "wflow", "learn_temperature": True}, (2,)),
     "ddp, features kept": ({"queue_features": True}, (2,)),
     "fsdp, weights in channels_last": ({"fsdp": True, "network": decoder}, (2,)),
     "fsdp, in parts, checkpointing": ({"fsdp": True, "labels_at_once": 1, "activation_checkpointing": True}, (2,)),
@@ -87,7 +93,8 @@ def batch(step: int, ranks: Ranks) -> tuple[torch.Tensor, torch.Tensor]:
 def train(trainer):
     """Metrics of each step, and at the end weights, averages and queue."""
     metrics = [trainer.train_step(*batch(step, trainer.ranks)) for step in range(STEPS)]
-    return metrics, weights_of(trainer), trainer.groups.queue.state_dict()
+    state = trainer.groups.state_dict()
+    return metrics, weights_of(trainer), state.get("queue") or state
 
 
 def weights_of(trainer):

@@ -90,7 +90,7 @@ def test_what_is_written(run):
     assert json.loads((folder / "model.json").read_text()) == {
         "kind": "own", "name": "own_parts:ConvNet", "model": {"width": 12}, "noise_shape": [6], "sample_shape": [5],
         "class_names": ["n", "e"], "pixel_range": None, "latent": False, "data": "own_parts:stripes", "step": 7,
-        "cfg_scale": 1.5, "quality": {"frechet_distance": 1.5},
+        "cfg_scale": 1.5, "condition_shape": None, "quality": {"frechet_distance": 1.5},
     }  # fmt: skip
     again = load_generator(folder, model=Net)
     (folder / "again").mkdir()

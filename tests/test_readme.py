@@ -86,7 +86,7 @@ def test_readme_shows(call):
     assert any(call in block for block in blocks("README.md", "python"))
 
 
-@pytest.mark.parametrize("page", ["docs/operator.md", "docs/scaling.md"])
+@pytest.mark.parametrize("page", ["docs/operator.md", "docs/scaling.md", "docs/fields.md"])
 def test_page_runs(run_page, page):
     run_page(page)
 

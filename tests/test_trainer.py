@@ -98,7 +98,7 @@ def test_step_has_the_shapes_of_algorithm_1():
     trainer = make_trainer()
     seen = Recorder(trainer)
     metrics = trainer.train_step(*batch())
-    ((gen, pos, uncond, weight, _),) = seen.loss_inputs
+    ((gen, pos, uncond, weight, *_),) = seen.loss_inputs
     ((z, y, alpha, style),) = seen.model_inputs
     assert gen.shape == (L, G, 2, 4, 4) and pos.shape == (L, P, 2, 4, 4) and uncond.shape == (L, U, 2, 4, 4)
     assert z.shape == (L * G, 2, 4, 4) and style.shape == (L * G, 2)

@@ -41,9 +41,9 @@ def key(default: Any, sentence: str, rule: Rule = ANY) -> Any:
 def keys_of(schema: type) -> dict[str, Field[Any]]:
     """Every key of a kind of configuration by its dotted name."""
     keys: dict[str, Field[Any]] = {}
-    for part in fields(schema):
-        inner = fields(part.type) if is_dataclass(part.type) else ()
-        keys |= {f"{part.name}.{its.name}": its for its in inner if its.metadata} or {part.name: part}
+    for part in filter(lambda part: part.metadata, fields(schema)):
+        inner = keys_of(part.type) if is_dataclass(part.type) else {}  # type: ignore[arg-type]
+        keys |= {f"{part.name}.{name}": its for name, its in inner.items()} or {part.name: part}
     return keys
 
 
@@ -51,8 +51,8 @@ def typed(value: Any, kind: Any) -> Any:
     """Convert a value of YAML to a type: a whole number serves as a float, a number as text, one entry as a list."""
     if get_origin(kind) is list:
         return [typed(entry, get_args(kind)[0]) for entry in (value if isinstance(value, (list, tuple)) else [value])]
-    if get_args(kind):  # X | None
-        return None if value is None else typed(value, get_args(kind)[0])
+    if kinds := get_args(kind):  # X | None, or X | Y | None
+        return None if value is None else typed(value, type(value) if type(value) in kinds else kinds[0])
     if (kind is float and type(value) is int) or (kind is str and type(value) in (int, float)):
         return kind(value)
     if type(value) is not kind:
@@ -72,7 +72,7 @@ def key_help(schema: type, width: int = 98) -> str:
     sections = {part.name: part.metadata["sentence"] for part in fields(schema) if is_dataclass(part.type)}
     lines = ["keys, with the defaults of what a configuration leaves out:"]
     for name, its in keys_of(schema).items():
-        section, default = name.partition(".")[0], its.metadata["default"]
+        section, default = name.rpartition(".")[0], its.metadata["default"]
         if section in sections:
             lines += ["", *textwrap.wrap(f"{section}: {sections.pop(section)}", width)]
         first = f"{name}={default if isinstance(default, str) else json.dumps(default)}  ({expected_of(its)})"

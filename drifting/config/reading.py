@@ -3,9 +3,9 @@
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import is_dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import yaml
 
@@ -17,7 +17,7 @@ from .schema import Config, PretrainConfig, takes_arguments
 
 CONFIG_DIR = Path(__file__).parents[1] / "configs"
 MOST_BYTES = 2**17  # A configuration file has at most so many.
-OPEN = ("data", "model")  # These sections can name a user's own part, and `data: digits` sets the name.
+NAMED = ("data", "model", "loss.field")  # These sections have a name, which `data: digits` sets.
 PLAIN = {  # Plain values of YAML 1.2: 1e-3 is a number, and a date is text.
     "null": r"null|~|",
     "bool": r"true|True|false|False",
@@ -46,11 +46,12 @@ def read_config(name_or_file: str, overrides: Sequence[str], schema: type[AnyCon
     content = _parse(path.read_bytes(), str(path)) or {}
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, expected sections of keys such as `train:`")
-    file, command = _flat(content), read_overrides(overrides)
-    for section in OPEN:
+    file, command = flattened(content), read_overrides(overrides)
+    for section in NAMED:
         name = f"{section}.name"
         old, new = str(file.get(name, "")), str(command.get(name, file.get(name, "")))
-        if old != new and any(takes_arguments(section, part) for part in (old, new)):  # It has defaults of its own.
+        own = section == "loss.field" or any(takes_arguments(section, part) for part in (old, new))
+        if old != new and own:  # It has defaults of its own.
             file = {key: value for key, value in file.items() if not key.startswith(f"{section}.")}
     config, values = schema(), file | command
     for key in sorted(values, key=lambda key: not key.endswith(".name")):  # A name says which keys there are.
@@ -65,7 +66,7 @@ def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         key, equals, text = override.partition("=")
         if not equals:
             raise UserError(f"{override!r}: expected key=value, for example train.steps=500")
-        values |= _flat({key: _parse(text, repr(override))})
+        values |= flattened({key: _parse(text, repr(override))})
     return values
 
 
@@ -77,14 +78,15 @@ def save_config(config: Config | PretrainConfig, path: Path) -> None:
 
 def values_of(config: Config | PretrainConfig) -> dict[str, Any]:
     """Every value by its dotted key; the arguments of a user's own part are keys of its section."""
-    return _flat(_sections(config))
+    return flattened(_sections(config))
 
 
 def set_value(config: Config | PretrainConfig, key: str, value: Any, origin: str = "") -> None:
     """Set one key to a value from YAML, or raise :class:`UserError` with a message that begins with ``origin``."""
     section, _, name = key.rpartition(".")
-    part: Any = getattr(config, section, None) if section else config
-    keys = keys_of(type(config))
+    keys, part = keys_of(type(config)), cast(Any, config)
+    for place in filter(None, section.split(".")):
+        part = getattr(part, place, None)
     if _is_argument(section, part, name):
         part.arguments[name] = value
     elif key in keys:
@@ -127,19 +129,20 @@ def _parse(text: str | bytes, origin: str) -> Any:
         return yaml.load(text, _Loader)
 
 
-def _flat(sections: Mapping[Any, Any]) -> dict[str, Any]:
+def flattened(sections: Mapping[Any, Any]) -> dict[str, Any]:
+    """Values by dotted key, of sections in sections; what a user's own part takes may be a dictionary too."""
     flat: dict[str, Any] = {}
     for key, content in sections.items():
-        if isinstance(content, dict) and "." not in str(key):
-            flat |= {f"{key}.{name}": value for name, value in content.items()}
+        if isinstance(content, dict) and ("." not in str(key) or key in NAMED):
+            flat |= flattened({f"{key}.{name}": value for name, value in content.items()})
         else:
-            flat[f"{key}.name" if key in OPEN else str(key)] = content
+            flat[f"{key}.name" if key in NAMED else str(key)] = content
     return flat
 
 
 def _sections(config: Config | PretrainConfig) -> dict[str, Any]:
-    sections = {name: dict(vars(part)) if is_dataclass(part) else part for name, part in vars(config).items()}
-    for section in OPEN:
+    sections = asdict(config)
+    for section in ("data", "model"):  # These can name a user's own part.
         part, arguments = getattr(config, section), sections[section].pop("arguments", {})
         ours = {name: value for name, value in sections[section].items() if not _is_argument(section, part, name)}
         sections[section] = ours | arguments
@@ -149,4 +152,4 @@ def _sections(config: Config | PretrainConfig) -> dict[str, Any]:
 def _is_argument(section: str, part: Any, name: str) -> bool:
     """Tell whether the key ``name`` of a section is an argument of what the section names."""
     is_ours = name in ("name", "workers") and hasattr(part, name)
-    return takes_arguments(section, getattr(part, "name", "")) and not is_ours
+    return takes_arguments(section, str(getattr(part, "name", ""))) and not is_ours

@@ -11,6 +11,7 @@ DATA_NAMES = ("digits", "mnist", "fashion_mnist", "cifar10", "folder", "huggingf
 DRIFTING_DIT = "drifting_dit"
 SMALL_NETWORKS = ("conv_decoder", "residual_mlp")
 EXTRACTORS = each(one_of("latent", "input", "pixels", "pyramid", "resnet18", "convnext_v2", "mae", own=True))
+FIELDS = ("paper", "release", "sinkhorn_split", "one_positive", "wflow", "gaussian")
 SCALE_RANGE = "[least, greatest] with 1 <= least <= greatest", lambda v: len(v) == 2 and 1 <= v[0] <= v[1] < inf
 NETWORK = one_of(DRIFTING_DIT, *SMALL_NETWORKS, own=True)
 SHARE_RANGE = "[least, greatest] with 0 < least <= greatest <= 1", lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 1
@@ -21,6 +22,7 @@ MODEL = (
     f"The generator. These are keys of {DRIFTING_DIT}. Of {', '.join(SMALL_NETWORKS)} and of module:Name of your own, "
     "all keys but the name are arguments."
 )
+LOSS = "The drifting loss. loss.field=NAME names a field (docs/fields.md), whose values stand where keys are null."
 TRAIN = "The length of the run, and what happens when."
 
 
@@ -62,17 +64,46 @@ class ModelConfig:
 
 
 @dataclass
+class FieldConfig:
+    """The keys of :class:`drift_ops.Field`, which checks them, and the name of the field that they change."""
+
+    name: str | None = key(
+        None, "The field is this one; null is paper, and one_positive with step.groups=pairs.", one_of(*FIELDS)
+    )
+    cost: str | None = key(None, "The cost of a pair is its distance (l2) or the square of it (l2_sq).")
+    coupling: str | None = key(None, "Samples and targets are coupled by row, two_sided or sinkhorn.")
+    sides: str | None = key(None, "Data and negatives are coupled together (joint) or each apart (split).")
+    iterations: int | None = key(None, "Sinkhorn scales rows and columns this many times.")
+    weights: str | None = key(None, "Weights multiply the affinity or the kernel, or are sums of columns (marginal).")
+    include_self: bool | None = key(None, "Samples repel each other; false: a second batch of samples repels them.")
+    mask_self: float | bool | None = key(None, "A sample does not repel itself; a number adds that to the cost.")
+    affinity_floor: float | None = key(None, "A squared affinity is at least this.")
+
+
+@dataclass
 class LossConfig:
     feature_extractor: list[str] = key(
         ["latent"], "Samples are compared in these features; input, once pixels, is the sample itself.", EXTRACTORS
     )
     mae: str | None = key(None, "The extractor mae is the encoder of this run directory or hf://NAME.")
     temperatures: list[float] = key([0.02, 0.05, 0.2], "The field is summed over these temperatures.", each(POSITIVE))
-    affinity_floor: float = key(0.0, "A product of two softmaxes counts as at least this.", FROM_0)
+    affinity_floor: float = key(0.0, "A squared affinity of the paper's field is at least this.", SHARE)
+    field: FieldConfig = key(FieldConfig, "What samples drift along.")
+    scale: str | None = key(
+        None, "Costs are divided by their mean: global, or of each group.", one_of("global", "group")
+    )
+    scale_self_pairs: bool | None = key(None, "That mean counts the pairs of a sample with itself.")
+    normalize: str | None = key(
+        None, "Forces are divided by their RMS: over all groups, of each group, the mean of these, or none.",
+        one_of("global", "group", "group_mean", "none"),
+    )  # fmt: skip
+    learn_temperature: bool = key(False, "The temperatures of each feature map learn, from where they begin.")
 
 
 @dataclass
 class StepConfig:
+    groups: str = key("classes", "A group is a class, or a pair (sample, condition).", one_of("classes", "pairs"))
+    gen_per_pair: int = key(16, "This many samples are generated for each pair.", FROM_2)
     labels_per_step: int = key(64, "A step draws this many labels.", FROM_1)
     gen_per_label: int = key(64, "This many samples are generated for each label.", FROM_1)
     pos_per_label: int = key(64, "This many real samples of the label attract them.", FROM_1)
@@ -82,7 +113,7 @@ class StepConfig:
     queue_device: str | None = key(None, "Real samples are kept there; null: beside the model.", one_of("cpu", "cuda"))
     queue_features: bool = key(False, "The queue keeps features of real samples too: each is encoded once.")
     clamp: bool = key(True, "Generated pixels are clamped to the range of real ones.")
-    labels_at_once: int | None = key(None, "Memory holds this many labels at once; null: all.", FROM_1)
+    labels_at_once: int | None = key(None, "Memory holds this many labels, or pairs, at once; null: all.", FROM_1)
     bf16: bool = key(False, "The networks compute in bfloat16; weights, distances and loss stay float32.")
     compile: bool = key(False, "torch.compile makes steps faster, and delays the first ones.")
     activation_checkpointing: bool = key(False, "Activations are computed twice instead of kept.")
@@ -141,7 +172,7 @@ class Config:
     seed: int = key(0, SEED, FROM_0)
     data: DataConfig = key(DataConfig, DATA)
     model: ModelConfig = key(ModelConfig, MODEL)
-    loss: LossConfig = key(LossConfig, "The drifting loss.")
+    loss: LossConfig = key(LossConfig, LOSS)
     step: StepConfig = key(StepConfig, "What a training step draws and how it is computed.")
     guidance: GuidanceConfig = key(GuidanceConfig, "The guidance scales to train for.")
     optimizer: OptimizerConfig = key(OptimizerConfig, "AdamW, its schedule, and the averages of the weights.")

@@ -41,11 +41,12 @@ DATASETS = {
 }
 
 
-def open_dataset(config: DataConfig, seed: int = 0) -> Dataset:
+def open_dataset(config: DataConfig, seed: int = 0, pairs: bool = False) -> Dataset:
     """Open the data set that ``config`` describes, one of ours or the user's own; ``seed`` decides on flips and crops.
-    It raises UserError where the data set cannot be had, and where a key of ``data`` is missing or set in vain."""
+    With ``pairs``, the user's own has conditions in place of labels; of ours, the labels are conditions. It raises
+    UserError where the data set cannot be had, and where a key of ``data`` is missing or set in vain."""
     if is_own(config.name):
-        return load_own(config, seed)
+        return load_own(config, seed, pairs)
     if config.name not in DATASETS:
         known = f"{', '.join(DATASETS)}; or your own module:Name (did you mean {nearest(config.name, DATASETS)}?)"
         raise UserError(f"data.name is {config.name}, expected one of: {known}")

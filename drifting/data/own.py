@@ -110,23 +110,41 @@ class OwnSplit(Split):
 
     def sample(self, index: int, draw: Draw | None) -> Tensor:
         with explained(f"sample {index} of the {self.name} data cannot be used"):
-            x = sample_of(self.items[index])
-            if not isinstance(x, (Tensor, np.ndarray, np.generic, int, float)):
-                raise UserError(f"it is a {type(x).__name__}, expected a tensor, an array or a number")
-            sample = x.detach().cpu() if isinstance(x, Tensor) else torch.from_numpy(np.array(x))
-            if sample.is_complex():
-                raise UserError("it has complex numbers, expected real ones")
+            return self._of_one_shape(_tensor(sample_of(self.items[index])).float(), index)
+
+    def _of_one_shape(self, sample: Tensor, index: int) -> Tensor:
         if self.shape not in (None, sample.shape):
             which = f"sample {index} of the {self.name} data has the shape {list(sample.shape)}"
             raise UserError(f"{which}, the first one {list(self.shape)}: bring all to one shape")
-        return sample.float()
+        return sample
 
 
-def load_own(config: DataConfig, seed: int) -> Dataset:
+class PairSplit(OwnSplit):
+    """The items ``(x, condition)`` of a user's map-style data set; conditions are tensors of any one shape."""
+
+    def __getitem__(self, at: int | Draw) -> tuple[Tensor, Any]:
+        index = at.sample if isinstance(at, Draw) else at
+        with explained(f"sample {index} of the {self.name} data cannot be used"):
+            item = self.items[index]
+            if label_of(item) is None:
+                raise UserError("it has no condition, expected (x, condition) with step.groups=pairs")
+            return self._of_one_shape(_tensor(sample_of(item)).float(), index), _tensor(label_of(item))
+
+
+def _tensor(value: Any) -> Tensor:
+    if not isinstance(value, (Tensor, np.ndarray, np.generic, int, float)):
+        raise UserError(f"it is a {type(value).__name__}, expected a tensor, an array or a number")
+    tensor = value.detach().cpu() if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
+    if tensor.is_complex():
+        raise UserError("it has complex numbers, expected real ones")
+    return tensor
+
+
+def load_own(config: DataConfig, seed: int, pairs: bool = False) -> Dataset:
     """Load what the function or class ``config.name`` gives for ``config.arguments`` and the changed keys of ``data``.
     That is a pair (training, test) of map-style data sets; or one of them, of which one sample in ten is for testing;
-    or a :class:`Dataset`. Labels are integers or text, or left out. What the function draws at random follows from
-    ``seed``, on every rank. Whatever goes wrong raises UserError."""
+    or a :class:`Dataset`. Labels are integers or text, or left out; with ``pairs`` there are conditions instead. What
+    the function draws at random follows from ``seed``, on every rank. Whatever goes wrong raises UserError."""
     target = import_named(config.name, "data.name")
     changed = {key: getattr(config, key) for key in PASSED_ON if getattr(config, key) != getattr(DataConfig(), key)}
     check_arguments(target, arguments := changed | config.arguments, "data")
@@ -134,11 +152,11 @@ def load_own(config: DataConfig, seed: int) -> Dataset:
         set_seed(seed % 2**32)
     with explained(f"data.name is {config.name}"):
         made = target(**arguments)
-        dataset = made if isinstance(made, Dataset) else _dataset(config.name, made)
+        dataset = made if isinstance(made, Dataset) else _dataset(config.name, made, pairs)
     return dataset
 
 
-def _dataset(name: str, made: Any) -> Dataset:
+def _dataset(name: str, made: Any, pairs: bool) -> Dataset:
     sources: tuple[Any, ...] = made if isinstance(made, tuple) and len(made) == 2 else (made,)
     first = sources[0]
     for source in sources:
@@ -149,10 +167,11 @@ def _dataset(name: str, made: Any) -> Dataset:
         if not len(parts[1]):
             raise UserError(f"{len(made)} samples are too few to test with some: give a pair (training, test)")
         sources = tuple(Subset(made, part.tolist()) for part in parts)
-    train, test = splits = OwnSplit(sources[0], "training"), OwnSplit(sources[1], "test")
+    kind = PairSplit if pairs else OwnSplit
+    train, test = splits = kind(sources[0], "training"), kind(sources[1], "test")
     if train.shape != test.shape:
         raise UserError(f"training samples have the shape {list(train.shape)}, test samples {list(test.shape)}")
-    labels = [all_labels(source) or [] for source in sources]
+    labels = [[] if pairs else all_labels(source) or [] for source in sources]
     for split, found in zip(splits, labels, strict=True):
         if len(found) != len(split) and (labels[0] or found):
             raise UserError(f"it has {len(found)} labels of {len(split)} {split.name} samples, expected one of each")

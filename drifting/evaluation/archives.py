@@ -30,9 +30,10 @@ class Reference(NamedTuple):
     spatial_statistics: Gaussian | None  # They are of features before the network's pooling.
 
 
-def write_samples(path: Path, samples: Samples, labels: Labels) -> None:
+def write_samples(path: Path, samples: Samples, labels: NDArray[Any], name: str = "arr_1") -> None:
+    arrays: dict[str, Any] = {"arr_0": samples, name: labels}
     with atomic_write(path) as part, part.open("wb") as file:
-        np.savez(file, samples, labels)
+        np.savez(file, **arrays)
 
 
 def read_samples(path: Path) -> tuple[Samples, Labels | None]:

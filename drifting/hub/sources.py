@@ -22,6 +22,7 @@ HUB, REPOSITORY = "hf://", "Goodeat/drifting"
 TYPES: dict[str, Any] = {  # A description has values of these types.
     "model": dict, "name": str, "data": str, "latent": bool, "noise_shape": list, "sample_shape": list,
     "class_names": list, "pixel_range": (list, type(None)), "cfg_scale": (int, float),
+    "condition_shape": (list, type(None)),
 }  # fmt: skip
 
 
@@ -51,7 +52,7 @@ def open_model(source: str | Path, kinds: Collection[str] = tuple(MODELS), model
 
 def as_generator(source: str | Path, network: nn.Module, description: dict[str, Any]) -> Generator:
     """Join the network of ``source`` and its ``description``, where the release and earlier runs say less."""
-    facts: dict[str, Any] = {"pixel_range": None, "cfg_scale": 1.0} | description
+    facts: dict[str, Any] = {"pixel_range": None, "cfg_scale": 1.0, "condition_shape": None} | description
     if type(network) is DriftingDiT:
         data = description.get("data", "imagenet")  # The release trained on it, and earlier runs named their data.
         is_latent = data == "latents" or (data == "imagenet" and network.out_chans == LATENT_CHANNELS)
@@ -82,7 +83,7 @@ def _is_right(key: str, value: Any) -> bool:
         return are_numbers and -(2**16) <= value[0] < value[1] <= 2**16
     if key == "cfg_scale":
         return type(value) is not bool and 1 <= value <= torch.finfo(torch.float32).max
-    if key in ("noise_shape", "sample_shape"):
+    if key.endswith("_shape") and value is not None:
         return len(value) <= 32 and all(is_count(size, 1) for size in value) and math.prod(value) <= 2**31
     return True
 

@@ -7,6 +7,7 @@ from .drifting_loss import DriftingLoss, SimpleDriftingLoss
 from .feature_extractor import ConvNeXtFeatureExtractor, FeatureExtractor, FeatureStack
 
 from .feature_extractor import InputFeatureExtractor, LatentFeatureExtractor, PyramidExtractor  # isort: skip
+from .fields import FIELDS
 from .mae import MAE
 from .residual_mlp import ResidualMLP
 
@@ -15,7 +16,7 @@ NETWORKS = {"drifting_dit": DriftingDiT, "conv_decoder": ConvDecoder, "residual_
 MODELS: dict[str, type[DriftingDiT] | type[MAE]] = {"gen": DriftingDiT, "mae": MAE}
 
 __all__ = [
-    "MAE", "MODELS", "NETWORKS", "Classifier", "ConvDecoder", "ConvNeXtFeatureExtractor", "DriftingDiT",
+    "FIELDS", "MAE", "MODELS", "NETWORKS", "Classifier", "ConvDecoder", "ConvNeXtFeatureExtractor", "DriftingDiT",
     "DriftingDiTBase", "DriftingDiTLarge", "DriftingDiTSmall", "DriftingDiTXL", "DriftingLoss", "FeatureExtractor",
     "FeatureStack", "InputFeatureExtractor", "LatentFeatureExtractor", "PyramidExtractor", "ResidualMLP",
     "SimpleDriftingLoss",

@@ -1,6 +1,8 @@
 """The drifting loss: a generator's training signal, computed on feature maps by :mod:`drift_ops`."""
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,10 +16,12 @@ from ..errors import reason
 from ..utils.stopwatch import Stopwatch
 from . import feature_extractor as extractors
 from .feature_extractor import load_convnext
+from .fields import FIELDS, Drift, arguments_of
 from .resnet_encoder import FeatureMaps
 
 Extractor = str | nn.Module | Callable[[Tensor], Any]
 LossAndInfo = tuple[Tensor, dict[str, Tensor]]
+LEAST_WEIGHT = 1e-6  # Every column of Sinkhorn's plan must get something.
 
 
 class DriftingLoss(nn.Module):
@@ -32,7 +36,8 @@ class DriftingLoss(nn.Module):
             frozen here.
         temperatures: bandwidths of the kernel, each > 0: R of the paper's field, sigma of the Gaussian one.
         normalize_features, normalize_drift: both are part of the paper's field, only the Gaussian one goes without.
-        field: 'paper' is the release's :func:`drift_ops.drift_loss`, 'gaussian' :func:`drift_ops.compute_V_multiscale`.
+        field: 'paper' is the release's :func:`drift_ops.drift_loss`, 'gaussian' :func:`drift_ops.compute_V_multiscale`;
+            or another name in :data:`FIELDS`, or arguments of ``drift_loss`` as there.
         affinity_floor: lower bound of the paper field's squared affinities; the release has 1e-6, 0 is the definition.
         in_chans: channels of the images, for the extractors built here; None where samples are no images.
         bf16: run the extractor under bfloat16 autocast and keep its maps in bfloat16; the field stays float32.
@@ -47,16 +52,21 @@ class DriftingLoss(nn.Module):
     def __init__(
         self, feature_extractor: Extractor | Sequence[Extractor] = "latent",
         temperatures: Sequence[float] = (0.02, 0.05, 0.2), normalize_features: bool = True,
-        normalize_drift: bool = True, field: str = "paper", affinity_floor: float = 0.0, in_chans: int | None = 4,
-        backend: str | None = None, bf16: bool = False, process_group: dist.ProcessGroup | None = None,
+        normalize_drift: bool = True, field: str | Drift = "paper", affinity_floor: float = 0.0,
+        in_chans: int | None = 4, backend: str | None = None, bf16: bool = False,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        if field not in ("paper", "gaussian"):
-            raise ValueError(f"field is {field!r}, expected 'paper' or 'gaussian'")
-        if field == "paper" and not (normalize_features and normalize_drift):
+        if isinstance(field, str) and field not in FIELDS:
+            raise ValueError(f"field is {field!r}, expected one of: {', '.join(FIELDS)}")
+        self.drift = FIELDS[field] if isinstance(field, str) else field
+        if field == "paper" and self.drift is not None:
+            self.drift = {"field": replace(self.drift["field"], affinity_floor=affinity_floor)}
+        if self.drift is not None and not (normalize_features and normalize_drift):
             raise ValueError("normalize_features and normalize_drift must be True, only field='gaussian' goes without")
         self.feature_extractor = build_extractor(feature_extractor, in_chans).requires_grad_(False).eval()
         self.temperatures = tuple(float(t) for t in temperatures)
+        self.log_R: nn.Parameter | None = None  # [maps, R]: the logarithms of temperatures that learn
         self.normalize_features, self.normalize_drift, self.field = normalize_features, normalize_drift, field
         self.affinity_floor, self.backend, self.bf16, self.process_group = affinity_floor, backend, bf16, process_group
 
@@ -76,27 +86,44 @@ class DriftingLoss(nn.Module):
 
     def loss_and_info(
         self, x_gen: Tensor, x_real: Tensor, x_uncond: Tensor | None = None, weight_uncond: Tensor | None = None,
-        real: tuple[FeatureMaps, FeatureMaps] | None = None,
+        real: tuple[FeatureMaps, FeatureMaps] | None = None, x_second: Tensor | None = None,
     ) -> LossAndInfo:  # fmt: skip
         """Sum over feature maps (eq. 14 of the paper) of the mean loss over the map's groups, one a label and location.
 
         Generated samples ``[L, G, *shape]`` of L labels get a gradient, real ones ``[L, P, *shape]`` attract them. Real
         samples ``[L, U, *shape]`` of any label repel like generated ones (section 3.5 of the paper), each with weight
         ≥ 0 ``[L]`` relative to one of these, 1 if None. Shapes that do not fit each other raise ValueError. ``real``
-        has the :meth:`groups` of the real samples, first of those that attract, where they are known already.
+        has the :meth:`groups` of the real samples, first of those that attract, where they are known already. A field
+        that does not count the generated samples themselves among the negatives needs a second batch of them,
+        ``x_second [L, G, *shape]``, which repels and gets no gradient.
 
         Beside the loss come 0-d tensors to log. For the paper's field, whose loss itself is constant by construction,
         ``{map}/scale`` is the mean distance, and ``{map}/lambda_{R}`` the RMS of the raw drift at R in units of
         scale/√D, which falls as the distributions approach. For the Gaussian one ``{map}/drift`` is that RMS itself.
+        Where temperatures learn, their loss is added, and ``{map}/temperature_{R}`` is what has become of R.
         """
-        if self.field == "gaussian" and x_uncond is not None:
+        if self.drift is None and x_uncond is not None:
             raise ValueError("field='gaussian' has no unconditional negatives: leave x_uncond out or use field='paper'")
         weight = _checked_weight(x_gen, x_real, x_uncond, weight_uncond)
         if real is None:
             with torch.no_grad():
                 fixed_groups = self.groups(x_real if x_uncond is None else torch.cat([x_real, x_uncond], 1))
             real = split_groups(fixed_groups, x_real.shape[1])
-        return self.of_groups(self.groups(x_gen), *real, weight)
+        with torch.no_grad():
+            second = None if x_second is None else self.groups(x_second)
+        return self.of_groups(self.groups(x_gen), *real, weight, second)
+
+    def learn_temperatures(self, maps: Sequence[str], device: torch.device) -> None:
+        """From now on the temperatures of each of these maps learn, as in Kyutai's one-positive loss."""
+        if self.drift is None:
+            raise ValueError("loss.learn_temperature is true, but the temperatures of field='gaussian' do not learn")
+        log_R = torch.tensor([[math.log(R) for R in self.temperatures]] * len(maps), device=device)
+        self.maps, self.log_R = tuple(maps), nn.Parameter(log_R)
+
+    def learnt(self) -> dict[str, dict[str, list[float]]]:
+        """What the ``temperatures`` of each map have become, where they learn."""
+        learnt = () if self.log_R is None else self.log_R.exp().tolist()
+        return {"temperatures": dict(zip(self.maps, learnt, strict=True))} if learnt else {}
 
     def check_extractor(self, sample_shape: Sequence[int], device: torch.device) -> FeatureMaps:
         """The maps ``[1, T, 2, D]`` of two samples of that shape; an extractor that returns none raises ValueError."""
@@ -125,22 +152,44 @@ class DriftingLoss(nn.Module):
                 self.stopwatch.enter_at_gradient(groups[name], "encoder")
         return groups
 
-    def of_groups(self, gen: FeatureMaps, pos: FeatureMaps, neg: FeatureMaps, weight: Tensor) -> LossAndInfo:
+    def of_groups(
+        self, gen: FeatureMaps, pos: FeatureMaps, neg: FeatureMaps, weight: Tensor, second: FeatureMaps | None = None
+    ) -> LossAndInfo:
         """:meth:`loss_and_info` of the :meth:`groups` of all samples; the unconditional ones have ``weight [L, U]``."""
         if self.stopwatch is not None:
             self.stopwatch.enter("operator")
-        if self.field == "gaussian":
+        if self.drift is None:
             return self._gaussian(gen, pos)
+        if self.drift["field"].weights == "marginal":
+            weight = weight.clamp(min=LEAST_WEIGHT)
+        if second is not None:
+            neg = {name: torch.cat([second[name], groups], 2) for name, groups in neg.items()}
+            weight = torch.cat([weight.new_ones(len(weight), next(iter(second.values())).shape[2]), weight], 1)
         weights = [weight.unsqueeze(1).expand(groups.shape[:3]) for groups in neg.values()]  # Locations share one row.
-        losses, infos = drift_ops.drift_loss(
-            list(gen.values()), list(pos.values()), list(neg.values()), weight_neg=weights, R_list=self.temperatures,
-            affinity_floor=self.affinity_floor, process_group=self.process_group, backend=self.backend,
-        )  # fmt: skip
-        names = [f"{name}/lambda_{R}" for name in gen for R in self.temperatures]
-        squares = [info[f"loss_{R}"] for info in infos for R in self.temperatures]
-        info = {f"{name}/scale": info["scale"] for name, info in zip(gen, infos, strict=True)}
-        info |= dict(zip(names, torch.stack(squares).sqrt().unbind(), strict=True))
-        return torch.stack([group_losses.mean() for group_losses in losses]).sum(), info
+        options = arguments_of(self.drift) | {"process_group": self.process_group, "backend": self.backend}
+        sides = [list(maps.values()) for maps in (gen, pos, neg)]
+        if self.log_R is None:
+            x, y, z = sides
+            losses, infos = drift_ops.drift_loss(x, y, z, weight_neg=weights, R_list=self.temperatures, **options)
+            return torch.stack([of_map.mean() for of_map in losses]).sum(), self._info(gen, infos, self.temperatures)
+        terms, infos, learnt = [], [], self.log_R.exp()
+        for x, y, z, w, R in zip(*sides, weights, learnt.unbind(), strict=True):  # The operator takes one R a call.
+            losses, info = drift_ops.drift_loss(x, y, z, weight_neg=w, R_list=R, **options)
+            terms += [losses.mean(), -info["log_mass"].amax(-1).mean()]
+            infos.append(info)
+        info = self._info(gen, infos, range(len(self.temperatures)))
+        names = [f"{name}/temperature_{R}" for name in gen for R in self.temperatures]
+        return torch.stack(terms).sum(), info | dict(zip(names, learnt.detach().flatten(), strict=True))
+
+    def _info(self, maps: FeatureMaps, infos: Sequence[dict[str, Tensor]], names: Sequence[float]) -> dict[str, Tensor]:
+        """The scale of every map, and λ of its temperatures by their ``names``: means where each group has its own."""
+        scales = [s.mean() if s.ndim else s for s in (of_map["scale"] for of_map in infos)]
+        squares = [of_map[f"loss_{name}"] for of_map in infos for name in names]
+        lambdas = torch.stack([s.sqrt().mean().square() if s.ndim else s for s in squares]).sqrt()
+        places = [f"{name}/lambda_{R}" for name in maps for R in self.temperatures]
+        return {f"{name}/scale": s for name, s in zip(maps, scales, strict=True)} | dict(
+            zip(places, lambdas, strict=True)
+        )
 
     def _gaussian(self, gen: FeatureMaps, pos: FeatureMaps) -> LossAndInfo:
         losses, info = [], {}

@@ -1,4 +1,4 @@
-"""Which samples a step compares: by class, the generated and the real samples of a label."""
+"""Which samples a step compares: by class, those of a label; by pair, generated ones with their one real sample."""
 
 import math
 import sys
@@ -13,7 +13,7 @@ from torch import Tensor
 from ..config.schema import Config, GuidanceConfig
 from ..data import SampleQueue
 from ..data.own import ALL, distinct_labels, number_labels, tell_numbers
-from ..errors import some_of
+from ..errors import shown, some_of
 from ..generation import ClassNames, Labels, class_numbers
 from ..models.drifting_loss import FeatureMaps, split_groups
 from .distributed import Ranks
@@ -22,15 +22,25 @@ from .real_features import RealFeatures
 
 @dataclass(frozen=True)
 class Groups:
-    """What a rank compares in a step: l groups of one label each. Negatives are None where no α is above 1."""
+    """What a rank compares in a step: l groups, each of one label or one pair's condition, of ``size`` on all ranks.
+    Negatives are None where no α is above 1."""
 
-    label: Tensor  # [l]: class numbers, on the host
+    size: int
+    num_gen: int  # A group has so many generated samples.
+    condition: Tensor  # [l]: class numbers, on the host; or the conditions of pairs [l, *condition_shape]
     cfg_scale: Tensor  # [l]: guidance scales α, on the host
     seeds: list[int]  # Each seeds the noise of a group.
-    pos: Tensor  # [l, P, *sample_shape]: real samples of the labels
-    uncond: Tensor | None  # [l, U, *sample_shape]: real samples of any label, the unconditional negatives
-    weight: Tensor | None  # [l]: the weight of each of these relative to a generated sample
-    maps: tuple[FeatureMaps, FeatureMaps] | None  # [l, T, P, D], [l, T, U or 0, D]: of pos and uncond, if kept
+    pos: Tensor  # [l, P, *sample_shape]: real samples of the labels, or that of the pair
+    uncond: Tensor | None = None  # [l, U, *sample_shape]: real samples of any label, the unconditional negatives
+    weight: Tensor | None = None  # [l]: the weight of each of these relative to a generated sample
+    maps: tuple[FeatureMaps, FeatureMaps] | None = None  # [l, T, P, D], [l, T, U or 0, D]: of pos and uncond, if kept
+
+    def spreads(self, gen: Tensor) -> tuple[Tensor, Tensor]:
+        """The spread of generated samples ``[l, G, *sample_shape]``, and that of real ones. A pair has one of these, y:
+        its spread is E‖x − x'‖², which is E‖x − y‖² where samples x are as the real ones."""
+        if self.pos.shape[1] > 1:
+            return gen.std(1).mean(), self.pos.std(1).mean()
+        return 2 * gen.var(1).mean(), (gen - self.pos).square().mean()
 
 
 @dataclass
@@ -52,6 +62,7 @@ class ClassGroups:
     queue: SampleQueue | None = None  # It is made with the first samples, when all labels are known.
     keep_features: Callable[[SampleQueue, Ranks], RealFeatures | None] | None = None  # It is called at that time.
     features: RealFeatures | None = None  # They are those of the samples in the queue, where they are kept.
+    condition_shape = None  # Conditions are labels.
 
     def __post_init__(self) -> None:
         self.size = self.config.step.labels_per_step  # A step has this many groups, on all ranks.
@@ -83,11 +94,7 @@ class ClassGroups:
 
     def add(self, samples: Tensor, labels: Labels | None) -> None:
         """Put this rank's part of a batch ``[B, *sample_shape]``, and those of the others, into the queues."""
-        if samples.shape[1:] != self.sample_shape:
-            raise ValueError(
-                f"the network makes samples {list(self.sample_shape)}, the data have {list(samples.shape[1:])}: "
-                "the two must be alike"
-            )
+        check_samples(samples, self.sample_shape)
         self.learn_labels([(samples, labels)])
         numbers = torch.zeros(len(samples), dtype=torch.int64)
         names = self.class_names or ALL
@@ -140,7 +147,8 @@ class ClassGroups:
             )
             weight = uncond_weight(cfg_scale[mine], config.gen_per_label, U).to(self.device)
         maps = None if pos_maps is None else (pos_maps, uncond_maps or split_groups(pos_maps, P)[1])
-        return Groups(label[mine], cfg_scale[mine], seeds[mine], pos, uncond, weight, maps)
+        G = config.gen_per_label
+        return Groups(L, G, label[mine], cfg_scale[mine], seeds[mine], pos, uncond, weight, maps)
 
     def _drawn(
         self, draw: Callable[[SampleQueue], Tensor], random: torch.Generator
@@ -164,6 +172,72 @@ class ClassGroups:
             self._queue().load_state_dict(state["queue"])
             if self.features is not None:
                 self.features.load(state.get("features"), self._queue())  # Older versions have kept none.
+
+
+@dataclass
+class PairGroups:
+    """Groups by pair. Each sample of the batch is with its condition a group of its own, of ``gen_per_pair`` generated
+    samples and one positive. There are no labels and no queue, and every guidance scale is 1."""
+
+    config: Config
+    ranks: Ranks
+    device: torch.device
+    meet: Callable[[Tensor], tuple[int, ...]]  # It is called with two conditions first, and gives the sample shape.
+    sample_shape: tuple[int, ...] = ()
+    example: Tensor | None = None  # [2, *condition_shape]: zeros
+    pairs: tuple[Tensor, Tensor] | None = None  # This rank's part of the batch: samples, conditions
+    class_names = None
+
+    @property
+    def condition_shape(self) -> tuple[int, ...]:
+        if self.example is None:
+            raise ValueError("the trainer has seen no conditions yet, expected training or load_state_dict before")
+        return tuple(self.example.shape[1:])
+
+    def learn_labels(self, batches: Iterable[Any]) -> None:
+        """There are none."""
+
+    def see(self, conditions: Tensor) -> None:
+        """Try the network on the first and the last of these conditions, before the first step."""
+        self.example = torch.zeros_like(conditions[[0, -1]], device="cpu")
+        self.sample_shape = self.meet(conditions[[0, -1]])
+
+    def add(self, samples: Tensor, conditions: Any) -> None:
+        """Take this rank's part of a batch: samples ``[B, *sample_shape]``, as many on each rank, with conditions."""
+        try:
+            conditions = torch.as_tensor(conditions).to(self.device, non_blocking=True)
+            if conditions.shape[:1] != samples.shape[:1]:
+                raise ValueError(f"they are {list(conditions.shape)}")
+        except (TypeError, ValueError, RuntimeError) as error:
+            expected = f"a tensor [{len(samples)}, …] in a batch (x, condition)"
+            raise ValueError(f"conditions are {shown(conditions)}, expected {expected}") from error
+        if self.example is None:
+            self.see(conditions)
+        check_samples(samples, self.sample_shape)
+        self.pairs = samples, conditions
+
+    def draw(self, step: int, guided: bool) -> Groups:
+        """This rank's groups of a step; the noise of each follows from (seed, step) and its place in the batch."""
+        assert self.pairs is not None
+        samples, conditions = self.pairs
+        size, ones = len(samples) * self.ranks.size, torch.ones(len(samples))
+        seeds = np.random.SeedSequence([self.config.seed, step]).generate_state(size).tolist()
+        mine, num_gen = self.ranks.share(size), self.config.step.gen_per_pair
+        return Groups(size, num_gen, conditions, ones, seeds[mine], samples.unsqueeze(1))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"example": self.example}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["example"] is not None and self.example is None:
+            self.see(state["example"])
+
+
+def check_samples(samples: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless these real samples ``[B, …]`` have the shape of the network's."""
+    if samples.shape[1:] != shape:
+        made, found = list(shape), list(samples.shape[1:])
+        raise ValueError(f"the network makes samples {made}, the data have {found}: the two must be alike")
 
 
 def sample_cfg_scale(num: int, config: GuidanceConfig, generator: torch.Generator | None = None) -> Tensor:

@@ -92,16 +92,17 @@ def _flat(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
 def to_record(metrics: dict[str, Tensor]) -> dict[str, Any]:
     """0-d tensors of a step as numbers, fetched at once, with ``scale: {map: …}`` and ``lambda: {map: {R: …}}``.
 
-    The mean of all λ is ``lambda_mean``.
+    The mean of all λ is ``lambda_mean``. Temperatures that learn, from R on, are ``temperature: {map: {R: …}}``.
     """
     values = stack([value.detach().float() for value in metrics.values()]).tolist()
     record: dict[str, Any] = {}
     for (name, tensor), value in zip(metrics.items(), values, strict=True):
         feature_map, _, statistic = name.rpartition("/")
+        statistic, _, R = statistic.partition("_")
         if not feature_map:
             record[name] = value if tensor.is_floating_point() else int(value)
-        elif statistic.startswith("lambda_"):
-            record.setdefault("lambda", {}).setdefault(feature_map, {})[statistic.removeprefix("lambda_")] = value
+        elif R:
+            record.setdefault(statistic, {}).setdefault(feature_map, {})[R] = value
         else:
             record.setdefault(statistic, {})[feature_map] = value
     if "lambda" in record:

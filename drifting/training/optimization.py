@@ -24,7 +24,8 @@ class TrainedWeights:
     """The weights of a network, moved to ``device``, with their optimizer and an average for each decay.
 
     They are whole on each of the ``ranks`` (DDP), or with ``config.step.fsdp`` in shards (FSDP2). ``distributed`` is
-    what a training step calls in place of ``model``. ``step`` counts the steps taken, and the 0-d tensor
+    what a training step calls in place of ``model``. What else learns has an optimizer ``beside`` this one, without
+    weight decay, clipping and average. ``step`` counts the steps taken, and the 0-d tensor
     ``skipped_steps`` those whose loss or gradient was not finite.
     """
 
@@ -52,8 +53,19 @@ class TrainedWeights:
             )
         rate, decay = self.config.learning_rate, self.config.weight_decay
         self.optimizer = torch.optim.AdamW(model.parameters(), rate, (0.9, 0.95), weight_decay=decay, fused=True)
-        self.step = 0
+        self.optimizers = [self.optimizer]
+        self.beside: nn.Parameter | None = None
+        self.ranks, self.step = ranks, 0
         self.skipped_steps = torch.zeros((), dtype=torch.long, device=device)
+
+    def learn_beside(self, parameter: nn.Parameter) -> None:
+        """Have this parameter, which is whole on every rank, learn beside the network, at the same rate."""
+        rate, self.beside = self.config.learning_rate, parameter
+        self.optimizers.append(torch.optim.AdamW([parameter], rate, (0.9, 0.95), weight_decay=0.0, fused=True))
+
+    def zero_grad(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
 
     def learning_rate(self, step: int) -> float:
         """The rate of step n = 0, 1, …: it rises linearly over the warm-up, then stays or falls along a half cosine."""
@@ -71,10 +83,13 @@ class TrainedWeights:
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
         grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         skipped = ~(loss + grad_norm).isfinite()
-        self.optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]  # torch.amp.GradScaler tells it so.
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(self.step)
-        self.optimizer.step()
+        if self.beside is not None and self.beside.grad is not None:
+            self.beside.grad = self.ranks.sum(self.beside.grad) / self.ranks.size  # DDP knows nothing of it.
+            skipped |= ~self.beside.grad.isfinite().all()
+        for optimizer in self.optimizers:
+            optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]  # torch.amp.GradScaler tells it so.
+            optimizer.param_groups[0]["lr"] = self.learning_rate(self.step)
+            optimizer.step()
         self.skipped_steps += skipped
         for average in self.averages.values():
             average.update_parameters(self.model)
@@ -101,6 +116,7 @@ class TrainedWeights:
         return {
             "model": states.get_model_state_dict(self.model, options=GATHERED), "averages": averages,
             "optimizer": moments.get("state", {}), "skipped_steps": int(self.skipped_steps), "step": self.step,
+            "beside": self.beside is not None and [self.beside.detach().cpu(), self.optimizers[1].state_dict()],
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -114,5 +130,8 @@ class TrainedWeights:
             own: Any = states.get_optimizer_state_dict(self.model, self.optimizer, options=WHOLE)
             own["state"] = state["optimizer"]
             states.set_optimizer_state_dict(self.model, self.optimizer, own, options=WHOLE)
+        if self.beside is not None and state.get("beside"):  # The run may have begun without.
+            self.beside.data.copy_(state["beside"][0])
+            self.optimizers[1].load_state_dict(state["beside"][1])
         self.skipped_steps.fill_(state["skipped_steps"])
         self.step = state["step"]

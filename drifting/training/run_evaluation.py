@@ -31,9 +31,14 @@ class GeneratorRun(Run[DriftingTrainer]):
 
     def __post_init__(self) -> None:
         self.config, self.ranks, self.num_samples = self.trainer.config, self.trainer.ranks, 0
+        self.by_class = self.config.step.groups == "classes"
+        self.pictured = self.dataset.pixel_range is not None and self.by_class
         self.evaluator = self.ranks.on_main(partial(self._open, self.trainer.ema_model))
 
     def _open(self, model: nn.Module) -> evaluation.Evaluator | None:
+        if not self.by_class:
+            print("evaluation is left out: it draws by label, and pairs have conditions", file=sys.stderr)
+            return None
         evaluator = evaluation.open_evaluator(self.config.evaluation, self.dataset)
         if evaluator is not None:
             self.num_samples = self.config.evaluation.num_samples or evaluator.num_samples
@@ -66,14 +71,14 @@ class GeneratorRun(Run[DriftingTrainer]):
         return [{"ema_decay": decay} | quality for quality in measured]
 
     def _keep(self, model: nn.Module, quality: Quality) -> None:
-        if self.dataset.pixel_range is not None:
+        if self.pictured and self.dataset.pixel_range is not None:
             self._save_picture(model, self.dataset.pixel_range)
         if self.evaluator is None:
             return
         kept, best, distance = _best_so_far(self.directory), self.directory.best, self.evaluator.distance
         alike = kept and read_config(str(best.config), (), Config).evaluation == self.config.evaluation
         if not alike or quality[distance] < kept.get(distance, math.inf):
-            save_generator(best, self.trainer.generator(model), quality)
+            save_generator(best, self.trainer.generator(model), quality, **self.trainer.loss_fn.learnt())
             save_config(self.config, best.config)
 
     def _save_picture(self, model: nn.Module, pixel_range: tuple[float, float]) -> None:
@@ -96,7 +101,8 @@ class GeneratorRun(Run[DriftingTrainer]):
         self.trainer.save(self.directory.path)
 
     def describe(self, record: dict[str, Any], quality: Quality) -> str:
-        words = [f"λ={record['lambda_mean']:.4f}", f"spread={record['sample_spread']:.2f}"]
+        words = [f"λ={record['lambda_mean']:.4f}"] if "lambda_mean" in record else []
+        words += [f"spread={record['sample_spread']:.2f}"]
         words += [f"skipped={record['skipped_steps']}"] if record["skipped_steps"] else []
         if self.evaluator is not None and quality:
             distance = self.evaluator.distance
@@ -106,7 +112,7 @@ class GeneratorRun(Run[DriftingTrainer]):
         return " ".join(words)
 
     def report(self, quality: Quality) -> None:
-        pictured, path, name = self.dataset.pixel_range is not None, self.directory.path, self.config.model.name
+        pictured, path, name = self.pictured, self.directory.path, self.config.model.name
         if self.evaluator is not None:
             distance, best = self.evaluator.distance, _best_so_far(self.directory)
             _print_measures(quality, distance, "image" if pictured else "sample")
@@ -116,6 +122,7 @@ class GeneratorRun(Run[DriftingTrainer]):
                 print(f"\nbest: {best[distance]:.2f} at step {best['step']}, kept in {self.directory.best.path}")
         print(f"\nsamples: {self.directory.samples}" if pictured else "")
         options = f"--out samples.{'png' if pictured else 'npz'}" + (f" --model {name}" if is_own(name) else "")
+        options += "" if self.by_class else " --conditions FILE.npy"
         print(f"more:    python -m drifting.sample {path} --num 100 {options}")
 
 

@@ -1,6 +1,7 @@
 """The training step of Algorithm 1 of the paper (arXiv 2602.04770), and the trainer around it."""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,23 +10,27 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from drift_ops import Field
+
 from ..config import Config
-from ..config.reading import set_value
+from ..config.reading import flattened, set_value
 from ..data.own import label_of, number_labels, sample_of
 from ..errors import shown
 from ..generation import ClassNames, Generator, Labels, Signature, unwrapped
 from ..hub.run_directory import RunDirectory, save_generator
-from ..models import NETWORKS, DriftingLoss
+from ..models import FIELDS, NETWORKS, DriftingLoss
 from ..models.drifting_loss import Extractor, FeatureMaps, split_groups
+from ..models.fields import Drift
 from ..utils.stopwatch import Stopwatch
 from .distributed import Ranks, averaging_gradients
-from .groups import ClassGroups, Groups
+from .groups import ClassGroups, Groups, PairGroups
 from .optimization import TrainedWeights
 from .real_features import MapLayout, keep_features
 
 SECTIONS = ("loss", "step", "guidance", "optimizer")  # Their keys are arguments of create_trainer.
 # These defaults of scripts differ from the paper's, whose runs are longer and larger.
 SCRIPTS = {"gen_per_label": 32, "pos_per_label": 32, "warmup_steps": 1000, "ema_decay": 0.99}
+PAIRS = {"temperatures": (0.05, 0.2, 0.5)}  # A pair has no other real sample nearby, and needs to see further.
 
 
 class DriftingTrainer:
@@ -52,20 +57,22 @@ class DriftingTrainer:
         self.config, self.ranks = config, ranks or Ranks()
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model, self.signature, self.facts = model.to(self.device), Signature.of(model, noise_shape), facts
-        self.sample_shape = self.signature.sample_shape(model, len(class_names or (0,)))
-        self.groups = ClassGroups(
-            config, self.sample_shape, self.ranks, self.device, class_names,
-            labelled=self.signature.conditions > 0, num_classes=getattr(model, "num_classes", None),
-        )  # fmt: skip
-        self.images_per_step = self.groups.size * config.step.gen_per_label  # So many are generated on all ranks.
-        self.loss_fn = DriftingLoss(
-            feature_extractor, config.loss.temperatures, affinity_floor=config.loss.affinity_floor,
-            in_chans=self.sample_shape[0] if len(self.sample_shape) == 3 else None, bf16=config.step.bf16,
-            process_group=self.ranks.group,
-        ).to(self.device)  # fmt: skip
-        trial = self.loss_fn.check_extractor(self.sample_shape, self.device)
-        if config.step.queue_features:
-            self.groups.keep_features = partial(keep_features, self.loss_fn, MapLayout(trial), self.device)
+        self.stopwatch, self.images_per_step = Stopwatch(self.device), 0  # So many are generated on all ranks.
+        self.feature_extractor, self.field = feature_extractor, drift_of(config)
+        self.groups: ClassGroups | PairGroups
+        if config.step.groups == "pairs":
+            self.groups = PairGroups(config, self.ranks, self.device, self._meet_pairs)
+            if config.step.queue_features or not self.signature.conditions:
+                expected = "a network that takes (z, condition), and step.queue_features=false, as there is no queue"
+                raise ValueError(f"step.groups is pairs, expected {expected}")
+        else:
+            maps = self._meet(torch.tensor([0, len(class_names or (0,)) - 1]))
+            self.groups = ClassGroups(
+                config, self.sample_shape, self.ranks, self.device, class_names,
+                labelled=self.signature.conditions > 0, num_classes=getattr(model, "num_classes", None),
+            )  # fmt: skip
+            if config.step.queue_features:
+                self.groups.keep_features = partial(keep_features, self.loss_fn, MapLayout(maps), self.device)
         if hasattr(model, "activation_checkpointing"):
             model.activation_checkpointing = config.step.activation_checkpointing  # type: ignore[assignment]
         elif config.step.activation_checkpointing:
@@ -75,11 +82,34 @@ class DriftingTrainer:
                 "torch.utils.checkpoint itself"
             )
         self.weights = TrainedWeights(model, config, self.ranks, self.device)
+        if config.step.groups == "classes" and self.loss_fn.log_R is not None:
+            self.weights.learn_beside(self.loss_fn.log_R)
         if config.step.compile:
             self.weights.distributed.compile()
-            self.loss_fn.feature_extractor.compile()
         self.best_decay, self.best_cfg_scale = config.optimizer.ema_decay[0], 1.0
-        self.stopwatch = self.loss_fn.stopwatch = Stopwatch(self.device)
+
+    def _meet(self, conditions: Tensor) -> FeatureMaps:
+        """Find out, with two labels or conditions, what network and extractor make; give the maps of two samples."""
+        config = self.config
+        self.sample_shape = self.signature.sample_shape(self.model, conditions)
+        self.loss_fn = DriftingLoss(
+            self.feature_extractor, config.loss.temperatures, field=self.field,
+            in_chans=self.sample_shape[0] if len(self.sample_shape) == 3 else None, bf16=config.step.bf16,
+            process_group=self.ranks.group,
+        ).to(self.device)  # fmt: skip
+        maps = self.loss_fn.check_extractor(self.sample_shape, self.device)
+        if config.loss.learn_temperature:
+            self.loss_fn.learn_temperatures(list(maps), self.device)
+        if config.step.compile:
+            self.loss_fn.feature_extractor.compile()
+        self.loss_fn.stopwatch = self.stopwatch
+        return maps
+
+    def _meet_pairs(self, conditions: Tensor) -> tuple[int, ...]:
+        self._meet(conditions)
+        if self.loss_fn.log_R is not None:
+            self.weights.learn_beside(self.loss_fn.log_R)
+        return self.sample_shape
 
     @property
     def step(self) -> int:
@@ -95,52 +125,65 @@ class DriftingTrainer:
 
         Args:
             x: real samples ``[B, *sample_shape]``, as many on each rank.
-            y: their labels ``[B]``, integers or text; None puts all samples into one class.
+            y: their labels ``[B]``, integers or text; None puts all samples into one class. By pair: their conditions
+                ``[B, …]``, of any shape.
             use_cfg_training: whether to draw guidance scales α; otherwise every α is 1, and no label needs negatives.
 
         Returns:
             0-d tensors, left on the device and the same on all ranks: ``loss``, ``grad_norm`` (before clipping),
-            ``sample_spread`` (standard deviation of the generated samples of a label over that of the real ones; 0 is
-            collapse, 1 is right), ``skipped_steps``, and what the loss reports of each feature map.
+            ``sample_spread`` (standard deviation of the generated samples of a label over that of the real ones, and
+            by pair the mean square distance of generated samples over that to their positive; 0 is collapse, 1 is
+            right), ``skipped_steps``, and what the loss reports of each feature map.
         """
         self.stopwatch.enter("communication")
         self.groups.add(torch.as_tensor(x).to(self.device, non_blocking=True), y)
         self.stopwatch.enter("other")
         groups = self.groups.draw(self.step, use_cfg_training)  # labels c, scales α, y⁺ ~ p(·|c), y⁻ ~ p(·|∅)
         self.model.train()
-        self.weights.optimizer.zero_grad()
+        self.weights.zero_grad()
         gen, loss, info = self._backward(groups)  # x = f(ε, c, α), eq. (1), and the gradient of the loss, eq. (14)
         self.stopwatch.enter("communication")
         with torch.no_grad():
-            terms = torch.stack([loss, gen.std(1).mean(), groups.pos.std(1).mean()])
-            loss, spread, spread_of_real = self.ranks.sum(terms * (len(gen) / self.groups.size))
+            terms = torch.stack([loss, *groups.spreads(gen), *info.values()]) * (len(gen) / groups.size)
+            loss, spread, spread_of_real, *means = self.ranks.sum(terms)
         self.stopwatch.enter("optimizer")
         metrics = {"loss": loss, "grad_norm": self.weights.update(loss), "sample_spread": spread / spread_of_real}
         self.stopwatch.enter("data")
-        return metrics | {"skipped_steps": self.weights.skipped_steps.clone()} | info
+        self.images_per_step = groups.size * groups.num_gen
+        return metrics | {"skipped_steps": self.weights.skipped_steps.clone()} | dict(zip(info, means, strict=True))
 
     def _backward(self, groups: Groups) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Add up the gradient of this rank's groups; give their samples ``[l, G, *sample_shape]``, loss and report."""
-        num, at_once, noise = len(groups.pos), self.config.step.labels_at_once, torch.Generator(self.device)
-        drawn = []
-        for seed in groups.seeds:  # ε, and what else the network draws
-            noise.manual_seed(seed)
-            drawn.append(self.signature.draw(self.model, self.config.step.gen_per_label, noise, self.device))
-        inputs = {name: torch.stack([of_group[name] for of_group in drawn]) for name in drawn[0]}  # [l, G, …]
-        generate = partial(self._generate, inputs, groups)
-        # The ranks average their gradients: this makes it the gradient of a mean over all labels.
-        share = num * self.ranks.size / self.groups.size
+        num, at_once = len(groups.pos), self.config.step.labels_at_once
+        first, *second = [partial(self._generate, inputs, groups, n) for n, inputs in enumerate(self._draw(groups))]
+        # The ranks average their gradients: this makes it the gradient of a mean over all groups.
+        share = num * self.ranks.size / groups.size
         if at_once is not None and at_once < num:
             parts = [slice(at, at + at_once) for at in range(0, num, at_once)]
-            return self._backward_in_parts(generate, groups, parts, share)
-        gen = generate(slice(None))
-        loss, info = self.loss_fn.loss_and_info(gen, groups.pos, groups.uncond, groups.weight, groups.maps)
+            return self._backward_in_parts(first, second, groups, parts, share)
+        with torch.no_grad():
+            repelling = next((generate(slice(None)) for generate in second), None)
+        gen = first(slice(None))
+        loss, info = self.loss_fn.loss_and_info(gen, groups.pos, groups.uncond, groups.weight, groups.maps, repelling)
         (loss * share).backward()
         return gen, loss, info
 
+    def _draw(self, groups: Groups) -> list[dict[str, Tensor]]:
+        """ε of the samples ``[l, G, …]``, and what else the network draws; a second time where it takes a second batch
+        of samples to repel the first."""
+        noise, drift = torch.Generator(self.device), self.loss_fn.drift
+        batches = 1 if drift is None or drift["field"].include_self else 2
+        drawn: list[list[dict[str, Tensor]]] = [[] for _ in range(batches)]
+        for seed in groups.seeds:
+            noise.manual_seed(seed)
+            for of_batch in drawn:
+                of_batch.append(self.signature.draw(self.model, groups.num_gen, noise, self.device))
+        return [{name: torch.stack([group[name] for group in of_batch]) for name in of_batch[0]} for of_batch in drawn]
+
     def _backward_in_parts(
-        self, generate: Callable[[slice], Tensor], groups: Groups, parts: list[slice], share: float
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        self, generate: Callable[[slice], Tensor], second: Sequence[Callable[[slice], Tensor]], groups: Groups,
+        parts: list[slice], share: float,
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:  # fmt: skip
         """Do the same with the activations of one part at a time, as in GradCache (Gao et al., arXiv 2101.06983).
 
         The loss has statistics over all groups, so the sum of the parts' losses is another loss. The features of every
@@ -154,35 +197,37 @@ class DriftingTrainer:
             samples = [generate(part) for part in parts]
             gen = _joined([loss_fn.groups(of_part) for of_part in samples])
             pos, neg = groups.maps or split_groups(_joined([loss_fn.groups(fixed[part]) for part in parts]), P)
+            others = [_joined([loss_fn.groups(of_second(part)) for part in parts]) for of_second in second]
         # Memory's peak is here: the features of all labels, each once, and the gradients.
         leaves = [of_map.requires_grad_() for of_map in gen.values()]
-        loss, info = loss_fn.of_groups(gen, pos, neg, weight.unsqueeze(1).expand(-1, fixed.shape[1] - P))
-        gradients = dict(zip(gen, torch.autograd.grad(loss * share, leaves), strict=True))
+        loss, info = loss_fn.of_groups(gen, pos, neg, weight.unsqueeze(1).expand(-1, fixed.shape[1] - P), *others)
+        (loss * share).backward()
+        gradients: dict[str, Any] = {name: leaf.grad for name, leaf in zip(gen, leaves, strict=True)}
         for part in parts:
             with averaging_gradients(self.weights.distributed, part is parts[-1]):
                 maps = loss_fn.groups(generate(part))
                 torch.autograd.backward(list(maps.values()), [gradients[name][part] for name in maps])
         return torch.cat(samples), loss.detach(), info
 
-    def _generate(self, inputs: dict[str, Tensor], groups: Groups, part: slice) -> Tensor:
-        """The samples ``[l, G, *sample_shape]`` of a part of the groups."""
+    def _generate(self, inputs: dict[str, Tensor], groups: Groups, batch: int, part: slice) -> Tensor:
+        """The samples ``[l, G, *sample_shape]`` of a part of the groups, in the first or in the second batch."""
         self.stopwatch.enter("generator")
-        num, step = self.config.step.gen_per_label, self.config.step
-        torch.manual_seed(groups.seeds[part][0])  # A part that is generated twice drops out the same values.
+        step = self.config.step
+        torch.manual_seed(groups.seeds[part][0] + batch)  # A part that is generated twice drops out the same values.
         drawn = {name: values[part].flatten(0, 1) for name, values in inputs.items()}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=step.bf16):
-            label, cfg_scale = groups.label[part], groups.cfg_scale[part]
-            samples = self.signature.call(self.weights.distributed, drawn, label, cfg_scale).float()
+            condition, cfg_scale = groups.condition[part], groups.cfg_scale[part]
+            samples = self.signature.call(self.weights.distributed, drawn, condition, cfg_scale).float()
         if torch.is_grad_enabled() and not samples.requires_grad:
             name = type(self.model).__name__
             raise ValueError(f"the samples of the network {name} have no gradient: its forward must not detach them")
         self.stopwatch.enter_at_gradient(samples, "generator")
         if step.clamp and self.facts.get("pixel_range") is not None and not self.facts.get("latent"):
             samples = samples.clamp(*self.facts["pixel_range"])
-        return samples.unflatten(0, (-1, num))
+        return samples.unflatten(0, (-1, groups.num_gen))
 
     def train_epoch(self, dataloader: Iterable[Any], use_cfg_training: bool = True) -> dict[str, float]:
-        """Take one step for each batch of ``dataloader``, which yields ``x``, ``(x,)`` or ``(x, y)``.
+        """Take one step for each batch of ``dataloader``: ``x``, ``(x,)`` or ``(x, y)``; by pair ``(x, condition)``.
 
         It returns the averages ``avg_loss``, which is constant by construction (each λ is normalised), ``grad_norm``
         and ``sample_spread``, which is to be watched, and ``num_steps``.
@@ -202,7 +247,8 @@ class DriftingTrainer:
         self, batch_size: int, labels: Labels | None = None, cfg_scale: float | Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:  # fmt: skip
-        """Samples ``[batch_size, *sample_shape]`` of the averaged network, see :meth:`drifting.Generator.generate`."""
+        """Samples ``[batch_size, *sample_shape]`` of the averaged network, see :meth:`drifting.Generator.generate`.
+        Where the trainer's groups are pairs, ``labels`` are conditions."""
         return self.generator().generate(batch_size, labels, cfg_scale, generator=generator)
 
     def generator(self, model: nn.Module | None = None) -> Generator:
@@ -210,6 +256,7 @@ class DriftingTrainer:
         model = unwrapped(self.ema_model if model is None else model)
         names = self.groups.class_names or tuple(range(getattr(model, "num_classes", 1)))
         facts, noise_shape = self.facts | {"cfg_scale": self.best_cfg_scale}, self.signature.noise_shape
+        facts |= {"condition_shape": self.groups.condition_shape}
         for name, network in NETWORKS.items():
             if type(model) is network:
                 facts |= {"name": name, "arguments": model.config}
@@ -219,7 +266,8 @@ class DriftingTrainer:
 
     def save(self, folder: Path | str) -> None:
         """Write what :func:`drifting.load_generator` reads. All ranks call this, and rank 0 writes."""
-        self.ranks.on_main(partial(save_generator, RunDirectory(Path(folder)), self.generator()))
+        more = self.loss_fn.learnt()
+        self.ranks.on_main(partial(save_generator, RunDirectory(Path(folder)), self.generator(), **more))
 
     def state_dict(self) -> dict[str, Any]:
         """All that shapes the rest of the run, whole and on the host of rank 0. All ranks call this."""
@@ -228,8 +276,8 @@ class DriftingTrainer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict` of a trainer that was created with the same arguments."""
-        self.weights.load_state_dict(state)
         self.groups.load_state_dict(state["groups"])
+        self.weights.load_state_dict(state)
         self.best_decay = state["best_decay"]
         self.best_cfg_scale = state.get("best_cfg_scale", 1.0)  # Earlier checkpoints do not say it.
 
@@ -237,6 +285,24 @@ class DriftingTrainer:
 def _joined(parts: list[FeatureMaps]) -> FeatureMaps:
     """The maps of all labels; those of the parts are freed map by map."""
     return {name: torch.cat([part.pop(name) for part in parts]) for name in list(parts[0])}
+
+
+def drift_of(config: Config) -> Drift | str:
+    """The field that the section ``loss`` describes: a named one and what changes it, or the name of a form apart."""
+    loss, keys = config.loss, {key: value for key, value in vars(config.loss.field).items() if value is not None}
+    name = keys.pop("name", "one_positive" if config.step.groups == "pairs" else "paper")
+    beside = {key: getattr(loss, key) for key in ("scale", "scale_self_pairs", "normalize")}
+    beside = {key: None if value == "none" else value for key, value in beside.items() if value is not None}
+    drift = FIELDS[name]
+    if drift is None:
+        if keys or beside:
+            raise ValueError(f"loss.field is {name}, which has none of the keys {', '.join(keys | beside)}: unset them")
+        return name
+    floor = {"affinity_floor": loss.affinity_floor} if name == "paper" else {}
+    try:
+        return drift | {"field": replace(drift["field"], **(floor | keys))} | beside
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"loss.field.{error}") from error
 
 
 def create_trainer(
@@ -266,15 +332,16 @@ def create_trainer(
         ranks: processes that share the labels of each step, from :func:`join_ranks`; arguments and initial weights are
             the same on each. The step is the same at any number of them, up to rounding.
         settings: any other key of the sections ``loss``, ``step``, ``guidance`` and ``optimizer`` of a configuration,
-            such as ``gen_per_label`` or ``bf16``: ``python -m drifting.train --help`` explains them and the arguments
-            named as they are. By default they are the paper's, but 32 generated and 32 positive samples a label, 1000
-            steps of warm-up, and averages with a decay of 0.99, which suit short runs.
+            such as ``bf16`` or ``groups="pairs"``; ``field`` is a name, a dict or a :class:`drift_ops.Field`. ``python
+            -m drifting.train --help`` explains them and the arguments named as they are. By default they are the
+            paper's, but 32 generated and 32 positive samples a label, 1000 steps of warm-up, and averages with a decay
+            of 0.99, which suit short runs; and of pairs temperatures of 0.05, 0.2 and 0.5.
 
     A value out of its range raises ValueError, an unknown argument TypeError.
     """
     if labels_per_step is None:
         labels_per_step = 4 if Signature.of(model, noise_shape).conditions else (ranks or Ranks()).size
-    settings = SCRIPTS | settings | {
+    settings = SCRIPTS | (PAIRS if settings.get("groups") == "pairs" else {}) | settings | {
         "learning_rate": learning_rate, "queue_size": queue_size, "cfg_scale_range": cfg_scale_range,
         "uncond_prob": uncond_prob, "cosine_decay": decay_steps is not None, "labels_per_step": labels_per_step,
     }  # fmt: skip
@@ -285,7 +352,9 @@ def create_trainer(
         section = next((part for part in SECTIONS if hasattr(getattr(config, part), name)), None)
         if section is None:
             raise TypeError(f"create_trainer() got an unexpected keyword argument {name!r}")
-        set_value(config, f"{section}.{name}", value.tolist() if hasattr(value, "tolist") else value)
+        value = asdict(value) if isinstance(value, Field) else value.tolist() if hasattr(value, "tolist") else value
+        for key, of_key in flattened({f"{section}.{name}": value}).items():
+            set_value(config, key, of_key)
     if class_names is not None and len(number_labels(class_names, "class_names has")) < len(class_names):
         raise ValueError(f"class_names is {shown(class_names)}, expected different labels, one or more")
     return DriftingTrainer(
