@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import drift_ops
+from drift_ops import Field
 
 from . import dense, keops
 from .measure import Call
@@ -27,13 +28,17 @@ def our_contenders(device: str) -> list[str]:
     return [name for name in GPU_BACKENDS if drift_ops.backends()[name].usable]
 
 
-def implementation(form: str, contender: str, dynamic: bool) -> Callable[..., Any]:
+def implementation(form: str, contender: str, dynamic: bool, field: Field | None = None) -> Callable[..., Any]:
     if contender in DENSE:
         function, mode = getattr(dense, form), DENSE[contender]
+        if field is not None:
+            of_family = {"drift_loss": dense.coupled_loss, "drift_field": dense.coupled_field}[form]
+            function = functools.partial(of_family, coupling=field.coupling, sides=field.sides)
         return function if mode is None else torch.compile(function, mode=mode, dynamic=dynamic)
     if contender == "keops":
         return getattr(keops, form)
-    return functools.partial(getattr(drift_ops, form), backend=None if contender == "ours" else contender)
+    ours = functools.partial(getattr(drift_ops, form), backend=None if contender == "ours" else contender)
+    return ours if field is None else functools.partial(ours, field=field)
 
 
 @dataclass(frozen=True)
@@ -55,11 +60,13 @@ class Case:
     compile_ratio: float | None = None
     matmul_ratio: float | None = None  # how much longer than its matrix products alone ours may take, at most
     busy_ratio: float | None = None  # as eager_ratio, where another process keeps a core busy
+    field: Field | None = None  # of the family; None is the form itself
 
     @property
     def name(self) -> str:
         backward = " with backward" if self.backward else ""
-        return f"{self.form}{backward} G={self.G} [{self.N}, {self.M}, {self.P}] D={self.D}"
+        field = f" {self.field.coupling} {self.field.sides}" if self.field else ""
+        return f"{self.form}{backward}{field} G={self.G} [{self.N}, {self.M}, {self.P}] D={self.D}"
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
@@ -109,7 +116,7 @@ class Case:
 
     def call(self, contender: str, maps: list[Points]) -> Call:
         """A function of no arguments that runs the contender on these inputs and returns its outputs."""
-        function = implementation(self.form, contender, dynamic=len(maps) > 1)
+        function = implementation(self.form, contender, dynamic=len(maps) > 1, field=self.field)
         if self.form == "drift_loss":
             return self._loss_call(function, contender in DENSE, maps)
         ((x, pos, _),) = maps
@@ -172,6 +179,19 @@ CASES = [
     Case("compute_V", N=4096, P=4096, D=32, eager_ratio=5.0, busy_ratio=6.0),
     Case("compute_V", N=1024, P=1024, D=2),
 ]
+SIDES = ("joint", "split")
+COUPLINGS = [
+    Field(coupling=coupling, sides=sides, weights="kernel")
+    for coupling in ("row", "two_sided", "sinkhorn")
+    for sides in SIDES
+]
+CASES += [
+    Case("drift_loss", G=1024, N=64, M=16, P=64, D=D, field=field, eager_ratio=ratio)
+    for D in (64, 256)
+    for field in COUPLINGS
+    for ratio in [15.0 if (field.coupling, field.sides, D) == ("sinkhorn", "split", 64) else None]
+]
+CASES += [Case("drift_field", N=8192, P=8192, D=32, field=COUPLINGS[4], eager_ratio=3.0)]
 
 
 def matrix_products(case: Case) -> Call:

@@ -1,5 +1,7 @@
 """Ours against dense PyTorch on the CPU, taking turns in one process: ``python -m benchmarks.compare [--busy]``.
 
+With ``--verify`` nothing is timed: what would be is compared with the dense form in float64.
+
 Prints a table of median milliseconds and ratios, each ratio beside its target, and how far memory grows for one large
 problem. Times of ``drift_loss`` are forward and backward to the gradient of the generated samples; the others forward.
 With ``--busy`` another process keeps a core busy meanwhile, and the cases are those with a target for that.
@@ -47,6 +49,15 @@ def measure(case: Case, seconds: float) -> dict[str, Any]:
     }
 
 
+def verify(case: Case) -> str:
+    """Relative errors of ours and of the dense form in float32, for some of the groups."""
+    torch.manual_seed(0)
+    maps = case.part(case.inputs("cpu"), min(case.G, 8))
+    exact = case.call("eager", [tuple(t.double() for t in points) for points in maps])()[0]
+    errors = [((case.call(name, maps)()[0] - exact).norm() / exact.norm()).item() for name in ("ours", "eager")]
+    return f"{case.name:<60}" + "".join(f"{error:>12.1e}" for error in errors)
+
+
 @contextlib.contextmanager
 def busy_core() -> Iterator[None]:
     """Meanwhile another process never waits."""
@@ -68,7 +79,7 @@ RATIOS = {"eager / ours": "at least", "compile / ours": "at least", "ours / matm
 
 
 def header() -> str:
-    return f"{'case':<42}" + "".join(f"{name:>10}" for name in TIMES) + "".join(f"{name:>18}" for name in RATIOS)
+    return f"{'case':<60}" + "".join(f"{name:>10}" for name in TIMES) + "".join(f"{name:>18}" for name in RATIOS)
 
 
 def row(result: dict[str, Any]) -> str:
@@ -78,7 +89,7 @@ def row(result: dict[str, Any]) -> str:
         value, target = result[name], result[f"{name}, {bound}"]
         wanted = f" ({'>=' if bound == 'at least' else '<='} {target})" if target else ""
         ratios.append(f"{value:.2f}{wanted}" if value else "")
-    return f"{result['case']:<42}" + "".join(f"{time:>10}" for time in times) + "".join(f"{r:>18}" for r in ratios)
+    return f"{result['case']:<60}" + "".join(f"{time:>10}" for time in times) + "".join(f"{r:>18}" for r in ratios)
 
 
 def main() -> None:
@@ -86,10 +97,16 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="write the results there too")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases with TEXT in their name")
     parser.add_argument("--busy", action="store_true", help="while another process keeps a core busy")
+    parser.add_argument("--verify", action="store_true", help="compare results instead of times")
     parser.add_argument("--seconds", type=float, default=10.0, help="of timing for each case (default 10)")
     parser.add_argument("--threads", type=int, default=2, help="of torch (default 2)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.verify:
+        print("relative error against the dense form in float64: of ours, and of the dense form, in float32")
+        for case in [case for case in CASES if args.only in case.name]:
+            print(verify(case), flush=True)
+        return
     print(f"torch {torch.__version__}, {args.threads} threads, float32; median milliseconds, ratios with their targets")
     cases = [case for case in CASES if args.only in case.name]
     if args.busy:
