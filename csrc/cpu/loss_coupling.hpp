@@ -21,6 +21,8 @@ template <class T> struct Details {
 // Sinkhorn's factors stay below this, so that a product of two, and what was lost when E was rounded to 0, matter nowhere.
 template <class T> constexpr T MOST_SCALING = sizeof(T) == 4 ? T(0x1p40) : T(0x1p300);
 
+constexpr int ROWS_AT_ONCE = 8;  // of an iteration, which share what they read and write of columns
+
 template <class T> class Coupling {
     const LossSpec& spec;
     const int64_t N, ld, padded;
@@ -254,33 +256,53 @@ template <class T> class Coupling {
         return residual;
     }
 
-    // One iteration; false, and no column changed, where a factor leaves the range.
+    // One iteration; false, and no factor of a column changed, where a factor leaves the range.
     bool scale(int first, int last, Columns c, T& residual) {
-        constexpr T MOST = MOST_SCALING<T>;
         std::fill(&column_sums[c.begin], &column_sums[0] + c.end, T(0));
         bool in_range = true;
-        T* const of_columns = column_sums;
-        const T* const factors = column_factors;
-        for (int64_t i = 0; i < N; ++i) {
-            const T* const row = A + i * ld;
-            Vec<T> total{};
-            for (int64_t j = c.begin; j < c.end; j += WIDTH<T>) total += load<T>(row + j) * load<T>(factors + j);
-            const T sum = horizontal_sum<T>(total);
-            const bool empty = sums[first * padded + i] == 0 && sums[last * padded + i] == 0;
-            const T factor = empty ? T(0) : 1 / sum;
-            in_range &= empty || (sum < MOST && factor < MOST);
-            row_factors[first * padded + i] = row_factors[last * padded + i] = factor;
-            for (int64_t j = c.begin; j < c.end; j += WIDTH<T>) store<T>(of_columns + j, load<T>(of_columns + j) + load<T>(row + j) * factor);
+        int64_t i = 0;
+        for (; i + ROWS_AT_ONCE <= N; i += ROWS_AT_ONCE) in_range &= scale_rows<ROWS_AT_ONCE>(i, first, last, c);
+        for (; i < N; ++i) in_range &= scale_rows<1>(i, first, last, c);
+        typename Simd<T>::ivec outside{};
+        for (int64_t j = c.begin; j < c.end; j += WIDTH<T>) {
+            const Vec<T> sum = load<T>(&column_sums[j]), share = load<T>(&shares[j]);
+            outside |= (share > T(0)) & ~((sum < MOST_SCALING<T>) & (share < sum * MOST_SCALING<T>));
         }
-        for (int64_t j = c.begin; j < c.end; ++j) in_range &= shares[j] == 0 || (column_sums[j] < MOST && shares[j] < MOST * column_sums[j]);
-        if (!in_range) return false;
-        T error = 0;
-        for (int64_t j = c.begin; j < c.end; ++j) {
-            if (shares[j] > 0) error += std::abs(column_sums[j] * column_factors[j] - shares[j]);
-            column_factors[j] = shares[j] == 0 ? T(0) : shares[j] / column_sums[j];
+        if (!in_range || any<T>(outside)) return false;
+        Vec<T> error{};
+        for (int64_t j = c.begin; j < c.end; j += WIDTH<T>) {
+            const Vec<T> sum = load<T>(&column_sums[j]), share = load<T>(&shares[j]), off = sum * load<T>(&column_factors[j]) - share;
+            error += share > T(0) ? (off < T(0) ? -off : off) : Vec<T>{};
+            store<T>(&column_factors[j], share > T(0) ? share / sum : Vec<T>{});
         }
-        residual = error / T(c.targets);
+        residual = horizontal_sum<T>(error) / T(c.targets);
         return true;
+    }
+
+    // The factors of some rows, and what these rows add to the sums of columns; false where a factor leaves the range.
+    template <int ROWS> bool scale_rows(int64_t i, int first, int last, Columns c) {
+        T *const of_columns = column_sums, *const rows = A + i * ld, factor[ROWS];
+        const T* const factors = column_factors;
+        Vec<T> total[ROWS] = {};
+        for (int64_t j = c.begin; j < c.end; j += WIDTH<T>) {
+            const Vec<T> of_column = load<T>(factors + j);
+            for (int n = 0; n < ROWS; ++n) total[n] += load<T>(rows + n * ld + j) * of_column;
+        }
+        bool in_range = true;
+        for (int n = 0; n < ROWS; ++n) {
+            const int64_t a = first * padded + i + n, b = last * padded + i + n;
+            const T sum = horizontal_sum<T>(total[n]);
+            const bool empty = sums[a] == 0 && sums[b] == 0;
+            factor[n] = empty ? T(0) : 1 / sum;
+            in_range &= empty || (sum < MOST_SCALING<T> && factor[n] < MOST_SCALING<T>);
+            row_factors[a] = row_factors[b] = factor[n];
+        }
+        for (int64_t j = c.begin; j < c.end; j += WIDTH<T>) {
+            Vec<T> sum = load<T>(of_columns + j);
+            for (int n = 0; n < ROWS; ++n) sum += load<T>(rows + n * ld + j) * factor[n];
+            store<T>(of_columns + j, sum);
+        }
+        return in_range;
     }
 
     // The same iteration from logarithms: the columns' factors go into potentials, and E becomes exp(L + rows + potentials).
