@@ -113,8 +113,8 @@ def drift_loss(
         loss if loss.dim() + 2 == of_map.dim() else loss.view(of_map.shape[:-2])
         for loss, (of_map, *_) in zip(losses, checked, strict=True)
     ]
-    names = ["scale", *[f"loss_{R}" for R in (widths if R is None else range(len(widths)))]]
-    infos = [dict(zip(names, (scale, *squares.unbind()), strict=True)) for scale, squares, _ in statistics]
+    names = _names(widths if R is None else tuple(range(len(widths))))
+    infos = [dict(zip(names, (scale, *squares), strict=True)) for scale, squares, _ in statistics]
     if spec.details:
         for info, of_map in zip(infos, statistics, strict=True):
             info |= _named_details(spec, of_map, R)
@@ -161,6 +161,10 @@ def _check_field(field: Field, affinity_floor: float, checked: list[tuple[Any, .
         check_suits(field, f"fixed_neg{index}", neg, dict(zip(names, weights, strict=True)))
         if weights[0] is not None and not field.include_self:
             raise ValueError(f"{names[0]}: got weights, but samples are no targets with include_self=False; omit it")
+
+
+def _names(of_R: tuple[float, ...]) -> tuple[str, ...]:
+    return ("scale", *(f"loss_{R}" for R in of_R))
 
 
 def _given_scales(scale: Any, maps: list[LossMap]) -> Tensor:

@@ -30,16 +30,21 @@ template <class T> class Coupling {
     const T least;
     const T* costs = nullptr;  // [N, ld], infinite where there is no pair
     T slope_of_logits = 0;     // L = slope·cost + log w
-    Buffer<T> A, levels, sums, moved, nearest, row_factors;  // [N, ld]; of rows and sides [2, padded]: level, Σ E, Σ E·slope·cost, least cost, factor
-    Buffer<T> column_factors, column_sums, potentials, rows_of_logs;
-    Buffer<T> log_weights, weights, shares;  // [ld], of targets: added to L; multiplies A; what Sinkhorn's columns sum to
+    Buffer<T> memory;  // of all that follows
+    T* free = memory;
+    T *const A = take(N * ld), *const levels = take(2 * padded);                               // E, then A, then c; of rows and sides
+    T *const sums = take(2 * padded), *const moved = take(2 * padded);                         // Σ E and Σ E·slope·cost
+    T *const nearest = take(2 * padded), *const row_factors = take(2 * padded);                // the least cost, and the factor of A
+    T *const column_factors = take(ld), *const column_sums = take(ld), *const potentials = take(ld), *const rows_of_logs = take(padded);
+    T *const log_weights = take(ld), *const weights = take(ld), *const shares = take(ld);  // added to L; multiplies A; sums of Sinkhorn's columns
+
+    T* take(int64_t count) { return std::exchange(free, free + count); }
 
   public:
     Coupling(const LossSpec& spec, int64_t N, int64_t ld, Columns negatives, Columns positives)
-        : spec(spec), N(N), ld(ld), padded(round_up(N, KEPT_ALIGN)), sides{negatives, positives}, least(std::sqrt(T(spec.floor))), A(N * ld),
-          levels(2 * padded), sums(2 * padded), moved(2 * padded), nearest(2 * padded), row_factors(2 * padded), column_factors(ld),
-          column_sums(ld), potentials(ld), rows_of_logs(padded), log_weights(ld), weights(ld), shares(ld) {
-        for (T* array : {&levels[0], &sums[0], &moved[0], &nearest[0], &row_factors[0]}) std::fill_n(array, 2 * padded, T(0));
+        : spec(spec), N(N), ld(ld), padded(round_up(N, KEPT_ALIGN)), sides{negatives, positives}, least(std::sqrt(T(spec.floor))),
+          memory((N + 6) * ld + 11 * padded) {
+        std::fill(levels, row_factors + 2 * padded, T(0));
     }
 
     // Takes over the weights [ld] of a group's targets, which `is_there` knows by their columns.

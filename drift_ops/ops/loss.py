@@ -19,7 +19,7 @@ class Statistics(NamedTuple):
     """What the loss of a map was made with."""
 
     scale: Tensor  # 0-d, or [G]
-    squared_lambdas: Tensor  # [R], or [R, G]
+    squared_lambdas: Sequence[Tensor]  # of each R, 0-d or [G]
     details: Tensor | None = None  # [6, R, G, N], see drift_ops.spec.DETAILS
 
 
@@ -98,9 +98,10 @@ def loss_at_once(
     losses, statistics, details = (results[n * len(maps) : (n + 1) * len(maps)] for n in range(3))
     details = details or (None,) * len(maps)
     if not spec.has_statistics_of_groups:
-        return losses, [Statistics(s[0], s[1:], d) for s, d in zip(statistics, details, strict=True)]
+        rows = [of_map.unbind() for of_map in statistics]
+        return losses, [Statistics(row[0], row[1:], d) for row, d in zip(rows, details, strict=True)]
     scales = [s[0, 0] if spec.scale == "global" else s[0] for s in statistics]
-    lambdas = [s[1:] if spec.normalize == "group" else s[1:, 0] for s in statistics]
+    lambdas = [(s[1:] if spec.normalize == "group" else s[1:, 0]).unbind() for s in statistics]
     return losses, [Statistics(*of_map) for of_map in zip(scales, lambdas, details, strict=True)]
 
 
@@ -215,6 +216,7 @@ def _statistics(
     dtype, of_groups = _dtype(maps[0]), [of_map.groups for of_map in maps]
     scales = scale.to(dtype).unbind() if spec.scale == "global" else scale.to(dtype).split(of_groups)
     lambdas = squares.to(dtype).unbind() if spec.normalize != "group" else squares.to(dtype).T.split(of_groups, 1)
+    lambdas = [of_map.unbind() for of_map in lambdas]
     of_here = iter(details)
     found = [next(of_here) if spec.details and groups else None for groups in of_groups]
     return [Statistics(*of_map) for of_map in zip(scales, lambdas, found, strict=True)]
