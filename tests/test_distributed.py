@@ -8,6 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
 import drift_ops
+from drift_ops import Field
 
 GROUPS = 4
 
@@ -19,11 +20,18 @@ def maps_of(ranks: int, rank: int) -> dict[str, list[torch.Tensor]]:
     return {name: [tensors[name][share].float().contiguous() for tensors in maps] for name in maps[0]}
 
 
-def loss_of_maps(ranks, rank, process_group, backend):
+OPTIONS = {
+    "release": {},
+    "coupled": {"field": Field(coupling="sinkhorn", weights="kernel", iterations=4), "normalize": "group_mean"},
+    "of groups": {"field": Field(sides="split"), "scale": "group", "normalize": "group"},
+}
+
+
+def loss_of_maps(ranks, rank, process_group, backend, options=OPTIONS["release"]):
     maps = maps_of(ranks, rank)
     for gen in maps["gen"]:
         gen.requires_grad_()
-    losses, infos = drift_ops.drift_loss(**maps, process_group=process_group, backend=backend)
+    losses, infos = drift_ops.drift_loss(**maps, process_group=process_group, backend=backend, **options)
     gradients = torch.autograd.grad(sum(loss.sum() for loss in losses), maps["gen"])
     return [loss.detach() for loss in losses], infos, gradients
 
@@ -44,10 +52,11 @@ def worker(rank: int, directory: str, backends: list[str]) -> None:
     results = {}
     for backend in backends:
         with profile(activities=[ProfilerActivity.CPU]) as trace:
-            loss = loss_of_maps(2, rank, dist.group.WORLD, backend)
+            loss_of_maps(2, rank, dist.group.WORLD, backend)
         collectives = sum(event.name.startswith("gloo:") for event in trace.events())
+        of_family = {name: loss_of_maps(2, rank, dist.group.WORLD, backend, OPTIONS[name]) for name in OPTIONS}
         step = training_step(2, rank, dist.group.WORLD, backend, DistributedDataParallel)
-        results[backend] = (loss, collectives, step, loss_of_maps(1, rank, dist.group.WORLD, backend))
+        results[backend] = (of_family, collectives, step, loss_of_maps(1, rank, dist.group.WORLD, backend))
     torch.save(results, f"{directory}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -69,14 +78,19 @@ def cpu_backend(backend):
     return backend
 
 
-def test_loss_over_ranks(two_ranks, cpu_backend):
-    losses, infos, gradients = loss_of_maps(1, 0, None, cpu_backend)
-    ranks = [loss for loss, *_ in two_ranks[cpu_backend]]
+@pytest.mark.parametrize("name", OPTIONS)
+def test_loss_over_ranks(two_ranks, cpu_backend, name):
+    losses, infos, gradients = loss_of_maps(1, 0, None, cpu_backend, OPTIONS[name])
+    ranks = [of_family[name] for of_family, *_ in two_ranks[cpu_backend]]
     for k in range(2):
         torch.testing.assert_close(torch.cat([rank[0][k] for rank in ranks]), losses[k])
         torch.testing.assert_close(torch.cat([rank[2][k] for rank in ranks]), gradients[k])
-        for _, rank_infos, _ in ranks:
-            torch.testing.assert_close(rank_infos[k], infos[k])
+        for key, expected in infos[k].items():
+            found = [rank_infos[k][key] for _, rank_infos, _ in ranks]
+            if expected.dim():  # of groups, which a rank has its share of
+                found = [torch.cat(found, min(1, expected.dim() - 1))]
+            for value in found:
+                torch.testing.assert_close(value.detach(), expected.detach())
 
 
 def test_a_rank_without_groups(two_ranks, cpu_backend):

@@ -96,6 +96,11 @@ FORMS = {
         field_inputs(N, P, M, D, (G,)),
         {"temperature": (4.0, 9.0), "field": Field("l2_sq", "sinkhorn", "split", 2, "kernel")},
     ),
+    "coupled_loss": (
+        drift_ops.drift_loss,
+        loss_inputs(N, P, M, D, G),
+        {"R_list": R_LIST, "field": Field(coupling="row", sides="split"), "scale": "group", "normalize": "group"},
+    ),
 }
 every_form = pytest.mark.parametrize(("function", "tensors", "options"), FORMS.values(), ids=FORMS)
 

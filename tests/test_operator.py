@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import drift_ops
+from drift_ops import Field
 
 COUNTS = st.sampled_from([1, 2, 3, 5, 17, 64, 100, 129, 300])
 DIMS = st.sampled_from([1, 2, 3, 5, 8, 16, 17, 33, 64, 100, 129, 640, 1025])
@@ -109,6 +110,21 @@ FORMS = {
     "compute_V large": (drift_ops.compute_V, compute_V_inputs(260, 220, 240, 3, (2,)), {"sigma": 0.5}),
     "drift_field large": (drift_ops.drift_field, field_inputs(260, 220, 240, 3, (2,)), {"temperature": 0.5}),
     "drift_loss large": (drift_ops.drift_loss, loss_inputs(260, 220, 240, 3, 2), {}),
+    "coupled loss": (
+        drift_ops.drift_loss,
+        loss_inputs(6, 5, 7, 10, 2, weighted=True),
+        {"field": Field("l2_sq", "sinkhorn", "split", 5, "kernel"), "scale": "group", "normalize": "group_mean"},
+    ),
+    "coupled loss large": (
+        drift_ops.drift_loss,
+        loss_inputs(260, 220, 240, 3, 2, weighted=True),
+        {"field": Field(coupling="two_sided", sides="split", weights="kernel"), "scale_self_pairs": False},
+    ),
+    "coupled field large": (
+        drift_ops.drift_field,
+        field_inputs(260, 220, 240, 3, (2,), weighted=True),
+        {"field": Field(coupling="sinkhorn", iterations=3, weights="kernel"), "temperature": 0.5},
+    ),
 }
 every_form = pytest.mark.parametrize(("function", "tensors", "options"), FORMS.values(), ids=FORMS)
 small_forms = pytest.mark.parametrize(("function", "tensors", "options"), list(FORMS.values())[:3], ids=list(FORMS)[:3])
