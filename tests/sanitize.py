@@ -104,7 +104,11 @@ def sanitize_memory(compiler: str) -> None:
     ).stdout.split()
     for isa in supported:
         started = time.monotonic()
-        pytest = [sys.executable, *"-m pytest -q -s -p sanitized_cpu -p no:cacheprovider -k cpu".split()]
+        pytest = [
+            sys.executable,
+            *"-m pytest -q -s -p sanitized_cpu -p no:cacheprovider -k".split(),
+            "cpu or test_pairs",
+        ]
         run([*pytest, *TESTS], environment | {"DRIFT_OPS_CPU_ISA": isa, "DRIFT_OPS_REQUIRE": "cpu"})
         seconds = time.monotonic() - started
         print(f"AddressSanitizer and UndefinedBehaviorSanitizer, {isa}: clean ({seconds:.0f} s)", flush=True)
