@@ -294,5 +294,5 @@ class LossMap(NamedTuple):
 def by_map(maps: Sequence[LossMap], values: Tensor) -> tuple[Tensor, ...]:
     """``values [maps, …]`` or ``[all groups of all maps, …]`` as those of each map: ``[1, …]`` or ``[G, …]``."""
     if values.shape[0] == len(maps):
-        return values.split(1)
+        return values.split(1)[: len(maps)]  # of nothing there is one part
     return values.split([of_map.groups for of_map in maps])

@@ -254,7 +254,8 @@ def test_one_outlier(kernel_backend, function, tensors, options, who):
     name = [name for name in tensors if not name.startswith("weight")][who]
     moved = tensors[name].clone()
     moved[..., 0, :] = 1e4
-    check(function, tensors | {name: moved}, options, torch.float32, kernel_backend, rtol=1e-5)
+    rtol = 5e-5 if "field" in options else 1e-5  # a composed one rounds logarithms of some hundreds
+    check(function, tensors | {name: moved}, options, torch.float32, kernel_backend, rtol=rtol)
 
 
 @every_form

@@ -177,11 +177,11 @@ def _normalisation(
     if spec.normalize == "group":
         squares = of_all = _joined(of_groups, maps, R)
     else:
-        means = [
-            m.sqrt().mean(0, keepdim=True).square() if spec.normalize == "group_mean" else m.mean(0, keepdim=True)
-            for m in of_groups
-        ]
+        of_roots = spec.normalize == "group_mean"
+        means = [(m.sqrt() if of_roots else m).mean(0, keepdim=True) for m in of_groups]
         squares, of_all = _over_ranks(maps, _joined(means, maps, R), mean_over_ranks)
+        if of_roots:
+            squares, of_all = squares.square(), of_all.square()
     factors = squares.clamp(min=spec.least_squared_lambda).rsqrt()
     return torch.ones_like(factors) if spec.normalize == "none" else factors, of_all
 
