@@ -158,3 +158,73 @@ def test_logits_far_apart(field, kernel_backend):
 
 def test_goldens_are_there():
     assert len(FAMILY) == 41
+
+
+POINTS = {"gen": torch.zeros(2, 3, 4), "fixed_pos": torch.zeros(2, 5, 4), "fixed_neg": torch.zeros(2, 1, 4)}
+NOTHING = torch.tensor([[1.0], [0.0]])
+WRONG = [
+    (lambda: Field(coupling="sinkhorn"), "weights: got 'affinity' with coupling='sinkhorn'"),
+    (lambda: Field(weights="marginal"), "weights: got 'marginal' with coupling='two_sided'"),
+    (lambda: Field(coupling="rows"), "coupling: got 'rows', expected one of 'row'"),
+    (lambda: Field(coupling="sinkhorn", weights="kernel", iterations=0), "iterations: got 0, expected at least 1"),
+    (lambda: Field(iterations=2.0), "iterations: got 2.0"),
+    (lambda: Field(mask_self=-1.0), "mask_self: got -1.0"),
+    (lambda: Field(affinity_floor=1.0), "affinity_floor: got 1.0"),
+    (lambda: drift_ops.drift_loss(**POINTS, field="row"), "field: got str"),
+    (
+        lambda: drift_ops.drift_loss(**POINTS, field=Field(), affinity_floor=0.1),
+        "affinity_floor: got 0.1 beside a field",
+    ),
+    (lambda: drift_ops.drift_loss(**POINTS, scale="groups"), "scale: got 'groups', expected one of 'global', 'group'"),
+    (lambda: drift_ops.drift_loss(**POINTS, scale=-1.0), "scale"),
+    (lambda: drift_ops.drift_loss(**POINTS, scale=torch.ones(3)), "scale"),
+    (lambda: drift_ops.drift_loss(**POINTS, normalize="none"), "normalize: got 'none'"),
+    (lambda: drift_ops.drift_loss(**POINTS, scale_self_pairs=1), "scale_self_pairs: got 1"),
+    (lambda: drift_ops.drift_loss(**POINTS, R_list=torch.tensor([0.1, -1.0])), "R_list: got"),
+    (lambda: drift_ops.drift_loss(**POINTS, R_list=torch.ones(1, 2)), "R_list: got shape"),
+    (
+        lambda: drift_ops.drift_loss(POINTS["gen"], POINTS["fixed_pos"], field=Field(include_self=False)),
+        "fixed_neg: got no negatives with include_self=False",
+    ),
+    (
+        lambda: drift_ops.drift_loss(**POINTS, weight_gen=torch.ones(2, 3), field=Field(include_self=False)),
+        "weight_gen: got weights, but samples are no targets",
+    ),
+    (
+        lambda: drift_ops.drift_loss(
+            **POINTS, weight_neg=NOTHING, field=Field(coupling="sinkhorn", weights="marginal")
+        ),
+        "weight_neg: got a weight that is not above 0 with weights='marginal'",
+    ),
+    (
+        lambda: drift_ops.drift_loss(**POINTS, weight_neg=-NOTHING, field=Field(weights="kernel")),
+        "weight_neg: got a negative weight with weights='kernel'",
+    ),
+    (
+        lambda: drift_ops.drift_field(
+            POINTS["gen"], POINTS["fixed_pos"], temperature=1.0, field=Field(), include_self=False
+        ),
+        "include_self: got False beside a field",
+    ),
+    (
+        lambda: drift_ops.drift_field(POINTS["gen"], POINTS["fixed_pos"], temperature=torch.tensor(0.0)),
+        "temperature: got 0.0",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), WRONG, ids=[message for _, message in WRONG])
+def test_what_does_not_go_together_is_told(call, message):
+    with pytest.raises((TypeError, ValueError)) as error:
+        call()
+    assert str(error.value).startswith(message), error.value
+    assert "\n" not in str(error.value)
+
+
+def test_true_and_one_are_not_the_same_mask(backend):
+    """A cache that took them for one key would give the loss of the other."""
+    points = [t.to(device_of(backend)) for t in (torch.randn(2, 6, 3), torch.randn(2, 5, 3))]
+    masked, moved = (
+        drift_ops.drift_loss(*points, field=Field(mask_self=mask), backend=backend)[0] for mask in (True, 1.0)
+    )
+    assert not torch.allclose(masked, moved)
