@@ -122,9 +122,10 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, number):
 def test_the_commands_are_listed(capsys):
     assert list_commands([]) == 0
     lines = capsys.readouterr().out.splitlines()
-    modules = Path(evaluate.__file__).parent.glob("*.py")
-    called = {path.stem for path in modules if "__name__ == " in path.read_text()} - {"__main__"}
-    assert set(COMMANDS) == called | {"experiments.toy_2d_drifting"}
+    root = Path(evaluate.__file__).parent
+    modules = {path.stem: path for path in root.glob("*.py") if path.stem != "__main__"}
+    modules |= {f"experiments.{path.stem}": path for path in root.glob("experiments/*.py")}
+    assert set(COMMANDS) == {name for name, path in modules.items() if "__name__ == " in path.read_text()}
     for command in COMMANDS:
         after = lines[lines.index(f"  python -m drifting.{command}") + 1]
         assert after.startswith(6 * " ") and "``" not in after

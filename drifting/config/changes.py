@@ -15,7 +15,7 @@ Values = dict[str, Any]  # A configuration, with dotted keys.
 RECORD = "changes.json"
 NEVER = (
     "seed", "model", "data.name", "data.image_size", "data.subset", "data.label_column", "step.queue_size",
-    "step.unconditional_queue_size", "step.latents", "optimizer.ema_decay",
+    "step.unconditional_queue_size", "step.latents", "step.groups", "optimizer.ema_decay",
 )  # fmt: skip
 FREE = (
     "train", "evaluation", "data.path", "data.workers", "step.queue_device", "step.queue_features",

@@ -58,7 +58,7 @@ def draw(paths: dict[str, Tensor]) -> Figure:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = ArgumentParser(prog="python -m drifting.experiments.policy", description="Learn to pass an obstacle.")
     parser.add_argument("--out", type=Path, default=Path("outputs/policy"), help="folder for the picture")
-    parser.add_argument("--steps", type=int, default=1500, help="training steps (default: 1500)")
+    parser.add_argument("--steps", type=int, default=3000, help="training steps (default: 3000)")
     options = parser.parse_args(argv)
     if not 1 <= options.steps < 2**63:
         raise UserError(f"--steps is {options.steps}, expected 1 or more")
