@@ -44,7 +44,7 @@ RUNS = {  # settings of trainers, the numbers of ranks that they are tried with
     "fsdp": ({"fsdp": True}, (2, 4)),
     "ddp, uneven": ({"labels_per_step": 5}, (2, 4)),
     "ddp, in parts": ({"labels_at_once": 1}, (2,)),
-    "pairs": ({"groups": "pairs", "gen_per_pair": 3, "normalize": "global", "learn_temperature": True}, (2, 4)),
+    "pairs": ({"groups": "pairs", "gen_per_pair": 3, "learn_temperature": True}, (2, 4)),
     "pairs, fsdp, in parts": (
         {"groups": "pairs", "gen_per_pair": 3, "normalize": "group", "fsdp": True, "labels_at_once": 2},
         (2,),

@@ -46,7 +46,6 @@ template <class T> struct Axis {  // of one problem
     int64_t count;
     const T* stats;  // of width 0: maxima, then factors; the next width's are stats_stride further
     int64_t stats_stride;
-    T self_distance;
     __device__ Matrix<T> rows(Span span, int64_t D) const { return {points + span.first * D, span.count, D}; }
 };
 
@@ -55,14 +54,11 @@ template <class T> struct Known {
     const T *q_norms, *k_norms, *row_stats, *col_stats;
 };
 
-template <class T> __device__ T self_distance(const Affinity<T>& p, int64_t g) {
-    return p.self_distances ? p.self_distances[g] : T(p.least_distance) + T(p.self_distance) * (p.unit ? T(*p.unit) : T(1));
-}
 template <class T> __device__ Axis<T> queries(const Affinity<T>& p, const Known<T>& known, int64_t g) {
-    return {p.q + g * p.N * p.D, known.q_norms + g * p.N, p.N, known.row_stats + g * 2 * p.N, p.groups * 2 * p.N, self_distance(p, g)};
+    return {p.q + g * p.N * p.D, known.q_norms + g * p.N, p.N, known.row_stats + g * 2 * p.N, p.groups * 2 * p.N};
 }
 template <class T> __device__ Axis<T> keys(const Affinity<T>& p, const Known<T>& known, int64_t g) {
-    return {p.k + g * p.M * p.D, known.k_norms + g * p.M, p.M, known.col_stats + g * 2 * p.M, p.groups * 2 * p.M, self_distance(p, g)};
+    return {p.k + g * p.M * p.D, known.k_norms + g * p.M, p.M, known.col_stats + g * 2 * p.M, p.groups * 2 * p.M};
 }
 
 template <bool PAIRS, class T> __device__ auto logit(const Affinity<T>& p, int s, int64_t g) {
@@ -80,10 +76,15 @@ template <class T, int NT, class Body> __device__ __forceinline__ void for_pairs
     });
 }
 
-// d = max(‖x_i − y_j‖, least_distance), the self pairs' exactly the axis' self_distance. Products lose close pairs: a tile that
-// has any is worked out again from differences.
-template <class T, int NT>
-__device__ void find_distances(Tile<T, NT>& d, const Affinity<T>& p, const Axis<T>& x, Span xs, const Axis<T>& y, Span ys, T* stage) {
+// Of a query to itself, in problem g.
+template <bool PAIRS, class T> __device__ __forceinline__ T distance_to_self(const Affinity<T>& p, int64_t g) {
+    return PAIRS ? p.self_distances[g] : T(p.least_distance) + T(p.self_distance) * (p.unit ? T(*p.unit) : T(1));
+}
+
+// d = max(‖x_i − y_j‖, least_distance), the self pairs' exactly distance_to_self. Products lose close pairs: a tile that has any
+// is worked out again from differences.
+template <bool PAIRS, class T, int NT>
+__device__ void find_distances(Tile<T, NT>& d, const Affinity<T>& p, int64_t g, const Axis<T>& x, Span xs, const Axis<T>& y, Span ys, T* stage) {
     const T *x_norms = x.norms + xs.first, *y_norms = y.norms + ys.first;
     const int64_t self = p.has_self ? xs.first - ys.first : int64_t(1) << 40;  // pair (i, i + self) is a self pair
     for (bool by_differences = p.D <= DIFFERENCES_UP_TO;; by_differences = true) {
@@ -97,7 +98,7 @@ __device__ void find_distances(Tile<T, NT>& d, const Affinity<T>& p, const Axis<
         });
         if (!__syncthreads_or(close)) break;
     }
-    const T least = T(p.least_distance), self_distance = x.self_distance;
+    const T least = T(p.least_distance), self_distance = distance_to_self<PAIRS>(p, g);
     for_pairs<T, NT>(xs, ys, [&](int r, int c, int i, int j) {
         const T distance = std::sqrt(d.value[r][c]);
         d.value[r][c] = j == i + self ? self_distance : distance < least ? least : distance;  // NaN stays NaN
@@ -105,18 +106,20 @@ __device__ void find_distances(Tile<T, NT>& d, const Affinity<T>& p, const Axis<
 }
 
 // A of one pair from its logit and the finished statistics of x_i and y_j of one width.
-template <class T> struct Affinities {
+template <bool PAIRS, class T> struct Affinities {
     const T *x_max, *x_factor, *y_max, *y_factor;
-    T least;  // sqrt(floor)
+    T least;          // sqrt(floor)
+    int64_t masked;   // pair (i, i + masked) is 0 whatever the floor (not with PAIRS: their exponent tells)
 
     __device__ Affinities(const Affinity<T>& p, const Axis<T>& x, Span xs, const Axis<T>& y, Span ys, int s)
         : x_max(x.stats + s * x.stats_stride + xs.first), x_factor(x_max + x.count), y_max(y.stats + s * y.stats_stride + ys.first),
-          y_factor(y_max + y.count), least(std::sqrt(T(p.floor))) {}
+          y_factor(y_max + y.count), least(std::sqrt(T(p.floor))),
+          masked(p.has_self && p.self_distance == INF<double> ? xs.first - ys.first : int64_t(1) << 40) {}
 
-    // 0 whatever the floor where the exponent is −∞: for pairs that are left out.
     __device__ __forceinline__ T operator()(int i, int j, T logit) const {
         const T exponent = logit - (x_max[i] + y_max[j]) * T(0.5), value = std::exp(exponent) * (x_factor[i] * y_factor[j]);
-        return exponent == -INF<T> ? T(0) : value < least ? least : value;
+        if (PAIRS) return value < least && exponent != -INF<T> ? least : value;  // potentials leave pairs out, too
+        return j == i + masked ? T(0) : value < least ? least : value;
     }
 };
 

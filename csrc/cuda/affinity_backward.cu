@@ -50,7 +50,7 @@ find_flows(const __grid_constant__ Affinity<T> p, const __grid_constant__ Cut cu
             const Span xs = cut.queries_down(a), ys = cut.keys_across(b);
             const T* w = p.w ? p.w + g * p.M + ys.first : nullptr;
             Tile<T, NT> d, dA;
-            find_distances(d, p, x, xs, y, ys, stage);
+            find_distances<PAIRS>(d, p, g, x, xs, y, ys, stage);
             for (int s = 0; s < p.widths; ++s) {
                 const int64_t from = output_row(p, s, g, ys.side) + xs.first;
                 const int64_t problem = s * p.groups + g;
@@ -60,7 +60,7 @@ find_flows(const __grid_constant__ Affinity<T> p, const __grid_constant__ Cut cu
                     product_of_rows(dA, Matrix<T>{grad.num + from * p.D, xs.count, p.D},
                                     Matrix<T>{p.v + (g * p.M + ys.first) * p.D, ys.count, p.D}, false, p.split_products, stage);
                 const auto logit_of = logit<PAIRS>(p, s, g);
-                const Affinities<T> affinity(p, x, xs, y, ys, s);
+                const Affinities<PAIRS, T> affinity(p, x, xs, y, ys, s);
                 T of_row[4] = {}, of_logit[4] = {}, of_col[2 * NT] = {};
                 for_pairs<T, NT>(xs, ys, [&](int r, int c, int i, int j) {
                     const T L = logit_of.at(d.value[r][c]), A = affinity(i, j, L);
@@ -170,7 +170,7 @@ gradients(const __grid_constant__ Affinity<T> p, const __grid_constant__ Cut cut
         const T* w = p.w ? p.w + g * p.M + k_span.first : nullptr;
         const int64_t self_first = p.has_self ? ys.first : int64_t(1) << 40;  // a query and itself are in one place
         Tile<T, NT> tile;
-        find_distances(tile, p, x, xs, y, ys, stage);
+        find_distances<PAIRS>(tile, p, g, x, xs, y, ys, stage);
         put_strip(d_strip, tile);
         for (int s = 0; s < p.widths; ++s) {
             const int64_t from = output_row(p, s, g, k_span.side) + q_span.first;
@@ -181,7 +181,7 @@ gradients(const __grid_constant__ Affinity<T> p, const __grid_constant__ Cut cut
                 product_of_rows(tile, KEYS ? values : incoming, KEYS ? incoming : values, false, p.split_products, stage);
             put_strip(A_strip, tile);  // until A takes its place
             const auto logit_of = logit<PAIRS>(p, s, g);
-            const Affinities<T> affinity(p, x, xs, y, ys, s);
+            const Affinities<PAIRS, T> affinity(p, x, xs, y, ys, s);
             const int64_t problem = s * p.groups + g;
             const T *x_flow = KEYS ? flows.cols + problem * p.M : flows.rows + problem * p.N;
             const T *y_flow = KEYS ? flows.rows + problem * p.N : flows.cols + problem * p.M;

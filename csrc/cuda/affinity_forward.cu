@@ -30,7 +30,7 @@ find_statistics(const __grid_constant__ Affinity<T> p, const __grid_constant__ C
         for (int64_t b = block.cols.begin; b < block.cols.end; ++b) {
             const Span xs = cut.queries_down(a), ys = cut.keys_across(b);
             Tile<T, NT> d;
-            find_distances(d, p, block.x, xs, block.y, ys, stage);
+            find_distances<false>(d, p, block.group, block.x, xs, block.y, ys, stage);
             for (int s = 0; s < p.widths; ++s) {
                 const Logit<T> logit_of = logit<false>(p, s, block.group);
                 Tile<T, NT> logits;
@@ -85,10 +85,10 @@ weighted_sums(const __grid_constant__ Affinity<T> p, const __grid_constant__ Cut
         const Span ys = cut.keys_across(b);
         const T *v = p.v + (g * p.M + ys.first) * p.D, *w = p.w ? p.w + g * p.M + ys.first : nullptr;
         Tile<T, NT> d;
-        find_distances(d, p, x, xs, y, ys, stage);
+        find_distances<PAIRS>(d, p, g, x, xs, y, ys, stage);
         for (int s = 0; s < p.widths; ++s) {
             const auto logit_of = logit<PAIRS>(p, s, g);
-            const Affinities<T> affinity(p, x, xs, y, ys, s);
+            const Affinities<PAIRS, T> affinity(p, x, xs, y, ys, s);
             Tile<T, NT> A;
             T mine[4] = {};
             A.fill(0);

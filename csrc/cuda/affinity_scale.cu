@@ -22,7 +22,7 @@ pair_sums(const __grid_constant__ Affinity<T> p, const __grid_constant__ Cut cut
         for (int64_t a = block.rows.begin; a < block.rows.end; ++a) {
             const Span xs = cut.queries_down(a);
             Tile<T, NT> d;
-            find_distances(d, p, block.x, xs, block.y, ys, stage);
+            find_distances<false>(d, p, block.group, block.x, xs, block.y, ys, stage);
             T of_tile = 0;
             for_pairs<T, NT>(xs, ys, [&](int r, int c, int, int j) { of_tile += d.value[r][c] * w[j]; });
             total += of_tile;

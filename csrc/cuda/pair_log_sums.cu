@@ -25,7 +25,7 @@ find_log_sums(const __grid_constant__ Affinity<T> p, const __grid_constant__ Cut
     for (int64_t b = cols.begin; b < cols.end; ++b) {
         const Span ys = across(b);
         Tile<T, NT> d;
-        find_distances(d, p, x, xs, y, ys, stage);
+        find_distances<true>(d, p, g, x, xs, y, ys, stage);
         for (int s = 0; s < p.widths; ++s) {
             const int64_t problem = s * p.groups + g;
             const T* of_others = potential ? potential + problem * y.count + ys.first : nullptr;
