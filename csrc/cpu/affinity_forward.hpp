@@ -35,7 +35,7 @@ template <class T> class AffinityForward : RowSums<T, AffinityProblem<T>> {
             const T* d = Base::find_distances(worker, t);
             for (int64_t s = 0; s < S; ++s)
                 add_exponentials<T>(t, Base::logit(s), Base::logit(s).largest(), d, Base::row_statistics(s).sum + t.row,
-                                    Base::col_statistics(s).sum + t.col, nullptr);
+                                    Base::col_statistics(s).sum + t.col);
         };
         if (!Base::walk(add, some_counted)) return false;
         bool all = true;

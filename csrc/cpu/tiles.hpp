@@ -192,17 +192,15 @@ template <class T> bool all_counted(const T* sums, int64_t count) {
     return all;
 }
 
-// E = exp(L − level) of a tile, with a level that no logit exceeds: one exponential serves the sums of rows and columns, to
-// which it is added; both start at the tile's corner. Kept in `E` unless that is null.
-template <class T>
-void add_exponentials(const Tile<T>& t, const Logit<T>& logit, T level, const T* d, T* row_sums, T* col_sums, T* E) {
+// Adds exp(L − level) of a tile, with a level that no logit exceeds: one exponential serves the sums of rows and columns,
+// which both start at the tile's corner.
+template <class T> void add_exponentials(const Tile<T>& t, const Logit<T>& logit, T level, const T* d, T* row_sums, T* col_sums) {
     for (int64_t i = 0; i < t.rows; ++i) {
         Vec<T> sum{};
         for_logits(t, logit, d + i * t.ld, [&](int64_t j, Vec<T> L) {
             const Vec<T> value = exp_nonpositive(L - level);
             sum += value;
             store<T>(col_sums + j, load<T>(col_sums + j) + value);
-            if (E) store<T>(E + i * t.ld + j, value);
         });
         row_sums[i] += horizontal_sum<T>(sum);
     }
