@@ -27,11 +27,12 @@ train: $(VENV)/installed
 
 # The second run has Triton's interpreter execute the kernels on the CPU.
 INTERPRETED := coinciding or origin or outlier or sharp or lone or without or finite or dtypes or lists or share
+INTERPRETED += or unmasked-marginal
 test: lint
 	$(PYTEST) --dist loadfile --no-loadscope-reorder
 	TRITON_INTERPRET=1 DRIFT_OPS_REQUIRE=triton $(PYTEST) --dist worksteal \
 		tests/test_triton_group.py tests/test_triton_pairs.py tests/test_triton_streaming.py \
-		tests/test_golden.py tests/test_operator.py \
+		tests/test_golden.py tests/test_family.py tests/test_operator.py \
 		-k "test_triton or (triton and not large and not 700 and (drift_loss_ or $(INTERPRETED)))"
 
 test-kernels: export DRIFT_EVERY_KERNEL := 1

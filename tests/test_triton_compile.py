@@ -68,18 +68,29 @@ def streaming_gaussian(N: int, M: int, D: int) -> None:
 
 
 def loss(
-    counts: tuple[int, int, int], D: int, dtype: torch.dtype = torch.float32, maps: int = 1, R_list: Any = R_LIST
+    counts: tuple[int, int, int],
+    D: int,
+    dtype: torch.dtype = torch.float32,
+    maps: int = 1,
+    R_list: Any = R_LIST,
+    **member: Any,
 ) -> None:
     from drift_ops import triton
     from drift_ops.spec import LossMap, LossSpec
 
-    spec, T = LossSpec(R_list, 0.0), 4
+    spec, T = LossSpec(R_list, 0.0, **member), 4
     points = tuple(empty(1, n, T, D, dtype=dtype).transpose(1, 2) for n in counts)
     given = [LossMap(points, tuple(empty(1, 1, n).expand(1, T, n) for n in counts))] * maps
     scale, factors = empty(maps, dtype=torch.float64), empty(maps, len(R_list), dtype=torch.float64)
     kept = [kept for _, kept in triton.loss_scale(spec, given)]
     states = [state for state, _, _ in triton.loss_moments(spec, given, kept, scale, None)]
     triton.loss_gradient(spec, given, states, scale, factors, [empty(T)] * maps)
+
+
+def family(coupling: str, sides: str, weights: str, D: int, **member: Any) -> None:
+    """A member of the family of fields as drift_loss has it, without self pairs."""
+    kinds = {"coupling": coupling, "sides": sides, "weights": weights, "details": True, "scale_self_pairs": False}
+    loss((64, 16, 64), D, self_distance=float("inf"), **kinds, **member)
 
 
 def group_field(N: int, M: int, D: int) -> None:
@@ -128,6 +139,10 @@ EXACT_CASES: dict[str, Callable[[], None]] = {  # with products rounded as "high
     "group loss D=2048": lambda: loss((64, 16, 64), 2048),
     "group field D=2": lambda: group_field(32, 64, 2),
     "pairs D=2": lambda: pairs(4096, 8192, 2, "l2", float("inf")),
+    "group row D=256": lambda: family("row", "joint", "affinity", 256),
+    "group split two_sided D=256": lambda: family("two_sided", "split", "kernel", 256, cost="l2_sq"),
+    "group sinkhorn D=256": lambda: family("sinkhorn", "joint", "marginal", 256),
+    "group split sinkhorn D=64": lambda: family("sinkhorn", "split", "kernel", 64, cost="l2_sq"),
 }
 
 
@@ -147,6 +162,7 @@ USUAL_CASES = (  # at "highest": every kernel with products, and those that take
     "group field D=256",
     "streaming D=2",
     "group loss D=2",
+    "group split sinkhorn D=64",
     "pairs D=256",
     "pairs D=2",
 )

@@ -7,12 +7,13 @@ import torch
 from cases import EVERY_KERNEL, FLOOR, INTERPRETED, loss_phases, points, rms, unaligned, weights
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
+from test_family import check as check_member
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
-from drift_ops import cpu  # noqa: E402
+from drift_ops import Field, cpu, drift_loss  # noqa: E402
 from drift_ops import triton as triton_backend  # noqa: E402
 from drift_ops.spec import LOGITS, AffinitySpec, LossMap, LossSpec  # noqa: E402
 from drift_ops.triton import affinity, autotune, group, launch  # noqa: E402
@@ -289,6 +290,51 @@ def test_loss_with_little_shared_memory_or_many_R(monkeypatch, shared_bytes, R, 
     found = plan_of(p, R_LIST * (R // 3) or R_LIST[:1])
     assert (found is not None and not found.floats_kept) == served
     check_loss(p, w, 1e-6, R_list=R_LIST * (R // 3) or R_LIST[:1])
+
+
+# The family of fields
+
+
+MEMBERS = {  # with statistics of their own, and at how many dimensions: where the paths through the kernels part
+    "paper": (Field(), {}, 40),
+    "row": (Field(coupling="row", weights="kernel"), {"scale": "group", "scale_self_pairs": False}, 200),
+    "split row": (Field("l2_sq", "row", "split", affinity_floor=1e-3), {"normalize": None}, 40),
+    "two_sided": (Field("l2_sq", weights="kernel", mask_self=2.0), {"scale": 30.0, "normalize": "group"}, 520),
+    "split two_sided": (Field(sides="split", include_self=False), {"scale": "group", "normalize": "group"}, 200),
+    "sinkhorn": (Field(coupling="sinkhorn", weights="marginal"), {"normalize": "group_mean"}, 200),
+    "split sinkhorn": (Field("l2_sq", "sinkhorn", "split", 5, "kernel", False), {"scale": "group"}, 520),
+    "floored sinkhorn": (Field("l2", "sinkhorn", "split", 3, "marginal", affinity_floor=1e-3), {}, 5),
+}
+
+
+@pytest.mark.parametrize("member", MEMBERS)
+def test_loss_of_members_of_the_family(member):
+    field, options, of_member = MEMBERS[member]
+    for D in (5, 40, 200, 520) if EVERY_KERNEL else (of_member,):
+        check_member(field, "triton", (2, 16, 3, 10), D, options, [0.2, 0.5], dtype=torch.float32)
+
+
+@pytest.mark.parametrize("sides", ["joint", "split"])
+def test_loss_where_factors_of_sinkhorn_leave_the_range(sides):
+    field = Field("l2", "sinkhorn", sides, 8, "kernel")
+    check_member(field, "triton", (1, 9, 3, 8), 3, {"scale": 1.0}, [0.1], far=3.0, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(("scale", "normalize"), [("group", "global"), ("global", "group"), ("group", "group")])
+def test_loss_of_lists_with_statistics_of_groups(scale, normalize):
+    """Maps of one shape in a launch and one of another between them: every group finds its own scale and λ."""
+    cases = [loss_case(2, 12, 3, 7, 20), loss_case(1, 9, 0, 5, 20), loss_case(1, 12, 3, 7, 20, shift=1.0)]
+    results = []
+    for backend, dtype, device in (("triton", torch.float32, DEVICE), ("reference", torch.float64, "cpu")):
+        gen, neg, pos = ([p[n].to(device, dtype, copy=True) for p, _ in cases] for n in range(3))
+        for of_map in gen:
+            of_map.requires_grad_()
+        options = {"scale": scale, "normalize": normalize, "backend": backend}
+        losses, _ = drift_loss(gen, pos, neg, R_list=R_LIST, **options)
+        sum((n + 1) * loss.sum() for n, loss in enumerate(losses)).backward()
+        results.append([t.detach().cpu().double() for t in (*losses, *[of_map.grad for of_map in gen])])
+    for ours, truth in zip(*results, strict=True):
+        assert rms(ours - truth) < 1e-5 * rms(truth)
 
 
 # Forms A and B

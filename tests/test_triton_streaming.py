@@ -9,9 +9,10 @@ import torch
 from cases import DENSE_FACTOR, EVERY_KERNEL, FLOOR, INTERPRETED, loss_phases, points, rms, unaligned, weights
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from test_family import check as check_member
 from torch import Tensor
 
-from drift_ops import reference
+from drift_ops import Field, reference
 from drift_ops.points import gathered
 from drift_ops.spec import LOGITS, AffinitySpec
 
@@ -331,3 +332,11 @@ def test_loss(monkeypatch, counts, D, floor, dtype):
     assert results[0][0].dtype == torch.float64 and results[0][1].dtype == F32 and results[0][2].dtype == dtype
     for value, truth, within in zip(*results, (1e-6, 1e-4, max(2e-5, FLOOR[dtype])), strict=True):
         assert rms(value.cpu().double() - truth) <= within * rms(truth)
+
+
+def test_loss_of_members_of_the_family(monkeypatch):
+    """Composed of sums over pairs, where group kernels do not hold the groups."""
+    monkeypatch.setattr(loss, "plan_of", lambda spec, of_map: None)
+    for field in (Field("l2_sq", "row", "split", affinity_floor=1e-3), Field("l2", "sinkhorn", "joint", 2, "kernel")):
+        options = {"scale": "group", "normalize": "group", "scale_self_pairs": False}
+        check_member(field, "triton", (2, 18, 3, 21), 5, options, [0.2, 0.5], dtype=torch.float32)

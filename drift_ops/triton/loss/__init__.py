@@ -20,7 +20,7 @@ import triton
 from torch import Tensor
 
 from ... import streamed_loss
-from ...spec import LossMap, LossSpec, by_map
+from ...spec import DETAILS, LossMap, LossSpec, by_map
 from .. import pairs
 from ..affinity import affinity_sums
 from .batch import Batch, batches
@@ -58,7 +58,9 @@ def loss_scale(spec: LossSpec, maps: Sequence[LossMap]) -> list[tuple[Tensor, Te
             slices = batch.gens[0].new_empty(*grid, keeps, dtype=torch.float32)
             batch.start(slices_kernel, "scale", spec, grid, slices=slices, share=batch.plan.share)
         batch.start(scale_kernel, "scale", spec, (batch.programs,), slices=slices, **results)
-        return [(of_map.mean(0, keepdim=True, dtype=torch.float64), k) for of_map, k in zip(means, kept, strict=True)]
+        if spec.scale == "global":
+            means = [of_map.mean(0, keepdim=True, dtype=torch.float64) for of_map in means]
+        return [(of_map.double(), k) for of_map, k in zip(means, kept, strict=True)]
 
     def streamed(place: int) -> tuple[Tensor, Tensor]:
         of_map = maps[place]
@@ -76,16 +78,20 @@ def loss_moments(
 
     ``scale`` is that of all maps of the call, or of all their groups.
     """
-    of_maps = by_map(maps, scale)
+    of_maps, of_groups = by_map(maps, scale), len(scale) != len(maps)
 
     def in_groups(batch: Batch) -> list[tuple[Tensor, Tensor, Tensor]]:
         R, states = len(spec.R_list), batch.empty(batch.plan.floats_of_state)
-        moments = batch.empty(R, R)
+        moments, details = batch.empty(R, R), [gen.new_empty(0, dtype=torch.float32) for gen in batch.gens]
+        if spec.details:
+            details = batch.empty(len(DETAILS), R, batch.gens[0].shape[2])
         of_batch = [kept[place] for place in batch.places]
         given: dict[str, Any] = {"kept": batch.filled_up(of_batch) if batch.plan.floats_kept else None}
         given |= {"state": batch.filled_up(states), "scale": scale, "moments": batch.filled_up(moments)}
-        batch.start(moments_kernel, "moments", spec, (batch.programs,), **given)
-        return [(state, of_map, state.new_empty(0)) for state, of_map in zip(states, moments, strict=True)]
+        given |= {"widths": R_list, "details": batch.filled_up(details) if spec.details else None}
+        batch.start(moments_kernel, "moments", spec, (batch.programs,), of_groups=of_groups, **given)
+        details = [of_map.permute(1, 2, 0, 3).contiguous() if spec.details else of_map for of_map in details]
+        return list(zip(states, moments, details, strict=True))
 
     def streamed(place: int) -> tuple[Tensor, Tensor, Tensor]:
         if not spec.is_of_release:
@@ -109,6 +115,9 @@ def loss_gradient(
     ``scale`` and ``factors`` are those of all maps of the call, or of all their groups.
     """
     statistics = list(zip(by_map(maps, scale), by_map(maps, factors), strict=True))
+    of_groups = max(len(scale), len(factors)) != len(maps)
+    if len(scale) != len(factors):
+        scale, factors = (_of_groups(maps, values) for values in (scale, factors))
 
     def in_groups(batch: Batch) -> list[Tensor]:
         keeps, D = batch.plan.keeps_distances, batch.plan.D
@@ -120,7 +129,7 @@ def loss_gradient(
             batch.filled_up([of_maps[place].contiguous() for place in batch.places]) for of_maps in (states, incoming)
         )
         grid = (batch.programs, triton.cdiv(D, share))
-        batch.start(gradient_kernel, "gradient", spec, grid, others=(grads,), **given)
+        batch.start(gradient_kernel, "gradient", spec, grid, others=(grads,), of_groups=of_groups, **given)
         return grads
 
     def streamed(place: int) -> Tensor:
@@ -128,6 +137,12 @@ def loss_gradient(
         return streamed_loss.loss_gradient(spec, *of_map)
 
     return _of_all_maps(spec, maps, in_groups, streamed)
+
+
+def _of_groups(maps: Sequence[LossMap], values: Tensor) -> Tensor:
+    """Those of each map, or of each of their groups, as those of each group."""
+    of_maps = zip(maps, by_map(maps, values), strict=True)
+    return torch.cat([of_map.expand(of_groups.groups, *of_map.shape[1:]) for of_groups, of_map in of_maps])
 
 
 def _of_all_maps(

@@ -1,6 +1,7 @@
 """Maps that share launches: those of one shape, whose groups the group kernels hold."""
 
 import functools
+import math
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
@@ -13,7 +14,7 @@ from ...spec import LossMap, LossSpec
 from .. import autotune, launch
 from ..tiles import DIFFERENCES_UP_TO
 from .distances import CHAIN_UP_TO
-from .maps import BEFORE_STRIDES, Groups, Numbers
+from .maps import BEFORE_STRIDES, Groups, Member, Numbers
 from .plan import Plan, configuration
 
 MAPS_OF_LAUNCH = (1, 4, 16)  # kernels are compiled for each; fewer maps are filled up
@@ -46,6 +47,8 @@ class Batch:
         )
         self.weight_strides = tuple(_strides(self.of_maps[0].weights[side]) for side in self.sides)
         *self.starts, self.programs = accumulate((of_map.groups for of_map in self.of_maps), initial=0)
+        of_call = list(accumulate((of_map.groups for of_map in maps), initial=0))
+        self.first_groups = [of_call[place] for place in places]
 
     def filled_up(self, of_maps: Sequence[Any]) -> tuple[Any, ...]:
         """What each map has, the last one's again where a launch takes more."""
@@ -55,10 +58,11 @@ class Batch:
         """Of every map a float32 tensor of this shape for each group."""
         return [of_map.gen.new_empty(of_map.groups, *shape, dtype=torch.float32) for of_map in self.of_maps]
 
-    def maps(self, *others: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
+    def maps(self, others: Sequence[Sequence[Tensor]], of_groups: bool) -> tuple[tuple[int, ...], ...]:
         """See :mod:`.maps`; with the strides of ``others``, one tensor a map, after those of the points."""
         found = []
-        for n, (start, place, of_map) in enumerate(zip(self.starts, self.places, self.of_maps, strict=True)):
+        places = self.first_groups if of_groups else self.places
+        for n, (start, place, of_map) in enumerate(zip(self.starts, places, self.of_maps, strict=True)):
             tensors = [of_map.points[side] for side in self.sides] + [of_maps[n] for of_maps in others]
             strides = [stride for t in tensors for stride in _strides(t)]
             found.append((start, place, of_map.gen.shape[1], *strides))
@@ -66,28 +70,58 @@ class Batch:
         return (*found, *[nothing] * (_size_of_launch(len(found)) - len(found)))
 
     def start(
-        self, kernel: Any, name: str, spec: LossSpec, grid: tuple[int, ...], others: Any = (), **arguments: Any
+        self,
+        kernel: Any,
+        name: str,
+        spec: LossSpec,
+        grid: tuple[int, ...],
+        others: Any = (),
+        of_groups: bool = False,
+        **arguments: Any,
     ) -> None:
         """Launches a kernel under the configuration of this name, with those of the common arguments that it takes.
 
-        ``others`` are points beside those of the sides, a tensor of each map.
+        ``others`` are points beside those of the sides, a tensor of each map. With ``of_groups``, statistics are those
+        of all groups of the call, else of all its maps.
         """
-        plan, gen, maps = self.plan, self.of_maps[0].gen, self.maps(*others)
+        plan, gen, maps = self.plan, self.of_maps[0].gen, self.maps(others, of_groups)
         counts: tuple[Any, ...] = tuple(count for count in self.of_maps[0].counts if count > 0)
         if counts == plan.blocks:  # no mask is needed, and the compiler will see it
             counts = tuple(map(tl.constexpr, counts))
         points, blocks = (*self.points, *map(self.filled_up, others)), tuple(map(tl.constexpr, plan.blocks))
-        kinds = plan.D <= DIFFERENCES_UP_TO, launch.splits_products(), plan.D > CHAIN_UP_TO
-        arguments |= {"groups": Groups(points, counts, blocks, plan.D, *map(tl.constexpr, kinds)), "maps": maps}
+        kinds: tuple[Any, ...] = plan.D <= DIFFERENCES_UP_TO, launch.splits_products(), plan.D > CHAIN_UP_TO
+        kinds = *map(tl.constexpr, kinds), _member(spec, plan.of_rows)
+        arguments |= {"groups": Groups(points, counts, blocks, plan.D, *kinds), "maps": maps}
         arguments |= {"weights": self.weights, "weight_strides": self.weight_strides}
         R_list, least = tuple(map(float, spec.R_list)), spec.floor**0.5
-        arguments["numbers"] = Numbers(R_list, least, spec.least_distance, spec.least_scale, spec.self_distance)
+        numbers = Numbers(R_list, least, spec.least_distance, spec.least_scale, float(spec.self_distance))
+        arguments |= {"numbers": numbers, "OF_GROUPS": of_groups}
         arguments |= {"KEPT": plan.floats_kept, "STATE": plan.floats_of_state, "KEEP": plan.keeps_distances}
         arguments["SLICES"] = plan.slices
         arguments["ALIGNED"] = all(n % launch.ALIGNMENT == 0 for of_map in maps for n in of_map[BEFORE_STRIDES.value :])
         taken = {name: value for name, value in arguments.items() if name in _parameters(kernel)}
         with launch.on_device_of(gen):
             autotune.start(kernel, grid, configuration=configuration(name, plan, launch.limits(gen.device)), **taken)
+
+
+@functools.cache
+def _member(spec: LossSpec, of_rows: int) -> Member:
+    kinds, masked = (spec.coupling, spec.sides, spec.weights), spec.self_distance == math.inf
+    of_release = kinds == ("two_sided", "joint", "affinity") and spec.include_self and not masked and not spec.details
+    flags = {
+        "OF_RELEASE": of_release,
+        "SQUARED": spec.cost == "l2_sq",
+        "ROW": spec.coupling == "row",
+        "SINKHORN": spec.iterations if spec.coupling == "sinkhorn" else 0,
+        "SPLIT": spec.sides == "split",
+        "KERNEL": spec.weights == "kernel",
+        "MARGINAL": spec.weights == "marginal",
+        "OWN": spec.include_self,
+        "MASKED": masked,
+        "SCALE_SELF": spec.scale_self_pairs,
+        "DETAILS": spec.details,
+    }
+    return Member(**{name: tl.constexpr(flag) for name, flag in flags.items()}, OF_ROWS=tl.constexpr(of_rows))
 
 
 @functools.cache

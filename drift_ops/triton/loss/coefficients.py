@@ -1,6 +1,6 @@
 """The coefficients of the forces, which follow from distances and the state, and weighted sums with them.
 
-With softmax statistics a coefficient takes one exponential and no look at other pairs.
+With the potentials r and c of rows and columns a coefficient takes one exponential and no look at other pairs.
 """
 
 import triton
@@ -10,7 +10,7 @@ from ..group import one_of, zeros
 from ..halves import add_product, exponent, split
 from ..tiles import at_least, pairs_within, self_pairs
 from .distances import load_lifted
-from .memory import HEAD, OF_ROWS, after_vector, entries, statistics_of
+from .memory import BEFORE_WIDTHS, HEAD, after_vector, entries, statistics_of
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -18,22 +18,41 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 @triton.jit
 def ready_for_softmax(d, scale, numbers, groups, first, ROWS: tl.constexpr):
     """Distances of rows [first, first + ROWS) with ``self_distance`` units added to self pairs, and infinite where
-    there is no pair."""
+    there is no pair, or none that counts."""
     ready = ()
     for side in tl.static_range(len(groups.BLOCKS)):
         of_side = d[side]
         if side == 0:
             further = numbers.self_distance * tl.maximum(scale, numbers.least_scale)
             of_side += tl.where(self_pairs(first, ROWS, groups.BLOCKS[0]), further, 0.0)
-        exists = pairs_within(groups.counts[0] - first, groups.counts[side], ROWS, groups.BLOCKS[side])
+        targets = groups.counts[side] if side > 0 or groups.member.OWN else 0
+        exists = pairs_within(groups.counts[0] - first, targets, ROWS, groups.BLOCKS[side])
         ready = ready + (tl.where(exists, of_side, float("inf")),)
     return ready
 
 
 @triton.jit
-def slope_of(scale, numbers, r):
-    """Of the logits of the r-th R, to the base 2, over d: ``L = −δ/R``, where ``δ = d/max(scale, least_scale)``."""
-    return -LOG2_E / (one_of(numbers.R_list, r) * tl.maximum(scale, numbers.least_scale))
+def width_of(numbers, state, r, groups):
+    """The r-th R."""
+    if groups.member.DETAILS:
+        return tl.load(state + BEFORE_WIDTHS + r)
+    else:
+        return one_of(numbers.R_list, r)
+
+
+@triton.jit
+def slope_of(scale, numbers, width):
+    """Of the logits of an R, to the base 2, over d: ``L = −δ/R``, where ``δ = d/max(scale, least_scale)``."""
+    return -LOG2_E / (width * tl.maximum(scale, numbers.least_scale))
+
+
+@triton.jit
+def affinities(L, r, c, least, groups, first, ROWS: tl.constexpr, side: tl.constexpr):
+    """``max(exp2(L − r − c), least)`` of rows [first, first + ROWS) and a side; 0 for self pairs that are left out."""
+    A = at_least(tl.exp2(L - (r[:, None] + c[None, :])), least)
+    if side == 0 and groups.member.MASKED:
+        A = tl.where(self_pairs(first, ROWS, groups.BLOCKS[0]), 0.0, A)
+    return A
 
 
 @triton.jit
@@ -47,15 +66,18 @@ def mean_of_forces(scale, numbers, groups):
 @triton.jit
 def coefficients(d, state, r, scale, numbers, groups, first, ROWS: tl.constexpr, side: tl.constexpr):
     """``c⁻_ij = −A⁻_ij Σ⁺_i`` or ``c⁺_ij = A⁺_ij Σ⁻_i`` of the r-th R, of rows [first, first + ROWS) and the lifted
-    targets of a side; 0 where there is no target or no row."""
+    targets of a side, where sides are split with 1/Σ⁻ and 1/Σ⁺; 0 where there is no target or no row."""
     BLOCK_N: tl.constexpr = groups.BLOCKS[0]
+    POSITIVE: tl.constexpr = side == len(groups.BLOCKS) - 1
     statistics = statistics_of(state, r, groups)
     of_rows = statistics + first + tl.arange(0, ROWS)
-    by_row = tl.load(of_rows + (2 if side == len(groups.BLOCKS) - 1 else 1) * BLOCK_N)
-    col_half = tl.load(entries(statistics + OF_ROWS * BLOCK_N, groups, side))
-    A = tl.exp2(d[side] * slope_of(scale, numbers, r) - (tl.load(of_rows)[:, None] + col_half[None, :]))
+    by_row = tl.load(of_rows + (2 if POSITIVE else 1) * BLOCK_N)
+    col = tl.load(entries(statistics + groups.member.OF_ROWS * BLOCK_N, groups, side))
+    L = d[side] * slope_of(scale, numbers, width_of(numbers, state, r, groups))
+    row = tl.load(of_rows + (4 * BLOCK_N if POSITIVE and groups.member.SPLIT else 0))
+    A = affinities(L, row, col, numbers.least, groups, first, ROWS, side)
     weight = tl.load(entries(after_vector(state + HEAD, groups), groups, side))
-    return at_least(A, numbers.least) * weight[None, :] * by_row[:, None]
+    return A * weight[None, :] * by_row[:, None]
 
 
 @triton.jit

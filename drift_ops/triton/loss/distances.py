@@ -3,7 +3,8 @@
 Queries are the rows [first, first + ROWS) of gen; targets are those of every side, each padded to a power of two. The
 origin is a generated sample amid the others: every pair holds a generated sample, and these tend to be close to each
 other. Products are of float16 halves (see :mod:`..halves`), for which every target has an exponent of its own, so that
-one far away takes no digits from the others. The ``points`` of a group are for every side a pointer to the first point
+one far away takes no digits from the others. A member of the family whose costs are squared distances has these
+wherever distances are named. The ``points`` of a group are for every side a pointer to the first point
 and the stride to the next, its ``origin`` a pointer.
 """
 
@@ -12,7 +13,7 @@ import triton.language as tl
 
 from ..group import zeros
 from ..halves import add_product, exponent, split
-from ..tiles import CLOSE, pairs_within, roots, self_pairs, squared_differences
+from ..tiles import CLOSE, at_least, pairs_within, roots, self_pairs, squared_differences
 
 CHAIN_UP_TO = 256  # dimensions, of whose products the tensor cores' sum drifts by a few float32 roundings only
 HEADROOM = tl.constexpr(6)  # bits by which an entry may exceed those that the exponent was taken from
@@ -241,10 +242,16 @@ def squared_distances(products, query_norms, norms, groups, points, first, ROWS:
 
 @triton.jit
 def roots_of_squares(squares, least, first, ROWS: tl.constexpr, groups):
-    """``max(‖x_i − t_j‖, least)``, a tuple over the sides."""
+    """Costs ``max(‖x_i − t_j‖, least)``, or their squares, a tuple over the sides."""
     d = ()
     for side in tl.static_range(len(groups.BLOCKS)):
-        d = d + (roots(squares[side], least, first, side == 0, ROWS, groups.BLOCKS[side]),)
+        if groups.member.SQUARED:
+            of_side = at_least(squares[side], least * least)
+            if side == 0:
+                of_side = tl.where(self_pairs(first, ROWS, groups.BLOCKS[0]), least * least, of_side)
+        else:
+            of_side = roots(squares[side], least, first, side == 0, ROWS, groups.BLOCKS[side])
+        d = d + (of_side,)
     return d
 
 

@@ -13,7 +13,7 @@ from .coefficients import (
     weighted_sums,
 )
 from .distances import find_distances_again
-from .maps import find_map, points_of_group
+from .maps import find_map, points_of_group, statistics_of_group
 from .memory import HEAD, load_origin_row, load_tiles, load_vectors, statistics_of
 
 
@@ -23,20 +23,22 @@ def gradient_kernel(
     numbers,
     maps,
     state,  # see .memory
-    scale,  # [maps of the call]
-    factors,  # [maps of the call, R]
+    scale,  # [maps of the call], or of all their groups
+    factors,  # [the same, R]
     incoming,  # [G]
     share,  # dimensions of a program
     STATE: tl.constexpr,  # floats of a group
     KEEP: tl.constexpr,  # distances in the state
     BLOCK_D: tl.constexpr,
     BLOCK_SUM: tl.constexpr,
+    OF_GROUPS: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
     R: tl.constexpr = len(numbers.R_list)
     SIDES: tl.constexpr = len(groups.BLOCKS)
     BLOCK_N: tl.constexpr = groups.BLOCKS[0]
     n, place, g = find_map(maps, tl.program_id(0))
+    place = statistics_of_group(place, g, OF_GROUPS)
     scale = tl.load(scale + place).to(tl.float32)
     factors += place * R
     points = points_of_group(groups, maps, n, g, ALIGNED)

@@ -1,9 +1,9 @@
 """The feature maps of a launch, and where a program finds its own.
 
 What maps of one shape do not share comes as a tuple over the maps: pointers, and of each map in ``maps`` its first
-program, its place in the call, T, and for each side of a group the strides of ``[L, T, count]`` of its points, in their
-order. Group g is ``(g // T, g % T)``. The sides are gen, neg (unless it is empty) and pos; arrays, counts and strides
-come as tuples over them.
+program, the place of its scale in the call, T, and for each side of a group the strides of ``[L, T, count]`` of its
+points, in their order. Group g is ``(g // T, g % T)``. The sides are gen, neg (unless it is empty) and pos; arrays,
+counts and strides come as tuples over them.
 """
 
 from typing import Any, NamedTuple
@@ -26,6 +26,24 @@ class Groups(NamedTuple):
     DIFFERENCES: Any  # D is so small that distances come from them
     EXACT: Any  # products are of two parts
     LONG: Any  # and too long a sum for tensor cores
+    member: Any  # a Member
+
+
+class Member(NamedTuple):
+    """Of the family of fields, in what kernels are compiled for: see :class:`drift_ops.spec.LossSpec`."""
+
+    OF_RELEASE: Any  # the statistics of the release serve, whatever costs and scales are
+    SQUARED: Any  # costs are squared distances
+    ROW: Any  # the coupling; neither this nor the next: two_sided
+    SINKHORN: Any  # so many iterations
+    SPLIT: Any  # sides are coupled each on their own
+    KERNEL: Any  # what weights are; neither this nor the next: affinity
+    MARGINAL: Any
+    OWN: Any  # gen is among the targets
+    MASKED: Any  # without the pairs of a sample with itself
+    SCALE_SELF: Any  # these count in the scale
+    DETAILS: Any  # are wanted, and the R may come from memory
+    OF_ROWS: Any  # vectors over the rows that the state has for each R, see .memory
 
 
 class Numbers(NamedTuple):
@@ -49,13 +67,23 @@ def entry_of(maps, n, entry: tl.constexpr):
 
 @triton.jit
 def find_map(maps, program):
-    """What ``program`` of a launch works on: the map's place in the launch and in the call, and its group there."""
+    """What ``program`` of a launch works on: the map's place in the launch, that of its scale in the call, and the
+    group in the map."""
     n, place, first = 0, maps[0][1], 0
     for other in tl.static_range(1, len(maps)):
         n = tl.where(program >= maps[other][0], other, n)
         place = tl.where(program >= maps[other][0], maps[other][1], place)
         first = tl.where(program >= maps[other][0], maps[other][0], first)
     return n, place, (program - first).to(tl.int64)
+
+
+@triton.jit
+def statistics_of_group(place, g, OF_GROUPS: tl.constexpr):
+    """Where a group's scale or factors are among those of all maps or, with OF_GROUPS, of all groups of a call."""
+    if OF_GROUPS:
+        return place + g
+    else:
+        return place
 
 
 @triton.jit

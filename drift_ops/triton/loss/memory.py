@@ -5,10 +5,11 @@ norm of every target; products of gen and every side, or squared distances where
 other sides with each other.
 
 A target is lifted by the power of two that brings its length to [2^13, 2^14), so that no target takes digits from
-another. Phase 2 keeps, as the state: the row of the origin, in HEAD floats; by target the exponent that lifts it, and
-its weight over that power; for each R by row the half of the softmax's log-sum, what turns affinities to negatives and
-to positives into coefficients, and the largest coefficient of a lifted target, and by column the half log-sum; then the
-distances if these are kept.
+another. Phase 2 keeps, as the state: the row of the origin and, for members with details, the R, in HEAD floats; by
+target the exponent that lifts it, and its weight over that power; for each R by row the potential r (the half of the
+softmax's log-sum, in the release), what turns affinities to negatives and to positives into coefficients, the largest
+coefficient of a lifted target and, where sides are split, the r of positives, and by column the potential c: affinities
+are ``exp2(L − r − c)``; then the distances if these are kept.
 """
 
 import triton
@@ -18,7 +19,8 @@ from ..halves import exponent, split
 from .distances import roots_of_squares
 
 HEAD = tl.constexpr(32)  # floats for what a group has one of
-OF_ROWS = tl.constexpr(4)  # vectors over the rows, for each R
+BEFORE_WIDTHS = tl.constexpr(2)  # of these
+OF_ROWS, OF_SPLIT_ROWS = 4, 5  # vectors over the rows, for each R
 GRAM = tl.constexpr(2.0**-14)  # brings products of lifted targets into float16's range
 
 
@@ -47,7 +49,7 @@ def after_vector(place, groups):
 def statistics_of(state, r, groups):
     """Those of the r-th R, from the rows' on; of as many as there are, the distances."""
     return after_vector(after_vector(state + HEAD, groups), groups) + r * after_vector(
-        OF_ROWS * groups.BLOCKS[0], groups
+        groups.member.OF_ROWS * groups.BLOCKS[0], groups
     )
 
 
@@ -71,6 +73,18 @@ def store_head(place, origin_row, any_close):
     n = tl.arange(0, HEAD)
     head = tl.where(n == 0, origin_row.to(tl.float32), tl.where(n == 1, any_close.to(tl.float32), 0.0))
     tl.store(place + n, head)
+
+
+@triton.jit
+def store_head_with_widths(place, origin_row, R_list, widths):
+    """The same with the R, which come from memory unless ``widths`` is None."""
+    n = tl.arange(0, HEAD)
+    head = tl.where(n == 0, origin_row.to(tl.float32), 0.0)
+    for r in tl.static_range(len(R_list)):
+        width = R_list[r] if widths is None else tl.load(widths + r).to(tl.float32)
+        head = tl.where(n == BEFORE_WIDTHS + r, width, head)
+    tl.store(place + n, head)
+    tl.debug_barrier()  # the R are loaded by other threads
 
 
 @triton.jit

@@ -11,7 +11,7 @@ import triton
 from ...spec import LossMap, LossSpec
 from .. import group, launch
 from ..tiles import DIFFERENCES_UP_TO
-from .memory import HEAD, OF_ROWS
+from .memory import HEAD, OF_ROWS, OF_SPLIT_ROWS
 
 MOST_PAIRS, AMD_MOST_PAIRS = 64 * 160, 64 * 144  # padded: what the registers of a program hold
 MOST_R = 8  # whose products of forces the moments sum up at a time
@@ -27,6 +27,7 @@ class Plan:
 
     blocks: tuple[int, ...]  # of each side, gen first
     D: int
+    of_rows: int  # vectors over the rows that the state has for each R
     floats_kept: int  # of a group by phase 1 for phase 2: products, or nothing
     floats_of_state: int  # of a group by phase 2 for phase 3
     keeps_distances: bool  # in the state
@@ -39,14 +40,15 @@ class Plan:
 
 def plan_of(spec: LossSpec, of_map: LossMap) -> Plan | None:
     """None: the groups are streamed."""
-    if not spec.is_of_release:
-        return None
     gen, counts = of_map.gen, tuple(map(int, of_map.counts))  # under torch.compile they may be symbols
-    return _plan(len(spec.R_list), counts, int(gen.shape[3]), gen.element_size(), launch.limits(gen.device))
+    R, of_rows = len(spec.R_list), OF_SPLIT_ROWS if spec.sides == "split" else OF_ROWS
+    return _plan(R, of_rows, counts, int(gen.shape[3]), gen.element_size(), launch.limits(gen.device))
 
 
 @functools.cache
-def _plan(R: int, counts: tuple[int, ...], D: int, bytes_of_entry: int, limits: launch.Limits) -> Plan | None:
+def _plan(
+    R: int, of_rows: int, counts: tuple[int, ...], D: int, bytes_of_entry: int, limits: launch.Limits
+) -> Plan | None:
     blocks = group.padded(*counts)
     pairs = blocks[0] * sum(blocks)
     if pairs > (AMD_MOST_PAIRS if limits.amd else MOST_PAIRS) or not _coefficients_fit(R, blocks, limits):
@@ -55,11 +57,11 @@ def _plan(R: int, counts: tuple[int, ...], D: int, bytes_of_entry: int, limits: 
     kept = HEAD.value + sum(blocks) + _products_of_targets(blocks)
     if D <= DIFFERENCES_UP_TO or 4 * kept > of_gen or not _products_fit(blocks, limits):
         kept = 0
-    state = HEAD.value + 2 * sum(blocks) + R * (OF_ROWS.value * blocks[0] + sum(blocks))
+    state = HEAD.value + 2 * sum(blocks) + R * (of_rows * blocks[0] + sum(blocks))
     keeps_distances = 40 * (state + pairs) <= of_all + of_gen  # a tenth of what is read and written
     # not by the number of groups, on which the bits of the result would depend
     share = triton.cdiv(D, D // LEAST_SLICE * UNIT) * UNIT if kept and D >= 2 * LEAST_SLICE else D
-    return Plan(blocks, D, kept, state + pairs * keeps_distances, keeps_distances, share)
+    return Plan(blocks, D, of_rows, kept, state + pairs * keeps_distances, keeps_distances, share)
 
 
 def _coefficients_fit(R: int, blocks: tuple[int, ...], limits: launch.Limits) -> bool:

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from ..group import one_of
+from ..tiles import self_pairs
 from .distances import find_distances, find_origin, find_products, roots_of_squares, squared_distances
 from .maps import find_map, points_of_group, weights_of_group
 from .memory import (
@@ -110,13 +111,17 @@ def scale_kernel(
             origin_row = load_origin_row(place)
             products, norms = _sum_of_slices(place, SLICES, KEPT, groups)
         d = _keep(one_of(kept, n) + g * KEPT, origin_row, products, norms, groups, points, numbers.least_distance)
-    exists = tl.arange(0, groups.BLOCKS[0])[:, None] < N
-    of_rows = tl.zeros([groups.BLOCKS[0]], dtype=tl.float32)
+    OF_ROW: tl.constexpr = groups.BLOCKS[0]
+    exists = tl.arange(0, OF_ROW)[:, None] < N
+    of_rows = tl.zeros([OF_ROW], dtype=tl.float32)
     total_weight = 0.0
     targets = 0
-    for side in tl.static_range(len(groups.BLOCKS)):
-        of_rows += tl.sum(tl.where(exists, d[side] * weights[side][None, :], 0.0), 1)
-        total_weight += tl.sum(weights[side])
+    for side in tl.static_range(0 if groups.member.OWN else 1, len(groups.BLOCKS)):
+        weighted, of_side = d[side] * weights[side][None, :], tl.sum(weights[side])
+        if side == 0 and not groups.member.SCALE_SELF:
+            weighted, of_side = tl.where(self_pairs(0, OF_ROW, OF_ROW), 0.0, weighted), of_side * (N - 1) / N
+        of_rows += tl.sum(tl.where(exists, weighted, 0.0), 1)
+        total_weight += of_side
         targets += groups.counts[side]
     means = one_of(means, n) + 2 * g
     tl.store(means, tl.sum(of_rows) / (N * targets))

@@ -1,10 +1,10 @@
-"""Statistics of both softmaxes and sums of affinities, as :mod:`.memory` lists them."""
+"""Statistics of the release's softmaxes and sums of affinities, as :mod:`.memory` lists them."""
 
 import triton
 import triton.language as tl
 
 from ..tiles import at_least, finite_shift
-from .memory import OF_ROWS, store_vectors
+from .memory import store_vectors
 
 LEAST_TOTAL = tl.constexpr(2.0**-60)  # that sums may come to which are taken from one level
 
@@ -37,21 +37,28 @@ def _sums_by_row(A, weights, lifted, least):
 
 
 @triton.jit
-def _store(out, row_half, col_half, sums, groups):
-    """``sums`` are those of :func:`_sums_by_row` for every side."""
+def store_sums(out, rows, col, sums, groups):
+    """Potentials and what follows from the sums of affinities. ``rows`` are r or, where sides are split, those of
+    negatives and positives; ``sums`` are those of :func:`_sums_by_row` for every side."""
     row = tl.arange(0, groups.BLOCKS[0])
     negative, most_negative = sums[0]
     for side in tl.static_range(1, len(sums) - 1):
         negative += sums[side][0]
         most_negative = tl.maximum(most_negative, sums[side][1])
     positive, most_positive = sums[len(sums) - 1]
-    largest = tl.maximum(most_negative * tl.abs(positive), most_positive * tl.abs(negative))
+    by_negative, by_positive = -positive, negative
+    if groups.member.SPLIT:
+        empty = (negative == 0) | (positive == 0)
+        by_negative = tl.where(empty, 0.0, -1 / tl.where(empty, 1.0, negative))
+        by_positive = tl.where(empty, 0.0, 1 / tl.where(empty, 1.0, positive))
+        tl.store(out + 4 * groups.BLOCKS[0] + row, rows[1])
+    largest = tl.maximum(most_negative * tl.abs(by_negative), most_positive * tl.abs(by_positive))
     exists = row < groups.counts[0]
-    tl.store(out + row, row_half)
-    tl.store(out + groups.BLOCKS[0] + row, tl.where(exists, -positive, 0.0))
-    tl.store(out + 2 * groups.BLOCKS[0] + row, tl.where(exists, negative, 0.0))
+    tl.store(out + row, rows[0])
+    tl.store(out + groups.BLOCKS[0] + row, tl.where(exists, by_negative, 0.0))
+    tl.store(out + 2 * groups.BLOCKS[0] + row, tl.where(exists, by_positive, 0.0))
     tl.store(out + 3 * groups.BLOCKS[0] + row, tl.where(exists, largest, 0.0))
-    store_vectors(out + OF_ROWS * groups.BLOCKS[0], col_half, groups)
+    store_vectors(out + groups.member.OF_ROWS * groups.BLOCKS[0], col, groups)
 
 
 @triton.jit
@@ -65,7 +72,7 @@ def _store_from_one_level(out, E, top, row_total, col_totals, weights, lifted, l
         A = E[side] * by_row[:, None] * by_column[None, :]
         col_half = col_half + (_half_logsumexp(top, col_totals[side]),)
         sums = sums + (_sums_by_row(A, weights[side], lifted[side], least),)
-    _store(out, _half_logsumexp(top, row_total), col_half, sums, groups)
+    store_sums(out, (_half_logsumexp(top, row_total),), col_half, sums, groups)
 
 
 @triton.jit
@@ -84,7 +91,7 @@ def _store_from_levels(out, d, slope, weights, lifted, least, groups):
         A = tl.exp2(d[side] * slope - (row_half[:, None] + of_side[None, :]))
         col_half = col_half + (of_side,)
         sums = sums + (_sums_by_row(A, weights[side], lifted[side], least),)
-    _store(out, row_half, col_half, sums, groups)
+    store_sums(out, (row_half,), col_half, sums, groups)
 
 
 @triton.jit
