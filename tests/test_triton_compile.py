@@ -87,10 +87,10 @@ def loss(
     triton.loss_gradient(spec, given, states, scale, factors, [empty(T)] * maps)
 
 
-def family(coupling: str, sides: str, weights: str, D: int, **member: Any) -> None:
+def family(coupling: str, sides: str, weights: str, D: int, negatives: int = 16, **member: Any) -> None:
     """A member of the family of fields as drift_loss has it, without self pairs."""
     kinds = {"coupling": coupling, "sides": sides, "weights": weights, "details": True, "scale_self_pairs": False}
-    loss((64, 16, 64), D, self_distance=float("inf"), **kinds, **member)
+    loss((64, negatives, 64), D, self_distance=float("inf"), **kinds, **member)
 
 
 def group_field(N: int, M: int, D: int) -> None:
@@ -143,6 +143,9 @@ EXACT_CASES: dict[str, Callable[[], None]] = {  # with products rounded as "high
     "group split two_sided D=256": lambda: family("two_sided", "split", "kernel", 256, cost="l2_sq"),
     "group sinkhorn D=256": lambda: family("sinkhorn", "joint", "marginal", 256),
     "group split sinkhorn D=64": lambda: family("sinkhorn", "split", "kernel", 64, cost="l2_sq"),
+    "group split sinkhorn, 64 other negatives": lambda: family(
+        "sinkhorn", "split", "kernel", 512, 64, cost="l2_sq", include_self=False
+    ),
 }
 
 

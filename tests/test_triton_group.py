@@ -320,6 +320,18 @@ def test_loss_where_factors_of_sinkhorn_leave_the_range(sides):
     check_member(field, "triton", (1, 9, 3, 8), 3, {"scale": 1.0}, [0.1], far=3.0, dtype=torch.float32)
 
 
+@pytest.mark.parametrize("field", [Field(weights="kernel"), Field(coupling="row", sides="split", weights="kernel")])
+def test_loss_of_samples_with_nothing_left(field):
+    """A lone sample without itself, and in one of the groups only data that are left out: no field, nothing is NaN."""
+    gen, pos = (points(2, n, 5, seed=n).float().to(DEVICE).requires_grad_(n == 1) for n in (1, 3))
+    weight = torch.tensor([[0.0, 0.0, 0.0], [1.0, 0.5, 0.0]], device=DEVICE)
+    loss, info = drift_loss(gen, pos, None, None, weight, R_list=R_LIST, field=field, scale=1.0, backend="triton")
+    loss.sum().backward()
+    assert not loss.any() and not gen.grad.any()
+    assert not info["sum_neg"].any() and not info["sum_pos"][:, 0].any() and info["sum_pos"][:, 1].all()
+    assert not info["log_row_sums"][:, 0].any() and info["log_mass"][:, 0].max() < -1e4
+
+
 @pytest.mark.parametrize(("scale", "normalize"), [("group", "global"), ("global", "group"), ("group", "group")])
 def test_loss_of_lists_with_statistics_of_groups(scale, normalize):
     """Maps of one shape in a launch and one of another between them: every group finds its own scale and λ."""
@@ -448,6 +460,9 @@ def test_blocks_that_autotuning_may_choose(monkeypatch, block, times):
 def test_fits():
     for counts, fits in {(64, 32, 64): True, (32, 0, 200): True, (65, 0, 16): False, (64, 0, 300): False}.items():
         assert (plan_of(loss_case(1, *counts, 1)[0]) is not None) == fits, counts
+    gen, neg, pos = (torch.empty(1, 1, 64, 1) for _ in range(3))
+    other_negatives = LossSpec(R_LIST, 0.0, include_self=False)
+    assert plan.plan_of(other_negatives, LossMap((gen, neg, pos), (gen, neg, pos))) is not None
     assert group.fits_field(64, 32, 17)
     assert not group.fits_field(64, 32, 33)
     assert not group.fits_field(16, 65)

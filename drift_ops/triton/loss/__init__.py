@@ -5,8 +5,9 @@ says which, and maps of one shape share launches, as a :class:`.batch.Batch`:
 
 - :mod:`.scale`: distances, walking the points once, and their mean. Where it takes less memory than the gradient will,
   products of all targets are kept (:mod:`.memory`); otherwise distances are worked out again by those that need them.
-- :mod:`.moments`: :mod:`.statistics` of both softmaxes and the sums of affinities, for every R; and products of the
-  forces, from the kept products (:mod:`.gram`) or from weighted sums (:mod:`.weighted`).
+- :mod:`.moments`: :mod:`.statistics` of both softmaxes and the sums of affinities, for every R, or of other members of
+  the family of fields the :mod:`.potentials`; and products of the forces, from the kept products (:mod:`.gram`) or from
+  weighted sums (:mod:`.weighted`).
 - :mod:`.gradient`: :mod:`.coefficients` of all R together, and one weighted sum.
 
 Larger groups are streamed: :mod:`.streamed_scale`, and for what follows :mod:`drift_ops.streamed_loss`.

@@ -67,6 +67,8 @@ def mean_of_forces(scale, numbers, groups):
 def coefficients(d, state, r, scale, numbers, groups, first, ROWS: tl.constexpr, side: tl.constexpr):
     """``c⁻_ij = −A⁻_ij Σ⁺_i`` or ``c⁺_ij = A⁺_ij Σ⁻_i`` of the r-th R, of rows [first, first + ROWS) and the lifted
     targets of a side, where sides are split with 1/Σ⁻ and 1/Σ⁺; 0 where there is no target or no row."""
+    if side == 0 and not groups.member.OWN:
+        return zeros(ROWS, groups.BLOCKS[0])
     BLOCK_N: tl.constexpr = groups.BLOCKS[0]
     POSITIVE: tl.constexpr = side == len(groups.BLOCKS) - 1
     statistics = statistics_of(state, r, groups)

@@ -228,14 +228,15 @@ def squared_distances(products, query_norms, norms, groups, points, first, ROWS:
     for side in tl.static_range(len(groups.BLOCKS)):
         both = query_norms[:, None] + norms[side][None, :]
         squared = both - 2 * products[side]
-        exists = pairs_within(groups.counts[0] - first, groups.counts[side], ROWS, groups.BLOCKS[side])
-        margin = tl.where(exists, squared - both * CLOSE, 0.0)
-        if side == 0:
-            margin = tl.where(self_pairs(first, ROWS, groups.BLOCKS[0]), 0.0, margin)
-        of_side = (tl.min(margin) < 0).to(tl.int32)
-        if of_side > 0:
-            squared = _differences(groups, points, first, side, ROWS)
-        any_close = tl.maximum(any_close, of_side)
+        if side > 0 or groups.member.OWN:
+            exists = pairs_within(groups.counts[0] - first, groups.counts[side], ROWS, groups.BLOCKS[side])
+            margin = tl.where(exists, squared - both * CLOSE, 0.0)
+            if side == 0:
+                margin = tl.where(self_pairs(first, ROWS, groups.BLOCKS[0]), 0.0, margin)
+            of_side = (tl.min(margin) < 0).to(tl.int32)
+            if of_side > 0:
+                squared = _differences(groups, points, first, side, ROWS)
+            any_close = tl.maximum(any_close, of_side)
         found = found + (squared,)
     return found, any_close
 

@@ -41,21 +41,23 @@ class Plan:
 def plan_of(spec: LossSpec, of_map: LossMap) -> Plan | None:
     """None: the groups are streamed."""
     gen, counts = of_map.gen, tuple(map(int, of_map.counts))  # under torch.compile they may be symbols
-    R, of_rows = len(spec.R_list), OF_SPLIT_ROWS if spec.sides == "split" else OF_ROWS
-    return _plan(R, of_rows, counts, int(gen.shape[3]), gen.element_size(), launch.limits(gen.device))
+    of_rows = OF_SPLIT_ROWS if spec.sides == "split" else OF_ROWS
+    of_member = len(spec.R_list), of_rows, spec.include_self
+    return _plan(*of_member, counts, int(gen.shape[3]), gen.element_size(), launch.limits(gen.device))
 
 
 @functools.cache
 def _plan(
-    R: int, of_rows: int, counts: tuple[int, ...], D: int, bytes_of_entry: int, limits: launch.Limits
+    R: int, of_rows: int, own: bool, counts: tuple[int, ...], D: int, bytes_of_entry: int, limits: launch.Limits
 ) -> Plan | None:
     blocks = group.padded(*counts)
-    pairs = blocks[0] * sum(blocks)
-    if pairs > (AMD_MOST_PAIRS if limits.amd else MOST_PAIRS) or not _coefficients_fit(R, blocks, limits):
+    pairs, most = blocks[0] * sum(blocks), AMD_MOST_PAIRS if limits.amd else MOST_PAIRS
+    coupled = pairs if own else pairs - blocks[0] ** 2
+    if coupled > most or not _coefficients_fit(R, blocks, limits):
         return None
     of_gen, of_all = (bytes_of_entry * D * count for count in (counts[0], sum(counts)))
     kept = HEAD.value + sum(blocks) + _products_of_targets(blocks)
-    if D <= DIFFERENCES_UP_TO or 4 * kept > of_gen or not _products_fit(blocks, limits):
+    if D <= DIFFERENCES_UP_TO or 4 * kept > of_gen or pairs > most or not _products_fit(blocks, limits):
         kept = 0
     state = HEAD.value + 2 * sum(blocks) + R * (of_rows * blocks[0] + sum(blocks))
     keeps_distances = 40 * (state + pairs) <= of_all + of_gen  # a tenth of what is read and written

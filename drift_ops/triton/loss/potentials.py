@@ -63,11 +63,14 @@ def _shares(weights, groups, FIRST: tl.constexpr, LAST: tl.constexpr):
 
 
 @triton.jit
-def _logits(d, slope, added, FIRST: tl.constexpr, LAST: tl.constexpr):
-    """Of sides [FIRST, LAST), with what is ``added`` by column."""
+def _logits(d, slope, logarithms, groups, FIRST: tl.constexpr, LAST: tl.constexpr):
+    """Of sides [FIRST, LAST), with the logarithms of weights in the kernel."""
     L = ()
     for side in tl.static_range(FIRST, LAST):
-        L = L + (d[side] * slope + added[side][None, :],)
+        of_side = d[side] * slope
+        if groups.member.KERNEL:
+            of_side += logarithms[side][None, :]
+        L = L + (of_side,)
     return L
 
 
@@ -81,7 +84,7 @@ def _or_left_out(log_sum, by):
 def _potentials(d, slope, weights, groups, FIRST: tl.constexpr, LAST: tl.constexpr):
     """r, c over the sides that are coupled, and Sinkhorn's residual."""
     logarithms = _logarithms(weights, groups)
-    L = _logits(d, slope, logarithms, FIRST, LAST)
+    L = _logits(d, slope, logarithms, groups, FIRST, LAST)
     residual = 0.0
     by_column = ()
     if groups.member.SINKHORN:
@@ -123,7 +126,7 @@ def _couple(d, slope, weights, lifted, numbers, groups, FIRST: tl.constexpr, LAS
     """r, c over the sides that are coupled; of every side, by row, the sum of A and the largest to a lifted target; by
     what sums are smaller than those of A; Sinkhorn's residual."""
     row, col, residual = _potentials(d, slope, weights, groups, FIRST, LAST)
-    by = row * 0.0 + 1.0
+    by = tl.full([groups.BLOCKS[0]], 1.0, dtype=tl.float32)
     if groups.member.SPLIT:
         row, by = _row_alone(d, slope, row, col, numbers.least, FIRST, LAST)
     of_targets = multiplying(weights, groups)
@@ -136,9 +139,9 @@ def _couple(d, slope, weights, lifted, numbers, groups, FIRST: tl.constexpr, LAS
 
 
 @triton.jit
-def _sums_of_logits(d, slope, logarithms, FIRST: tl.constexpr, LAST: tl.constexpr):
+def _sums_of_logits(d, slope, logarithms, groups, FIRST: tl.constexpr, LAST: tl.constexpr):
     """By row over sides [FIRST, LAST): the log-sum-exp of logits, and their mean under the softmax, without weights."""
-    L = _logits(d, slope, logarithms, FIRST, LAST)
+    L = _logits(d, slope, logarithms, groups, FIRST, LAST)
     level = finite_shift(log_sums_of_rows(L))
     moved = level * 0.0
     total = level * 0.0
@@ -155,8 +158,8 @@ def _store_details(out, R: tl.constexpr, d, slope, width, weights, sums_of_A, re
     """At ``out``, the first row's entry of the first detail."""
     SIDES: tl.constexpr = len(groups.BLOCKS)
     logarithms = _logarithms(weights, groups)
-    negative, mean_negative = _sums_of_logits(d, slope, logarithms, 0, SIDES - 1)
-    positive, mean_positive = _sums_of_logits(d, slope, logarithms, SIDES - 1, SIDES)
+    negative, mean_negative = _sums_of_logits(d, slope, logarithms, groups, 0, SIDES - 1)
+    positive, mean_positive = _sums_of_logits(d, slope, logarithms, groups, SIDES - 1, SIDES)
     top = finite_shift(tl.maximum(negative, positive))
     total = tl.exp2(negative - top) + tl.exp2(positive - top)
     log_sum = tl.where(total == 0, 0.0, top + tl.log2(tl.where(total == 0, 1.0, total)))

@@ -133,15 +133,14 @@ def sinkhorn(L, shares, ITERATIONS: tl.constexpr, targets):
         v = v + (shares[n] * 0.0,)
         b = b + (shares[n] * 0.0 + 1.0,)
     K = _exponentials(L, u, v)
-    error = tl.sum(a)
+    found = b  # sums of columns before they were scaled for the last time
     for _ in range(ITERATIONS):
         a, sums, largest = _scale(K, b, shares, empty)
         if largest < MOST:
-            error = _error(_products(b, sums), shares)
+            found = _products(b, sums)
             b = _factors(sums, shares)
         else:
-            u, v, sums = _scale_logarithms(L, _with_factors(v, b), shares)
-            error = _error(sums, shares)
+            u, v, found = _scale_logarithms(L, _with_factors(v, b), shares)
             b = _factors(shares, shares)
             a = tl.where(empty, 0.0, 1.0)
             K = _exponentials(L, u, v)
@@ -150,4 +149,4 @@ def sinkhorn(L, shares, ITERATIONS: tl.constexpr, targets):
     v = _with_factors(v, b)
     for n in tl.static_range(len(L)):
         col = col + (-v[n],)
-    return row, col, error / targets
+    return row, col, _error(found, shares) / targets
