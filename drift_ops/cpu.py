@@ -196,18 +196,21 @@ def loss_gradient(
 def loss_at_once(spec: LossSpec, maps: Sequence[LossMap], scale: Sequence[Tensor] | None) -> tuple[list[Tensor], ...]:
     """Phases 1 and 2: of each map the losses; scale and λ_R² ``[1 + R]``, or ``[1 + R, G]`` where groups have theirs;
     the details; and for phase 3 the forces, and scale and 1/λ_R in float64, ``[1, 1 + R]`` or ``[G, 1 + R]``."""
-    columns = 1 + len(spec.R_list)
-    losses = [of_map.gen.new_empty(of_map.gen.shape[:-2]) for of_map in maps]
-    of_groups = [of_map.groups if spec.has_statistics_of_groups else 1 for of_map in maps]
-    shapes = [(columns, G) if spec.has_statistics_of_groups else (columns,) for G in of_groups]
-    statistics = [of_map.gen.new_empty(shape) for of_map, shape in zip(maps, shapes, strict=True)]
-    details = [of_map.gen.new_empty(of_map.shape_of_details(spec)) for of_map in maps] if spec.details else []
-    forces = [of_map.gen.new_empty(state_shape(spec, of_map)) for of_map in maps]
-    numbers = [torch.empty(G, columns, dtype=torch.float64, device="cpu") for G in of_groups]
-    for of_map, given in zip(numbers, scale or (), strict=False):
-        of_map[:, 0] = given
+    columns, of_groups = 1 + len(spec.R_list), spec.has_statistics_of_groups
+    results: tuple[list[Tensor], ...] = ([], [], [], [], [])
+    losses, statistics, details, forces, numbers = results
+    for of_map in maps:
+        gen, G = of_map.gen, of_map.groups
+        losses.append(gen.new_empty(gen.shape[:-2]))
+        statistics.append(gen.new_empty((columns, G) if of_groups else columns))
+        forces.append(gen.new_empty(state_shape(spec, of_map)))
+        numbers.append(gen.new_empty(G if of_groups else 1, columns, dtype=torch.float64))
+        if spec.details:
+            details.append(gen.new_empty(of_map.shape_of_details(spec)))
+    for of_gradient, given in zip(numbers, scale or (), strict=False):
+        of_gradient[:, 0] = given
     _cpu.loss_forward(_native(spec), maps, losses, statistics, numbers, forces, details, torch.get_num_threads())
-    return losses, statistics, details, forces, numbers
+    return results
 
 
 def gradient_at_once(

@@ -75,7 +75,7 @@ template <class T> class Coupling {
                     const Vec<T> here = load<T>(row + j);
                     least_cost = here < least_cost ? here : least_cost;
                 });
-                nearest[side * padded + i] = -horizontal_max<T>(-least_cost);
+                nearest[side * padded + i] = sides[side].targets == 1 ? least_cost[0] : -horizontal_max<T>(-least_cost);
             }
     }
 
@@ -107,6 +107,8 @@ template <class T> class Coupling {
     template <class Body> DRIFT_INLINE void for_columns(int side, Body body) const {
         for (int64_t j = sides[side].begin; j < sides[side].end; j += WIDTH<T>) body(j);
     }
+    // Of the targets of a side: one positive a group, as speech and policies have it, is in the first lane.
+    T sum_of(int side, Vec<T> v) const { return sides[side].targets == 1 ? v[0] : horizontal_sum<T>(v); }
     template <class Body> static void with_bool(bool value, Body body) { value ? body(std::true_type()) : body(std::false_type()); }
 
     Vec<T> logits(int64_t i, int64_t j) const { return load<T>(costs + i * ld + j) * slope_of_logits + load<T>(log_weights + j); }
@@ -142,8 +144,8 @@ template <class T> class Coupling {
                     if (MOVES) move += E > T(0) ? E * L : Vec<T>{};
                     if (BY_COLUMN) store<T>(of_columns + j, load<T>(of_columns + j) + E * by);
                 });
-                sums[at] = horizontal_sum<T>(sum);
-                if (MOVES) moved[at] = horizontal_sum<T>(move);
+                sums[at] = sum_of(side, sum);
+                if (MOVES) moved[at] = sum_of(side, move);
             }
     }
     // row_factors = exp(level − the highest of its side).
@@ -234,7 +236,7 @@ template <class T> class Coupling {
                 store<T>(row + j, value);
                 sum += value;
             });
-            total[side] = horizontal_sum<T>(sum);
+            total[side] = sum_of(side, sum);
             found[side] = cancels ? total[side] * of_row : total[side];
         }
         if (spec.include_self && spec.self_distance == INF<double>) total[0] -= row[i], found[0] -= row[i], row[i] = 0;  // whatever the floor
