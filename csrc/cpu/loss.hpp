@@ -105,7 +105,7 @@ template <class T> class LossGroup {
         }
         const bool of_self = p.spec.include_self && !p.spec.scale_self_pairs;
         weight_total = double(N) * sum<T>(weights, ld) - (of_self ? sum<T>(weights, N) : T(0));
-        coupling.open(weights, [&](int64_t column) { return rows[column] != nullptr; });
+        coupling.open(weights);
     }
 
     void find_norms() {

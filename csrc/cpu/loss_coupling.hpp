@@ -45,18 +45,23 @@ template <class T> class Coupling {
         : spec(spec), N(N), ld(ld), padded(round_up(N, KEPT_ALIGN)), sides{negatives, positives}, least(std::sqrt(T(spec.floor))),
           memory((N + 6) * ld + 11 * padded) {
         std::fill(levels, row_factors + 2 * padded, T(0));
+        std::fill(log_weights, log_weights + ld, -INF<T>);
+        for (const Columns& side : sides) std::fill_n(log_weights + side.begin, side.targets, T(0));
     }
 
-    // Takes over the weights [ld] of a group's targets, which `is_there` knows by their columns.
-    template <class IsThere> void open(const T* of_targets, IsThere is_there) {
+    // Takes over the weights [ld] of a group's targets, 0 in the padding.
+    void open(const T* of_targets) {
+        std::copy_n(of_targets, ld, weights);
+        if (spec.weights == WeightsKind::affinity) return;
         const bool kernel = spec.weights == WeightsKind::kernel;
-        for (int64_t j = 0; j < ld; ++j) {
-            const T w = of_targets[j];
-            const bool left_out = !is_there(j) || (kernel && w == 0);
-            log_weights[j] = left_out ? -INF<T> : kernel ? std::log(w) : T(0);
-            weights[j] = left_out ? T(0) : spec.weights == WeightsKind::affinity ? w : T(1);
-            shares[j] = left_out ? T(0) : spec.weights == WeightsKind::marginal ? w : T(1);
-        }
+        for (const Columns& side : sides)
+            for (int64_t j = side.begin; j < side.begin + side.targets; ++j) {
+                const T w = of_targets[j];
+                const bool left_out = kernel && w == 0;
+                log_weights[j] = left_out ? -INF<T> : kernel ? std::log(w) : T(0);
+                weights[j] = left_out ? T(0) : T(1);
+            }
+        for (int64_t j = 0; j < ld; ++j) shares[j] = kernel ? weights[j] : of_targets[j];
         if (spec.coupling != CouplingKind::sinkhorn) return;
         if (spec.split_sides)
             share_out(sides[0].begin, sides[0].end), share_out(sides[1].begin, sides[1].end);
@@ -216,12 +221,11 @@ template <class T> class Coupling {
         return 0;
     }
 
-    bool is_target(int64_t j) const { return log_weights[j] > -INF<T>; }
-
     bool all_columns_counted(Columns c) const {
-        bool all = true;
-        for (int64_t j = c.begin; j < c.end; ++j) all &= column_sums[j] >= LEAST_SUM<T> || !is_target(j);
-        return all;
+        typename Simd<T>::ivec lost{};
+        for (int64_t j = c.begin; j < c.end; j += WIDTH<T>)
+            lost |= ~(load<T>(column_sums + j) >= LEAST_SUM<T>) & (load<T>(log_weights + j) > -INF<T>);
+        return !any<T>(lost);
     }
 
     void find_coefficients(int64_t i, T by, const Details<T>& details) {
