@@ -10,7 +10,7 @@ from .arguments import check_flag, check_floor, check_points, check_positive, ch
 from .backends import choose
 from .coupling import Problem, drifting_field
 from .points import as_problems, full_precision, saveable, to_compute_dtype
-from .spec import AffinitySpec, Field, check_field, check_suits
+from .spec import AffinitySpec, Field, check_field, check_suits, is_form_b
 
 
 def drift_field(
@@ -79,7 +79,7 @@ def drift_field(
             return (V if several else V[0]).to(x.dtype)
         q, n, p = (as_problems(t) for t in (q, n, p))
         w_neg, w_pos = (None if w is None else as_problems(w, 1) for w in (w_neg, w_pos))
-        if of_tensor is None and _is_form_b(field):
+        if of_tensor is None and is_form_b(field):
             V = _form_b(q, p, n, w_pos, w_neg, temperatures, field, chosen)
         else:
             width = q.new_tensor(temperatures) if of_tensor is None else saveable(of_tensor).to(q.dtype)
@@ -87,11 +87,6 @@ def drift_field(
             V, _, _ = drifting_field(Problem(q, n, p, None, w_neg, w_pos, width, None, field, sums))
         V = V.reshape(-1, *x.shape)
         return (V if several else V[0]).to(x.dtype)
-
-
-def _is_form_b(field: Field) -> bool:
-    """Whether one kernel has the whole field: statistics of both axes at once, and both sides."""
-    return (field.cost, field.coupling, field.sides, field.weights) == ("l2", "two_sided", "joint", "affinity")
 
 
 def _form_b(

@@ -225,8 +225,7 @@ class LossSpec(_Flat):
     @property
     def is_form_b(self) -> bool:
         """Whether the weighted sums of form B have the whole force."""
-        kinds = self.cost, self.coupling, self.sides, self.weights
-        return kinds == ("l2", "two_sided", "joint", "affinity") and self.include_self and not self.details
+        return is_form_b(self) and self.include_self and not self.details
 
     @property
     def is_of_release(self) -> bool:
@@ -238,6 +237,11 @@ class LossSpec(_Flat):
     def has_statistics_of_groups(self) -> bool:
         """Whether groups have a scale or λ_R of their own."""
         return self.scale != "global" or self.normalize == "group"
+
+
+def is_form_b(member: Field | LossSpec) -> bool:
+    """Whether this is form B's matrix, of which one kernel has both statistics and both sides."""
+    return (member.cost, member.coupling, member.sides, member.weights) == ("l2", "two_sided", "joint", "affinity")
 
 
 # What phase 2 finds for every sample and R. "slope" is the derivative of log_mass w.r.t. R; "residual", Sinkhorn's
