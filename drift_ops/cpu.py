@@ -145,7 +145,7 @@ def state_shape(spec: LossSpec, of_map: LossMap) -> tuple[int, ...]:
 
 def is_composed(spec: LossSpec, of_map: LossMap) -> bool:
     """Whether the groups are so large that phase 2 is composed of sums over pairs, for want of a kernel of its own."""
-    return not spec.is_form_b and of_map.counts[0] * of_map.targets(spec) > _cpu.GROUP_PAIRS
+    return of_map.counts[0] * of_map.targets(spec) > _cpu.GROUP_PAIRS and not spec.is_form_b
 
 
 def loss_scale(spec: LossSpec, maps: Sequence[LossMap]) -> list[tuple[Tensor, Tensor]]:
@@ -197,14 +197,13 @@ def loss_at_once(spec: LossSpec, maps: Sequence[LossMap], scale: Sequence[Tensor
     """Phases 1 and 2: of each map the losses; scale and λ_R² ``[1 + R]``, or ``[1 + R, G]`` where groups have theirs;
     the details; and for phase 3 the forces, and scale and 1/λ_R in float64, ``[1, 1 + R]`` or ``[G, 1 + R]``."""
     columns, of_groups = 1 + len(spec.R_list), spec.has_statistics_of_groups
-    results: tuple[list[Tensor], ...] = ([], [], [], [], [])
-    losses, statistics, details, forces, numbers = results
+    losses, statistics, details, forces, numbers = results = [], [], [], [], []
     for of_map in maps:
-        gen, G = of_map.gen, of_map.groups
+        gen, shape = of_map.gen, of_map.shape_of_forces(spec)
         losses.append(gen.new_empty(gen.shape[:-2]))
-        statistics.append(gen.new_empty((columns, G) if of_groups else columns))
-        forces.append(gen.new_empty(state_shape(spec, of_map)))
-        numbers.append(gen.new_empty(G if of_groups else 1, columns, dtype=torch.float64))
+        statistics.append(gen.new_empty((columns, shape[1]) if of_groups else columns))
+        forces.append(gen.new_empty(shape))
+        numbers.append(gen.new_empty(shape[1] if of_groups else 1, columns, dtype=torch.float64))
         if spec.details:
             details.append(gen.new_empty(of_map.shape_of_details(spec)))
     for of_gradient, given in zip(numbers, scale or (), strict=False):

@@ -86,7 +86,7 @@ def drift_loss(
 
     Source: the release's ``drift_loss.py``; the family is described in docs/fields.md.
     """
-    if not isinstance(process_group, (dist.ProcessGroup, type(None))):
+    if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
         raise TypeError(f"process_group: got {type(process_group).__name__}, expected a ProcessGroup or None")
     empty = process_group is not None
     if isinstance(gen, Tensor):
@@ -113,7 +113,7 @@ def drift_loss(
         loss if loss.dim() + 2 == of_map.dim() else loss.view(of_map.shape[:-2])
         for loss, (of_map, *_) in zip(losses, checked, strict=True)
     ]
-    names = _names(widths if R is None else tuple(range(len(widths))))
+    names = (_names if torch.compiler.is_compiling() else _known_names)(widths, R is not None)
     infos = [dict(zip(names, (scale, *squares), strict=True)) for scale, squares, _ in statistics]
     if spec.details:
         for info, of_map in zip(infos, statistics, strict=True):
@@ -149,8 +149,13 @@ def _spec(
     return make(field, widths, floor, self_distance, scale, scale_self_pairs, normalize or "none", details)
 
 
-# To make one, and what backends make of it, would take a good part of a small call.
-_known_spec = functools.lru_cache(maxsize=64)(LossSpec.of_field)
+def _names(widths: tuple[float, ...], of_places: bool) -> tuple[str, ...]:
+    """Of the statistics in ``info``."""
+    return ("scale", *[f"loss_{R}" for R in (range(len(widths)) if of_places else widths)])
+
+
+# To make them, and what backends make of a spec, would take a good part of a small call.
+_known_spec, _known_names = functools.lru_cache(maxsize=64)(LossSpec.of_field), functools.lru_cache(maxsize=64)(_names)
 
 
 def _check_field(field: Field, affinity_floor: float, checked: list[tuple[Any, ...]]) -> None:
@@ -161,10 +166,6 @@ def _check_field(field: Field, affinity_floor: float, checked: list[tuple[Any, .
         check_suits(field, f"fixed_neg{index}", neg, dict(zip(names, weights, strict=True)))
         if weights[0] is not None and not field.include_self:
             raise ValueError(f"{names[0]}: got weights, but samples are no targets with include_self=False; omit it")
-
-
-def _names(of_R: tuple[float, ...]) -> tuple[str, ...]:
-    return ("scale", *(f"loss_{R}" for R in of_R))
 
 
 def _given_scales(scale: Any, maps: list[LossMap]) -> Tensor:

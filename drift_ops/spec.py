@@ -276,7 +276,7 @@ class LossMap(NamedTuple):
 
     def targets(self, spec: LossSpec) -> int:
         gen, neg, pos = self.counts
-        return (gen if spec.include_self else 0) + neg + pos
+        return gen + neg + pos if spec.include_self else neg + pos
 
     def shape_of_moments(self, spec: LossSpec) -> tuple[int, ...]:
         """``[G, R, R]``."""

@@ -21,7 +21,8 @@ template <class T> struct Details {
 // Sinkhorn's factors stay below this, so that a product of two, and what was lost when E was rounded to 0, matter nowhere.
 template <class T> constexpr T MOST_SCALING = sizeof(T) == 4 ? T(0x1p40) : T(0x1p300);
 
-constexpr int ROWS_AT_ONCE = 8;  // of an iteration, which share what they read and write of columns
+// Rows that share what they read and write of columns: in an iteration of Sinkhorn's, and elsewhere.
+constexpr int SCALED_AT_ONCE = 8, ROWS_AT_ONCE = 4;
 
 template <class T> class Coupling {
     const LossSpec& spec;
@@ -100,7 +101,7 @@ template <class T> class Coupling {
         else
             residual = couple(0, 1);
         if (details.residual) std::fill_n(details.residual, N, residual);
-        for (int64_t i = 0; i < N; ++i) find_coefficients(i, by, details);
+        for_rows<ROWS_AT_ONCE>([&](auto rows, int64_t i) { coefficients_of_rows<rows>(i, by, details); });
         return A;
     }
 
@@ -114,6 +115,12 @@ template <class T> class Coupling {
     }
     // Of the targets of a side: one positive a group, as speech and policies have it, is in the first lane.
     T sum_of(int side, Vec<T> v) const { return sides[side].targets == 1 ? v[0] : horizontal_sum<T>(v); }
+    // Calls body(ROWS, i), i the first of so many rows, and body(1, i) for those that are left.
+    template <int ROWS, class Body> DRIFT_INLINE void for_rows(Body body) const {
+        int64_t i = 0;
+        for (; i + ROWS <= N; i += ROWS) body(std::integral_constant<int, ROWS>(), i);
+        for (; i < N; ++i) body(std::integral_constant<int, 1>(), i);
+    }
     template <class Body> static void with_bool(bool value, Body body) { value ? body(std::true_type()) : body(std::false_type()); }
 
     Vec<T> logits(int64_t i, int64_t j) const { return load<T>(costs + i * ld + j) * slope_of_logits + load<T>(log_weights + j); }
@@ -132,26 +139,30 @@ template <class T> class Coupling {
 
     // E, its sums along rows, and BY_COLUMN those along columns about the highest level of their side.
     template <bool WEIGHTED, bool MOVES, bool BY_COLUMN> void find_exponentials() {
-        T* const of_columns = column_sums;
-        const T *const log_w = log_weights, slope = slope_of_logits;
-        if (BY_COLUMN) std::fill_n(of_columns, ld, T(0)), find_factors_of_levels();
+        if (BY_COLUMN) std::fill_n(column_sums, ld, T(0)), find_factors_of_levels();
         for (int side = 0; side < 2; ++side)
-            for (int64_t i = 0; i < N; ++i) {
-                const int64_t at = side * padded + i;
-                const T level = levels[at], by = row_factors[at], *row = costs + i * ld;
-                T* const out = A + i * ld;
-                Vec<T> sum{}, move{};
-                for_columns(side, [&](int64_t j) {
-                    const Vec<T> L = load<T>(row + j) * slope;
-                    const Vec<T> E = exp_nonpositive((WEIGHTED ? L + load<T>(log_w + j) : L) - level);
-                    store<T>(out + j, E);
-                    sum += E;
-                    if (MOVES) move += E > T(0) ? E * L : Vec<T>{};
-                    if (BY_COLUMN) store<T>(of_columns + j, load<T>(of_columns + j) + E * by);
-                });
-                sums[at] = sum_of(side, sum);
-                if (MOVES) moved[at] = sum_of(side, move);
+            for_rows<ROWS_AT_ONCE>([&](auto rows, int64_t i) { exponentials_of_rows<rows, WEIGHTED, MOVES, BY_COLUMN>(side, i); });
+    }
+    template <int ROWS, bool WEIGHTED, bool MOVES, bool BY_COLUMN> void exponentials_of_rows(int side, int64_t i) {
+        const int64_t at = side * padded + i, next = ld;
+        const T *const of_costs = costs + i * ld, *const level = levels + at, *const by = row_factors + at, *const log_w = log_weights;
+        T *const out = A + i * ld, *const of_columns = column_sums, slope = slope_of_logits;
+        Vec<T> sum[ROWS] = {}, move[ROWS] = {};
+        for_columns(side, [&](int64_t j) {
+            Vec<T> of_column = BY_COLUMN ? load<T>(of_columns + j) : Vec<T>{};
+            for (int n = 0; n < ROWS; ++n) {
+                const Vec<T> L = load<T>(of_costs + n * next + j) * slope;
+                const Vec<T> E = exp_nonpositive((WEIGHTED ? L + load<T>(log_w + j) : L) - level[n]);
+                store<T>(out + n * next + j, E);
+                sum[n] += E;
+                if (MOVES) move[n] += E > T(0) ? E * L : Vec<T>{};
+                if (BY_COLUMN) of_column += E * by[n];
             }
+            if (BY_COLUMN) store<T>(of_columns + j, of_column);
+        });
+        const bool one = sides[side].targets == 1;
+        fold_lanes<T>(sum, one, sums + at);
+        if (MOVES) fold_lanes<T>(move, one, moved + at);
     }
     // row_factors = exp(level − the highest of its side).
     void find_factors_of_levels() {
@@ -228,28 +239,41 @@ template <class T> class Coupling {
         return !any<T>(lost);
     }
 
-    void find_coefficients(int64_t i, T by, const Details<T>& details) {
+    // A of some rows, then the coefficients of their targets.
+    template <int ROWS> void coefficients_of_rows(int64_t i, T by, const Details<T>& details) {
         const bool cancels = spec.split_sides && least == 0;  // factors of rows, which may be too small for numbers of this type
-        T total[2], found[2], *const row = A + i * ld;
-        const T *const of_columns = column_factors, *const w = weights;
+        const bool has_no_self_pairs = spec.include_self && spec.self_distance == INF<double>;
+        const int64_t next = ld;
+        T total[2][ROWS], *const row = A + i * ld;
+        const T *const of_columns = column_factors, *const w = weights, lowest = least;
         for (int side = 0; side < 2; ++side) {
-            const T of_row = row_factors[side * padded + i], lowest = least, factor = cancels ? T(of_row > 0) : of_row;
-            Vec<T> sum{};
+            T factor[ROWS];
+            for (int n = 0; n < ROWS; ++n) factor[n] = cancels ? T(row_factors[side * padded + i + n] > 0) : row_factors[side * padded + i + n];
+            Vec<T> sum[ROWS] = {};
             for_columns(side, [&](int64_t j) {
-                const Vec<T> value = at_least<T>(load<T>(row + j) * factor * load<T>(of_columns + j), lowest) * load<T>(w + j);
-                store<T>(row + j, value);
-                sum += value;
+                const Vec<T> of_column = load<T>(of_columns + j), weight = load<T>(w + j);
+                for (int n = 0; n < ROWS; ++n) {
+                    const Vec<T> value = at_least<T>(load<T>(row + n * next + j) * factor[n] * of_column, lowest) * weight;
+                    store<T>(row + n * next + j, value);
+                    sum[n] += value;
+                }
             });
-            total[side] = sum_of(side, sum);
-            found[side] = cancels ? total[side] * of_row : total[side];
+            fold_lanes<T>(sum, sides[side].targets == 1, total[side]);
         }
-        if (spec.include_self && spec.self_distance == INF<double>) total[0] -= row[i], found[0] -= row[i], row[i] = 0;  // whatever the floor
-        const bool empty = total[0] == 0 || total[1] == 0;
-        const T of_neg = -by * (empty ? 0 : spec.split_sides ? 1 / total[0] : total[1]);
-        const T of_pos = by * (empty ? 0 : spec.split_sides ? 1 / total[1] : total[0]);
-        for_columns(0, [&](int64_t j) { store<T>(row + j, load<T>(row + j) * of_neg); });
-        for_columns(1, [&](int64_t j) { store<T>(row + j, load<T>(row + j) * of_pos); });
-        if (details.sum_neg) details.sum_neg[i] = found[0], details.sum_pos[i] = found[1];
+        T of_neg[ROWS], of_pos[ROWS];
+        for (int n = 0; n < ROWS; ++n) {
+            T &neg = total[0][n], &pos = total[1][n], &of_self = row[n * next + i + n];
+            if (has_no_self_pairs) neg -= of_self, of_self = 0;  // whatever the floor
+            const bool empty = neg == 0 || pos == 0;
+            of_neg[n] = -by * (empty ? 0 : spec.split_sides ? 1 / neg : pos);
+            of_pos[n] = by * (empty ? 0 : spec.split_sides ? 1 / pos : neg);
+            if (!details.sum_neg) continue;
+            details.sum_neg[i + n] = neg * (cancels ? row_factors[i + n] : T(1));
+            details.sum_pos[i + n] = pos * (cancels ? row_factors[padded + i + n] : T(1));
+        }
+        for (int side = 0; side < 2; ++side)
+            for (int n = 0; n < ROWS; ++n)
+                for_columns(side, [&](int64_t j) { store<T>(row + n * next + j, load<T>(row + n * next + j) * (side == 0 ? of_neg : of_pos)[n]); });
     }
 
     // Sinkhorn's iterations on E, rows and columns scaled in turn.
@@ -271,9 +295,7 @@ template <class T> class Coupling {
     bool scale(int first, int last, Columns c, T& residual) {
         std::fill(&column_sums[c.begin], &column_sums[0] + c.end, T(0));
         bool in_range = true;
-        int64_t i = 0;
-        for (; i + ROWS_AT_ONCE <= N; i += ROWS_AT_ONCE) in_range &= scale_rows<ROWS_AT_ONCE>(i, first, last, c);
-        for (; i < N; ++i) in_range &= scale_rows<1>(i, first, last, c);
+        for_rows<SCALED_AT_ONCE>([&](auto rows, int64_t i) { in_range &= scale_rows<rows>(i, first, last, c); });
         typename Simd<T>::ivec outside{};
         for (int64_t j = c.begin; j < c.end; j += WIDTH<T>) {
             const Vec<T> sum = load<T>(&column_sums[j]), share = load<T>(&shares[j]);

@@ -36,6 +36,7 @@ class Pool {
     std::atomic<unsigned> jobs{0};
 
     void work(int worker) {
+        const SubnormalsAreZero here;
         for (int64_t unit; (unit = next.fetch_add(1, std::memory_order_relaxed)) < units;) body(context, unit, worker);
     }
 
@@ -108,6 +109,7 @@ Pool& the_pool() {
 
 void run_units(int64_t units, int threads, void (*body)(void*, int64_t, int), void* context) {
     if (the_pool().run(units, threads, body, context)) return;
+    const SubnormalsAreZero here;
     for (int64_t unit = 0; unit < units; ++unit) body(context, unit, 0);
 }
 

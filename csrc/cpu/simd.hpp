@@ -51,12 +51,12 @@ template <int BY, class V, int... LANE> DRIFT_INLINE V rotated(V v, std::integer
 #endif
 }
 
-// What `combine` makes of all lanes, in every lane: a tree of log2(LANES) steps.
-template <int LANES, int BY = LANES / 2, class V, class Combine> DRIFT_INLINE V folded(V v, Combine combine) {
-    if constexpr (BY == 0)
+// What `combine` makes of all lanes, or of those PERIOD apart, in every lane: a tree of log2(LANES) steps.
+template <int LANES, int BY = LANES / 2, int PERIOD = 1, class V, class Combine> DRIFT_INLINE V folded(V v, Combine combine) {
+    if constexpr (BY < PERIOD)
         return v;
     else
-        return folded<LANES, BY / 2>(combine(v, rotated<BY>(v, std::make_integer_sequence<int, LANES>())), combine);
+        return folded<LANES, BY / 2, PERIOD>(combine(v, rotated<BY>(v, std::make_integer_sequence<int, LANES>())), combine);
 }
 
 template <class T> DRIFT_INLINE bool any(typename Simd<T>::ivec mask) {
@@ -77,6 +77,22 @@ DRIFT_INLINE Vec<T> interleave(Vec<T> a, Vec<T> b, std::integer_sequence<int, LA
 #else
     return Vec<T>{(LANE % 2 ? b : a)[LANE / 2 + FIRST]...};
 #endif
+}
+
+// out[n] = the sum of the lanes of v[n], or its first lane: each step makes one vector, of alternating lanes, of two.
+template <class T, int COUNT> DRIFT_INLINE void fold_lanes(Vec<T> (&v)[COUNT], bool first_lane, T* out) {
+    if (first_lane) {
+        for (int n = 0; n < COUNT; ++n) out[n] = v[n][0];
+    } else if constexpr (COUNT > WIDTH<T>) {
+        for (int n = 0; n < COUNT; ++n) out[n] = horizontal_sum<T>(v[n]);
+    } else {
+        constexpr auto lanes = std::make_integer_sequence<int, WIDTH<T>>();
+        for (int half = COUNT / 2; half > 0; half /= 2)
+            for (int n = 0; n < half; ++n)
+                v[n] = interleave<T, 0>(v[n], v[n + half], lanes) + interleave<T, WIDTH<T> / 2>(v[n], v[n + half], lanes);
+        const Vec<T> sums = folded<WIDTH<T>, WIDTH<T> / 2, COUNT>(v[0], [](auto a, auto b) { return a + b; });
+        for (int n = 0; n < COUNT; ++n) out[n] = sums[n];
+    }
 }
 
 // Transposes a square of WIDTH vectors: after log2(WIDTH) perfect shuffles of the rows, row i holds column i.

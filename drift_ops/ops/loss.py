@@ -93,16 +93,19 @@ def loss_at_once(
     if any([module.is_composed(spec, of_map) for of_map in maps]):
         return None
     spec = spec if R is None else replace(spec, R_list=tuple(R.tolist()))
-    given = None if scale is None else by_map(maps, scale)
-    results = _LossAtOnce.apply(spec, module, maps, given, *[of_map.gen for of_map in maps])
-    losses, statistics, details = (results[n * len(maps) : (n + 1) * len(maps)] for n in range(3))
-    details = details or (None,) * len(maps)
-    if not spec.has_statistics_of_groups:
-        rows = [of_map.unbind() for of_map in statistics]
-        return losses, [Statistics(row[0], row[1:], d) for row, d in zip(rows, details, strict=True)]
-    scales = [s[0, 0] if spec.scale == "global" else s[0] for s in statistics]
-    lambdas = [(s[1:] if spec.normalize == "group" else s[1:, 0]).unbind() for s in statistics]
-    return losses, [Statistics(*of_map) for of_map in zip(scales, lambdas, details, strict=True)]
+    given, gens, count = None if scale is None else by_map(maps, scale), [of_map.gen for of_map in maps], len(maps)
+    results = _LossAtOnce.apply(spec, module, maps, given, *gens)
+    losses, statistics, details = results[:count], results[count : 2 * count], results[2 * count :] or (None,) * count
+    return losses, [_of_map(spec, *found) for found in zip(statistics, details, strict=True)]
+
+
+def _of_map(spec: LossSpec, statistics: Tensor, details: Tensor | None) -> Statistics:
+    """The statistics of a map from ``[1 + R]``, or ``[1 + R, G]``."""
+    scale, *squares = statistics.unbind()
+    if spec.has_statistics_of_groups:
+        scale = scale[0] if spec.scale == "global" else scale
+        squares = squares if spec.normalize == "group" else [of_all[0] for of_all in squares]
+    return Statistics(scale, squares, details)
 
 
 def loss(

@@ -25,11 +25,12 @@ def is_plain(tensor: Tensor) -> bool:
         type(tensor) in (Tensor, torch.nn.Parameter)
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
-        and all(torch._C._get_dispatch_mode(key) is None for key in _TRACERS)
+        and torch._C._get_dispatch_mode(_FAKE) is None
+        and torch._C._get_dispatch_mode(_PROXY) is None
     )
 
 
-_TRACERS = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
+_FAKE, _PROXY = torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY
 
 
 def define(tensors: str, spec: type[_Spec], results: str) -> Callable[[Callable[..., Any]], Any]:
