@@ -92,6 +92,12 @@ assert os.waitpid(child, 0)[1] == 0
 """
 
 
+@every_form
+def test_subnormal_numbers_are_flushed_within_only(form):
+    form(GEN, POS)
+    assert float(torch.tensor([1e-39]) * 1) > 0
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no forks here")
 def test_a_forked_process_does_not_wait_for_threads_it_lacks():
     subprocess.run([sys.executable, "-c", IN_A_FORK], check=True, timeout=60, env=os.environ | {"OMP_NUM_THREADS": "2"})
