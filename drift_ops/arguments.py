@@ -110,7 +110,9 @@ def check_positives(name: str, values: object) -> tuple[float, ...]:
         )
     if len(values) == 0:
         raise ValueError(f"{name}: got an empty sequence, expected at least one positive float")
-    if all([type(value) is float and LEAST <= value <= MOST for value in values]):  # most are, and a call may take 50 µs
+    if all(
+        [type(value) is float and LEAST <= value <= MOST for value in values]
+    ):  # most are, and a call may take 50 µs
         return tuple(values)
     return tuple(check_positive(f"{name}[{i}]", value) for i, value in enumerate(values))
 

@@ -13,18 +13,14 @@ import torch
 from torch import Tensor
 
 from .points import find_centre
-from .spec import Field, PairSpec
+from .spec import Field, PairGradients, PairProblem, PairSpec, PairWeights
 
 
-class Pairs(NamedTuple):
-    """Queries ``[G, N, D]`` and keys ``[G, count, D]``, whose pairs have logits ``L = −(C/unit + self_cost)/width``."""
+class Coupled(NamedTuple):
+    """Queries and the keys that are coupled with them at once."""
 
-    spec: PairSpec
-    q: Tensor
-    keys: Sequence[Tensor]
+    problem: PairProblem
     weights: Tensor | None  # [G, M]; None is 1
-    width: Tensor  # [S]
-    unit: Tensor | None  # [G]; None is 1
     sums: Any  # has log_sums and weighted_sums: a backend, or drift_ops.ops.DifferentiableSums of one
 
     def log_sums_of_rows(self, beta: Tensor) -> Tensor:
@@ -36,12 +32,13 @@ class Pairs(NamedTuple):
         return self._log_sums(alpha, False)
 
     def _log_sums(self, potential: Tensor | None, by_row: bool) -> Tensor:
-        spec = replace(self.spec, sides=1, floor=0.0)
-        return self.sums.log_sums(spec, self.q, self.keys, self.width, self.unit, potential, by_row)
+        spec = replace(self.problem.spec, sides=1, floor=0.0)
+        return self.sums.log_sums(self.problem._replace(spec=spec), potential, by_row)
 
     def beta(self, field: Field) -> Tensor:
         """What weights in the kernel take from the logits of their keys, ``[S, G, M]``; ∞ leaves a key out."""
-        zeros = self.q.new_zeros(len(self.width), len(self.q), sum(k.shape[1] for k in self.keys))
+        S, G, _, M = self.problem.shape
+        zeros = self.problem.q.new_zeros(S, G, M)
         return zeros - _log(self.weights) if field.weights == "kernel" and self.weights is not None else zeros
 
 
@@ -60,27 +57,28 @@ class Problem(NamedTuple):
     sums: Any
     least_distance: float = 0.0
 
-    def sides(self) -> list[Pairs]:
-        """The pairs of x with all targets, or with negatives and with positives, as the field couples them."""
+    def sides(self) -> list[Coupled]:
+        """x with all targets, or with negatives and with positives, as the field couples them."""
         own = [(self.x, self.weight_x)] if self.field.include_self else []
         negatives = [*own, *([(self.neg, self.weight_neg)] if self.neg.shape[1] else [])]
         positives = [(self.pos, self.weight_pos)]
         if self.field.sides == "joint":
-            return [self._pairs(negatives + positives, self.field.include_self, 2)]
-        return [self._pairs(negatives, self.field.include_self, 1), self._pairs(positives, False, 1)]
+            return [self._coupled(negatives + positives, self.field.include_self, 2)]
+        return [self._coupled(negatives, self.field.include_self, 1), self._coupled(positives, False, 1)]
 
-    def _pairs(self, targets: Sequence[tuple[Tensor, Tensor | None]], has_self: bool, sides: int) -> Pairs:
+    def _coupled(self, targets: Sequence[tuple[Tensor, Tensor | None]], has_self: bool, sides: int) -> Coupled:
         field, weights = self.field, None
         if any(w is not None for _, w in targets):
             weights = torch.cat([y.new_ones(y.shape[:2]) if w is None else w for y, w in targets], 1)
         spec = PairSpec(field.cost, has_self, field.self_cost, sides, field.affinity_floor, self.least_distance)
-        return Pairs(spec, self.x, [y for y, _ in targets], weights, self.width, self.unit, self.sums)
+        problem = PairProblem(spec, self.x, [y for y, _ in targets], self.width, self.unit)
+        return Coupled(problem, weights, self.sums)
 
 
 def drifting_field(problem: Problem) -> tuple[Tensor, Tensor, Tensor | None]:
     """V ``[S, G, N, D]``; sums of A over negatives and positives, ``[S, G, 2, N]``; Sinkhorn's residual ``[S, G]``."""
     sides = problem.sides()
-    centre = find_centre(*(key for side in sides for key in side.keys)).squeeze(1)
+    centre = find_centre(*(key for side in sides for key in side.problem.keys)).squeeze(1)
     nums, dens, residuals = zip(*(_couple(side, centre, problem.field) for side in sides), strict=True)
     den = torch.cat(dens, 2)  # [S, G, 2, N]
     by = den.flip(2)
@@ -104,40 +102,38 @@ def masses(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     return total, logs[1] - total, slope.masked_fill(logs[1] == -math.inf, 0.0)
 
 
-def _log_sum_and_mean_logit(pairs: Pairs, field: Field) -> tuple[Tensor, Tensor]:
+def _log_sum_and_mean_logit(side: Coupled, field: Field) -> tuple[Tensor, Tensor]:
     """``log Σ_j exp(L_ij)``, and the mean of L_ij under these exponentials, ``[S, G, N]`` each."""
-    beta = pairs.beta(field)
-    log_sums = pairs.log_sums_of_rows(beta)
-    spec, ones = replace(pairs.spec, floor=0.0), log_sums.new_ones(log_sums.unsqueeze(2).shape)
-    points = spec, pairs.q, pairs.keys, pairs.width, pairs.unit
-    *_, mean = pairs.sums.pair_gradients(*points, _finite(log_sums), beta, None, None, None, ones, None)
+    beta = side.beta(field)
+    log_sums = side.log_sums_of_rows(beta)
+    problem = side.problem._replace(spec=replace(side.problem.spec, floor=0.0))
+    ones = PairGradients(den=log_sums.new_ones(log_sums.unsqueeze(2).shape))
+    *_, mean = side.sums.pair_gradients(problem, PairWeights(_finite(log_sums), beta), ones)
     return log_sums, mean
 
 
-def _couple(pairs: Pairs, centre: Tensor, field: Field) -> tuple[Tensor, Tensor, Tensor | None]:
+def _couple(side: Coupled, centre: Tensor, field: Field) -> tuple[Tensor, Tensor, Tensor | None]:
     """Of one coupling of all keys, the sums over each side: ``Σ_j A_ij w_j (y_j − centre)``, ``[S, G, sides, N, D]``,
     and ``Σ_j A_ij w_j``, ``[S, G, sides, N]``; and Sinkhorn's residual ``[S, G]``."""
-    N, beta, residual = pairs.q.shape[1], pairs.beta(field), None
+    (_, _, N, _), beta, residual = side.problem.shape, side.beta(field), None
     if field.coupling == "row":
-        alpha = _finite(pairs.log_sums_of_rows(beta))
+        alpha = _finite(side.log_sums_of_rows(beta))
     elif field.coupling == "two_sided":
         # softmax_j(L − β)·softmax_i(L − β) = exp(2L − β_j − rows_i − columns_j), where columns_j are those of L itself
-        alpha = _finite(pairs.log_sums_of_rows(beta)) / 2
-        beta = (_finite(pairs.log_sums_of_columns(None)) + beta) / 2
+        alpha = _finite(side.log_sums_of_rows(beta)) / 2
+        beta = (_finite(side.log_sums_of_columns(None)) + beta) / 2
     else:
         share = (beta[0] < math.inf).to(beta.dtype)
-        if field.weights == "marginal" and pairs.weights is not None:
-            share = pairs.weights
+        if field.weights == "marginal" and side.weights is not None:
+            share = side.weights
         log_columns = _log(share / share.sum(1, keepdim=True)) + math.log(N)
         for _ in range(field.iterations):
-            alpha, old = _finite(pairs.log_sums_of_rows(beta)), beta
-            beta = _finite(pairs.log_sums_of_columns(alpha)) - log_columns
+            alpha, old = _finite(side.log_sums_of_rows(beta)), beta
+            beta = _finite(side.log_sums_of_columns(alpha)) - log_columns
         errors = log_columns.exp() * (beta - old).expm1().abs()  # the sums of columns under (alpha, old) against c
         residual = errors.masked_fill(log_columns == -math.inf, 0.0).mean(2)
-    w = pairs.weights if field.weights == "affinity" else None
-    num, den = pairs.sums.weighted_sums(
-        pairs.spec, pairs.q, pairs.keys, pairs.width, pairs.unit, alpha, beta, w, centre
-    )
+    w = side.weights if field.weights == "affinity" else None
+    num, den = side.sums.weighted_sums(side.problem, PairWeights(alpha, beta, w, centre))
     return num, den, residual
 
 

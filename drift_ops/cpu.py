@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import streamed_loss
-from .spec import AffinitySpec, LossMap, LossSpec, PairSpec, by_map
+from .spec import AffinitySpec, LossMap, LossSpec, PairGradients, PairProblem, PairSpec, PairWeights, by_map
 
 _cpu: Any = None
 load_error: str | None = None  # why the compiled module cannot be used
@@ -63,71 +63,45 @@ def affinity_sums_backward(
     return grad_q, of_keys, of_values, grad_w
 
 
-def log_sums(
-    spec: PairSpec,
-    q: Tensor,
-    keys: Sequence[Tensor],
-    width: Tensor,
-    unit: Tensor | None,
-    potential: Tensor | None,
-    by_row: bool,
-) -> Tensor:
+def log_sums(problem: PairProblem, potential: Tensor | None, by_row: bool) -> Tensor:
     """See :func:`drift_ops.ops.log_sums`."""
-    sums = q.new_empty(len(width), q.shape[0], q.shape[1] if by_row else sum(k.shape[1] for k in keys))
-    widths_and_units, (potential,) = _of_pairs(q, width, unit, potential)
-    _cpu.log_sums(_native(spec), q, list(keys), *widths_and_units, potential, by_row, sums, torch.get_num_threads())
+    S, G, N, M = problem.shape
+    sums = problem.q.new_empty(S, G, N if by_row else M)
+    (potential,) = _as_kernels_take(problem.q, potential)
+    _cpu.log_sums(*_of_problem(problem), potential, by_row, sums, torch.get_num_threads())
     return sums
 
 
-def weighted_sums(
-    spec: PairSpec,
-    q: Tensor,
-    keys: Sequence[Tensor],
-    width: Tensor,
-    unit: Tensor | None,
-    alpha: Tensor,
-    beta: Tensor,
-    w: Tensor | None,
-    centre: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def weighted_sums(problem: PairProblem, weights: PairWeights) -> tuple[Tensor, Tensor]:
     """See :func:`drift_ops.ops.weighted_sums`."""
-    (G, N, D), S = q.shape, len(width)
-    num, den = q.new_empty(S, G, spec.sides, N, D), q.new_empty(S, G, spec.sides, N)
-    widths_and_units, others = _of_pairs(q, width, unit, alpha, beta, w, centre)
-    _cpu.weighted_sums(_native(spec), q, list(keys), *widths_and_units, *others, num, den, torch.get_num_threads())
+    (S, G, N, _), sides = problem.shape, problem.spec.sides
+    num, den = problem.q.new_empty(S, G, sides, N, problem.q.shape[2]), problem.q.new_empty(S, G, sides, N)
+    given = _as_kernels_take(problem.q, *weights)
+    _cpu.weighted_sums(*_of_problem(problem), *given, num, den, torch.get_num_threads())
     return num, den
 
 
 def pair_gradients(
-    spec: PairSpec,
-    q: Tensor,
-    keys: Sequence[Tensor],
-    width: Tensor,
-    unit: Tensor | None,
-    alpha: Tensor,
-    beta: Tensor,
-    w: Tensor | None,
-    centre: Tensor | None,
-    grad_num: Tensor | None,
-    grad_den: Tensor | None,
-    grad_columns: Tensor | None,
+    problem: PairProblem, weights: PairWeights, incoming: PairGradients
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor, Tensor, Tensor]:
     """See :func:`drift_ops.ops.pairs._pair_gradients`."""
-    grad_q, *of_keys = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, *keys))
+    q, (alpha, beta, w, _) = problem.q, weights
+    grad_q, *of_keys = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, *problem.keys))
     grad_w = q.new_zeros(0 if w is None else w.shape)
     flows = q.new_zeros(alpha.shape), q.new_zeros(beta.shape), q.new_zeros(alpha.shape)
-    widths_and_units, others = _of_pairs(q, width, unit, alpha, beta, w, centre, grad_num, grad_den, grad_columns)
-    results = grad_q, of_keys, grad_w, *flows
-    _cpu.pair_gradients(_native(spec), q, list(keys), *widths_and_units, *others, *results, torch.get_num_threads())
+    given, results = _as_kernels_take(q, *weights, *incoming), (grad_q, of_keys, grad_w, *flows)
+    _cpu.pair_gradients(*_of_problem(problem), *given, *results, torch.get_num_threads())
     return results
 
 
-def _of_pairs(
-    q: Tensor, width: Tensor, unit: Tensor | None, *others: Tensor | None
-) -> tuple[tuple[list[float], list[float]], list[Tensor | None]]:
-    """Widths ``[S]`` and units ``[G]`` as numbers, and the other tensors as the kernels take them."""
-    numbers = width.tolist(), [1.0] * len(q) if unit is None else unit.tolist()
-    return numbers, [None if t is None else t.to(q.dtype).contiguous() for t in others]
+def _of_problem(problem: PairProblem) -> tuple[Any, ...]:
+    """The problem as the compiled module takes it: widths ``[S]`` and units ``[G]`` as numbers."""
+    spec, q, keys, width, unit = problem
+    return _native(spec), q, list(keys), width.tolist(), [1.0] * len(q) if unit is None else unit.tolist()
+
+
+def _as_kernels_take(q: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.to(q.dtype).contiguous() for t in tensors]
 
 
 def kept_shape(spec: LossSpec, of_map: LossMap) -> tuple[int, ...]:
@@ -197,7 +171,8 @@ def loss_at_once(spec: LossSpec, maps: Sequence[LossMap], scale: Sequence[Tensor
     """Phases 1 and 2: of each map the losses; scale and λ_R² ``[1 + R]``, or ``[1 + R, G]`` where groups have theirs;
     the details; and for phase 3 the forces, and scale and 1/λ_R in float64, ``[1, 1 + R]`` or ``[G, 1 + R]``."""
     columns, of_groups = 1 + len(spec.R_list), spec.has_statistics_of_groups
-    losses, statistics, details, forces, numbers = results = [], [], [], [], []
+    results: tuple[list[Tensor], ...] = ([], [], [], [], [])
+    losses, statistics, details, forces, numbers = results
     for of_map in maps:
         gen, shape = of_map.gen, of_map.shape_of_forces(spec)
         losses.append(gen.new_empty(gen.shape[:-2]))

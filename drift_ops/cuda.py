@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import streamed_loss
 from .points import gathered, scattered
-from .spec import AffinitySpec, LossMap, LossSpec, PairSpec, by_map
+from .spec import AffinitySpec, LossMap, LossSpec, PairGradients, PairProblem, PairWeights, by_map
 
 _cuda: Any = None
 load_error: str | None = None  # why the compiled module cannot be used
@@ -99,73 +99,51 @@ def affinity_sums_backward(
     return grad_q, *scattered(keys, values, grad_k, grad_v), grad_w
 
 
-def log_sums(
-    spec: PairSpec,
-    q: Tensor,
-    keys: Sequence[Tensor],
-    width: Tensor,
-    unit: Tensor | None,
-    potential: Tensor | None,
-    by_row: bool,
-) -> Tensor:
+def log_sums(problem: PairProblem, potential: Tensor | None, by_row: bool) -> Tensor:
     """See :func:`drift_ops.ops.log_sums`."""
-    q, k, _, _ = gathered(q, keys, None)
-    sums = q.new_empty(len(width), q.shape[0], q.shape[1] if by_row else k.shape[1])
+    S, G, N, M = problem.shape
+    q, k, _, _ = gathered(problem.q, problem.keys, None)
+    sums = q.new_empty(S, G, N if by_row else M)
     of_others = None if potential is None else potential.contiguous()
-    _cuda.log_sums(spec, (q, k, None, None), _widths(spec, q, width, unit), of_others, by_row, sums, _launch(q))
+    _cuda.log_sums(problem.spec, (q, k, None, None), _widths(problem), of_others, by_row, sums, _launch(q))
     return sums
 
 
-def weighted_sums(
-    spec: PairSpec,
-    q: Tensor,
-    keys: Sequence[Tensor],
-    width: Tensor,
-    unit: Tensor | None,
-    alpha: Tensor,
-    beta: Tensor,
-    w: Tensor | None,
-    centre: Tensor,
-) -> tuple[Tensor, Tensor]:
+def weighted_sums(problem: PairProblem, weights: PairWeights) -> tuple[Tensor, Tensor]:
     """See :func:`drift_ops.ops.weighted_sums`."""
-    q, k, v, _ = gathered(q, keys, None, centre)
-    (G, N, D), S = q.shape, len(width)
-    num, den = q.new_empty(S, G, spec.sides, N, D), q.new_empty(S, G, spec.sides, N)
-    points = q, k, v, None if w is None else w.contiguous()
-    widths, stats, first = _widths(spec, q, width, unit), _as_statistics(alpha, beta), k.shape[1] - keys[-1].shape[1]
-    _cuda.weighted_sums(spec, points, first, widths, stats, (num, den), _launch(q))
+    (S, G, N, _), sides = problem.shape, problem.spec.sides
+    q, k, v, w = _gathered(problem, weights)
+    num, den = q.new_empty(S, G, sides, N, q.shape[2]), q.new_empty(S, G, sides, N)
+    known = problem.first_keys, _widths(problem), _as_statistics(weights.alpha, weights.beta)
+    _cuda.weighted_sums(problem.spec, (q, k, v, w), *known, (num, den), _launch(q))
     return num, den
 
 
 def pair_gradients(
-    spec: PairSpec,
-    q: Tensor,
-    keys: Sequence[Tensor],
-    width: Tensor,
-    unit: Tensor | None,
-    alpha: Tensor,
-    beta: Tensor,
-    w: Tensor | None,
-    centre: Tensor | None,
-    grad_num: Tensor | None,
-    grad_den: Tensor | None,
-    grad_columns: Tensor | None,
+    problem: PairProblem, weights: PairWeights, incoming: PairGradients
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor, Tensor, Tensor]:
     """See :func:`drift_ops.ops.pairs._pair_gradients`."""
-    q, k, v, _ = gathered(q, keys, None, centre)
-    points = q, k, v, None if w is None else w.contiguous()
-    grad_v = None if grad_num is None else torch.empty_like(v)
+    (alpha, beta, _, _), spec = weights, problem.spec
+    q, k, v, w = _gathered(problem, weights)
+    grad_v = None if incoming.num is None else torch.empty_like(v)
     grad_q, grad_k, grad_w = torch.empty_like(q), torch.empty_like(k), q.new_empty(0 if w is None else w.shape)
     flows = q.new_empty(alpha.shape), q.new_empty(beta.shape), q.new_empty(alpha.shape)
-    known = *_as_statistics(alpha, beta), grad_num, grad_den, grad_columns
-    grads, first = (grad_q, grad_k, grad_v, grad_w), k.shape[1] - keys[-1].shape[1]
-    _cuda.pair_gradients(spec, points, first, _widths(spec, q, width, unit), known, grads, flows, _launch(q))
-    of_keys, _ = scattered(keys, None, grad_k, grad_v)
+    known, grads = (*_as_statistics(alpha, beta), *incoming), (grad_q, grad_k, grad_v, grad_w)
+    first, widths = problem.first_keys, _widths(problem)
+    _cuda.pair_gradients(spec, (q, k, v, w), first, widths, known, grads, flows, _launch(q))
+    of_keys, _ = scattered(problem.keys, None, grad_k, grad_v)
     return grad_q, of_keys, grad_w, *flows
 
 
-def _widths(spec: PairSpec, q: Tensor, width: Tensor, unit: Tensor | None) -> tuple[Tensor, Tensor]:
+def _gathered(problem: PairProblem, weights: PairWeights) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Points as the kernels take them, see :func:`gathered`, and the weights of keys."""
+    q, k, v, _ = gathered(problem.q, problem.keys, None, weights.centre)
+    return q, k, v, None if weights.w is None else weights.w.contiguous()
+
+
+def _widths(problem: PairProblem) -> tuple[Tensor, Tensor]:
     """The widths ``[S, G]`` of costs, and the distances ``[G]`` that give pairs of a query with itself their costs."""
+    spec, q, _, width, unit = problem
     unit = q.new_ones(len(q)) if unit is None else unit.to(q.dtype)
     added = spec.self_cost * unit
     own = added + spec.least_distance if spec.cost == "l2" else (added + spec.least_distance**2).sqrt()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .spec import Field, LossMap, LossSpec, PairSpec, by_map
+from .spec import Field, LossMap, LossSpec, PairGradients, PairProblem, PairSpec, PairWeights, by_map
 
 MASKED = -1e30  # a logit whose softmax is exactly 0; finite, so that a fully masked row has no NaN gradient
 
@@ -173,44 +173,27 @@ def drift_field(
     return torch.stack([coefficients(of_T, weights, negatives, field).c @ targets for of_T in logits])
 
 
-def _logits(spec: PairSpec, q: Tensor, keys: Sequence[Tensor], width: Tensor, unit: Tensor | None) -> Tensor:
+def _logits(problem: PairProblem) -> Tensor:
     """``[S, G, N, M]``, −∞ where a pair is left out."""
+    spec, q, keys, width, unit = problem
     delta = costs(q, torch.cat(tuple(keys), 1), spec.cost, spec.least_distance)
     if unit is not None:
         delta = delta / unit.to(q.dtype).view(-1, 1, 1)
     return logits_of(delta, width.to(q.dtype).view(-1, 1, 1, 1), spec.self_cost if spec.has_self else 0.0)
 
 
-def log_sums(
-    spec: PairSpec,
-    q: Tensor,
-    keys: Sequence[Tensor],
-    width: Tensor,
-    unit: Tensor | None,
-    potential: Tensor | None,
-    by_row: bool,
-) -> Tensor:
+def log_sums(problem: PairProblem, potential: Tensor | None, by_row: bool) -> Tensor:
     """See :func:`drift_ops.ops.log_sums`."""
-    logits = _logits(spec, q, keys, width, unit)
+    logits = _logits(problem)
     if potential is not None:
         logits = logits - potential.unsqueeze(2 if by_row else 3)
     return logits.logsumexp(3 if by_row else 2)
 
 
-def weighted_sums(
-    spec: PairSpec,
-    q: Tensor,
-    keys: Sequence[Tensor],
-    width: Tensor,
-    unit: Tensor | None,
-    alpha: Tensor,
-    beta: Tensor,
-    w: Tensor | None,
-    centre: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def weighted_sums(problem: PairProblem, weights: PairWeights) -> tuple[Tensor, Tensor]:
     """See :func:`drift_ops.ops.weighted_sums`."""
-    A = _affinities(spec, _logits(spec, q, keys, width, unit), alpha, beta)
-    return _sums(spec, A, keys, w, centre)
+    A = _affinities(problem.spec, _logits(problem), weights.alpha, weights.beta)
+    return _sums(problem, A, weights.w, weights.centre)
 
 
 def _affinities(spec: PairSpec, logits: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
@@ -218,45 +201,32 @@ def _affinities(spec: PairSpec, logits: Tensor, alpha: Tensor, beta: Tensor) -> 
     return exponents.exp().clamp(min=spec.floor**0.5).masked_fill(exponents < MASKED / 2, 0.0)
 
 
-def _sums(
-    spec: PairSpec, A: Tensor, keys: Sequence[Tensor], w: Tensor | None, centre: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _sums(problem: PairProblem, A: Tensor, w: Tensor | None, centre: Tensor | None) -> tuple[Tensor, Tensor]:
     A = A if w is None else A * w.unsqueeze(1)
-    values = torch.cat(tuple(keys), 1)
+    values = torch.cat(tuple(problem.keys), 1)
     values = values if centre is None else values - centre.unsqueeze(1)
-    counts = [A.shape[3]] if spec.sides == 1 else [A.shape[3] - keys[-1].shape[1], keys[-1].shape[1]]
+    first = problem.first_keys
+    counts = [first, A.shape[3] - first][: problem.spec.sides]
     sides = list(zip(A.split(counts, 3), values.split(counts, 1), strict=True))
     return torch.stack([A @ v for A, v in sides], 2), torch.stack([A.sum(3) for A, _ in sides], 2)
 
 
 def pair_gradients(
-    spec: PairSpec,
-    q: Tensor,
-    keys: Sequence[Tensor],
-    width: Tensor,
-    unit: Tensor | None,
-    alpha: Tensor,
-    beta: Tensor,
-    w: Tensor | None,
-    centre: Tensor | None,
-    grad_num: Tensor | None,
-    grad_den: Tensor | None,
-    grad_columns: Tensor | None,
+    problem: PairProblem, weights: PairWeights, incoming: PairGradients
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor, Tensor, Tensor]:
     """See :func:`drift_ops.ops.pairs._pair_gradients`; by autograd."""
     with torch.enable_grad():
-        q, alpha, beta, *keys = (t.detach().requires_grad_() for t in (q, alpha, beta, *keys))
-        w = None if w is None else w.detach().requires_grad_()
+        q, alpha, beta, *keys = (
+            t.detach().requires_grad_() for t in (problem.q, weights.alpha, weights.beta, *problem.keys)
+        )
+        problem = problem._replace(q=q, keys=keys)
+        w = None if weights.w is None else weights.w.detach().requires_grad_()
         by = alpha.new_ones(*alpha.shape, 1).requires_grad_()  # of L: its gradient is Σ_j flow_ij L_ij
-        logits = _logits(spec, q, keys, width, unit).clamp(min=MASKED) * by
-        A = _affinities(spec, logits, alpha, beta)
-        outputs = [*_sums(spec, A, keys, w, centre), A.sum(2)]
-        incoming = [
-            torch.zeros_like(o) if g is None else g
-            for o, g in zip(outputs, (grad_num, grad_den, grad_columns), strict=True)
-        ]
+        A = _affinities(problem.spec, _logits(problem).clamp(min=MASKED) * by, alpha, beta)
+        outputs = [*_sums(problem, A, w, weights.centre), A.sum(2)]
+        grads = [torch.zeros_like(o) if g is None else g for o, g in zip(outputs, incoming, strict=True)]
         inputs = [q, alpha, beta, by, *keys, *([] if w is None else [w])]
-        found = torch.autograd.grad(outputs, inputs, incoming, allow_unused=True, materialize_grads=True)
+        found = torch.autograd.grad(outputs, inputs, grads, allow_unused=True, materialize_grads=True)
     grad_q, grad_alpha, grad_beta, width_flow, *grads = found
     grad_w = q.new_empty(0) if w is None else grads.pop()
     return grad_q, grads, grad_w, -grad_alpha, -grad_beta, width_flow.squeeze(3)

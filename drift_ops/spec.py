@@ -175,6 +175,43 @@ class PairSpec(_Flat):
     least_distance: float = 0.0
 
 
+class PairProblem(NamedTuple):
+    """Queries, and keys of which all together are M a problem, with logits of their pairs for S widths at once."""
+
+    spec: PairSpec
+    q: Tensor  # [G, N, D]
+    keys: Sequence[Tensor]  # [G, count, D] each
+    width: Tensor  # [S]
+    unit: Tensor | None  # [G], a constant; None is 1
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """S, G, N, M."""
+        return len(self.width), *self.q.shape[:2], sum(k.shape[1] for k in self.keys)
+
+    @property
+    def first_keys(self) -> int:
+        """How many keys are of the first side."""
+        return self.shape[3] - (self.keys[-1].shape[1] if self.spec.sides == 2 else 0)
+
+
+class PairWeights(NamedTuple):
+    """What keys, from ``centre``, are summed with: ``w_j A_ij``, ``A_ij = max(exp(L_ij − α_i − β_j), √floor)``."""
+
+    alpha: Tensor  # [S, G, N]
+    beta: Tensor  # [S, G, M]; ∞ leaves a key out
+    w: Tensor | None = None  # [G, M]; None is 1
+    centre: Tensor | None = None  # [G, D], a constant; None is 0
+
+
+class PairGradients(NamedTuple):
+    """The gradient of A_ij is ``w_j (num_i·(k_j − centre) + den_i) + columns_j``, of which each term may be missing."""
+
+    num: Tensor | None = None  # [S, G, sides, N, D]
+    den: Tensor | None = None  # [S, G, sides, N]
+    columns: Tensor | None = None  # [S, G, M]
+
+
 @dataclass(frozen=True)
 class LossSpec(_Flat):
     """Form C: a member of the family as a training loss, with the constants of the release's."""

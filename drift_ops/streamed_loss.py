@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .coupling import Problem, drifting_field, masses
 from .points import gathered, to_compute_dtype
-from .spec import AffinitySpec, LossMap, LossSpec, PairSpec
+from .spec import AffinitySpec, LossMap, LossSpec, PairGradients, PairProblem, PairSpec, PairWeights
 
 
 def centred(of_map: LossMap) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,9 +78,9 @@ def composed_means(sums: Any, spec: LossSpec, of_map: LossMap) -> Tensor:
     keys, w = [points[n] for n in kinds], torch.cat([weights[n] for n in kinds], 1).to(points[0].dtype)
     # Under so large a width all pairs count alike, and mean logits are mean costs.
     pairs = PairSpec(spec.cost, has_self=spec.include_self, least_distance=spec.least_distance)
+    problem = PairProblem(pairs, points[0], keys, w.new_tensor([ALL_ALIKE]), None)
     alpha, beta = (gen.new_zeros(1, *t.shape[:2], dtype=w.dtype) for t in (gen, w))
-    ones, width = alpha.unsqueeze(2) + 1, alpha.new_full((1,), ALL_ALIKE)
-    *_, logits = sums.pair_gradients(pairs, points[0], keys, width, None, alpha, beta, w, None, None, ones, None)
+    *_, logits = sums.pair_gradients(problem, PairWeights(alpha, beta, w), PairGradients(den=alpha.unsqueeze(2) + 1))
     costs, total = logits[0].sum(1, dtype=torch.float64) * -ALL_ALIKE, w.sum(1, dtype=torch.float64) * gen.shape[1]
     if spec.include_self and not spec.scale_self_pairs:
         of_self = weights[0].sum(1, dtype=torch.float64)

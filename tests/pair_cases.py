@@ -9,7 +9,7 @@ from cases import DENSE_FACTOR, FLOOR, points, rms, unaligned, weights
 from torch import Tensor
 
 from drift_ops import reference
-from drift_ops.spec import PairSpec
+from drift_ops.spec import PairGradients, PairProblem, PairSpec, PairWeights
 
 
 class Case(NamedTuple):
@@ -48,7 +48,7 @@ def inputs(case: Case) -> dict[str, Any]:
     beta = points(len(width), G, M, seed=8)
     if M > 1:
         beta[:, 0, 1::7] = math.inf
-    alpha = reference.log_sums(case.spec, q, keys, width, unit, beta, True)
+    alpha = reference.log_sums(PairProblem(case.spec, q, keys, width, unit), beta, True)
     alpha = alpha.masked_fill(alpha == -math.inf, 0.0) + 0.3
     w = weights(G, M, seed=5) if case.weighted else None
     centre = points(G, case.D, seed=6)
@@ -67,8 +67,8 @@ def results(
     module: Any, spec: PairSpec, given: dict[str, Any], layout: Callable[[Tensor], Tensor]
 ) -> dict[str, Tensor]:
     """Of all three functions, by name."""
-    q, keys, width, unit = problem = [given[name] for name in ("q", "keys", "width", "unit")]
-    alpha, beta, w, centre = others = [given[name] for name in ("alpha", "beta", "w", "centre")]
+    problem = PairProblem(spec, *(given[name] for name in ("q", "keys", "width", "unit")))
+    alpha, beta, *_ = weights = PairWeights(*(given[name] for name in ("alpha", "beta", "w", "centre")))
     found = {}
     for name, potential, by_row in (
         ("rows", beta, True),
@@ -78,17 +78,16 @@ def results(
         ("one key", layout(only_first(beta)), True),
         ("one query", layout(only_first(alpha)), False),
     ):
-        found[name] = module.log_sums(spec, *problem, potential, by_row)
-    found["num"], found["den"] = module.weighted_sums(spec, *problem, *others)
-    of_num, of_den = (unaligned(points(*found[name].shape, seed=n).to(q)) for n, name in enumerate(("num", "den")))
-    of_columns = unaligned(points(*beta.shape, seed=7).to(q))
-    for name, incoming, weight, origin in (
-        ("all", (of_num, of_den, of_columns), w, centre),
-        ("columns", (None, None, of_columns), None, None),
+        found[name] = module.log_sums(problem, potential, by_row)
+    found["num"], found["den"] = module.weighted_sums(problem, weights)
+    of_num, of_den = (unaligned(points(*found[name].shape, seed=n).to(beta)) for n, name in enumerate(("num", "den")))
+    of_columns = unaligned(points(*beta.shape, seed=7).to(beta))
+    for name, under, incoming in (
+        ("all", weights, PairGradients(of_num, of_den, of_columns)),
+        ("columns", PairWeights(alpha, beta), PairGradients(columns=of_columns)),
     ):
-        gradients = module.pair_gradients(spec, *problem, alpha, beta, weight, origin, *incoming)
-        of_q, of_keys, *rest = gradients
-        of_names = ["q", *(f"keys {n}" for n in range(len(keys))), "w", "alpha", "beta", "width"]
+        of_q, of_keys, *rest = module.pair_gradients(problem, under, incoming)
+        of_names = ["q", *(f"keys {n}" for n in range(len(problem.keys))), "w", "alpha", "beta", "width"]
         for what, gradient in zip(of_names, (of_q, *of_keys, *rest), strict=True):
             found[f"gradient of {what} from {name}"] = gradient
     return found

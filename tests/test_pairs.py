@@ -12,7 +12,7 @@ from pair_cases import CASES, Case, check_pairs, converted, inputs, results
 import drift_ops
 from drift_ops import Field, reference
 from drift_ops.ops import rows
-from drift_ops.spec import PairSpec
+from drift_ops.spec import PairGradients, PairProblem, PairSpec, PairWeights
 
 cpu = pytest.importorskip("drift_ops.cpu")
 if cpu.load_error:
@@ -98,12 +98,13 @@ def test_nothing_is_left(count):
     """Arrays without keys, and keys that all have a potential of ∞."""
     q, keys, ones = points(1, 3, 2), [points(1, count, 2), points(1, 0, 2)], torch.ones(1, dtype=F64)
     alpha, beta = torch.zeros(1, 1, 3, dtype=F64), torch.full((1, 1, count), math.inf, dtype=F64)
-    spec, problem = PairSpec("l2", sides=2, floor=1e-2), (q, keys, ones, None)
-    assert (cpu.log_sums(spec, *problem, beta, True) == -math.inf).all()
-    assert (cpu.log_sums(spec, *problem, alpha + math.inf, False) == -math.inf).all()
-    assert not any(t.any() for t in cpu.weighted_sums(spec, *problem, alpha, beta, None, q[:, 0]))
-    incoming = points(1, 1, 2, 3, 2), points(1, 1, 2, 3), beta.nan_to_num(posinf=1.0)
-    of_q, of_keys, *others = cpu.pair_gradients(spec, *problem, alpha, beta, None, q[:, 0], *incoming)
+    problem = PairProblem(PairSpec("l2", sides=2, floor=1e-2), q, keys, ones, None)
+    assert (cpu.log_sums(problem, beta, True) == -math.inf).all()
+    assert (cpu.log_sums(problem, alpha + math.inf, False) == -math.inf).all()
+    weights = PairWeights(alpha, beta, centre=q[:, 0])
+    assert not any(t.any() for t in cpu.weighted_sums(problem, weights))
+    incoming = PairGradients(points(1, 1, 2, 3, 2), points(1, 1, 2, 3), beta.nan_to_num(posinf=1.0))
+    of_q, of_keys, *others = cpu.pair_gradients(problem, weights, incoming)
     assert not any(t.any() for t in (of_q, *of_keys, *others))
 
 
@@ -114,11 +115,11 @@ def test_logits_far_apart():
     sums = {"rows": (None, True), "columns": (None, False)}
     sums |= {"shifted rows": (potential, True), "shifted columns": (potential[..., :40], False)}
     for cost, width in (("l2", 0.01), ("l2_sq", 0.1)):
-        spec, widths = PairSpec(cost), torch.tensor([width])
+        problem = PairProblem(PairSpec(cost), q, [far, near], torch.tensor([width]), None)
+        exact = PairProblem(problem.spec, q.double(), [far.double(), near.double()], problem.width.double(), None)
         for name, (by, by_row) in sums.items():
-            exact = [None if t is None else t.double() for t in (q, far, near, widths, by)]
-            truth = reference.log_sums(spec, exact[0], exact[1:3], exact[3], None, exact[4], by_row)
-            assert relative_error(cpu.log_sums(spec, q, [far, near], widths, None, by, by_row), truth) < 1e-6, name
+            truth = reference.log_sums(exact, None if by is None else by.double(), by_row)
+            assert relative_error(cpu.log_sums(problem, by, by_row), truth) < 1e-6, name
 
 
 # The family

@@ -103,17 +103,18 @@ def group_field(N: int, M: int, D: int) -> None:
 
 def pairs(N: int, M: int, D: int, cost: str, self_cost: float) -> None:
     from drift_ops import triton
-    from drift_ops.spec import PairSpec
+    from drift_ops.spec import PairGradients, PairProblem, PairSpec, PairWeights
 
     spec, S = PairSpec(cost, True, self_cost, 2, 1e-6), len(WIDTHS)
-    problem = empty(1, N, D), [empty(1, N, D), empty(1, M - N, D)], empty(S), empty(1)
+    problem = PairProblem(spec, empty(1, N, D), [empty(1, N, D), empty(1, M - N, D)], empty(S), empty(1))
     alpha, beta, grad_num, grad_den = empty(S, 1, N), empty(S, 1, M), empty(S, 1, 2, N, D), empty(S, 1, 2, N)
-    triton.log_sums(spec, *problem, beta, True)
-    triton.log_sums(spec, *problem, alpha, False)
-    triton.weighted_sums(spec, *problem, alpha, beta, empty(1, M), empty(1, D))
-    triton.pair_gradients(spec, *problem, alpha, beta, empty(1, M), empty(1, D), grad_num, grad_den, None)
-    of_columns = replace(spec, sides=1, floor=0.0)  # that is what the log-sum-exps of columns want
-    triton.pair_gradients(of_columns, *problem, alpha, beta, None, None, None, None, beta)
+    weights = PairWeights(alpha, beta, empty(1, M), empty(1, D))
+    triton.log_sums(problem, beta, True)
+    triton.log_sums(problem, alpha, False)
+    triton.weighted_sums(problem, weights)
+    triton.pair_gradients(problem, weights, PairGradients(grad_num, grad_den))
+    of_columns = problem._replace(spec=replace(spec, sides=1, floor=0.0))  # as the log-sum-exps of columns want it
+    triton.pair_gradients(of_columns, PairWeights(alpha, beta), PairGradients(columns=beta))
 
 
 # What the launchers are called with, by name: the regimes, few dimensions and many. Kernels that only depend on shapes

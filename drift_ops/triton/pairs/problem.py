@@ -8,25 +8,23 @@ import math
 import triton.language as tl
 from torch import Tensor
 
-from ...spec import PairSpec
+from ...spec import PairProblem
 from ..affinity.logit import LOG2E
 from ..affinity.pairs import Pairs, shared_fields
 
 LOGIT_OF_COST = {"l2": "laplace", "l2_sq": "square"}
 
 
-def pairs_of(
-    spec: PairSpec, q: Tensor, k: Tensor, w: Tensor | None, first_keys: int, width: Tensor, unit: Tensor | None
-) -> Pairs:
-    """Of contiguous centred points; ``width [S]``, ``unit [G]`` or None for 1."""
-    width = width.to(q.dtype).unsqueeze(1)
+def pairs_of(problem: PairProblem, q: Tensor, k: Tensor, w: Tensor | None) -> Pairs:
+    """Of contiguous centred points."""
+    spec, unit, width = problem.spec, problem.unit, problem.width.to(q.dtype).unsqueeze(1)
     widths = width * (q.new_ones(len(q)) if unit is None else unit.to(q.dtype))  # [S, G]
     self_logits = None
     if spec.has_self and 0 < spec.self_cost < math.inf:
         least_cost = spec.least_distance if spec.cost == "l2" else spec.least_distance**2
         self_logits = (least_cost / widths + spec.self_cost / width) * -LOG2E.value
     return Pairs(
-        **shared_fields(spec, q, k, w, first_keys, apart=spec.self_cost < math.inf),
+        **shared_fields(spec, q, k, w, problem.first_keys, apart=spec.self_cost < math.inf),
         widths=widths,
         temperature=1.0,
         self_distance=0.0,
