@@ -138,7 +138,7 @@ def make_mae_trainer(ranks):
 def queues(ranks: Ranks) -> dict[str, Any]:
     """A queue of bytes after nine steps, the same read anew, and the bytes that both take of this rank's memory."""
     pixels = np.random.default_rng(0).integers(0, 256, (50, 32, 32, 3), np.uint8)
-    split = ImageSplit(pixels, np.arange(50) ** 2 % CLASSES, 32, flip=True, crop=True)
+    split = ImageSplit(pixels, np.arange(50) % CLASSES, 32, flip=True, crop=True)
     step = StepConfig(labels_per_step=4, queue_size=8, unconditional_queue_size=30, queue_device="cpu")
     config = Config(seed=3, step=step, train=TrainConfig(batch_size=12))
     first, second = [
@@ -150,10 +150,21 @@ def queues(ranks: Ranks) -> dict[str, Any]:
         first.add(samples, labels)
     second.refill(9)
     ranks.on_all(lambda: None)  # Until here, another rank may still be writing.
-    mapped = re.findall(r"memfd:drifting \(deleted\)\n(?:.*\n)*?Pss: +(\d+) kB", Path("/proc/self/smaps").read_text())
-    taken = ranks.on_all(lambda: 1024 * sum(map(int, mapped)))
+    tensors = [
+        ring.samples for groups in (first, second) for ring in (groups.queue.by_class, groups.queue.unconditional)
+    ]
+    taken = ranks.on_all(lambda: sum(map(taken_by, tensors))) if ranks.size > 1 else []
     states = [bits(groups.queue.state_dict()) for groups in (first, second)]
-    return {"states": states, "taken": taken, "needed": 2 * (8 * CLASSES + 30) * 3 * 32**2}
+    return {"states": states, "taken": taken, "needed": sum(tensor.nbytes for tensor in tensors)}
+
+
+def taken_by(tensor: torch.Tensor) -> int:
+    """This process's share of the memory of a tensor in a file without a name, in bytes."""
+    region = r"^([0-9a-f]+)-([0-9a-f]+) .* /memfd:drifting \(deleted\)\n(?:[A-Z].*\n)*?Pss: +(\d+) kB"
+    for start, end, pss in re.findall(region, Path("/proc/self/smaps").read_text(), re.MULTILINE):
+        if int(start, 16) <= tensor.data_ptr() < int(end, 16):
+            return 1024 * int(pss)
+    raise AssertionError("the tensor is not in such memory")
 
 
 def worker(rank: int, directory: str) -> None:
