@@ -72,7 +72,7 @@ def build_trainer(config: Config, dataset: Dataset, ranks: Ranks) -> DriftingTra
         extractor = _extractor(loss, shape)
         trainer = DriftingTrainer(
             model, config, extractor, class_names=dataset.class_names, pixel_range=dataset.pixel_range, ranks=ranks,
-            latent=dataset.latent, data=dataset.name, name=name, arguments=arguments,
+            split=dataset.train, latent=dataset.latent, data=dataset.name, name=name, arguments=arguments,
         )  # fmt: skip
         if isinstance(trainer.groups, PairGroups):
             trainer.groups.see(torch.stack([torch.as_tensor(dataset.train[place][1]) for place in (0, -1)]))

@@ -136,6 +136,8 @@ def test_reading_is_memory_mapped(source, tmp_path):
     assert not copy.shards and torch.equal(copy[0][0], first)
     batches = [next(training_batches(train, 6, seed=0, workers=workers))[0] for workers in (0, 1)]
     assert torch.equal(*batches)
+    stored, _ = next(training_batches(train, 6, seed=0, stored=True))
+    assert stored.dtype == train.dtype == torch.float16 and torch.equal(stored.float(), batches[0])
 
 
 # ------------------------------------------------------------------------------------- interruptions and faults

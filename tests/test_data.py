@@ -39,6 +39,17 @@ def test_pixels_are_normalised_on_their_own_scale():
     assert byte.tolist() == [[[-1, 1], [-1, 1]]]
 
 
+@pytest.mark.parametrize("white", [16, 255])
+def test_samples_are_stored_as_bytes(white):
+    pixels = np.arange(white + 1, dtype=np.uint8).reshape(-1, 1, 1)
+    split = ImageSplit(pixels, np.zeros(len(pixels)), 1, white=white)
+    sample, label = split.stored(7)
+    assert sample.dtype == split.dtype == torch.uint8 and sample.tolist() == [[[7]]] and label == 0
+    expected = pixels.astype(np.float32) / np.float32(white / 2) - 1
+    assert np.array_equal(split.samples().numpy(), expected[:, None])
+    assert torch.equal(split[7][0], split.samples([7])[0])
+
+
 def test_colours_become_channels():
     split = images(shape=(9, 9, 3))
     sample, label = split[4]
@@ -153,6 +164,8 @@ def test_resumed_batches_are_those_of_an_uninterrupted_run(workers):
     resumed = list(islice(training_batches(split, 5, seed=1, start=4 * 5, workers=workers), 5))
     for (expected, labels), (batch, again) in zip(whole[4:], resumed, strict=True):
         assert torch.equal(expected, batch) and torch.equal(labels, again)
+    for (expected, _), (stored, _) in zip(whole, training_batches(split, 5, 1, 0, workers, stored=True), strict=False):
+        assert stored.dtype == torch.uint8 and torch.equal(split.values(stored), expected)
 
 
 class Faulty(Split):

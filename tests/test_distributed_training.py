@@ -1,19 +1,26 @@
 """One, two and four ranks take the same steps: gloo, four processes, one spawn for all."""
 
+import re
 import subprocess
 import sys
 from datetime import timedelta
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from checkpoint_cases import bits
 from run_records import read_records
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-from drifting.config import PretrainConfig, load_config
-from drifting.config.schema import MAELossConfig, MAEOptimizerConfig, MAEStepConfig, TrainConfig
+from drifting.config import Config, PretrainConfig, load_config
+from drifting.config.schema import MAELossConfig, MAEOptimizerConfig, MAEStepConfig, StepConfig, TrainConfig
+from drifting.data import training_batches
+from drifting.data.image_split import ImageSplit
 from drifting.errors import UserError
 from drifting.hub.run_directory import RunDirectory
 from drifting.models import MAE, ConvDecoder, DriftingDiT
@@ -21,6 +28,7 @@ from drifting.train import main as command_line
 from drifting.training import MAETrainer, create_trainer
 from drifting.training.checkpoint import load_checkpoint, save_checkpoint
 from drifting.training.distributed import Ranks
+from drifting.training.groups import ClassGroups
 from drifting.training.loop import opened_run
 from drifting.training.optimization import WHOLE
 
@@ -127,6 +135,38 @@ def make_mae_trainer(ranks):
     return MAETrainer(model, config, "cpu", ranks)
 
 
+def queues(ranks: Ranks) -> dict[str, Any]:
+    """A queue of bytes after nine steps, the same read anew, and the bytes that both take of this rank's memory."""
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 32, 32, 3), np.uint8)
+    split = ImageSplit(pixels, np.arange(50) % CLASSES, 32, flip=True, crop=True)
+    step = StepConfig(labels_per_step=4, queue_size=8, unconditional_queue_size=30, queue_device="cpu")
+    config = Config(seed=3, step=step, train=TrainConfig(batch_size=12))
+    first, second = [
+        ClassGroups(config, (3, 32, 32), ranks, torch.device("cpu"), tuple(range(CLASSES)), True, CLASSES, split=split)
+        for _ in range(2)
+    ]
+    batches = training_batches(split, 12, 3, part=ranks.share(12), stored=True)
+    for samples, labels in islice(batches, 9):
+        first.add(samples, labels)
+    second.refill(9)
+    ranks.on_all(lambda: None)  # Until here, another rank may still be writing.
+    tensors = [
+        ring.samples for groups in (first, second) for ring in (groups.queue.by_class, groups.queue.unconditional)
+    ]
+    taken = ranks.on_all(lambda: sum(map(taken_by, tensors))) if ranks.size > 1 else []
+    states = [bits(groups.queue.state_dict()) for groups in (first, second)]
+    return {"states": states, "taken": taken, "needed": sum(tensor.nbytes for tensor in tensors)}
+
+
+def taken_by(tensor: torch.Tensor) -> int:
+    """This process's share of the memory of a tensor in a file without a name, in bytes."""
+    region = r"^([0-9a-f]+)-([0-9a-f]+) .* /memfd:drifting \(deleted\)\n(?:[A-Z].*\n)*?Pss: +(\d+) kB"
+    for start, end, pss in re.findall(region, Path("/proc/self/smaps").read_text(), re.MULTILINE):
+        if int(start, 16) <= tensor.data_ptr() < int(end, 16):
+            return 1024 * int(pss)
+    raise AssertionError("the tensor is not in such memory")
+
+
 def worker(rank: int, directory: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=4)
@@ -142,6 +182,7 @@ def worker(rank: int, directory: str) -> None:
                     if name == "fsdp":
                         save(trainer, f"{directory}/{size}")
             results["mae", size] = pretrain(make_mae_trainer(ranks))
+            results["queues", size] = queues(ranks)
     dist.barrier()
     for size, other in ((2, 4), (4, 2)):  # A run in shards goes on at other numbers of ranks, in shards or not.
         if rank < other:
@@ -208,6 +249,15 @@ def test_ranks_pretrain_alike(of_ranks, size):
     expected = pretrain(make_mae_trainer(Ranks()))
     for results in of_ranks["mae", size]:
         assert_same(results, expected)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_the_ranks_of_a_host_hold_one_queue(of_ranks, size):
+    """It is that of one process, to the last bit, when it is filled and when it is read anew."""
+    expected = queues(Ranks())["states"]
+    for of_rank in of_ranks["queues", size]:
+        assert of_rank["states"] == expected and expected[0] == expected[1]
+    assert of_rank["needed"] <= sum(of_rank["taken"]) < 1.1 * of_rank["needed"]
 
 
 def test_ranks_without_a_label_are_refused():

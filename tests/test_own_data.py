@@ -81,6 +81,15 @@ def test_samples_become_float32(own, convert):
         assert not split[0][0].requires_grad
 
 
+def test_bytes_and_half_precision_are_stored_as_they_come(own):
+    x = torch.arange(6).view(3, 2)
+    for dtype in (torch.uint8, torch.float16, torch.float32, torch.float64, torch.int32):
+        split = own((Items(list(x.to(dtype))), Items(list(x)))).train
+        assert split.stored(1)[0].dtype == split.dtype == (torch.float32 if dtype.itemsize > 2 else dtype)
+    with pytest.raises(UserError, match="sample 1 .* has the type torch.float32, the first one torch.uint8: bring all"):
+        own((Items([x[0].byte(), x[1].float()]), Items(list(x))))
+
+
 @pytest.mark.parametrize("number", [3, 0.5, True, np.float64(0.25), torch.tensor(2)])
 def test_numbers_are_samples(own, number):
     dataset = own((Items([number] * 3), Items([(number, 1)] * 0 + [number])))

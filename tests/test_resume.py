@@ -12,6 +12,7 @@ from run_records import read_records
 from safetensors.torch import load_file
 
 from drifting.config.reading import load_config
+from drifting.data import SampleQueue
 from drifting.errors import UserError
 from drifting.train import train
 
@@ -43,7 +44,31 @@ def test_resumed_run_equals_an_uninterrupted_one(finished, tmp_path):
     assert (out / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
     last = [folder / "checkpoints" / "step_00000006.pt" for folder in (finished, out)]
     assert same_checkpoints(*last)
-    assert "samples" in read(last[0])["groups"]["queue"]["by_class"]
+    assert read(last[0])["groups"]["queue"] is None
+
+
+QUEUES = ["step.queue_size=5", "step.unconditional_queue_size=70"]  # They hold less than 3 steps bring.
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [["data.flip=true", "data.crop=true", "data.workers=1"], ["step.queue_features=true"]],
+    ids=lambda settings: settings[0],
+)
+def test_what_is_in_the_queue_is_read_anew(settings, tmp_path):
+    """As it was augmented, whatever an earlier version has saved of it."""
+    settings = [*TINY, *QUEUES, *settings]
+    whole, out = tmp_path / "whole", tmp_path / "resumed"
+    train(load_config("digits", settings), whole)
+    shutil.copytree(whole, out)
+    (out / "checkpoints" / "step_00000006.pt").unlink()
+    file = out / "checkpoints" / "step_00000003.pt"
+    state = read(file)
+    assert state["groups"]["queue"] is None
+    state["groups"]["queue"] = SampleQueue(5, 10, (1, 8, 8), unconditional_queue_size=70).state_dict()
+    torch.save(state, file)
+    train(load_config("digits", settings), out)
+    assert same_checkpoints(*(folder / "checkpoints" / "step_00000006.pt" for folder in (whole, out)))
 
 
 def test_goes_on_from_the_one_before_a_damaged_checkpoint(finished, tmp_path, capfd):

@@ -3,12 +3,14 @@
 from collections import Counter, deque
 from itertools import islice
 
+import numpy as np
 import pytest
 import torch
+from checkpoint_cases import bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drifting.data import SampleQueue
+from drifting.data import SampleQueue, sample_queue
 from drifting.data.dataset import endless_shuffle
 
 CLASSES = 3
@@ -88,6 +90,42 @@ def test_state_dict_restores_contents_and_order():
     assert torch.equal(queue.by_class.count, restored.by_class.count)
     with pytest.raises(ValueError, match=r"saved queue holds \[3, 3, 1, 2, 2\], this one \[3, 4, 1, 2, 2\]"):
         SampleQueue(4, CLASSES, (1, 2, 2)).load_state_dict(queue.state_dict())
+
+
+@settings(deadline=None)
+@given(
+    labels=st.lists(st.integers(0, CLASSES - 1), min_size=1, max_size=9), num=st.integers(0, 60),
+    sizes=st.tuples(st.integers(1, 7), st.integers(1, 12)), batch=st.integers(1, 10), seed=st.integers(0, 5),
+)  # fmt: skip
+def test_a_queue_goes_on_from_the_draws_that_are_still_in_it(labels, num, sizes, batch, seed):
+    """Those alone are added to the second one, whose slots are the same, whatever the classes and epochs."""
+    labels = torch.tensor(labels)
+    whole, refilled = (SampleQueue(sizes[0], CLASSES, (2,), "cpu", sizes[1], torch.uint8) for _ in range(2))
+
+    def add(queue, draws):
+        for at in range(0, len(draws), batch):
+            part = torch.tensor(draws[at : at + batch])
+            queue.add(part.to(torch.uint8), labels[part[:, 1]])
+
+    history = list(islice(endless_shuffle(len(labels), seed), num))
+    add(whole, history)
+    draws = refilled.skip(labels, seed, num)
+    add(refilled, draws)
+    assert bits(refilled.state_dict()) == bits(whole.state_dict())
+    held = {tuple(sample) for ring in (whole.by_class, whole.unconditional) for sample in samples_of(ring)}
+    assert draws == [draw for draw in history if draw in held]
+
+
+def samples_of(ring) -> list[list[int]]:
+    return [sample for row, count in zip(ring.samples, ring.count, strict=True) for sample in row[:count].tolist()]
+
+
+def test_what_a_queue_skips_costs_little(monkeypatch):
+    """It looks at the epochs that are still in it, not at all that there have been."""
+    epochs = []
+    monkeypatch.setattr(sample_queue, "shuffled", lambda size, seed, epoch: epochs.append(epoch) or np.arange(size))
+    draws = SampleQueue(8, CLASSES, (1,), unconditional_queue_size=30).skip(torch.arange(12) % CLASSES, 0, 12_000)
+    assert set(epochs) == {1000, 999, 998, 997} and len(draws) == 30
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (2, 3, 4, 5)], ids=str)

@@ -28,7 +28,10 @@ class Draw(NamedTuple):
 class Split(data.Dataset[tuple[Tensor, int]], ABC):
     """Samples with their class numbers, as a map-style data set for :class:`torch.utils.data.DataLoader`.
     ``split[index]`` is a sample, float32 of any shape, and its class number, without augmentation; ``split[Draw(epoch,
-    index)]`` is the same as that epoch sees it. ``labels`` is int64 ``[N]`` on the CPU."""
+    index)]`` is the same as that epoch sees it. ``labels`` is int64 ``[N]`` on the CPU. Samples come in ``dtype``, in
+    which they are kept where many are, and :meth:`values` makes float32 of them."""
+
+    dtype = torch.float32
 
     def __init__(self, labels: Tensor) -> None:
         self.labels = labels
@@ -37,16 +40,36 @@ class Split(data.Dataset[tuple[Tensor, int]], ABC):
         return len(self.labels)
 
     def __getitem__(self, at: int | Draw) -> tuple[Tensor, int]:
+        sample, label = self.stored(at)
+        return self.values(sample), label
+
+    def stored(self, at: int | Draw) -> tuple[Tensor, int]:
+        """Return what indexing does, with the sample in ``dtype``."""
         index, draw = (at.sample, at) if isinstance(at, Draw) else (at, None)
         return self.sample(index, draw), int(self.labels[index])
 
     @abstractmethod
     def sample(self, index: int, draw: Draw | None) -> Tensor:
-        """Return the sample of that index, without augmentation or as ``draw`` has it."""
+        """Return the sample of that index in ``dtype``, without augmentation or as ``draw`` has it."""
+
+    def values(self, samples: Tensor) -> Tensor:
+        """Make float32 of samples ``[…, *sample_shape]`` in ``dtype``, on any device."""
+        return samples.float()
 
     def samples(self, indices: Iterable[int] | None = None) -> Tensor:
-        """Return samples ``[N, *sample_shape]`` without augmentation, all of them by default."""
-        return torch.stack([self.sample(index, None) for index in (range(len(self)) if indices is None else indices)])
+        """Return samples ``[N, *sample_shape]``, float32 without augmentation, all of them by default."""
+        indices = range(len(self)) if indices is None else indices
+        return self.values(torch.stack([self.sample(index, None) for index in indices]))
+
+
+class Stored(data.Dataset[tuple[Tensor, int]]):
+    """What a split stores, as a map-style data set."""
+
+    def __init__(self, split: Split) -> None:
+        self.split = split
+
+    def __getitem__(self, at: int | Draw) -> tuple[Tensor, int]:
+        return self.split.stored(at)
 
 
 @dataclass(frozen=True)
@@ -80,19 +103,24 @@ def endless_shuffle(size: int, seed: int, start: int = 0) -> Iterator[Draw]:
     order depends on ``seed`` and the epoch only, so that a run that is resumed sees what it would have seen."""
     first, offset = divmod(start, size)
     for epoch in count(first):
-        order = np.random.default_rng([seed, epoch]).permutation(size)
-        for index in order[offset if epoch == first else 0 :].tolist():
+        for index in shuffled(size, seed, epoch)[offset if epoch == first else 0 :].tolist():
             yield Draw(epoch, index)
 
 
+def shuffled(size: int, seed: int, epoch: int) -> np.ndarray:
+    """Return the samples ``0 … size - 1`` in the random order of an epoch."""
+    return np.random.default_rng([seed, epoch]).permutation(size)
+
+
 def training_batches(
-    split: Split, batch_size: int, seed: int, start: int = 0, workers: int = 0, part: slice | None = None
-) -> Iterator[tuple[Tensor, Tensor]]:
+    split: Split, batch_size: int, seed: int, start: int = 0, workers: int = 0, part: slice | None = None,
+    stored: bool = False,
+) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
     """Read batches of samples ``[B, *sample_shape]`` and labels ``[B]``, or ``part`` of each, from sample ``start`` on.
-    Their order is that of :func:`endless_shuffle`, whatever the ``workers``."""
+    Their order is that of :func:`endless_shuffle`, whatever the ``workers``. Samples are float32, or as ``stored``."""
     draws = endless_shuffle(len(split), seed, start)
     batches = (list(islice(draws, batch_size))[part or slice(None)] for _ in repeat(None))
-    return read_batches(split, workers, batch_sampler=batches)
+    return read_batches(Stored(split) if stored else split, workers, batch_sampler=batches)
 
 
 def read_batches(samples: Any, workers: int, **settings: Any) -> Iterator[Any]:

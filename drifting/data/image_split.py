@@ -34,6 +34,8 @@ class ImageSplit(Split):
     """``images`` brought to ``[C, size, size]``; black, which is 0, becomes -1, and ``white`` becomes 1. ``images`` is
     uint8 ``[N, H, W]`` or ``[N, H, W, 3]``, or returns a Pillow image for an index."""
 
+    dtype = torch.uint8
+
     def __init__(
         self, images: Any, labels: ArrayLike, size: int, flip: bool = False, crop: bool = False, seed: int = 0,
         white: int = 255,
@@ -53,8 +55,12 @@ class ImageSplit(Split):
         elif not isinstance(image, np.ndarray) or image.shape[:2] != shape:  # Others are faster without Pillow.
             image = centre_crop(_as_image(image), self.size)
         pixels = np.asarray(image).reshape(*shape, -1)[:, :: -1 if mirrored else 1]
-        values = torch.from_numpy(pixels.transpose(2, 0, 1).astype(np.float32, order="C"))
-        return values.div_(self.white / 2).sub_(1)
+        return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+
+    def values(self, samples: Tensor) -> Tensor:
+        # A GPU would multiply by the reciprocal of a number of Python's, which is rounded.
+        half = torch.full((), self.white / 2, dtype=torch.float32, device=samples.device)
+        return samples.float().div_(half).sub_(1)
 
 
 def _as_image(image: Image.Image | np.ndarray) -> Image.Image:

@@ -20,7 +20,9 @@ COMMAND, INDEX = "`python -m drifting.cache_latents`", "index.json"
 
 
 class LatentSplit(Split):
-    """The latents of one split, float32 ``[C, h, w]``; with ``flip``, a draw takes either of the two variants."""
+    """The latents of one split, ``[C, h, w]``; with ``flip``, a draw takes either of the two variants."""
+
+    dtype = torch.float16
 
     def __init__(self, root: Path, name: str, index: dict[str, Any], flip: bool, seed: int) -> None:
         content = index["splits"][name]
@@ -39,8 +41,7 @@ class LatentSplit(Split):
     def sample(self, index: int, draw: Draw | None) -> Tensor:
         mirrored = draw is not None and self.flip and np.random.default_rng([self.seed, *draw]).random() < 0.5
         number = int(np.searchsorted(self.ends, index, side="right")) - 1
-        latent = self._shard(number)[index - self.ends[number], int(mirrored)]
-        return torch.from_numpy(latent.astype(np.float32))
+        return torch.from_numpy(self._shard(number)[index - self.ends[number], int(mirrored)].copy())
 
     def _shard(self, number: int) -> np.ndarray:
         if number in self.shards:

@@ -17,6 +17,7 @@ from ..utils.named import check_arguments, import_named
 from .dataset import Dataset, Draw, Split, hold_out
 
 ALL = ("all",)  # The one class of samples without labels.
+COMPACT = (torch.uint8, torch.float16)
 PROBED = 1000  # So many training samples tell the range of pixels.
 PASSED_ON = ("path", "image_size", "flip", "crop", "subset", "label_column")
 
@@ -98,25 +99,30 @@ def tell_numbers(names: tuple[int | str, ...]) -> None:
 
 
 class OwnSplit(Split):
-    """The items ``x``, ``(x,)`` or ``(x, y)`` of a user's map-style data set, of one shape; its labels begin as 0."""
+    """The items ``x``, ``(x,)`` or ``(x, y)`` of a user's map-style data set, of one shape; its labels begin as 0. They
+    are stored as they come where that is uint8 or float16, and then all are of that type."""
 
     def __init__(self, items: Any, name: str) -> None:
         if not len(items):
             raise UserError(f"the {name} data are empty")
         super().__init__(torch.zeros(len(items), dtype=torch.int64))
         self.items, self.name = items, name
-        self.shape: Any = None
-        self.shape = self.sample(0, None).shape
+        with explained(f"sample 0 of the {name} data cannot be used"):
+            first = _tensor(sample_of(items[0]))
+        self.shape, self.dtype = first.shape, first.dtype if first.dtype in COMPACT else torch.float32
 
     def sample(self, index: int, draw: Draw | None) -> Tensor:
         with explained(f"sample {index} of the {self.name} data cannot be used"):
-            return self._of_one_shape(_tensor(sample_of(self.items[index])).float(), index)
+            return self._like_the_first(_tensor(sample_of(self.items[index])), index)
 
-    def _of_one_shape(self, sample: Tensor, index: int) -> Tensor:
-        if self.shape not in (None, sample.shape):
-            which = f"sample {index} of the {self.name} data has the shape {list(sample.shape)}"
-            raise UserError(f"{which}, the first one {list(self.shape)}: bring all to one shape")
-        return sample
+    def _like_the_first(self, sample: Tensor, index: int) -> Tensor:
+        which = f"sample {index} of the {self.name} data has the"
+        if self.shape != sample.shape:
+            shapes = f"{which} shape {list(sample.shape)}, the first one {list(self.shape)}"
+            raise UserError(f"{shapes}: bring all to one shape")
+        if self.dtype != sample.dtype and self.dtype in COMPACT:
+            raise UserError(f"{which} type {sample.dtype}, the first one {self.dtype}: bring all to one type")
+        return sample.to(self.dtype)
 
 
 class PairSplit(OwnSplit):
@@ -128,7 +134,8 @@ class PairSplit(OwnSplit):
             item = self.items[index]
             if label_of(item) is None:
                 raise UserError("it has no condition, expected (x, condition) with step.groups=pairs")
-            return self._of_one_shape(_tensor(sample_of(item)).float(), index), _tensor(label_of(item))
+            sample = self._like_the_first(_tensor(sample_of(item)), index)
+            return self.values(sample), _tensor(label_of(item))
 
 
 def _tensor(value: Any) -> Tensor:

@@ -1,11 +1,18 @@
 """First-in-first-out queues of real samples, one a class and one over all classes (appendix A.8 of the paper)."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
+from .dataset import Draw, shuffled
+
 ALL = slice(None)
+
+
+def unchanged(samples: Tensor) -> Tensor:
+    return samples
 
 
 class RingBuffers:
@@ -13,20 +20,16 @@ class RingBuffers:
 
     def __init__(
         self, rows: int, size: int, sample_shape: tuple[int, ...], device: torch.device | str,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None, zeros: Callable[..., Tensor] = torch.zeros,
     ) -> None:  # fmt: skip
         self.size = size
-        self.samples = torch.zeros(rows, size, *sample_shape, device=device, dtype=dtype)
+        self.samples = zeros(rows, size, *sample_shape, device=device, dtype=dtype)
         # These say how many samples a row holds, and which slot of it the next sample goes to.
         self.count, self.head = torch.zeros(2, rows, dtype=torch.long)
 
     def push(self, samples: Tensor, row: Tensor) -> None:
         """Append ``samples [B, *sample_shape]`` to the buffers ``row [B]``, in order; the oldest ones fall out."""
-        added = torch.bincount(row, minlength=len(self.count))  # [rows]
-        order = torch.argsort(row, stable=True)
-        first = (added.cumsum(0) - added)[row[order]]  # [B]: where the row of each sample begins in `order`.
-        rank = torch.empty_like(row)  # [B]: how many samples before this one went to the same row.
-        rank[order] = torch.arange(len(row)) - first
+        added, rank = torch.bincount(row, minlength=len(self.count)), rank_in_row(row)  # [rows], [B]
         kept = (added[row] - rank <= self.size).nonzero().squeeze(1)  # Of a large batch, the newest fit.
         slot = (self.head[row] + rank) % self.size
         where = (row[kept].to(self.samples.device), slot[kept].to(self.samples.device))
@@ -53,22 +56,33 @@ class RingBuffers:
         self.count, self.head = (state[name].cpu().clone() for name in ("count", "head"))
 
 
+def rank_in_row(row: Tensor) -> Tensor:
+    """How many before each element of ``row [B]`` are the same, ``[B]``."""
+    added = torch.bincount(row)
+    order = torch.argsort(row, stable=True)
+    first = (added.cumsum(0) - added)[row[order]]  # [B]: where the row of each element begins in `order`.
+    rank = torch.empty_like(row)
+    rank[order] = torch.arange(len(row)) - first
+    return rank
+
+
 class SampleQueue:
     """The newest ``queue_size`` samples of every class, the positives, and newest samples of any, further negatives.
     Labels are ``0 … num_classes - 1``. ``latent_shape`` is the shape of one sample, of any rank, and ``dtype`` its
-    type, by default torch's."""
+    type, by default torch's; ``values`` makes what is to be used of drawn samples. ``zeros`` allocates memory."""
 
     def __init__(
         self, queue_size: int = 128, num_classes: int = 1000, latent_shape: tuple[int, ...] = (4, 32, 32),
         device: torch.device | str = "cpu", unconditional_queue_size: int = 1000, dtype: torch.dtype | None = None,
+        values: Callable[[Tensor], Tensor] = unchanged, zeros: Callable[..., Tensor] = torch.zeros,
     ) -> None:  # fmt: skip
         sizes = {"queue_size": queue_size, "num_classes": num_classes}
         for name, value in (sizes | {"unconditional_queue_size": unconditional_queue_size}).items():
             if value < 1:
                 raise ValueError(f"{name} is {value}, expected 1 or more")
-        self.num_classes, self.latent_shape = num_classes, tuple(latent_shape)
-        self.by_class = RingBuffers(num_classes, queue_size, self.latent_shape, device, dtype)
-        self.unconditional = RingBuffers(1, unconditional_queue_size, self.latent_shape, device, dtype)
+        self.num_classes, self.latent_shape, self.values = num_classes, tuple(latent_shape), values
+        self.by_class = RingBuffers(num_classes, queue_size, self.latent_shape, device, dtype, zeros)
+        self.unconditional = RingBuffers(1, unconditional_queue_size, self.latent_shape, device, dtype, zeros)
 
     def __len__(self) -> int:
         return int(self.by_class.count.sum())
@@ -102,6 +116,30 @@ class SampleQueue:
         if not self.unconditional.count.item():
             raise ValueError("the queue is empty: add() samples before drawing from it")
         return self.unconditional.draw(torch.zeros(1, dtype=torch.long), num_samples, generator, part=part)[0]
+
+    def skip(self, labels: Tensor, seed: int, num: int) -> list[Draw]:
+        """Go on as after the first ``num`` draws of :func:`endless_shuffle` from samples with ``labels [N]``. This
+        queue, which is empty, holds what it would hold then if the draws that are returned are added, in their order.
+        """
+        size, classes, held = len(labels), self.num_classes, (self.by_class.size, self.unconditional.size)
+        epochs, rest = divmod(num, size)
+        total = torch.bincount(labels, minlength=classes) * epochs
+        total += torch.bincount(labels[shuffled(size, seed, epochs)[:rest]], minlength=classes)
+        taken, draws = torch.zeros_like(total), list[Draw]()
+        for epoch in range(epochs, -1, -1):
+            order = torch.from_numpy(shuffled(size, seed, epoch)[: num - epoch * size][::-1].copy())  # newest first
+            among_any = torch.arange(len(order)) < held[1] - max(0, num - (epoch + 1) * size)
+            looked_at = among_any | (taken < held[0])[labels[order]]
+            order, among_any = order[looked_at], among_any[looked_at]
+            row = labels[order]
+            order = order[among_any | (taken[row] + rank_in_row(row) < held[0])]
+            taken += torch.bincount(labels[order], minlength=classes)
+            draws += [Draw(epoch, sample) for sample in order.tolist()]
+            if num - epoch * size >= held[1] and (taken >= total.clamp(max=held[0])).all():
+                break
+        self.by_class.head = (total - taken) % held[0]
+        self.unconditional.head = (total - taken).sum(0, keepdim=True) % held[1]
+        return draws[::-1]
 
     def state_dict(self) -> dict[str, Any]:
         return {"by_class": self.by_class.state_dict(), "unconditional": self.unconditional.state_dict()}

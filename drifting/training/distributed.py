@@ -1,11 +1,13 @@
 """The processes that train together: those that torchrun started, or one alone."""
 
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +16,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+
+from ..errors import explained
 
 T = TypeVar("T")
 
@@ -54,6 +58,22 @@ class Ranks:
             values = values.clone()
             dist.all_reduce(values, group=self.group)
         return values
+
+    def zeros(self, *shape: int, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
+        """Zeros. In the host's memory, the ranks of a host share one tensor, and each writes the same to it."""
+        dtype = dtype or torch.get_default_dtype()
+        if self.size == 1 or torch.device(device).type != "cpu" or not hasattr(os, "memfd_create"):
+            return torch.zeros(shape, device=device, dtype=dtype)
+        mapped: list[Tensor] = []
+        with explained("the processes of a host cannot share memory"):
+            # Processes with the same two have the same numbers for processes.
+            host = Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")
+            memory = os.memfd_create("drifting")  # It has no name, and goes with the last process that has it.
+            found = self.on_all(lambda: (host, f"/proc/{os.getpid()}/fd/{memory}"))
+            path = next(path for other, path in found if other == host)
+            self.on_all(lambda: mapped.append(torch.from_file(path, True, math.prod(shape), dtype=dtype)))
+            os.close(memory)
+        return mapped[0].view(shape)
 
     def on_all(self, action: Callable[[], T]) -> list[T]:
         """What ``action`` returns on each rank, exchanged between hosts; an error of one is raised on all."""

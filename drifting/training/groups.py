@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from ..config.schema import Config, GuidanceConfig
-from ..data import SampleQueue
+from ..data import SampleQueue, Split
+from ..data.dataset import Stored, read_batches
 from ..data.own import ALL, distinct_labels, number_labels, tell_numbers
 from ..errors import shown, some_of
 from ..generation import ClassNames, Labels, class_numbers
@@ -62,6 +64,8 @@ class ClassGroups:
     queue: SampleQueue | None = None  # It is made with the first samples, when all labels are known.
     keep_features: Callable[[SampleQueue, Ranks], RealFeatures | None] | None = None  # It is called at that time.
     features: RealFeatures | None = None  # They are those of the samples in the queue, where they are kept.
+    split: Split | None = None  # If the batches are those of training_batches, as stored, the queue is refilled of it.
+    saved_features: dict[str, Any] | None = None  # They wait until then.
     condition_shape = None  # Conditions are labels.
 
     def __post_init__(self) -> None:
@@ -96,31 +100,39 @@ class ClassGroups:
         """Put this rank's part of a batch ``[B, *sample_shape]``, and those of the others, into the queues."""
         check_samples(samples, self.sample_shape)
         self.learn_labels([(samples, labels)])
-        numbers = torch.zeros(len(samples), dtype=torch.int64)
         names = self.class_names or ALL
         if labels is None and len(names) > 1:
             raise ValueError(f"a batch has no labels, expected {len(samples)} of class_names {some_of(names)}")
         is_first = self.queue is None and self.ranks.main
         if is_first and not self.labelled and len(distinct_labels([(samples, labels)]) or ()) > 1:
             print("the network takes no labels: all samples form one group", file=sys.stderr)
-        if labels is not None and self.labelled and self.class_names is not None:
-            try:
-                numbers = class_numbers(labels, self.class_names)
-            except ValueError as error:
-                hint = "if the first batch lacks some, give all to create_trainer(class_names=...)"
-                raise ValueError(f"{error}; {hint}") from error
+        numbers = torch.zeros(len(samples), dtype=torch.int64) if labels is None else self._numbers(labels)
         queue = self._queue()
-        vectors = None if self.features is None else self.features.encode(samples)
+        vectors = None if self.features is None else self.features.encode(queue.values(samples))
         numbers = self.ranks.gather(numbers)
         queue.add(self.ranks.gather(samples), numbers)
         if self.features is not None and vectors is not None:
             self.features.queue.add(self.ranks.gather(vectors), numbers)
 
+    def _numbers(self, labels: Labels) -> Tensor:
+        """The class numbers ``[B]`` of labels."""
+        if not self.labelled or self.class_names is None:
+            return torch.zeros(len(labels), dtype=torch.int64)
+        try:
+            return class_numbers(labels, self.class_names)
+        except ValueError as error:
+            hint = "if the first batch lacks some, give all to create_trainer(class_names=...)"
+            raise ValueError(f"{error}; {hint}") from error
+
     def _queue(self) -> SampleQueue:
         if self.queue is None:
             step, num_classes = self.config.step, len(self.class_names or ALL)
             device, unconditional_size = step.queue_device or self.device, step.unconditional_queue_size
-            self.queue = SampleQueue(step.queue_size, num_classes, self.sample_shape, device, unconditional_size)
+            stored: dict[str, Any] = {"zeros": self.ranks.zeros}
+            if self.split is not None:
+                stored |= {"dtype": self.split.dtype, "values": self.split.values}
+            sizes = step.queue_size, num_classes, self.sample_shape, device, unconditional_size
+            self.queue = SampleQueue(*sizes, **stored)
             if self.keep_features is not None:
                 self.features = self.keep_features(self.queue, self.ranks)
         return self.queue
@@ -154,8 +166,8 @@ class ClassGroups:
         self, draw: Callable[[SampleQueue], Tensor], random: torch.Generator
     ) -> tuple[Tensor, FeatureMaps | None]:
         """The samples ``[l, n, *sample_shape]`` that ``draw`` takes by ``random``, and their maps if these are kept."""
-        state = random.get_state()
-        samples = draw(self._queue()).to(self.device)
+        state, queue = random.get_state(), self._queue()
+        samples = queue.values(draw(queue).to(self.device))
         if self.features is None:
             return samples, None
         random.set_state(state)  # The same slots are drawn from the queue of features.
@@ -163,15 +175,36 @@ class ClassGroups:
 
     def state_dict(self) -> dict[str, Any]:
         features = None if self.features is None else self.features.queue.state_dict()
-        queue = self.queue and self.queue.state_dict()
+        queue = None if self.queue is None or self.split is not None else self.queue.state_dict()
         return {"class_names": list(self.class_names or ()), "queue": queue, "features": features}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.class_names = tuple(state["class_names"]) or None
-        if state["queue"] is not None:
+        if self.split is not None:
+            self.saved_features = state.get("features")
+        elif state["queue"] is not None:
             self._queue().load_state_dict(state["queue"])
             if self.features is not None:
                 self.features.load(state.get("features"), self._queue())  # Older versions have kept none.
+
+    def refill(self, step: int) -> None:
+        """Read anew what the queue held after so many steps on ``split``, if there is one. All ranks share the work."""
+        if self.split is None or step == 0:
+            return
+        queue, labels, size = self._queue(), self._numbers(self.split.labels), self.config.train.batch_size
+        draws = queue.skip(labels, self.config.seed, step * size)
+        batches = [draws[at : at + size] for at in range(0, len(draws), size)]
+        # Each rank reads as many; the last ones may read the first draw again.
+        even = [batch + batch[:1] * (-len(batch) % self.ranks.size) for batch in batches]
+        parts = [batch[self.ranks.share(len(batch))] for batch in even]
+        read = read_batches(Stored(self.split), self.config.data.workers, batch_sampler=parts)
+        progress = tqdm(read, "refilling the queue", len(parts), leave=False, delay=1, disable=not self.ranks.main)
+        for batch, (samples, _) in zip(batches, progress, strict=True):
+            samples = self.ranks.gather(samples.to(self.device, non_blocking=True))[: len(batch)]
+            queue.add(samples, labels[[draw.sample for draw in batch]])
+        if self.features is not None:
+            self.features.load(self.saved_features, queue)
+        self.saved_features = None
 
 
 @dataclass
@@ -186,7 +219,7 @@ class PairGroups:
     sample_shape: tuple[int, ...] = ()
     example: Tensor | None = None  # [2, *condition_shape]: zeros
     pairs: tuple[Tensor, Tensor] | None = None  # This rank's part of the batch: samples, conditions
-    class_names = None
+    class_names = split = None
 
     @property
     def condition_shape(self) -> tuple[int, ...]:
@@ -196,6 +229,9 @@ class PairGroups:
 
     def learn_labels(self, batches: Iterable[Any]) -> None:
         """There are none."""
+
+    def refill(self, step: int) -> None:
+        """There is no queue."""
 
     def see(self, conditions: Tensor) -> None:
         """Try the network on the first and the last of these conditions, before the first step."""

@@ -112,12 +112,16 @@ def _train_steps(run: Run[AnyTrainer], log: MetricsLog | None, signals: list[int
     trainer, ranks, checkpoints = run.trainer, run.trainer.ranks, run.directory.checkpoints
     config, every = trainer.config, trainer.config.train
     quality: Quality = {}
+    groups = trainer.groups if isinstance(trainer, DriftingTrainer) else None
+    if groups is not None:
+        groups.refill(trainer.step)
     trainer.stopwatch.take()
     trainer.stopwatch.enter("data")
     logged, size = trainer.step, every.batch_size
     batches = training_batches(
-        run.dataset.train, size, config.seed, trainer.step * size, config.data.workers, ranks.share(size)
-    )
+        run.dataset.train, size, config.seed, trainer.step * size, config.data.workers, ranks.share(size),
+        stored=groups is not None and groups.split is not None,
+    )  # fmt: skip
     interval = 0.5 if sys.stderr.isatty() else 10
     bar = tqdm(total=every.steps, initial=trainer.step, unit="step", mininterval=interval, disable=not ranks.main)
     with bar, telling_of_dead_workers():

@@ -1,6 +1,5 @@
 """Features of real samples, kept beside the queue of these so that a step encodes only the new ones."""
 
-import platform
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -78,7 +77,7 @@ class RealFeatures:
             filled = torch.arange(ring.size) < ring.count.unsqueeze(1)  # [rows, size]
             for where in filled.nonzero().to(ring.samples.device).split(ENCODED_AT_ONCE):
                 row, slot = where.unbind(1)
-                kept.samples[row, slot] = self.encode(ring.samples[row, slot]).to(kept.samples)
+                kept.samples[row, slot] = self.encode(samples.values(ring.samples[row, slot])).to(kept.samples)
             kept.count, kept.head = ring.count, ring.head
 
     def _are_ours(self, saved: Tensor, samples: SampleQueue) -> bool:
@@ -87,7 +86,7 @@ class RealFeatures:
         if (saved.shape, saved.dtype) != (ours.shape, ours.dtype):
             return False
         first = slice(min(COMPARED, int(samples.unconditional.count)))
-        expected = self.groups(self.encode(samples.unconditional.samples[0, first]).unsqueeze(0))
+        expected = self.groups(self.encode(samples.values(samples.unconditional.samples[0, first])).unsqueeze(0))
         found = self.groups(saved[:, first])
         pairs = [(found[name].double(), of_map.double()) for name, of_map in expected.items()]
         return all(bool((a - b).norm() <= TOLERANCE * b.norm()) for a, b in pairs)
@@ -99,14 +98,12 @@ def keep_features(
     """What keeps the features of a queue that is still empty; None, of which rank 0 tells, if a rank lacks the memory.
 
     The features lie beside the samples, and the extractor is on ``device``. They may take half of the memory that is
-    free, since a step needs some too. The ranks on a host share its memory.
+    free, since a step needs some too. In the host's memory, its ranks share them.
     """
     rings, there = (samples.by_class, samples.unconditional), samples.by_class.samples.device
     length = sum(layout.sizes)
     need = sum(ring.count.numel() * ring.size for ring in rings) * length * layout.dtype.itemsize
-    found = ranks.on_all(lambda: (platform.node(), free_memory(there)))
-    hosts = [host for host, _ in found]
-    free = min(memory // (1 if there.type == "cuda" else hosts.count(host)) for host, memory in found)
+    free = min(ranks.on_all(lambda: free_memory(there)))
     if need > free / 2:
         if ranks.main:
             print(
@@ -116,5 +113,7 @@ def keep_features(
                 file=sys.stderr,
             )
         return None
-    queue = SampleQueue(rings[0].size, samples.num_classes, (length,), there, rings[1].size, layout.dtype)
+    queue = SampleQueue(
+        rings[0].size, samples.num_classes, (length,), there, rings[1].size, layout.dtype, zeros=ranks.zeros
+    )
     return RealFeatures(loss_fn, layout, device, queue)

@@ -14,6 +14,7 @@ from drift_ops import Field
 
 from ..config import Config
 from ..config.reading import flattened, set_value
+from ..data import Split
 from ..data.own import label_of, number_labels, sample_of
 from ..errors import shown
 from ..generation import ClassNames, Generator, Labels, Signature, unwrapped
@@ -39,6 +40,8 @@ class DriftingTrainer:
     A step takes the labels of ``config.step.labels_per_step`` groups, generates samples of each, and pulls them towards
     real samples of that label and away from each other and, where the label's guidance scale α is above 1, from real
     samples of any label. :func:`create_trainer` explains the arguments; ``facts`` are further ones of ``Generator``.
+    With a ``split``, groups by class take batches of its samples as stored, those of ``training_batches``. There is no
+    queue in :meth:`state_dict` then, as ``groups.refill`` reads it anew.
 
     ``step`` counts the steps taken; ``best_decay`` says which average :meth:`generate` uses, and ``best_cfg_scale`` its
     guidance scale by default: whoever evaluates them may set both. ``stopwatch`` knows how long the phases of the steps
@@ -52,7 +55,8 @@ class DriftingTrainer:
     def __init__(
         self, model: nn.Module, config: Config, feature_extractor: Extractor | Sequence[Extractor], *,
         device: torch.device | str | None = None, noise_shape: Sequence[int] | None = None,
-        class_names: ClassNames | None = None, ranks: Ranks | None = None, **facts: Any,
+        class_names: ClassNames | None = None, ranks: Ranks | None = None, split: Split | None = None,
+        **facts: Any,
     ) -> None:  # fmt: skip
         self.config, self.ranks = config, ranks or Ranks()
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -69,7 +73,7 @@ class DriftingTrainer:
             maps = self._meet(torch.tensor([0, len(class_names or (0,)) - 1]))
             self.groups = ClassGroups(
                 config, self.sample_shape, self.ranks, self.device, class_names,
-                labelled=self.signature.conditions > 0, num_classes=getattr(model, "num_classes", None),
+                labelled=self.signature.conditions > 0, num_classes=getattr(model, "num_classes", None), split=split,
             )  # fmt: skip
             if config.step.queue_features:
                 self.groups.keep_features = partial(keep_features, self.loss_fn, MapLayout(maps), self.device)
