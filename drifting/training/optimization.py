@@ -3,6 +3,7 @@
 import copy
 import math
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,15 @@ GATHERED = states.StateDictOptions(full_state_dict=True, cpu_offload=True)  # Th
 WHOLE = states.StateDictOptions(full_state_dict=True)
 
 
+def _averaged(model: nn.Module, decay: float) -> AveragedModel:
+    with torch.device("cpu"):  # It counts on the default device, and each step looks at that.
+        return AveragedModel(model, multi_avg_fn=partial(_average, decay)).requires_grad_(False)
+
+
+def _average(decay: float, *weights: Any) -> None:
+    get_ema_multi_avg_fn(decay)(*weights)  # What it returns cannot be pickled, and a trainer can.
+
+
 class TrainedWeights:
     """The weights of a network, moved to ``device``, with their optimizer and an average for each decay.
 
@@ -35,8 +45,7 @@ class TrainedWeights:
         self.model, self.config, self.steps = model.to(device), config.optimizer, config.train.steps
         decays = config.optimizer.ema_decay
         self.averages = {
-            decay: AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)).requires_grad_(False)
-            for decay in (decays if isinstance(decays, list) else [decays])
+            decay: _averaged(model, decay) for decay in (decays if isinstance(decays, list) else [decays])
         }
         self.distributed, self.blank = model, None
         if isinstance(config, Config) and config.step.fsdp and ranks.group is not None:

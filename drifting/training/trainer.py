@@ -16,7 +16,7 @@ from ..config import Config
 from ..config.reading import flattened, set_value
 from ..data.own import label_of, number_labels, sample_of
 from ..errors import shown
-from ..generation import ClassNames, Generator, Labels, Signature, unwrapped
+from ..generation import ClassNames, Generator, Labels, Signature, plain_labels, unwrapped
 from ..hub.run_directory import RunDirectory, save_generator
 from ..models import FIELDS, NETWORKS, DriftingLoss
 from ..models.drifting_loss import Extractor, FeatureMaps, split_groups
@@ -38,7 +38,7 @@ class DriftingTrainer:
 
     A step takes the labels of ``config.step.labels_per_step`` groups, generates samples of each, and pulls them towards
     real samples of that label and away from each other and, where the label's guidance scale α is above 1, from real
-    samples of any label. :func:`create_trainer` explains the arguments; ``facts`` are further ones of ``Generator``.
+    samples of any label, which otherwise weigh nothing. :func:`create_trainer` explains the arguments; ``facts`` are further ones of ``Generator``.
 
     ``step`` counts the steps taken; ``best_decay`` says which average :meth:`generate` uses, and ``best_cfg_scale`` its
     guidance scale by default: whoever evaluates them may set both. ``stopwatch`` knows how long the phases of the steps
@@ -66,10 +66,11 @@ class DriftingTrainer:
                 expected = "a network that takes (z, condition), and step.queue_features=false, as there is no queue"
                 raise ValueError(f"step.groups is pairs, expected {expected}")
         else:
-            maps = self._meet(torch.tensor([0, len(class_names or (0,)) - 1]))
+            maps = self._meet(torch.tensor([0, len(class_names or (0,)) - 1], device="cpu"))
             self.groups = ClassGroups(
                 config, self.sample_shape, self.ranks, self.device, class_names,
                 labelled=self.signature.conditions > 0, num_classes=getattr(model, "num_classes", None),
+                num_uncond=0 if self.loss_fn.drift is None else config.step.uncond_per_label,
             )  # fmt: skip
             if config.step.queue_features:
                 self.groups.keep_features = partial(keep_features, self.loss_fn, MapLayout(maps), self.device)
@@ -120,14 +121,15 @@ class DriftingTrainer:
         """The network with the averaged weights of ``best_decay``. All ranks ask for it together."""
         return self.weights.average(self.best_decay)
 
-    def train_step(self, x: Tensor, y: Labels | None = None, use_cfg_training: bool = True) -> dict[str, Tensor]:
+    def train_step(self, x: Any, y: Labels | None = None, use_cfg_training: bool = True) -> dict[str, Tensor]:
         """Take in a batch of real samples, then take one step of Algorithm 1.
 
         Args:
-            x: real samples ``[B, *sample_shape]``, as many on each rank.
+            x: real samples ``[B, *sample_shape]``, as many on each rank, of any floating-point type: a tensor, an array
+                or nested lists. Bytes, or NaN on the host, raise UserError.
             y: their labels ``[B]``, integers or text; None puts all samples into one class. By pair: their conditions
                 ``[B, …]``, of any shape.
-            use_cfg_training: whether to draw guidance scales α; otherwise every α is 1, and no label needs negatives.
+            use_cfg_training: whether to draw guidance scales α; otherwise every α is 1.
 
         Returns:
             0-d tensors, left on the device and the same on all ranks: ``loss``, ``grad_norm`` (before clipping),
@@ -136,7 +138,7 @@ class DriftingTrainer:
             right), ``skipped_steps``, and what the loss reports of each feature map.
         """
         self.stopwatch.enter("communication")
-        self.groups.add(torch.as_tensor(x).to(self.device, non_blocking=True), y)
+        self.groups.add(x, y)
         self.stopwatch.enter("other")
         groups = self.groups.draw(self.step, use_cfg_training)  # labels c, scales α, y⁺ ~ p(·|c), y⁻ ~ p(·|∅)
         self.model.train()
@@ -355,9 +357,10 @@ def create_trainer(
         value = asdict(value) if isinstance(value, Field) else value.tolist() if hasattr(value, "tolist") else value
         for key, of_key in flattened({f"{section}.{name}": value}).items():
             set_value(config, key, of_key)
-    if class_names is not None and len(number_labels(class_names, "class_names has")) < len(class_names):
+    names = None if class_names is None else tuple(plain_labels(class_names))
+    if names is not None and len(number_labels(names, "class_names has")) != len(names):
         raise ValueError(f"class_names is {shown(class_names)}, expected different labels, one or more")
     return DriftingTrainer(
         model, config, feature_extractor, device=device, noise_shape=noise_shape, pixel_range=pixel_range, ranks=ranks,
-        class_names=None if class_names is None else tuple(class_names),
+        class_names=names,
     )  # fmt: skip
