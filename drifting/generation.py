@@ -235,7 +235,7 @@ def class_numbers(labels: Labels, names: ClassNames) -> Tensor:
 
 
 def plain_labels(labels: Any) -> list[Any]:
-    """The labels of a tensor, an array or another sequence, or a single one, in types of Python's own; of None, none."""
+    """List the labels of a tensor, an array, another sequence or a single one in Python's own types; None has none."""
     if hasattr(labels, "tolist"):  # Tensors and arrays have it.
         labels = labels.tolist()
     if isinstance(labels, str) or not isinstance(labels, Iterable):

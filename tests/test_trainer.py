@@ -144,15 +144,15 @@ def test_without_guidance_negatives_weigh_nothing_and_count_in_the_softmaxes(tra
     options = dict(weight_neg=torch.zeros(L, U), affinity_floor=0.0, backend="reference")
     _, info = drift_ops.drift_loss(gen, pos, uncond, **options)
     lambdas = [lambda_of["pixels/lambda_0.2"].item() for lambda_of in (metrics, others)]
-    assert lambdas[0] == pytest.approx(info["loss_0.2"].sqrt().item(), rel=1e-3) != pytest.approx(lambdas[1], rel=0.01)
+    assert lambdas[0] == pytest.approx(info["loss_0.2"].sqrt().item(), rel=1e-4) != pytest.approx(lambdas[1], rel=1e-3)
 
 
 def test_guidance_needs_negatives():
-    for settings, cause in (({"field": "gaussian"}, "loss.field=gaussian"), ({"uncond_per_label": 0}, "per_label=0")):
-        trainer = make_trainer(**settings)
+    for without, cause in (({"field": "gaussian"}, "loss.field=gaussian"), ({"uncond_per_label": 0}, "per_label=0")):
+        trainer = make_trainer(**without)
         with pytest.raises(ValueError, match=rf"cfg_scale_range is \[2.0, 3.0\], but with .*{cause}"):
             trainer.train_step(*batch())
-        assert make_trainer(**settings).train_step(*batch(), use_cfg_training=False)["skipped_steps"] == 0
+        assert make_trainer(**without).train_step(*batch(), use_cfg_training=False)["skipped_steps"] == 0
 
 
 def test_pixel_range_clamps_what_the_loss_and_the_caller_see():
@@ -308,7 +308,7 @@ def test_training_draws_each_class_to_its_images():
 
 @pytest.mark.parametrize(
     "argument, value",
-    [("learning_rate", 0.0), ("learning_rate", math.nan), ("gen_per_label", 0), ("gen_per_label", 1), ("uncond_prob", 1.5),
+    [("learning_rate", 0.0), ("learning_rate", math.nan), ("gen_per_label", 1), ("uncond_prob", 1.5),
      ("ema_decay", -0.1), ("ema_decay", ()), ("ema_decay", (0.9, 2.0)),
      ("cfg_scale_range", (0.5, 2.0)), ("cfg_scale_range", (3.0, 2.0)), ("queue_size", 0)],
 )  # fmt: skip

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset, TensorDataset, default_collate
-from tqdm import tqdm
 
 from ..config.schema import DataConfig
 from ..errors import UserError, explained, some_of
 from ..generation import plain_labels
 from ..utils.named import check_arguments, import_named
+from ..utils.progress import progress
 from .dataset import Dataset, Draw, Split, hold_out
 
 ALL = ("all",)  # The one class of samples without labels.
@@ -61,7 +61,7 @@ def all_labels(source: Any) -> list[Any] | None:
         probed = {0, len(source) // 2, len(source) - 1}
         if len(told) == len(source) and all(plain_labels(label_of(source[index])) == [told[index]] for index in probed):
             return told
-    indices = tqdm(range(len(source)), desc="labels", unit="sample", delay=1, leave=False, disable=None)
+    indices = progress(range(len(source)), "labels", "sample")
     return [label for index in indices for label in plain_labels(label_of(source[index]))]
 
 

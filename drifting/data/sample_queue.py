@@ -104,7 +104,9 @@ class SampleQueue:
         """Draw samples ``[num_samples, *latent_shape]`` of any class as :meth:`sample` does, or a ``part`` of them."""
         if not self.unconditional.count.item():
             raise ValueError("the queue is empty: add() samples before drawing from it")
-        return self.unconditional.draw(torch.zeros(1, dtype=torch.long, device="cpu"), num_samples, generator, part=part)[0]
+        return self.unconditional.draw(
+            torch.zeros(1, dtype=torch.long, device="cpu"), num_samples, generator, part=part
+        )[0]
 
     def state_dict(self) -> dict[str, Any]:
         return {"by_class": self.by_class.state_dict(), "unconditional": self.unconditional.state_dict()}

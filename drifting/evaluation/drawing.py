@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from ..errors import UserError
 from ..generation import Generator, generate
 from ..hub.vae import decode_latents
 from ..utils.images import to_uint8
+from ..utils.progress import progress
 
 DEFAULT_SCALE = "the one that evaluated best in training, else 1"  # So commands word it.
 BATCH, BATCH_VALUES = 500, 2**21  # So many samples are generated at once, unless they have more values than this.
@@ -43,7 +43,7 @@ def draw_samples(generator: Generator, numbers: Tensor, cfg_scale: float | None 
     size = max(1, min(BATCH, BATCH_VALUES // max(1, prod(generator.sample_shape))))
     weight = next(model.parameters(), torch.empty(0, device="cpu"))
     samples, count = np.empty(0), 0
-    for number in tqdm(numbers.split(size), desc="generate", unit="batch", delay=1, leave=False, disable=None):
+    for number in progress(numbers.split(size), "generate", "batch"):
         with torch.autocast(weight.device.type, torch.bfloat16, enabled=latent and weight.is_cuda):
             batch = generate(model, len(number), number, scale, None, source, generator.noise_shape).float()
         batch = decode_latents(batch) if latent else batch

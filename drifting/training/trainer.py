@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from drift_ops import Field
 
@@ -21,10 +20,11 @@ from ..hub.run_directory import RunDirectory, save_generator
 from ..models import FIELDS, NETWORKS, DriftingLoss
 from ..models.drifting_loss import Extractor, FeatureMaps, split_groups
 from ..models.fields import Drift
+from ..utils.progress import progress
 from ..utils.stopwatch import Stopwatch
 from .distributed import Ranks, averaging_gradients
 from .groups import ClassGroups, Groups, PairGroups
-from .optimization import TrainedWeights
+from .optimization import TrainedWeights, compiling
 from .real_features import MapLayout, keep_features
 
 SECTIONS = ("loss", "step", "guidance", "optimizer")  # Their keys are arguments of create_trainer.
@@ -38,7 +38,7 @@ class DriftingTrainer:
 
     A step takes the labels of ``config.step.labels_per_step`` groups, generates samples of each, and pulls them towards
     real samples of that label and away from each other and, where the label's guidance scale α is above 1, from real
-    samples of any label, which otherwise weigh nothing. :func:`create_trainer` explains the arguments; ``facts`` are further ones of ``Generator``.
+    samples of any label. :func:`create_trainer` explains the arguments; ``facts`` are further ones of ``Generator``.
 
     ``step`` counts the steps taken; ``best_decay`` says which average :meth:`generate` uses, and ``best_cfg_scale`` its
     guidance scale by default: whoever evaluates them may set both. ``stopwatch`` knows how long the phases of the steps
@@ -143,7 +143,8 @@ class DriftingTrainer:
         groups = self.groups.draw(self.step, use_cfg_training)  # labels c, scales α, y⁺ ~ p(·|c), y⁻ ~ p(·|∅)
         self.model.train()
         self.weights.zero_grad()
-        gen, loss, info = self._backward(groups)  # x = f(ε, c, α), eq. (1), and the gradient of the loss, eq. (14)
+        with compiling(self.config.step.compile):
+            gen, loss, info = self._backward(groups)  # x = f(ε, c, α), eq. (1), and the gradient of the loss, eq. (14)
         self.stopwatch.enter("communication")
         with torch.no_grad():
             terms = torch.stack([loss, *groups.spreads(gen), *info.values()]) * (len(gen) / groups.size)
@@ -236,7 +237,7 @@ class DriftingTrainer:
         """
         self.groups.learn_labels(dataloader)
         sums, num_steps = torch.zeros(3, device=self.device), 0
-        for batch in tqdm(dataloader, desc="train_epoch", leave=False, disable=None):
+        for batch in progress(dataloader, "train_epoch", "step"):
             metrics = self.train_step(sample_of(batch), label_of(batch), use_cfg_training)
             sums += torch.stack([metrics[name] for name in ("loss", "grad_norm", "sample_spread")])
             num_steps += 1
