@@ -107,7 +107,7 @@ class StepConfig:
     labels_per_step: int = key(64, "A step draws this many labels.", FROM_1)
     gen_per_label: int = key(64, "This many samples are generated for each label, and repel each other.", FROM_2)
     pos_per_label: int = key(64, "This many real samples of the label attract them.", FROM_1)
-    uncond_per_label: int = key(16, "This many real samples of any label repel them, where there is guidance.", FROM_0)
+    uncond_per_label: int = key(16, "This many real samples of any label repel them as much as guidance asks.", FROM_0)
     queue_size: int = key(128, "This many real samples of each label are kept to draw from.", FROM_1)
     unconditional_queue_size: int = key(1000, "This many of all labels together are kept.", FROM_1)
     queue_device: str | None = key(None, "Real samples are kept there; null: beside the model.", one_of("cpu", "cuda"))

@@ -77,8 +77,7 @@ class LatentFeatureExtractor(FrozenModule):
     ) -> None:  # fmt: skip
         super().__init__()
         self.in_chans, self.every_k_block = in_chans, every_k_block
-        with torch.device("cpu"):  # The weights follow from the seed, whatever torch's defaults.
-            self.encoder = ResNetEncoder(in_chans, base_channels, layers, input_patch_size).float()
+        self.encoder = ResNetEncoder(in_chans, base_channels, layers, input_patch_size).float()
         generator = torch.Generator().manual_seed(seed)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
