@@ -153,7 +153,7 @@ def run_ninja(binaries: Sequence[Binary], folder: Path) -> None:
     failures only the first is shown: instruction sets have their sources, and so their mistakes, in common."""
     ninja, file = find_ninja(), folder / "build.ninja"
     folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(f"builddir = {folder}\n" + ninja_file(binaries))
+    file.write_text(f"builddir = {folder}\n" + ninja_file(binaries), encoding="utf-8")
     failures = 0
     with subprocess.Popen([ninja, "-f", str(file)], stdout=subprocess.PIPE, text=True, errors="replace") as process:
         assert process.stdout

@@ -125,7 +125,7 @@ def main() -> None:
             f"peak memory grows by {result['growth_mb']} MB (<= {MOST_MEMORY_GROWTH_MB})",
         )
     if args.json:
-        with open(args.json, "w") as file:
+        with open(args.json, "w", encoding="utf-8") as file:
             machine = {"torch": torch.__version__, "threads": args.threads, "busy": args.busy}
             json.dump(machine | {"speed": speed, "memory": growth}, file, indent=1)
 

@@ -131,7 +131,7 @@ class Worker:
             self.machine = self.receive(START_LIMIT)[1]
         except (TimeoutError, EOFError, ConnectionError) as error:
             self.stop()
-            log = "\n".join(Path(settings.log).read_text(errors="replace").splitlines()[-20:])
+            log = "\n".join(Path(settings.log).read_text(errors="replace", encoding="utf-8").splitlines()[-20:])
             raise RuntimeError(f"the bench process did not start; {settings.log} ends with\n{log}") from error
 
     def receive(self, seconds: float) -> tuple:
@@ -221,7 +221,7 @@ def main() -> None:
     args = parser.parse_args()
     deadline = time.monotonic() + args.seconds
     LOG.parent.mkdir(parents=True, exist_ok=True)
-    LOG.write_text("")
+    LOG.write_text("", encoding="utf-8")
     args.out.mkdir(parents=True, exist_ok=True)
     settings = Settings("cpu", 0.01, str(LOG)) if args.dry_run else Settings("cuda", 1.0, str(LOG))
     bench = Bench(settings, deadline, QUICK_WARM_UP_LIMIT if args.quick else WARM_UP_LIMIT)
@@ -241,12 +241,12 @@ def main() -> None:
                 continue
             rows = bench.run(trial)
             results["rows"] += rows
-            path.write_text(json.dumps(results, indent=1) + "\n")
+            path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
             print(f"{deadline - time.monotonic():4.0f} s left; {trial.case.name}, {trial.precision}:", end=" ")
             print(*(summary(row) for row in rows), sep=", ", flush=True)
     finally:
         bench.stop()
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(f"\n{path}\n\n{table(results)}")
     sys.exit("\n".join(complaints(results["rows"], ours)) or 0)
 

@@ -50,7 +50,7 @@ class Stage:
         LOGS.mkdir(parents=True, exist_ok=True)
         self.results.mkdir(parents=True, exist_ok=True)
         self.log = LOGS / f"{name}.log"
-        self.log.write_text("")
+        self.log.write_text("", encoding="utf-8")
 
     @property
     def seconds_left(self) -> float:
@@ -100,7 +100,7 @@ class Stage:
     def note(self, text: str) -> None:
         """Prints it and keeps it."""
         print(text, flush=True)
-        with self.log.open("a") as log:
+        with self.log.open("a", encoding="utf-8") as log:
             log.write(f"{text}\n")
 
     def fail(self, reason: str) -> None:
@@ -182,7 +182,7 @@ def train(stage: Stage) -> None:
     length = ["step.compile=false", "train.steps=2"] if stage.dry_run else ["step.compile=true", "train.steps=100"]
     command = [sys.executable, "-m", "drifting.train", "--out", str(run), *TRAINING, *length]
     if stage.run(*command, seconds=QUICK_TRAINING_SECONDS):
-        last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+        last = json.loads((run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
         times = ", ".join(f"{phase} {1e3 * last['timing'][phase]:.1f}" for phase in ("step", "operator"))
         stage.note(f"training: {last['step']} steps; the last ones took, in ms: {times}")
 

@@ -80,7 +80,7 @@ def peak_extra_memory(call: Call, device: str = "cpu") -> int | None:
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - allocated
     try:
-        with open("/proc/self/clear_refs", "w") as file:
+        with open("/proc/self/clear_refs", "w", encoding="utf-8") as file:
             _trim()
             before = _status("VmRSS")
             file.write("5")  # resets the peak
@@ -97,5 +97,5 @@ def _trim() -> None:
 
 
 def _status(field: str) -> int:
-    with open("/proc/self/status") as file:
+    with open("/proc/self/status", encoding="utf-8") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(f"{field}:"))

@@ -170,7 +170,7 @@ def plot(results: Results, path: Path) -> None:
 def load(folder: Path) -> dict[str, Results]:
     """Results of :mod:`benchmarks.gpu` in the folder by their names: DEVICE, and DEVICE.quick of the main cases."""
     files = [path for path in sorted(folder.glob("*.json")) if "." not in path.stem.removesuffix(".quick")]
-    return {path.stem: json.loads(path.read_text()) for path in files}
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in files}
 
 
 def main() -> None:
@@ -178,12 +178,14 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="write nothing")
     args = parser.parse_args()
     results = load(RESULTS)
-    page = replace_section(PAGE.read_text(), gpu_section(results))
+    page = replace_section(PAGE.read_text(encoding="utf-8"), gpu_section(results))
     if args.check:
-        sys.exit(f"{PAGE} is not what python -m benchmarks.report writes" if page != PAGE.read_text() else 0)
+        sys.exit(
+            f"{PAGE} is not what python -m benchmarks.report writes" if page != PAGE.read_text(encoding="utf-8") else 0
+        )
     for name, of_device in results.items():
         plot(of_device, IMAGES / f"gpu-{name}.png")
-    PAGE.write_text(page)
+    PAGE.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

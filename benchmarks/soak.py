@@ -23,7 +23,7 @@ WARM_UP = 0.1  # of the time, in which libraries fill their caches
 
 def resident_bytes(pid: int) -> int:
     """Of the process, as Linux tells it."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+    for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines():
         if line.startswith("VmRSS:"):
             return 1024 * int(line.split()[1])
     raise RuntimeError(f"process {pid} has ended")
@@ -59,7 +59,9 @@ def main(argv: list[str] | None = None) -> int:
     minutes = parser.parse_args(argv).minutes
     with tempfile.TemporaryDirectory() as folder:
         memory = watch(minutes, Path(folder))
-        records = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+        records = [
+            json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
     steps = [record["timing"]["step"] for record in records]
     print(f"{records[-1]['step']} steps in {minutes:g} minutes")
     print(f"memory: {memory[-1] / 1e6:.1f} MB, {growth([float(m) for m in memory]):+.2%}")

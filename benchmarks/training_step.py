@@ -138,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     arguments.out.mkdir(parents=True, exist_ok=True)
     file = arguments.out / f"{slug(result['machine']['device'])}.training-step.json"
-    file.write_text(json.dumps(result, indent=2) + "\n")
+    file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(f"{table(result)}\nwritten to {file}")
     return 0
 

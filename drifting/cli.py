@@ -4,6 +4,8 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from io import TextIOWrapper
 from pathlib import Path
 from typing import NoReturn
 
@@ -11,7 +13,7 @@ from .config import AnyConfig, read_config
 from .config.changes import resume_of
 from .config.keys import key_help
 from .config.reading import read_overrides
-from .errors import Interrupted, UserError, reason
+from .errors import SHOWN, Interrupted, UserError, reason
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -50,21 +52,40 @@ def run_command(command: Callable[[], int]) -> NoReturn:
     A mistake of the user's, a signal, and whatever the system refuses end in one line on stderr and a status of their
     own; output that nobody reads any more ends the command silently, as it ends other programs.
     """
+    _open_streams()
+    status, words = 0, ""
     try:
         try:
             sys.exit(command())
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would fail to write the rest at exit.
-        sys.exit(141)  # Shells report SIGPIPE so.
+        status = 141  # Shells report SIGPIPE so.
     except UserError as error:
         status, words = error.status, f"error: {error}"
+    except UnicodeEncodeError as error:
+        name, advice = ascii(error.object)[:SHOWN], "choose another name, or set LC_ALL=C.UTF-8"
+        status, words = UserError.status, f"error: {name} cannot be written in {error.encoding}: {advice}"
     except OSError as error:
         status, words = UserError.status, f"error: {error.filename or 'the system'}: {reason(error)}"
     except Interrupted as interrupted:
         status, words = interrupted.status, str(interrupted)
     except KeyboardInterrupt:
         status, words = 130, "interrupted"
-    print(words, file=sys.stderr)
+    with suppress(OSError):  # Nobody may read that either.
+        print(words, end="\n" if words else "", file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would fail to write the rest at exit.
     sys.exit(status)
+
+
+def _open_streams() -> None:
+    """Have both streams take any text: a missing one leads nowhere, and what an encoding lacks becomes escapes."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # The command was started with it closed, or without a console.
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        elif isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")

@@ -52,16 +52,24 @@ def explained(what: str) -> Iterator[None]:
         raise UserError(f"{what}: {shown(reason(error), MOST_SHOWN)}") from error
 
 
-def require(library: str, purpose: str, extra: str) -> ModuleType:
-    """Import an optional library, which the ``extra`` of this package installs; ``purpose`` begins the message."""
+def require(library: str, purpose: str, extra: str = "") -> ModuleType:
+    """Import a library, which this package, or an ``extra`` of it, installs; ``purpose`` begins the message."""
+    package = library.partition(".")[0]
     try:
-        return importlib.import_module(library)
+        module = importlib.import_module(library)
+        if hasattr(module, "__path__") and getattr(module, "__file__", None) is None:
+            raise ModuleNotFoundError(f"{list(module.__path__)} are mere folders")  # Python takes these for packages.
+        return module
     except Exception as error:  # A broken library, or one of those it imports, raises errors of any class.
-        need = f"{purpose} needs {library.partition('.')[0]}, which is"
-        if importlib.util.find_spec(library.partition(".")[0]) is None:
-            raise UserError(f"{need} not installed: pip install 'drifting[{extra}]'") from error
+        need, spec = f"{purpose} needs {package}, which is", importlib.util.find_spec(package)
+        if spec is None or spec.origin is None:
+            requirement = f"'drifting[{extra}]'" if extra else package
+            raise UserError(f"{need} not installed: pip install {requirement}") from error
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        advice = "see that torch and torchvision are of one release and one build, for the CPU or for the same CUDA"
-        raise UserError(f"{need} there but cannot be imported ({reason(cause)}): {advice}") from error
+        why = shown(reason(cause), MOST_SHOWN)
+        advice = f"pip install --force-reinstall {package}"
+        if "torch" in f"{library} {why}":
+            advice = "see that torch and torchvision are of one release and one build, for the CPU or for the same CUDA"
+        raise UserError(f"{need} there but cannot be imported ({why}): {advice}") from error

@@ -63,6 +63,9 @@ def _parse(argv: Sequence[str] | None) -> Any:
     for name in arguments.reference:
         if not Path(name).exists():
             raise UserError(f"there is no file or folder {name}, which --reference names")
+    if not source.endswith(".npz") and (source.endswith(".npy") or Path(source).is_file()):
+        advice = "numpy.savez('samples.npz', samples) writes what is judged as it is"
+        raise UserError(f"{source} is a file, expected a run directory, hf://NAME or .npz: {advice}")
     if source.startswith(HUB) and not arguments.reference:
         raise UserError(f"{source} comes without its data: --reference must name what to compare it with")
     return arguments

@@ -6,7 +6,7 @@ noise, labels and guidance scales. Noise and samples may have any shapes, which 
 
 import inspect
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -69,7 +69,7 @@ class Signature:
     def draw(self, model: nn.Module, num: int, generator: torch.Generator | None, device: Any) -> dict[str, Tensor]:
         """All that is random in ``num`` samples: noise ``z [num, *noise_shape]``, and by name whatever else, such as
         style codes, ``model`` draws in a method ``draw_extra(num, generator, device)``, which few networks have."""
-        drawn = {"z": torch.randn(num, *self.noise_shape, generator=generator, device=device)}
+        drawn = {"z": torch.randn(num, *self.noise_shape, generator=generator, device=device, dtype=torch.float32)}
         draw_extra: Any = getattr(model, "draw_extra", None)
         return drawn if draw_extra is None else drawn | draw_extra(num, generator, device)
 
@@ -100,7 +100,7 @@ class Signature:
         called += " (its conditions_once is true, so that each label is of two samples)" if self.conditions_once else ""
         try:
             with torch.no_grad(), evaluating(model):
-                samples = self.call(model, drawn, y, torch.ones(2))
+                samples = self.call(model, drawn, y, torch.ones(2, device="cpu"))
         except Exception as error:  # A user's network may raise anything.
             raise ValueError(f"the network {called} fails: {reason(error)}") from error
         if not isinstance(samples, Tensor) or samples.shape[:1] != (num,):
@@ -113,7 +113,7 @@ class Signature:
 
 def _weight_of(model: nn.Module) -> Tensor:
     """A tensor of the dtype and on the device that ``model`` computes with."""
-    return next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    return next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0, device="cpu"))
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -153,7 +153,7 @@ def generate(
         if num_classes is None:
             raise ValueError(f"the network {type(model).__name__} takes labels and has no num_classes: give labels y")
         y = torch.randint(num_classes, (batch_size,), generator=generator, device=source)
-    y, scale = torch.as_tensor(y), torch.as_tensor(cfg_scale, dtype=torch.float32)
+    y, scale = as_tensor(y), as_tensor(cfg_scale).float()
     for name, shape, shapes in (("y", y.shape[:1], [(batch_size,)]), ("cfg_scale", scale.shape, [(), (batch_size,)])):
         if shape not in shapes:
             raise ValueError(f"{name} has shape {list(shape)}, expected [{batch_size}], one for each sample")
@@ -207,11 +207,11 @@ class Generator:
         """
         source = None if generator is None else generator.device
         if self.condition_shape is not None:
-            numbers, expected = torch.as_tensor([] if y is None else y), (batch_size, *self.condition_shape)
+            numbers, expected = as_tensor([] if y is None else y), (batch_size, *self.condition_shape)
             if numbers.shape != expected:
                 raise ValueError(f"conditions are {list(numbers.shape)}, expected {list(expected)}, one a sample")
         elif y is None:
-            numbers = torch.randint(len(self.class_names), (batch_size,), generator=generator, device=source)
+            numbers = torch.randint(len(self.class_names), (batch_size,), generator=generator, device=source or "cpu")
         else:
             numbers = class_numbers(y, self.class_names)
         scale = self.cfg_scale if cfg_scale is None else cfg_scale
@@ -224,14 +224,28 @@ def class_numbers(labels: Labels, names: ClassNames) -> Tensor:
 
     Integers are class numbers already where names are text of other than integers. An unknown label raises ValueError.
     """
-    values: list[Any] = labels.tolist() if isinstance(labels, Tensor) else list(labels)
+    values = plain_labels(labels)
     are_numbers = all(type(value) is int for value in values) and all(isinstance(name, str) for name in names)
     called: Sequence[Any] = label_numbers(names) if are_numbers else names
     place = {name: number for number, name in enumerate(called)}
     for value in values:
-        if value not in place:
+        if type(value) not in (int, str) or value not in place:  # True and 1.0 are equal to 1.
             raise ValueError(f"there is no label {value!r}, expected one of: {some_of(called)}")
-    return torch.tensor([place[value] for value in values], dtype=torch.int64)
+    return torch.tensor([place[value] for value in values], dtype=torch.int64, device="cpu")
+
+
+def plain_labels(labels: Any) -> list[Any]:
+    """List the labels of a tensor, an array, another sequence or a single one in Python's own types; None has none."""
+    if hasattr(labels, "tolist"):  # Tensors and arrays have it.
+        labels = labels.tolist()
+    if isinstance(labels, str) or not isinstance(labels, Iterable):
+        return [] if labels is None else [labels]
+    return [label.tolist() if hasattr(label, "tolist") else label for label in labels]
+
+
+def as_tensor(values: Any) -> Tensor:
+    """A tensor as it is, or one of other values, on the host whatever torch's default device."""
+    return values if isinstance(values, Tensor) else torch.as_tensor(values, device="cpu")
 
 
 def label_numbers(names: ClassNames) -> tuple[int, ...]:

@@ -33,7 +33,7 @@ def write_case(name: str, folder: Path) -> dict[str, torch.Tensor]:
         model = MODELS[metadata["kind"]](**our_config(metadata["kind"], metadata["model_config"]))
     shapes = {path: tuple(array.shape) for path, array in stored_arrays(model).items()}
     write_arrays(folder / WEIGHTS, {path: torch.from_numpy(hashed_weights(path, s)) for path, s in shapes.items()})
-    (folder / METADATA).write_text(json.dumps(metadata))
+    (folder / METADATA).write_text(json.dumps(metadata), encoding="utf-8")
     return {key: torch.from_numpy(value) for key, value in expected.items()}
 
 

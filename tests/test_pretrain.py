@@ -111,6 +111,36 @@ def test_learns_what_can_be_known():
     assert (restored - images).square().mean() < 0.2
 
 
+@pytest.mark.parametrize(
+    "images, labels, expected",
+    [
+        (torch.rand(4, 1, 16, 16), torch.tensor([0.7, 1.7, 0.2, 1.0]), "labels is torch.float32"),
+        (torch.rand(4, 1, 16, 16), torch.tensor([True, False] * 2), "labels is torch.bool"),
+        (torch.rand(4, 1, 16, 16), torch.tensor([0, 1, 2, 0]), "labels has values from 0 to 2, expected 0 … 1"),
+        (torch.rand(4, 1, 16, 16), torch.tensor([0, 1]), r"labels is torch.int64 \[2\], expected .*\[4\]"),
+        (torch.randint(256, (4, 1, 16, 16)).to(torch.uint8), torch.zeros(4).long(), "samples are torch.uint8"),
+        (torch.full((4, 1, 16, 16), torch.nan), torch.zeros(4).long(), "samples have NaN"),
+    ],
+)
+def test_what_cannot_be_trained_on_is_refused(images, labels, expected):
+    with pytest.raises(ValueError, match=expected):
+        make_trainer().train_step(images, labels)
+
+
+def test_arrays_and_defaults_of_torch_change_nothing():
+    images, labels, trainers = torch.rand(4, 1, 16, 16), torch.tensor([0, 1, 1, 0]), [make_trainer(), make_trainer()]
+    trainers[1].model.load_state_dict(trainers[0].model.state_dict())
+    expected = trainers[0].train_step(images, labels)
+    try:
+        torch.set_default_dtype(torch.float64)
+        torch.set_default_device("meta")
+        found = trainers[1].train_step(images.numpy(), labels.tolist())
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+
+
 def test_bf16_is_of_the_model_alone():
     images, labels = torch.rand(8, 1, 8, 8), torch.arange(8) % 2
     whole, half = (make_trainer(base_channels=64, lambda_cls=0.5, bf16=bf16) for bf16 in (False, True))

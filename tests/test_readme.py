@@ -43,7 +43,8 @@ GIVEN = {
 
 def blocks(page: str, language: str) -> list[str]:
     """The blocks of that language, smaller than printed."""
-    found = re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
+    text = (ROOT / page).read_text(encoding="utf-8")
+    found = re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
     for pattern, replacement in SMALLER:
         found = [re.sub(pattern, replacement, block) for block in found]
     return found
@@ -61,7 +62,7 @@ def run_page(tmp_path, monkeypatch):
         namespace = {"__name__": "__main__"} | {name: make() for name, make in GIVEN.items()}
         for number, block in enumerate(blocks(page, "python"), 1):
             if named := re.match(r"# (\w+\.py)\n", block):
-                Path(named[1]).write_text(block)
+                Path(named[1]).write_text(block, encoding="utf-8")
             else:
                 exec(compile(block, f"{page}, Python block {number}:\n{block}", "exec"), namespace)
         return namespace
@@ -119,5 +120,5 @@ def test_your_own_runs(run_page, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#:\s]+)\)", (ROOT / page).read_text()):
+    for target in re.findall(r"\]\(([^)#:\s]+)\)", (ROOT / page).read_text(encoding="utf-8")):
         assert (ROOT / page).parent.joinpath(target).exists(), target

@@ -51,3 +51,24 @@ def test_the_operator_knows_nothing_of_the_package_around_it():
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
             if isinstance(node, ast.ImportFrom) and node.module
         }, path
+
+
+def opens_text(call: ast.Call) -> bool:
+    """Whether the call opens a text file, as far as its words tell."""
+    name, owner = getattr(call.func, "attr", getattr(call.func, "id", "")), getattr(call.func, "value", None)
+    if name != "open" or getattr(owner, "id", "") in ("os", "gzip", "Image"):
+        return name in ("read_text", "write_text", "fdopen")
+    words = [
+        word.value for word in (*call.args, *(key.value for key in call.keywords)) if isinstance(word, ast.Constant)
+    ]
+    return not any(word in ("rb", "wb", "ab", "r+b", "xb") for word in words)
+
+
+def test_text_files_are_opened_as_utf_8():
+    """Whatever encoding the machine has by default; tests themselves are left out."""
+    here = ROOT.parent
+    files = [path for part in ("drift_ops", "drifting", "benchmarks", "tests") for path in (here / part).rglob("*.py")]
+    for path in (*files, here / "setup.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and opens_text(node) and not path.name.startswith("test_"):
+                assert "encoding" in {key.arg for key in node.keywords}, f"{path}:{node.lineno}"

@@ -1,6 +1,9 @@
 """Algorithm 1: what a step draws, weighs, optimises and averages."""
 
+import copy
+import io
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,12 +13,19 @@ from hypothesis import strategies as st
 
 import drift_ops
 from drifting.config.schema import GuidanceConfig
+from drifting.data import SampleQueue
+from drifting.errors import UserError
 from drifting.models import DriftingDiT, LatentFeatureExtractor
+from drifting.models.drifting_loss import build_extractor
 from drifting.training import create_trainer
 from drifting.training.groups import sample_cfg_scale, uncond_weight
 
 CLASSES = 5
 L, G, P, U = 3, 4, 6, 2
+SETTINGS: dict[str, Any] = dict(
+    feature_extractor="pixels", learning_rate=1e-3, device="cpu", queue_size=8, labels_per_step=L, gen_per_label=G,
+    pos_per_label=P, uncond_per_label=U, uncond_prob=0.0, cfg_scale_range=(2.0, 3.0), warmup_steps=0,
+)  # fmt: skip
 
 
 def make_trainer(**settings):
@@ -24,11 +34,7 @@ def make_trainer(**settings):
         img_size=4, patch_size=2, in_chans=2, num_classes=CLASSES, embed_dim=16, depth=1, num_heads=2,
         num_style_tokens=2, style_vocab=4, n_cls_tokens=1,
     )  # fmt: skip
-    defaults = dict(
-        feature_extractor="pixels", learning_rate=1e-3, device="cpu", queue_size=8, labels_per_step=L, gen_per_label=G,
-        pos_per_label=P, uncond_per_label=U, uncond_prob=0.0, cfg_scale_range=(2.0, 3.0), warmup_steps=0,
-    )  # fmt: skip
-    return create_trainer(model, **(defaults | settings))
+    return create_trainer(model, **(SETTINGS | settings))
 
 
 def batch(size: int = 40, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -127,12 +133,27 @@ def test_labels_repeat_only_when_the_classes_run_out():
 
 
 @pytest.mark.parametrize("trained", [dict(use_cfg_training=False), {}])
-def test_no_guidance_no_negatives(trained):
-    trainer = make_trainer(**({} if trained else {"uncond_prob": 1.0}))
+def test_without_guidance_negatives_weigh_nothing_and_count_in_the_softmaxes(trained):
+    """So it is in the release, whatever the scales that a step draws."""
+    trainer, without = (make_trainer(uncond_per_label=num, uncond_prob=1.0) for num in (U, 0))
     seen = Recorder(trainer)
-    trainer.train_step(*batch(), **trained)
-    assert seen.loss_inputs[0][2:4] == (None, None)
+    metrics, others = (each.train_step(*batch(), **trained) for each in (trainer, without))
+    ((gen, pos, uncond, weight, *_),) = seen.loss_inputs
+    assert uncond.shape == (L, U, 2, 4, 4) and weight.tolist() == [0] * L
     assert (seen.model_inputs[0][2] == 1).all()
+    gen, pos, uncond = (x.detach().flatten(2) for x in (gen, pos, uncond))
+    options = dict(weight_neg=torch.zeros(L, U), affinity_floor=0.0, backend="reference")
+    _, info = drift_ops.drift_loss(gen, pos, uncond, **options)
+    lambdas = [lambda_of["pixels/lambda_0.2"].item() for lambda_of in (metrics, others)]
+    assert lambdas[0] == pytest.approx(info["loss_0.2"].sqrt().item(), rel=1e-4) != pytest.approx(lambdas[1], rel=1e-3)
+
+
+def test_guidance_needs_negatives():
+    for without, cause in (({"field": "gaussian"}, "loss.field=gaussian"), ({"uncond_per_label": 0}, "per_label=0")):
+        trainer = make_trainer(**without)
+        with pytest.raises(ValueError, match=rf"cfg_scale_range is \[2.0, 3.0\], but with .*{cause}"):
+            trainer.train_step(*batch())
+        assert make_trainer(**without).train_step(*batch(), use_cfg_training=False)["skipped_steps"] == 0
 
 
 def test_pixel_range_clamps_what_the_loss_and_the_caller_see():
@@ -288,7 +309,7 @@ def test_training_draws_each_class_to_its_images():
 
 @pytest.mark.parametrize(
     "argument, value",
-    [("learning_rate", 0.0), ("learning_rate", math.nan), ("gen_per_label", 0), ("uncond_prob", 1.5),
+    [("learning_rate", 0.0), ("learning_rate", math.nan), ("gen_per_label", 1), ("uncond_prob", 1.5),
      ("ema_decay", -0.1), ("ema_decay", ()), ("ema_decay", (0.9, 2.0)),
      ("cfg_scale_range", (0.5, 2.0)), ("cfg_scale_range", (3.0, 2.0)), ("queue_size", 0)],
 )  # fmt: skip
@@ -422,3 +443,150 @@ def test_parts_hold_less_at_once():
     trainer.model.forward = record
     trainer.train_step(*batch())
     assert sizes == [(2 * G, False), (G, False), (2 * G, True), (G, True)]
+
+
+# ------------------------------------------------------------------------------------------- what a trainer is given
+
+
+def trained_on(x, y, **settings) -> torch.Tensor:
+    trainer = make_trainer(**settings)
+    trainer.train_step(x, y)
+    return gradient(trainer)
+
+
+X, Y = batch()
+
+
+@pytest.mark.parametrize(
+    "x, y",
+    [(X.numpy(), Y.numpy()), (X.tolist(), Y.tolist()), (X.double(), Y.to(torch.uint8)), (X.clone().requires_grad_(), Y),
+     (X, list(Y)), (X, list(Y.numpy())), (X, tuple(Y.tolist())), (X.numpy().astype("f8"), Y.int())],
+)  # fmt: skip
+def test_batches_may_be_arrays_and_lists(x, y):
+    assert torch.equal(trained_on(x, y), trained_on(X, Y))
+    trainer = make_trainer()
+    assert trainer.train_epoch([(x, y)])["num_steps"] == 1
+    assert torch.equal(gradient(trainer), trained_on(X, Y))
+    drawn = [trainer.generate(40, labels, generator=torch.Generator().manual_seed(0)) for labels in (y, Y)]
+    assert torch.equal(*drawn)
+
+
+@pytest.mark.parametrize(
+    "x, y, expected",
+    [
+        (X, Y + 0.7, "a label is 0.69.*, expected an integer or text"),
+        (X, Y.float(), "a label is 0.0"),
+        (X, Y > 2, "a label is False"),
+        (X, Y * math.nan, "a label is nan"),
+        (X, [None] * 40, "a label is None"),
+        (X, torch.eye(CLASSES)[Y], r"a label is \[1.0, 0.0"),
+        (X, Y.unsqueeze(1), r"a label is \[0\]"),
+        (X, Y[:5], r"labels are tensor\(\[0, 1, 2, 3, 4\]\), expected 40, one for each sample"),
+        (X, 3, "labels are 3, expected 40"),
+        (X, "cat", "labels are cat, expected 40"),
+        ((X.abs() * 50).to(torch.uint8), Y, r"samples are torch.uint8, expected floating-point .* x / 127.5 - 1"),
+        ((X.abs() * 50).long(), Y, "samples are torch.int64"),
+        (X > 0, Y, "samples are torch.bool"),
+        (X + 0j, Y, "samples are torch.complex64"),
+        (X * math.nan, Y, "samples have NaN or infinity"),
+        (X[:0], Y[:0], r"shape \[0, 2, 4, 4\], expected"),
+        (X[0, 0, 0, 0], None, r"shape \[\], expected"),
+        (X[:, :1], Y, r"makes samples \[2, 4, 4\], the data have \[1, 4, 4\]"),
+        ("abc", Y, "samples are abc, expected a tensor"),
+        ({"image": X}, Y, "samples are {'image': .*, expected a tensor"),
+        (None, Y, "samples are None, expected a tensor"),
+    ],
+)
+def test_a_batch_that_cannot_be_used_is_refused_in_a_line_and_leaves_no_trace(x, y, expected):
+    trainer = make_trainer()
+    for step in (trainer.train_step, lambda x, y: make_trainer().train_epoch([(x, y)])):
+        with pytest.raises(UserError, match=expected) as caught:
+            step(x, y)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+    assert trainer.step == 0
+    trainer.train_step(X, Y)
+    assert torch.equal(gradient(trainer), trained_on(X, Y))
+
+
+def test_labels_are_refused_wherever_they_are_given():
+    trainer = make_trainer(class_names=np.arange(CLASSES))
+    for labels, shown in (([0.7, 1.7], "0.7"), (torch.tensor([0.0, 1.0]), "0.0"), ([True, False], "True")):
+        with pytest.raises(ValueError, match=f"no label {shown}, expected one of: 0, 1, 2, 3, 4"):
+            trainer.generate(2, labels)
+        with pytest.raises(ValueError, match=f"no label {shown}, expected one of: 0, 1, 2, 3, 4"):
+            trainer.train_step(X[:2], labels)
+        with pytest.raises(ValueError, match="labels are torch.*, expected integers from 0 to 4"):
+            SampleQueue(4, CLASSES, (2, 4, 4)).add(X[:2], labels)
+    queue = SampleQueue(4, CLASSES, (2, 4, 4))
+    queue.add(X[:2].numpy(), [0, 1])
+    assert queue.available_labels.tolist() == [0, 1]
+
+
+def test_a_network_without_labels_takes_targets_of_any_kind():
+    network = torch.nn.Linear(3, 2)
+    for targets in (torch.rand(6), torch.rand(6, 4), ["a", "b"] * 3):
+        trainer = create_trainer(network, "input", noise_shape=(3,), device="cpu", gen_per_label=4)
+        assert trainer.train_step(torch.rand(6, 2), targets)["skipped_steps"] == 0
+
+
+EVERY_PATH = [
+    {}, {"queue_features": True}, {"labels_at_once": 1}, {"field": "wflow"}, {"learn_temperature": True},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", EVERY_PATH, ids=str)
+def test_defaults_of_torch_change_nothing(settings):
+    def used(trainer):
+        trainer.train_step(X.numpy(), Y.tolist())
+        other.load_state_dict(trainer.state_dict())
+        other.train_step(X, Y)
+        samples = other.generate(3, [0, 1, 2], generator=torch.Generator().manual_seed(0))
+        return samples, gradient(other)
+
+    first, second, other = make_trainer(**settings), make_trainer(**settings), make_trainer(**settings)
+    expected = used(first)
+    model = second.model
+    try:
+        torch.set_default_dtype(torch.float64)
+        torch.set_default_device("meta")
+        again, other = (create_trainer(copy.deepcopy(model), **(SETTINGS | settings)) for _ in range(2))
+        found = used(again)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert all(torch.equal(*pair) for pair in zip(expected, found, strict=True))
+
+
+def test_the_weights_of_our_encoder_follow_from_its_seed_alone():
+    expected = build_extractor("latent", 1)
+    try:
+        torch.set_default_dtype(torch.float64)
+        torch.set_default_device("meta")
+        found = build_extractor("latent", 1)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    for one, other in zip(expected.parameters(), found.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_network_in_double_precision():
+    try:
+        torch.set_default_dtype(torch.float64)
+        trainer = make_trainer(feature_extractor=["pixels", small_extractor()])
+        metrics = trainer.train_step(X, Y)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert gradient(trainer).dtype == torch.float64 and metrics["skipped_steps"] == 0
+
+
+@pytest.mark.parametrize("settings", EVERY_PATH, ids=str)
+def test_a_trainer_can_be_pickled(settings):
+    trainer, file = make_trainer(**settings), io.BytesIO()
+    trainer.train_step(X, Y)
+    torch.save(trainer, file)
+    file.seek(0)
+    other = torch.load(file, weights_only=False)
+    for each in (trainer, other):
+        each.train_step(X, Y)
+    assert torch.equal(gradient(trainer), gradient(other)) and other.step == 2

@@ -59,7 +59,7 @@ def keep_config(path: Path, config: AnyConfig, step: int) -> None:
     changes = recorded(path) + [{"step": step, "key": key, "old": old, "new": new} for key, old, new in made]
     if made:
         with atomic_write(path.with_name(RECORD)) as part:
-            part.write_text(json.dumps({"changes": changes}, indent=1) + "\n")
+            part.write_text(json.dumps({"changes": changes}, indent=1) + "\n", encoding="utf-8")
     save_config(config, path)
 
 

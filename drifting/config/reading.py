@@ -73,7 +73,7 @@ def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
 def save_config(config: Config | PretrainConfig, path: Path) -> None:
     """Write every key as YAML, which :func:`read_config` reads as the same configuration."""
     with atomic_write(path) as part:
-        part.write_text(yaml.dump(_sections(config), Dumper=_Dumper, sort_keys=False))
+        part.write_text(yaml.dump(_sections(config), Dumper=_Dumper, sort_keys=False), encoding="utf-8")
 
 
 def values_of(config: Config | PretrainConfig) -> dict[str, Any]:

@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset, TensorDataset, default_collate
-from tqdm import tqdm
 
 from ..config.schema import DataConfig
 from ..errors import UserError, explained, some_of
+from ..generation import plain_labels
 from ..utils.named import check_arguments, import_named
+from ..utils.progress import progress
 from .dataset import Dataset, Draw, Split, hold_out
 
 ALL = ("all",)  # The one class of samples without labels.
@@ -35,7 +36,7 @@ def label_of(item: Any) -> Any:
 def distinct_labels(source: Any) -> set[Any] | None:
     """Return the labels that occur in what :func:`all_labels` takes, None where it returns None."""
     labels = all_labels(source)
-    return labels if labels is None else set(labels)
+    return labels if labels is None else set(checked_labels(labels))
 
 
 def all_labels(source: Any) -> list[Any] | None:
@@ -53,33 +54,31 @@ def all_labels(source: Any) -> list[Any] | None:
     if isinstance(source, ConcatDataset):
         return [label for part in source.datasets for label in all_labels(part) or []]
     if isinstance(source, TensorDataset):
-        return _plain(label_of(source.tensors))
+        return plain_labels(label_of(source.tensors))
     if not len(source) or label_of(source[0]) is None:
         return []
     for name in ("targets", "labels"):  # They are believed only if samples have them: a transform may change labels.
-        told = _plain(getattr(source, name, None))
+        told = plain_labels(getattr(source, name, None))
         probed = {0, len(source) // 2, len(source) - 1}
-        if len(told) == len(source) and all(_plain(label_of(source[index])) == [told[index]] for index in probed):
+        if len(told) == len(source) and all(plain_labels(label_of(source[index])) == [told[index]] for index in probed):
             return told
-    indices = tqdm(range(len(source)), desc="labels", unit="sample", delay=1, leave=False, disable=None)
-    return [label for index in indices for label in _plain(label_of(source[index]))]
+    indices = progress(range(len(source)), "labels", "sample")
+    return [label for index in indices for label in plain_labels(label_of(source[index]))]
 
 
-def _plain(labels: Any) -> list[Any]:
-    if hasattr(labels, "tolist"):  # Tensors and arrays have it.
-        labels = labels.tolist()
-    if not isinstance(labels, (list, tuple)):
-        return [] if labels is None else [labels]
-    return [label.tolist() if hasattr(label, "tolist") else label for label in labels]
-
-
-def number_labels(labels: Iterable[Any], found: str = "a label is") -> tuple[int | str, ...]:
-    """Return the different labels by class number, integers before text; others raise UserError: "FOUND None …"."""
+def checked_labels(labels: Iterable[Any], found: str = "a label is") -> list[int | str]:
+    """List these labels, integers or text; others raise UserError: "FOUND None …"."""
     labels = list(labels)
     wrong = [label for label in labels if type(label) not in (int, str)]
     if wrong:
         raise UserError(f"{found} {wrong[0]!r:.80}, expected an integer or text")
-    return tuple(sorted(set(labels), key=lambda label: (isinstance(label, str), label))) or ALL
+    return labels
+
+
+def number_labels(labels: Iterable[Any], found: str = "a label is") -> tuple[int | str, ...]:
+    """Return the different ones of :func:`checked_labels` by class number, integers before text."""
+    different = set(checked_labels(labels, found))
+    return tuple(sorted(different, key=lambda label: (isinstance(label, str), label))) or ALL
 
 
 def number_splits(splits: Sequence[list[Any]], found: str) -> tuple[tuple[int | str, ...], list[list[int]]]:
@@ -105,7 +104,7 @@ class OwnSplit(Split):
     def __init__(self, items: Any, name: str) -> None:
         if not len(items):
             raise UserError(f"the {name} data are empty")
-        super().__init__(torch.zeros(len(items), dtype=torch.int64))
+        super().__init__(torch.zeros(len(items), dtype=torch.int64, device="cpu"))
         self.items, self.name = items, name
         with explained(f"sample 0 of the {name} data cannot be used"):
             first = _tensor(sample_of(items[0]))

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from ..generation import as_tensor
 from .dataset import Draw, shuffled
 
 ALL = slice(None)
@@ -25,7 +26,7 @@ class RingBuffers:
         self.size = size
         self.samples = zeros(rows, size, *sample_shape, device=device, dtype=dtype)
         # These say how many samples a row holds, and which slot of it the next sample goes to.
-        self.count, self.head = torch.zeros(2, rows, dtype=torch.long)
+        self.count, self.head = torch.zeros(2, rows, dtype=torch.long, device="cpu")
 
     def push(self, samples: Tensor, row: Tensor) -> None:
         """Append ``samples [B, *sample_shape]`` to the buffers ``row [B]``, in order; the oldest ones fall out."""
@@ -40,9 +41,9 @@ class RingBuffers:
     def draw(self, row: Tensor, num: int, generator: Generator | None, rows: slice = ALL, part: slice = ALL) -> Tensor:
         """Draw samples ``[L, num, *sample_shape]`` of the buffers ``row [L]``: a ``part`` of those of ``rows``."""
         count = self.count[row].unsqueeze(1)  # [L, 1]
-        key = torch.rand(len(row), self.size, generator=generator)
-        key.masked_fill_(torch.arange(self.size) >= count, 2.0)  # Empty slots sort last.
-        slot = key.argsort(1).gather(1, torch.arange(num) % count)[rows, part]  # [l, n]
+        key = torch.rand(len(row), self.size, generator=generator, device="cpu", dtype=torch.float32)
+        key.masked_fill_(torch.arange(self.size, device="cpu") >= count, 2.0)  # Empty slots sort last.
+        slot = key.argsort(1).gather(1, torch.arange(num, device="cpu") % count)[rows, part]  # [l, n]
         return self.samples[row[rows].unsqueeze(1).to(self.samples.device), slot.to(self.samples.device)]
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -62,7 +63,7 @@ def rank_in_row(row: Tensor) -> Tensor:
     order = torch.argsort(row, stable=True)
     first = (added.cumsum(0) - added)[row[order]]  # [B]: where the row of each element begins in `order`.
     rank = torch.empty_like(row)
-    rank[order] = torch.arange(len(row)) - first
+    rank[order] = torch.arange(len(row), device="cpu") - first
     return rank
 
 
@@ -94,6 +95,7 @@ class SampleQueue:
 
     def add(self, samples: Tensor, labels: Tensor) -> None:
         """Put ``samples [B, *latent_shape]`` with integer ``labels [B]`` into their class queues and the common one."""
+        samples, labels = as_tensor(samples), as_tensor(labels)
         if samples.shape[1:] != self.latent_shape or labels.shape != samples.shape[:1]:
             received = f"samples have shape {list(samples.shape)} and labels {list(labels.shape)}"
             raise ValueError(f"{received}, expected [{', '.join(map(str, ('B', *self.latent_shape)))}] and [B]")
@@ -115,7 +117,9 @@ class SampleQueue:
         """Draw samples ``[num_samples, *latent_shape]`` of any class as :meth:`sample` does, or a ``part`` of them."""
         if not self.unconditional.count.item():
             raise ValueError("the queue is empty: add() samples before drawing from it")
-        return self.unconditional.draw(torch.zeros(1, dtype=torch.long), num_samples, generator, part=part)[0]
+        return self.unconditional.draw(
+            torch.zeros(1, dtype=torch.long, device="cpu"), num_samples, generator, part=part
+        )[0]
 
     def skip(self, labels: Tensor, seed: int, num: int) -> list[Draw]:
         """Go on as after the first ``num`` draws of :func:`endless_shuffle` from samples with ``labels [N]``. This
@@ -128,7 +132,7 @@ class SampleQueue:
         taken, draws = torch.zeros_like(total), list[Draw]()
         for epoch in range(epochs, -1, -1):
             order = torch.from_numpy(shuffled(size, seed, epoch)[: num - epoch * size][::-1].copy())  # newest first
-            among_any = torch.arange(len(order)) < held[1] - max(0, num - (epoch + 1) * size)
+            among_any = torch.arange(len(order), device="cpu") < held[1] - max(0, num - (epoch + 1) * size)
             looked_at = among_any | (taken < held[0])[labels[order]]
             order, among_any = order[looked_at], among_any[looked_at]
             row = labels[order]
@@ -149,6 +153,8 @@ class SampleQueue:
         self.unconditional.load_state_dict(state["unconditional"])
 
     def _checked(self, labels: Tensor) -> Tensor:
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise ValueError(f"labels are {labels.dtype}, expected integers from 0 to {self.num_classes - 1}")
         labels = labels.cpu().long()
         wrong = labels[(labels < 0) | (labels >= self.num_classes)]
         if len(wrong):

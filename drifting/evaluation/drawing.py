@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from ..errors import UserError
 from ..generation import Generator, generate
 from ..hub.vae import decode_latents
 from ..utils.images import to_uint8
+from ..utils.progress import progress
 
 DEFAULT_SCALE = "the one that evaluated best in training, else 1"  # So commands word it.
 BATCH, BATCH_VALUES = 500, 2**21  # So many samples are generated at once, unless they have more values than this.
@@ -29,7 +29,7 @@ def check_drawing(cfg_scale: float | None, seed: int) -> None:
 
 def spread_labels(num: int, choices: Sequence[int]) -> Tensor:
     """``num`` labels int64 ``[num]`` in the order of ``choices``, each of which is there equally often up to one."""
-    return torch.tensor(choices)[(torch.arange(num) % len(choices)).sort().values]
+    return torch.tensor(choices, device="cpu")[(torch.arange(num, device="cpu") % len(choices)).sort().values]
 
 
 def draw_samples(generator: Generator, numbers: Tensor, cfg_scale: float | None = None, seed: int = 0) -> NDArray[Any]:
@@ -41,9 +41,9 @@ def draw_samples(generator: Generator, numbers: Tensor, cfg_scale: float | None 
     scale = generator.cfg_scale if cfg_scale is None else cfg_scale
     source = torch.Generator().manual_seed(seed)  # It is on the CPU, which makes samples alike on any device.
     size = max(1, min(BATCH, BATCH_VALUES // max(1, prod(generator.sample_shape))))
-    weight = next(model.parameters(), torch.empty(0))
+    weight = next(model.parameters(), torch.empty(0, device="cpu"))
     samples, count = np.empty(0), 0
-    for number in tqdm(numbers.split(size), desc="generate", unit="batch", delay=1, leave=False, disable=None):
+    for number in progress(numbers.split(size), "generate", "batch"):
         with torch.autocast(weight.device.type, torch.bfloat16, enabled=latent and weight.is_cuda):
             batch = generate(model, len(number), number, scale, None, source, generator.noise_shape).float()
         batch = decode_latents(batch) if latent else batch

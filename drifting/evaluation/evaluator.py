@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from sklearn.svm import SVC
 from torch import Tensor
-from tqdm import tqdm
 
 from ..config.schema import EvaluationConfig
 from ..data import Dataset, Split
 from ..errors import UserError
 from ..generation import Generator, label_numbers
+from ..utils.progress import progress
 from .archives import Labels, Samples, read_reference
 from .drawing import draw_samples
 from .features import FRECHET_DISTANCE, INCEPTION, Features, ImageFeatures, concatenate, open_features
@@ -180,7 +180,7 @@ def _evaluator_of_data(dataset: Dataset, features: ImageFeatures | Values) -> Ev
 def _real(features: ImageFeatures | Values, dataset: Dataset, split: Split, most: int) -> tuple[Features, Labels]:
     """Features and labels of a split's samples, of evenly spaced ones where there are more than ``most``."""
     indices, parts = _spread(torch.arange(len(split)), most), []
-    for part in tqdm(indices.split(1000), desc="real samples", unit="part", delay=1, leave=False, disable=None):
+    for part in progress(indices.split(1000), "real samples", "part"):
         samples = split.samples(part.tolist()).float()
         if not samples.isfinite().all():
             raise UserError("the data set has samples with NaN or infinity, expected finite ones")

@@ -9,12 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from ..errors import UserError, reason, require
 from ..hub.run_directory import RunDirectory, read_any
 from ..models import MAE, Classifier
 from ..models.feature_extractor import IMAGENET_MEAN, IMAGENET_STD
+from ..utils.progress import progress
 from .archives import Samples
 
 INCEPTION, DINOV2 = "inception", "dinov2"
@@ -52,7 +52,7 @@ class ImageFeatures:
         """Features, float32, of images ``[N, H, W, C]`` from 0 to 255, uint8 or float32 that is rounded."""
         batches, parts = torch.from_numpy(images).split(self.batch), []
         with torch.backends.cudnn.flags(allow_tf32=False):
-            for batch in tqdm(batches, desc=self.name, unit="batch", delay=1, leave=False, disable=None):
+            for batch in progress(batches, self.name, "batch"):
                 pixels = batch.permute(0, 3, 1, 2).round().clamp(0, 255).to(self.device, torch.uint8)
                 parts.append(self.network(pixels))
         return concatenate(parts)

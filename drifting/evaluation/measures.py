@@ -9,9 +9,9 @@ import torch
 from numpy.typing import NDArray
 from sklearn.metrics import pairwise_distances_argmin_min
 from torch import Tensor
-from tqdm import tqdm
 
 from ..errors import UserError
+from ..utils.progress import progress
 
 Points = NDArray[np.float64]  # [N, D]
 
@@ -88,5 +88,5 @@ class Manifold:
         """Distances of blocks of ``points`` to the centres of the balls. Far from the origin they would lose digits."""
         centre = self.points.mean(0)
         centres = self.points - centre
-        for block in tqdm(points.split(BLOCK), desc="neighbours", unit="block", delay=1, leave=False, disable=None):
+        for block in progress(points.split(BLOCK), "neighbours", "block"):
             yield torch.cdist(block - centre, centres)

@@ -11,7 +11,6 @@ from time import process_time
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from sklearn.svm import SVC
 from torch import Tensor
 from tqdm import tqdm
@@ -21,6 +20,7 @@ from ..data import load_digits
 from ..errors import UserError
 from ..models import ResidualMLP
 from ..training import create_trainer
+from . import new_figure
 from .plane import bimodal, checkerboard, energy_distance, swiss_roll
 
 WEIGHTS = {"row": "kernel", "two_sided": "affinity", "sinkhorn": "marginal"}
@@ -104,9 +104,9 @@ def problems() -> list[Problem]:
     ]
 
 
-def picture(rows: dict[str, dict[str, Tensor]]) -> Figure:
+def picture(rows: dict[str, dict[str, Tensor]]) -> Any:
     """A row for each problem, with the data first; of digits, one of each class."""
-    figure = Figure(figsize=(10.4, 1.4 * len(rows)), layout="constrained")
+    figure = new_figure(10.4, 1.4 * len(rows))
     for of_row, (problem, samples) in zip(figure.subplots(len(rows), 1 + len(METHODS)), rows.items(), strict=True):
         for axes, (title, x) in zip(of_row, samples.items(), strict=True):
             axes.set(xticks=[], yticks=[], aspect="equal", ylabel=problem if title == "data" else "")
@@ -128,6 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not 0 <= options.seconds < 1e6:
         raise UserError(f"--seconds is {options.seconds}, expected 0 or more")
     torch.set_num_threads(1)  # Then CPU time is the time that passes.
+    new_figure()  # What keeps it from drawing is told before training.
     options.out.mkdir(parents=True, exist_ok=True)
     columns, rows = [["distance (steps)", *METHODS]], {}
     for problem in problems():
@@ -140,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             columns[-1].append(f"{ratio:.1f} ({steps}){problem.share(samples, labels)}")
     widths = [2 + max(map(len, column)) for column in columns]
     lines = ["".join(map(str.ljust, line, widths)).rstrip() for line in zip(*columns, strict=True)]
-    (options.out / "table.txt").write_text("\n".join([*lines, ""]))
+    (options.out / "table.txt").write_text("\n".join([*lines, ""]), encoding="utf-8")
     picture(rows).savefig(options.out / "couplings.png", dpi=80)
     print(*lines, f"table and picture: {options.out}", sep="\n")
     return 0

@@ -6,15 +6,16 @@ its sample. It prints how the drawn paths pass, and writes a picture of them to 
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..cli import ArgumentParser, run_command
 from ..errors import UserError
 from ..training import create_trainer
+from . import new_figure
 
 TIMES = torch.linspace(0, 1, 12)
 QUESTIONS = torch.tensor([[0.5, -0.5], [-0.8, -0.8], [0.0, 0.8]])  # Paths are drawn for these starts and goals.
@@ -45,8 +46,9 @@ def demonstrate(condition: Tensor, random: torch.Generator) -> Tensor:
     return straight(condition) + side * torch.sin(torch.pi * TIMES)
 
 
-def draw(paths: dict[str, Tensor]) -> Figure:
-    figure = Figure(figsize=(6.4, 3), layout="constrained")
+def draw(paths: dict[str, Tensor]) -> Any:
+    """A figure with a panel for each of these sets of paths."""
+    figure = new_figure(6.4, 3)
     for axes, (title, of_questions) in zip(figure.subplots(1, len(paths), sharey=True), paths.items(), strict=True):
         for drawn, line, colour in zip(of_questions.split(DRAWN), straight(QUESTIONS), ("C0", "C1", "C2"), strict=True):
             axes.plot(TIMES, drawn.T, c=colour, alpha=0.25, linewidth=1)
@@ -62,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if not 1 <= options.steps < 2**63:
         raise UserError(f"--steps is {options.steps}, expected 1 or more")
+    new_figure()  # What keeps it from drawing is told before training.
     options.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     random = torch.Generator().manual_seed(0)

@@ -8,10 +8,9 @@ It prints how far each of five cases ended from held-out samples, and writes thr
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from matplotlib.animation import FuncAnimation, PillowWriter
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -19,6 +18,7 @@ from drift_ops import drift_field, drift_loss
 
 from ..cli import ArgumentParser, run_command
 from ..errors import UserError
+from . import new_figure
 from .plane import Distribution, bimodal, checkerboard, energy_distance, swiss_roll
 
 NOISE_DIM = 2
@@ -98,9 +98,9 @@ def train(case: Case, steps: int, seed: int) -> list[Frame]:
     return frames
 
 
-def draw(rows: Sequence[list[Frame]], title: str, size: float) -> Figure:
+def draw(rows: Sequence[list[Frame]], title: str, size: float) -> Any:
     """Return a figure with a panel for each frame, ``size`` inches wide."""
-    figure = Figure(figsize=(size * len(rows[0]), size * len(rows) + 0.6), layout="constrained")
+    figure = new_figure(size * len(rows[0]), size * len(rows) + 0.6)
     for frame, axes in zip(sum(rows, []), figure.subplots(len(rows), len(rows[0]), squeeze=False).flat, strict=True):
         axes.scatter(*frame.case.target_points[:NUM_SHOWN].T, s=4, c=BLUE, alpha=0.4, linewidths=0, label="target")
         axes.scatter(*frame.samples[:NUM_SHOWN].T, s=4, c=ORANGE, alpha=0.7, linewidths=0, label="generated")
@@ -112,7 +112,7 @@ def draw(rows: Sequence[list[Frame]], title: str, size: float) -> Figure:
     return figure
 
 
-def draw_field(rows: Sequence[list[Frame]]) -> Figure:
+def draw_field(rows: Sequence[list[Frame]]) -> Any:
     """Return a figure of the field on a grid; the arrows of a row have one scale."""
     figure = draw(rows, "Drifting field V: attraction by data − repulsion by samples", size=3.4)
     panels = iter(figure.axes)
@@ -133,6 +133,8 @@ def draw_field(rows: Sequence[list[Frame]]) -> Figure:
 
 def save_animation(results: Sequence[list[Frame]], path: Path) -> None:
     """Write a GIF of all cases side by side."""
+    from matplotlib.animation import FuncAnimation, PillowWriter
+
     figure = draw([[frames[0] for frames in results]], "Training", size=2.4)
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # The first layout serves all pictures.
@@ -157,6 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not least <= vars(options)[name] < 2**63:
             raise UserError(f"--{name} is {vars(options)[name]}, expected {least} or more, below 2**63")
     torch.set_num_threads(1)  # Two threads would be slower on matrices this small.
+    new_figure()  # What keeps it from drawing is told before training.
     options.out.mkdir(parents=True, exist_ok=True)
     cases = [case for case in CASES if options.dataset in ("all", case.target.__name__)]
     results = [train(case, options.steps, options.seed) for case in cases]

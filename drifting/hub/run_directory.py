@@ -53,9 +53,11 @@ class RunDirectory:
         try:
             try:
                 lock.acquire(timeout=LOCK_SECONDS)
-                path.write_text(f"process {os.getpid()} on {platform.node()}, since {datetime.now():%F %T}\n")
+                path.write_text(
+                    f"process {os.getpid()} on {platform.node()}, since {datetime.now():%F %T}\n", encoding="utf-8"
+                )
             except Timeout as error:
-                holder = shown(path.read_text(errors="replace")) or "just started"
+                holder = shown(path.read_text(errors="replace", encoding="utf-8")) or "just started"
                 busy = f"{self.path} is being trained by another process ({holder})"
                 raise UserError(f"{busy}: wait for it, or choose another --out") from error
             except OSError as error:

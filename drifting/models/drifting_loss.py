@@ -117,7 +117,7 @@ class DriftingLoss(nn.Module):
         """From now on the temperatures of each of these maps learn, as in Kyutai's one-positive loss."""
         if self.drift is None:
             raise ValueError("loss.learn_temperature is true, but the temperatures of field='gaussian' do not learn")
-        log_R = torch.tensor([[math.log(R) for R in self.temperatures]] * len(maps), device=device)
+        log_R = torch.tensor([[math.log(R) for R in self.temperatures]] * len(maps), device=device, dtype=torch.float32)
         self.maps, self.log_R = tuple(maps), nn.Parameter(log_R)
 
     def learnt(self) -> dict[str, dict[str, list[float]]]:
@@ -127,7 +127,7 @@ class DriftingLoss(nn.Module):
 
     def check_extractor(self, sample_shape: Sequence[int], device: torch.device) -> FeatureMaps:
         """The maps ``[1, T, 2, D]`` of two samples of that shape; an extractor that returns none raises ValueError."""
-        samples = torch.zeros(1, 2, *sample_shape, device=device, requires_grad=True)
+        samples = torch.zeros(1, 2, *sample_shape, device=device, dtype=torch.float32, requires_grad=True)
         try:
             return self.groups(samples * 1)  # An extractor may change samples in place, but not a leaf.
         except Exception as error:  # A user's extractor may raise anything.
@@ -244,7 +244,8 @@ def build_extractor(extractor: Extractor | Sequence[Extractor], in_chans: int | 
         raise ValueError(f"feature_extractor is {extractor!r}, expected {expected}")
     if in_chans is None:
         raise ValueError(f"feature_extractor {extractor!r} is for images [C, H, W]: use 'input' or one of your own")
-    return of_images[extractor](in_chans)
+    with torch.device("cpu"):  # Weights are drawn there, and in float32, whatever torch's defaults.
+        return of_images[extractor](in_chans).float()
 
 
 def _checked_weight(x_gen: Tensor, x_real: Tensor, x_uncond: Tensor | None, weight: Tensor | None) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import UserError, reason, require
+from ..errors import UserError, explained, reason, require
 from .resnet_encoder import FeatureMaps, ResNetEncoder, channel_rms, check_channels, multiscale_maps
 
 CONVNEXT = "facebook/convnextv2-base-22k-224"  # The hub has it, trained on ImageNet-22k and then on ImageNet-1k.
@@ -77,7 +77,7 @@ class LatentFeatureExtractor(FrozenModule):
     ) -> None:  # fmt: skip
         super().__init__()
         self.in_chans, self.every_k_block = in_chans, every_k_block
-        self.encoder = ResNetEncoder(in_chans, base_channels, layers, input_patch_size)
+        self.encoder = ResNetEncoder(in_chans, base_channels, layers, input_patch_size).float()
         generator = torch.Generator().manual_seed(seed)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -140,7 +140,9 @@ class FeatureExtractor(FrozenModule):
         super().__init__()
         models = require("torchvision.models", "feature_extractor='resnet18'", "resnet")
         self.in_chans = in_chans
-        self.resnet = models.resnet18(weights="IMAGENET1K_V1" if pretrained else None)
+        advice = "where there is no network, bring another machine's ~/.cache/torch/hub/checkpoints"
+        with explained(f"feature_extractor='resnet18' cannot load its weights ({advice})"):
+            self.resnet = models.resnet18(weights="IMAGENET1K_V1" if pretrained else None)
         if in_chans != 3:
             shared = self.resnet.conv1.weight.mean(1, keepdim=True) * 3 / in_chans
             self.resnet.conv1.weight = nn.Parameter(shared.repeat(1, in_chans, 1, 1))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .conditions import check_indices
 from .feature_extractor import LatentFeatureExtractor
 from .resnet_encoder import FeatureMaps, ResNetEncoder, check_sizes, group_norm
 
@@ -48,13 +49,16 @@ class MAE(nn.Module):
         ``recon_loss`` is the squared error summed over channels, its mean over the hidden locations, where ``mask``
         ``[B, 1, H', W']`` on the patchified grid is 1, not 0; ``cls_loss`` is the cross-entropy of the label.
         """
+        are_numbers = not labels.is_floating_point() and labels.dtype != torch.bool
+        labels = labels.long() if are_numbers else labels
+        check_indices("labels", labels, (len(x),), self.fc.out_features)
         target = self.encoder.patchify(x)
         if mask.shape != target[:, :1].shape:
             raise ValueError(f"mask has shape {list(mask.shape)}, expected {list(target[:, :1].shape)}, as patchified")
         mask = mask.to(target.dtype)
         activations = self.encoder(target * (1 - mask))
         logits = self.fc(activations["layer4"].mean((2, 3)))
-        cls_loss = F.cross_entropy(logits.float(), labels.long(), reduction="none")
+        cls_loss = F.cross_entropy(logits.float(), labels, reduction="none")
         squares = (self.decoder(activations).float() - target).square() * mask
         recon_loss = squares.sum((1, 2, 3)) / (mask.sum((1, 2, 3)) + 1e-8)
         loss = lambda_cls * cls_loss + (1 - lambda_cls) * recon_loss
@@ -73,8 +77,11 @@ class MAE(nn.Module):
         if x.shape[2] % unit or x.shape[3] % unit:
             raise ValueError(f"images are {x.shape[2]} × {x.shape[3]}, expected multiples of {unit}, a masked square")
         rows, columns = x.shape[2] // unit, x.shape[3] // unit
-        ratio = min_ratio + (max_ratio - min_ratio) * torch.rand(B, 1, 1, 1, generator=generator, device=x.device)
-        hidden = torch.rand(B, 1, rows, columns, generator=generator, device=x.device) < ratio
+        ratio = min_ratio + (max_ratio - min_ratio) * torch.rand(
+            B, 1, 1, 1, generator=generator, device=x.device, dtype=torch.float32
+        )
+        draws = torch.rand(B, 1, rows, columns, generator=generator, device=x.device, dtype=torch.float32)
+        hidden = draws < ratio
         return hidden.to(x.dtype).repeat_interleave(self.patch_size, 2).repeat_interleave(self.patch_size, 3)
 
     def features(self, x: Tensor, **options: Any) -> FeatureMaps:

@@ -71,7 +71,7 @@ class Ranks:
             memory = os.memfd_create("drifting")  # It has no name, and goes with the last process that has it.
             found = self.on_all(lambda: (host, f"/proc/{os.getpid()}/fd/{memory}"))
             path = next(path for other, path in found if other == host)
-            self.on_all(lambda: mapped.append(torch.from_file(path, True, math.prod(shape), dtype=dtype)))
+            self.on_all(lambda: mapped.append(torch.from_file(path, True, math.prod(shape), dtype=dtype, device="cpu")))
             os.close(memory)
         return mapped[0].view(shape)
 

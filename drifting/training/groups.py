@@ -15,8 +15,8 @@ from ..config.schema import Config, GuidanceConfig
 from ..data import SampleQueue, Split
 from ..data.dataset import Stored, read_batches
 from ..data.own import ALL, distinct_labels, number_labels, tell_numbers
-from ..errors import shown, some_of
-from ..generation import ClassNames, Labels, class_numbers
+from ..errors import UserError, shown, some_of
+from ..generation import ClassNames, Labels, as_tensor, class_numbers, plain_labels
 from ..models.drifting_loss import FeatureMaps, split_groups
 from .distributed import Ranks
 from .real_features import RealFeatures
@@ -25,7 +25,7 @@ from .real_features import RealFeatures
 @dataclass(frozen=True)
 class Groups:
     """What a rank compares in a step: l groups, each of one label or one pair's condition, of ``size`` on all ranks.
-    Negatives are None where no α is above 1."""
+    Pairs have no unconditional negatives."""
 
     size: int
     num_gen: int  # A group has so many generated samples.
@@ -50,8 +50,9 @@ class ClassGroups:
     """Groups by class. Real samples wait in queues, one a class and one of all classes (appendix A.8 of the paper).
 
     A step takes ``labels_per_step`` classes, none twice while they last, and for each of them ``pos_per_label`` real
-    samples and, where the guidance scale α is above 1, ``uncond_per_label`` real samples of any class. What a step
-    draws follows from (seed, step), and each rank draws it for all ranks, but keeps its share only.
+    samples and ``num_uncond`` real samples of any class. These weigh 0 where the guidance scale α is 1, but count in
+    the softmaxes, as in the release. What a step draws follows from (seed, step), and each rank draws it for all ranks,
+    but keeps its share only.
     """
 
     config: Config
@@ -61,6 +62,7 @@ class ClassGroups:
     class_names: ClassNames | None  # These are the labels, by class number, where they are known already.
     labelled: bool  # A network that takes no labels has all samples in one class.
     num_classes: int | None  # The network knows this many labels, if it says so.
+    num_uncond: int  # A label has this many unconditional negatives; a field without any has 0.
     queue: SampleQueue | None = None  # It is made with the first samples, when all labels are known.
     keep_features: Callable[[SampleQueue, Ranks], RealFeatures | None] | None = None  # It is called at that time.
     features: RealFeatures | None = None  # They are those of the samples in the queue, where they are kept.
@@ -76,6 +78,11 @@ class ClassGroups:
         if self.config.step.labels_at_once is not None and self.size % num_ranks:  # All ranks meet in each part.
             raise ValueError(f"{told} a multiple of the {num_ranks} ranks with labels_at_once")
         self.class_names = self.class_names if self.labelled else ALL
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Samples are kept in it."""
+        return torch.float32 if self.split is None else self.split.dtype
 
     def learn_labels(self, batches: Iterable[Any]) -> None:
         """Find out which labels the data have, before the first batch of them, if nobody has said so.
@@ -96,17 +103,23 @@ class ClassGroups:
         if self.ranks.main:
             tell_numbers(self.class_names)
 
-    def add(self, samples: Tensor, labels: Labels | None) -> None:
+    def add(self, samples: Any, labels: Labels | None) -> None:
         """Put this rank's part of a batch ``[B, *sample_shape]``, and those of the others, into the queues."""
+        if self.dtype.is_floating_point:
+            samples = real_samples(samples)
+        samples = samples.to(self.device, self.dtype, non_blocking=True)
         check_samples(samples, self.sample_shape)
+        plain = plain_labels(labels)
+        if labels is not None and len(plain) != len(samples):
+            raise UserError(f"labels are {shown(labels, 80)}, expected {len(samples)}, one for each sample")
         self.learn_labels([(samples, labels)])
         names = self.class_names or ALL
         if labels is None and len(names) > 1:
             raise ValueError(f"a batch has no labels, expected {len(samples)} of class_names {some_of(names)}")
         is_first = self.queue is None and self.ranks.main
-        if is_first and not self.labelled and len(distinct_labels([(samples, labels)]) or ()) > 1:
+        if is_first and not self.labelled and any(label != plain[0] for label in plain):
             print("the network takes no labels: all samples form one group", file=sys.stderr)
-        numbers = torch.zeros(len(samples), dtype=torch.int64) if labels is None else self._numbers(labels)
+        numbers = torch.zeros(len(samples), dtype=torch.int64, device="cpu") if labels is None else self._numbers(labels)
         queue = self._queue()
         vectors = None if self.features is None else self.features.encode(queue.values(samples))
         numbers = self.ranks.gather(numbers)
@@ -117,7 +130,7 @@ class ClassGroups:
     def _numbers(self, labels: Labels) -> Tensor:
         """The class numbers ``[B]`` of labels."""
         if not self.labelled or self.class_names is None:
-            return torch.zeros(len(labels), dtype=torch.int64)
+            return torch.zeros(len(labels), dtype=torch.int64, device="cpu")
         try:
             return class_numbers(labels, self.class_names)
         except ValueError as error:
@@ -128,11 +141,9 @@ class ClassGroups:
         if self.queue is None:
             step, num_classes = self.config.step, len(self.class_names or ALL)
             device, unconditional_size = step.queue_device or self.device, step.unconditional_queue_size
-            stored: dict[str, Any] = {"zeros": self.ranks.zeros}
-            if self.split is not None:
-                stored |= {"dtype": self.split.dtype, "values": self.split.values}
+            values = {} if self.split is None else {"values": self.split.values}
             sizes = step.queue_size, num_classes, self.sample_shape, device, unconditional_size
-            self.queue = SampleQueue(*sizes, **stored)
+            self.queue = SampleQueue(*sizes, self.dtype, zeros=self.ranks.zeros, **values)
             if self.keep_features is not None:
                 self.features = self.keep_features(self.queue, self.ranks)
         return self.queue
@@ -144,14 +155,18 @@ class ClassGroups:
         seed, *seeds = np.random.SeedSequence([self.config.seed, step]).generate_state(1 + L).tolist()
         random = torch.Generator().manual_seed(seed)
         available = queue.available_labels
-        order = torch.randperm(len(available), generator=random)
-        label = available[order[torch.arange(L) % len(available)]]  # [L]
-        P, U = config.pos_per_label, config.uncond_per_label
+        order = torch.randperm(len(available), generator=random, device="cpu")
+        label = available[order[torch.arange(L, device="cpu") % len(available)]]  # [L]
+        P, U = config.pos_per_label, self.num_uncond
         # The positives are [l, P, *sample_shape], and their maps [l, T, P, D].
         pos, pos_maps = self._drawn(lambda queue: queue.sample(label, P, random, mine), random)
-        cfg_scale = sample_cfg_scale(L, self.config.guidance, random) if guided else torch.ones(L)
+        cfg_scale = sample_cfg_scale(L, self.config.guidance, random) if guided else _ones(L)
         uncond = uncond_maps = weight = None
-        if cfg_scale.max() > 1:
+        if not U and cfg_scale.max() > 1:
+            told = f"guidance.cfg_scale_range is {self.config.guidance.cfg_scale_range}"
+            cause = "loss.field=gaussian" if config.uncond_per_label else "step.uncond_per_label=0"
+            raise UserError(f"{told}, but with {cause} there are no negatives to guide away from: set it to [1, 1]")
+        if U:
             part = slice(mine.start * U, mine.stop * U)
             # The negatives are [l, U, *sample_shape], and their maps [l, T, U, D].
             uncond, uncond_maps = self._drawn(
@@ -227,6 +242,11 @@ class PairGroups:
             raise ValueError("the trainer has seen no conditions yet, expected training or load_state_dict before")
         return tuple(self.example.shape[1:])
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Samples are kept in it."""
+        return torch.float32 if self.split is None else self.split.dtype
+
     def learn_labels(self, batches: Iterable[Any]) -> None:
         """There are none."""
 
@@ -238,10 +258,13 @@ class PairGroups:
         self.example = torch.zeros_like(conditions[[0, -1]], device="cpu")
         self.sample_shape = self.meet(conditions[[0, -1]])
 
-    def add(self, samples: Tensor, conditions: Any) -> None:
+    def add(self, samples: Any, conditions: Any) -> None:
         """Take this rank's part of a batch: samples ``[B, *sample_shape]``, as many on each rank, with conditions."""
+        if self.dtype.is_floating_point:
+            samples = real_samples(samples)
+        samples = samples.to(self.device, self.dtype, non_blocking=True)
         try:
-            conditions = torch.as_tensor(conditions).to(self.device, non_blocking=True)
+            conditions = as_tensor(conditions).to(self.device, non_blocking=True)
             if conditions.shape[:1] != samples.shape[:1]:
                 raise ValueError(f"they are {list(conditions.shape)}")
         except (TypeError, ValueError, RuntimeError) as error:
@@ -256,7 +279,7 @@ class PairGroups:
         """This rank's groups of a step; the noise of each follows from (seed, step) and its place in the batch."""
         assert self.pairs is not None
         samples, conditions = self.pairs
-        size, ones = len(samples) * self.ranks.size, torch.ones(len(samples))
+        size, ones = len(samples) * self.ranks.size, _ones(len(samples))
         seeds = np.random.SeedSequence([self.config.seed, step]).generate_state(size).tolist()
         mine, num_gen = self.ranks.share(size), self.config.step.gen_per_pair
         return Groups(size, num_gen, conditions, ones, seeds[mine], samples.unsqueeze(1))
@@ -269,17 +292,38 @@ class PairGroups:
             self.see(state["example"])
 
 
+def real_samples(batch: Any) -> Tensor:
+    """The tensor ``[B, …]`` of a batch of real samples. Other types than a network makes raise UserError, and so do
+    values that are not finite, where they are on the host: a GPU would have to be waited for."""
+    try:
+        samples = as_tensor(batch)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"samples are {shown(batch, 80)}, expected a tensor [B, …] in a batch x or (x, y)") from error
+    if not samples.is_floating_point():
+        advice = "bring images to the range of the network's, such as x / 127.5 - 1, other data to float32"
+        raise UserError(f"samples are {samples.dtype}, expected floating-point numbers: {advice}")
+    if not samples.ndim or not len(samples):
+        raise UserError(f"a batch of samples has the shape {list(samples.shape)}, expected [B, …] with one or more")
+    if samples.device.type == "cpu" and not samples.isfinite().all():
+        raise UserError("samples have NaN or infinity, expected finite numbers only")
+    return samples
+
+
 def check_samples(samples: Tensor, shape: tuple[int, ...]) -> None:
-    """Raise ValueError unless these real samples ``[B, …]`` have the shape of the network's."""
+    """Raise UserError unless these real samples ``[B, …]`` have the shape of the network's."""
     if samples.shape[1:] != shape:
         made, found = list(shape), list(samples.shape[1:])
-        raise ValueError(f"the network makes samples {made}, the data have {found}: the two must be alike")
+        raise UserError(f"the network makes samples {made}, the data have {found}: the two must be alike")
+
+
+def _ones(num: int) -> Tensor:
+    return torch.ones(num, device="cpu", dtype=torch.float32)
 
 
 def sample_cfg_scale(num: int, config: GuidanceConfig, generator: torch.Generator | None = None) -> Tensor:
     """Guidance scales α ``[num]``: p(α) ∝ α^-exponent on a range, or 1, as ``train.py`` of the release draws them."""
     low, high = config.cfg_scale_range
-    u, v = torch.rand(2, num, generator=generator, dtype=torch.float64)
+    u, v = torch.rand(2, num, generator=generator, dtype=torch.float64, device="cpu")
     power = 1 - config.cfg_exponent
     if abs(power) < 1e-6:  # The law is 1/α, and the inverse of its distribution function is exponential.
         alpha = low * torch.exp(u * math.log(high / low))

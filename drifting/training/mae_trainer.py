@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 
 from ..config import PretrainConfig
+from ..generation import as_tensor
 from ..hub.vae import encode_images
 from ..models import MAE
 from ..utils.stopwatch import Stopwatch
 from .distributed import Ranks, averaging_gradients
+from .groups import real_samples
 from .optimization import TrainedWeights
 
 
@@ -50,16 +52,18 @@ class MAETrainer:
         rise = min(1.0, since / max(1, loss.finetune_warmup_steps))
         return loss.lambda_cls if since < 0 else loss.finetune_lambda_cls * rise
 
-    def train_step(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Take one step on images ``[B, C, H, W]`` and labels ``[B]``, as many on each rank.
+    def train_step(self, images: Any, labels: Any) -> dict[str, Tensor]:
+        """Take one step on images ``[B, C, H, W]`` and integer labels ``[B]``, as many on each rank: tensors, arrays or
+        lists. What cannot be used raises ValueError.
 
         It returns 0-d tensors, left on the device and the same on all ranks: the means of ``loss``, ``recon_loss`` and
         ``cls_loss``; ``lambda_cls``; ``grad_norm`` before clipping; ``skipped_steps``.
         """
         self.stopwatch.enter("model")
+        images = real_samples(images).to(self.device, torch.float32, non_blocking=True)
+        labels = as_tensor(labels).to(self.device, non_blocking=True)
         self.images_per_step = len(images) * self.ranks.size
-        images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
-        share = torch.full((), self.lambda_at(self.step), device=self.device)
+        share = torch.full((), self.lambda_at(self.step), device=self.device, dtype=torch.float32)
         self.model.train()
         self.weights.optimizer.zero_grad()
         images, masks = self._draw_inputs(images)
@@ -87,7 +91,7 @@ class MAETrainer:
         least, greatest = self.config.loss.mask_ratio_range
         masks = self.model.random_mask(whole, least, greatest)
         if moments is not None:
-            inputs = inputs + moments[1] * torch.randn(whole.shape, device=whole.device)[mine]
+            inputs = inputs + moments[1] * torch.randn(whole.shape, device=whole.device, dtype=whole.dtype)[mine]
         if self.ranks.rank:  # Rank 0 goes on where the draws ended, as one rank alone would.
             torch.manual_seed(seeds[self.ranks.rank])
         return inputs, masks[mine]

@@ -2,15 +2,15 @@
 
 import hashlib
 import json
+import sys
 from contextlib import suppress
 from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, stack
-from torch.utils.tensorboard import SummaryWriter
 
-from ..errors import UserError, reason, require
+from ..errors import UserError, explained, reason, require
 from ..utils.files import atomic_write
 from .checkpoint import checkpoints_in
 
@@ -36,6 +36,8 @@ class MetricsLog:
             kept = [line for line in path.read_bytes().splitlines(keepends=True) if _step_of(line) <= step]
             with atomic_write(path) as part:
                 part.write_bytes(b"".join(kept))
+        with explained("TensorBoard cannot be imported, which pip install --force-reinstall tensorboard may mend"):
+            from torch.utils.tensorboard import SummaryWriter
         self.file = path.open("ab", buffering=0)
         self.events = SummaryWriter(str(path.parent), purge_step=step + 1)
 
@@ -54,7 +56,11 @@ class MetricsLog:
             error.filename = error.filename or str(self.path)
             raise
         if self.wandb is not None:
-            self.wandb.log(scalars, step=record["step"])
+            try:
+                self.wandb.log(scalars, step=record["step"])
+            except Exception as error:  # It is a service's, which must not end the run.
+                print(f"train.wandb gets no more records, {self.path} does: {reason(error)}", file=sys.stderr)
+                self.wandb = None
 
     def close(self) -> None:
         self.file.close()
@@ -70,7 +76,7 @@ def _open_wandb(project: str, run: Path, settings: dict[str, Any]) -> Any:
     name = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]
     try:
         return wandb.init(project=project, name=run.name, id=name, dir=str(run), config=settings, resume="allow")
-    except (wandb.Error, OSError) as error:
+    except Exception as error:  # An installation that is in part broken raises errors of any class.
         raise UserError(f"train.wandb: {reason(error).rstrip('.')}; WANDB_MODE=offline needs no account") from error
 
 

@@ -3,6 +3,9 @@
 import copy
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,11 +16,38 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..config import Config, PretrainConfig
+from ..errors import UserError, reason, shown
 from ..models import MAE, NETWORKS
 from .distributed import Ranks, shard
 
 GATHERED = states.StateDictOptions(full_state_dict=True, cpu_offload=True)  # The whole of it is on the host of rank 0.
 WHOLE = states.StateDictOptions(full_state_dict=True)
+
+
+def _averaged(model: nn.Module, decay: float) -> AveragedModel:
+    with torch.device("cpu"):  # It counts on the default device, and each step looks at that.
+        return AveragedModel(model, multi_avg_fn=partial(_average, decay)).requires_grad_(False)
+
+
+def _average(decay: float, *weights: Any) -> None:
+    get_ema_multi_avg_fn(decay)(*weights)  # What it returns cannot be pickled, and a trainer can.
+
+
+@contextmanager
+def compiling(compiled: bool) -> Iterator[None]:
+    """Inside, networks are called, which may be ``compiled``: torch begins that then, and where it fails, UserError is
+    raised."""
+    if not compiled:
+        yield
+        return
+    from torch._dynamo.exc import TorchDynamoException  # It takes a second to import.
+
+    try:
+        yield
+    except TorchDynamoException as error:
+        cause = shown(reason(getattr(error, "inner_exception", error)))
+        advice = "install a C++ compiler such as g++ and Python's headers, or set step.compile=false"
+        raise UserError(f"step.compile is true, but torch cannot compile here ({cause}): {advice}") from error
 
 
 class TrainedWeights:
@@ -34,10 +64,7 @@ class TrainedWeights:
             raise ValueError(f"the network {type(model).__name__} has no parameters to train, expected at least one")
         self.model, self.config, self.steps = model.to(device), config.optimizer, config.train.steps
         decays = config.optimizer.ema_decay
-        self.averages = {
-            decay: AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)).requires_grad_(False)
-            for decay in (decays if isinstance(decays, list) else [decays])
-        }
+        self.averages = {decay: _averaged(model, decay) for decay in (decays if isinstance(decays, list) else [decays])}
         self.distributed, self.blank = model, None
         if isinstance(config, Config) and config.step.fsdp and ranks.group is not None:
             # The gathered weights of an average that is in shards go into this copy.

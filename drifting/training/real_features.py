@@ -57,7 +57,7 @@ class RealFeatures:
     def encode(self, samples: Tensor) -> Tensor:
         """The vectors ``[B, length]`` of samples ``[B, *sample_shape]``, which are to be added on all ranks."""
         # The queue has samples in this type, and an extractor may change its input in place.
-        copy = samples.to(self.device, torch.get_default_dtype(), copy=True)
+        copy = samples.to(self.device, torch.float32, copy=True)
         vectors = self.layout.pack(self.loss_fn.groups(copy.unsqueeze(0)))
         if self.loss_fn.stopwatch is not None:
             self.loss_fn.stopwatch.enter("communication")
@@ -74,7 +74,7 @@ class RealFeatures:
             return
         pairs = (self.queue.by_class, samples.by_class), (self.queue.unconditional, samples.unconditional)
         for kept, ring in pairs:
-            filled = torch.arange(ring.size) < ring.count.unsqueeze(1)  # [rows, size]
+            filled = torch.arange(ring.size, device="cpu") < ring.count.unsqueeze(1)  # [rows, size]
             for where in filled.nonzero().to(ring.samples.device).split(ENCODED_AT_ONCE):
                 row, slot = where.unbind(1)
                 kept.samples[row, slot] = self.encode(samples.values(ring.samples[row, slot])).to(kept.samples)

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from drift_ops import Field
 
@@ -17,15 +16,16 @@ from ..config.reading import flattened, set_value
 from ..data import Split
 from ..data.own import label_of, number_labels, sample_of
 from ..errors import shown
-from ..generation import ClassNames, Generator, Labels, Signature, unwrapped
+from ..generation import ClassNames, Generator, Labels, Signature, plain_labels, unwrapped
 from ..hub.run_directory import RunDirectory, save_generator
 from ..models import FIELDS, NETWORKS, DriftingLoss
 from ..models.drifting_loss import Extractor, FeatureMaps, split_groups
 from ..models.fields import Drift
+from ..utils.progress import progress
 from ..utils.stopwatch import Stopwatch
 from .distributed import Ranks, averaging_gradients
 from .groups import ClassGroups, Groups, PairGroups
-from .optimization import TrainedWeights
+from .optimization import TrainedWeights, compiling
 from .real_features import MapLayout, keep_features
 
 SECTIONS = ("loss", "step", "guidance", "optimizer")  # Their keys are arguments of create_trainer.
@@ -70,10 +70,11 @@ class DriftingTrainer:
                 expected = "a network that takes (z, condition), and step.queue_features=false, as there is no queue"
                 raise ValueError(f"step.groups is pairs, expected {expected}")
         else:
-            maps = self._meet(torch.tensor([0, len(class_names or (0,)) - 1]))
+            maps = self._meet(torch.tensor([0, len(class_names or (0,)) - 1], device="cpu"))
             self.groups = ClassGroups(
                 config, self.sample_shape, self.ranks, self.device, class_names,
                 labelled=self.signature.conditions > 0, num_classes=getattr(model, "num_classes", None), split=split,
+                num_uncond=0 if self.loss_fn.drift is None else config.step.uncond_per_label,
             )  # fmt: skip
             if config.step.queue_features:
                 self.groups.keep_features = partial(keep_features, self.loss_fn, MapLayout(maps), self.device)
@@ -124,14 +125,15 @@ class DriftingTrainer:
         """The network with the averaged weights of ``best_decay``. All ranks ask for it together."""
         return self.weights.average(self.best_decay)
 
-    def train_step(self, x: Tensor, y: Labels | None = None, use_cfg_training: bool = True) -> dict[str, Tensor]:
+    def train_step(self, x: Any, y: Labels | None = None, use_cfg_training: bool = True) -> dict[str, Tensor]:
         """Take in a batch of real samples, then take one step of Algorithm 1.
 
         Args:
-            x: real samples ``[B, *sample_shape]``, as many on each rank.
+            x: real samples ``[B, *sample_shape]``, as many on each rank, of any floating-point type: a tensor, an array
+                or nested lists. Bytes, or NaN on the host, raise UserError.
             y: their labels ``[B]``, integers or text; None puts all samples into one class. By pair: their conditions
                 ``[B, …]``, of any shape.
-            use_cfg_training: whether to draw guidance scales α; otherwise every α is 1, and no label needs negatives.
+            use_cfg_training: whether to draw guidance scales α; otherwise every α is 1.
 
         Returns:
             0-d tensors, left on the device and the same on all ranks: ``loss``, ``grad_norm`` (before clipping),
@@ -140,12 +142,13 @@ class DriftingTrainer:
             right), ``skipped_steps``, and what the loss reports of each feature map.
         """
         self.stopwatch.enter("communication")
-        self.groups.add(torch.as_tensor(x).to(self.device, non_blocking=True), y)
+        self.groups.add(x, y)
         self.stopwatch.enter("other")
         groups = self.groups.draw(self.step, use_cfg_training)  # labels c, scales α, y⁺ ~ p(·|c), y⁻ ~ p(·|∅)
         self.model.train()
         self.weights.zero_grad()
-        gen, loss, info = self._backward(groups)  # x = f(ε, c, α), eq. (1), and the gradient of the loss, eq. (14)
+        with compiling(self.config.step.compile):
+            gen, loss, info = self._backward(groups)  # x = f(ε, c, α), eq. (1), and the gradient of the loss, eq. (14)
         self.stopwatch.enter("communication")
         with torch.no_grad():
             terms = torch.stack([loss, *groups.spreads(gen), *info.values()]) * (len(gen) / groups.size)
@@ -238,7 +241,7 @@ class DriftingTrainer:
         """
         self.groups.learn_labels(dataloader)
         sums, num_steps = torch.zeros(3, device=self.device), 0
-        for batch in tqdm(dataloader, desc="train_epoch", leave=False, disable=None):
+        for batch in progress(dataloader, "train_epoch", "step"):
             metrics = self.train_step(sample_of(batch), label_of(batch), use_cfg_training)
             sums += torch.stack([metrics[name] for name in ("loss", "grad_norm", "sample_spread")])
             num_steps += 1
@@ -359,9 +362,10 @@ def create_trainer(
         value = asdict(value) if isinstance(value, Field) else value.tolist() if hasattr(value, "tolist") else value
         for key, of_key in flattened({f"{section}.{name}": value}).items():
             set_value(config, key, of_key)
-    if class_names is not None and len(number_labels(class_names, "class_names has")) < len(class_names):
+    names = None if class_names is None else tuple(plain_labels(class_names))
+    if names is not None and len(number_labels(names, "class_names has")) != len(names):
         raise ValueError(f"class_names is {shown(class_names)}, expected different labels, one or more")
     return DriftingTrainer(
         model, config, feature_extractor, device=device, noise_shape=noise_shape, pixel_range=pixel_range, ranks=ranks,
-        class_names=None if class_names is None else tuple(class_names),
+        class_names=names,
     )  # fmt: skip

@@ -55,7 +55,7 @@ def read_object(path: Path) -> dict[str, Any]:
 def write_object(path: Path, content: dict[str, Any], indent: int | None = 2) -> None:
     """Write a JSON object as :func:`atomic_write` does; values that JSON has no form for become text."""
     with atomic_write(path) as part:
-        part.write_text(json.dumps(content, indent=indent, default=str) + "\n")
+        part.write_text(json.dumps(content, indent=indent, default=str) + "\n", encoding="utf-8")
 
 
 def is_count(value: Any, least: int = 0) -> bool:

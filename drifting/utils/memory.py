@@ -18,10 +18,10 @@ def free_memory(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0]
     sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     with suppress(OSError):  # Only Linux has these files.
-        available = re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())
+        available = re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text(encoding="utf-8"))
         sizes += [int(available[1]) * 1024] if available else []
     with suppress(OSError, ValueError):  # Without a limit it says "max".
-        sizes.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+        sizes.append(int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8")))
     return min(sizes)
 
 
