@@ -12,7 +12,8 @@ from run_records import read_records
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-from drifting.config import PretrainConfig, load_config
+import drifting.pretrain
+from drifting.config import PretrainConfig, load_config, read_config
 from drifting.config.schema import MAELossConfig, MAEOptimizerConfig, MAEStepConfig, TrainConfig
 from drifting.errors import UserError
 from drifting.hub.run_directory import RunDirectory
@@ -112,19 +113,25 @@ def save(trainer, folder):
 def pretrain(trainer):
     batches = [batch(step, trainer.ranks) for step in range(MAE_STEPS)]
     metrics = [trainer.train_step(images.double(), labels) for images, labels in batches]
-    return metrics, [dict(trainer.model.state_dict()), dict(trainer.ema_model.state_dict())], {}
+    return metrics, weights_of(trainer), {}
 
 
-def make_mae_trainer(ranks):
+def make_mae_trainer(ranks, fsdp=False):
     torch.manual_seed(0)
     model = MAE(2, base_channels=32, layers=(1, 1, 1, 1), num_classes=CLASSES).double()
     config = PretrainConfig(
         loss=MAELossConfig(mask_ratio_range=[0.3, 0.7], lambda_cls=0.1),
-        step=MAEStepConfig(images_at_once=3 if ranks.size == 2 else None),
+        step=MAEStepConfig(images_at_once=3 if ranks.size == 2 else None, fsdp=fsdp),
         optimizer=MAEOptimizerConfig(learning_rate=1e-3, warmup_steps=5),
         train=TrainConfig(steps=STEPS),
     )
     return MAETrainer(model, config, "cpu", ranks)
+
+
+def encoder_run(out, ranks):
+    """What ``drifting.pretrain`` leaves of a run in shards, its evaluation and checkpoint included."""
+    settings = ["data=digits", "model.base_channels=8", "train.batch_size=16", "train.steps=2", "train.eval_every=1"]
+    drifting.pretrain.pretrain(read_config("mae_fashion_mnist", [*settings, "step.fsdp=true"], PretrainConfig), out, ranks)
 
 
 def worker(rank: int, directory: str) -> None:
@@ -141,7 +148,9 @@ def worker(rank: int, directory: str) -> None:
                     results[name, size] = train(trainer)
                     if name == "fsdp":
                         save(trainer, f"{directory}/{size}")
-            results["mae", size] = pretrain(make_mae_trainer(ranks))
+            for name in ("mae", "mae, fsdp"):
+                results[name, size] = pretrain(make_mae_trainer(ranks, fsdp="fsdp" in name))
+            encoder_run(Path(directory) / f"encoder_{size}", ranks)
     dist.barrier()
     for size, other in ((2, 4), (4, 2)):  # A run in shards goes on at other numbers of ranks, in shards or not.
         if rank < other:
@@ -161,6 +170,8 @@ def of_ranks(tmp_path_factory):
     directory = tmp_path_factory.mktemp("ranks")
     torch.multiprocessing.spawn(worker, (str(directory),), nprocs=4)
     ranks = [torch.load(directory / f"{rank}.pt") for rank in range(4)]
+    for results in ranks:
+        results["directory", 4] = directory
     return {key: [results[key] for results in ranks[: key[-1]]] for key in ranks[0]}
 
 
@@ -203,11 +214,22 @@ def test_a_run_goes_on_at_another_number_of_ranks(of_ranks, size, other):
             assert metrics["grad_norm"] > 0
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_ranks_pretrain_alike(of_ranks, size):
+@pytest.mark.parametrize("name, size", [(name, size) for name in ("mae", "mae, fsdp") for size in (2, 4)])
+def test_ranks_pretrain_alike(of_ranks, name, size):
     expected = pretrain(make_mae_trainer(Ranks()))
-    for results in of_ranks["mae", size]:
+    for results in of_ranks[name, size]:
         assert_same(results, expected)
+
+
+def test_an_encoder_in_shards_is_evaluated_and_saved(of_ranks, tmp_path):
+    encoder_run(tmp_path, Ranks())
+    (directory, *_) = of_ranks["directory", 4]
+    (*_, expected), whole = read_records(tmp_path), load_file(tmp_path / "model.safetensors")
+    for size in (2, 4):
+        *_, last = read_records(directory / f"encoder_{size}")
+        assert last["recon_loss_test"] == pytest.approx(expected["recon_loss_test"], rel=1e-3)
+        weights = load_file(directory / f"encoder_{size}" / "model.safetensors")
+        assert weights.keys() == whole.keys() and all(weights[name].shape == its.shape for name, its in whole.items())
 
 
 def test_ranks_without_a_label_are_refused():
