@@ -64,8 +64,10 @@ def cache_latents(
     batch_size: int = 32, shard_size: int = SHARD_SIZE, workers: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
     """Write the latents of ``dataset`` that ``destination`` does not hold yet, and return its index. The index keeps
-    ``origin``, which says what ``dataset`` and ``encode`` are. Grey images are encoded as RGB. It raises UserError where
-    another process writes there, or ``destination`` holds anything else."""
+    ``origin``, which says what ``dataset`` and ``encode`` are. Grey images are encoded as RGB.
+
+    It raises UserError where another process writes there, or ``destination`` holds anything else.
+    """
     with explained(f"cannot write latents to {destination}"):
         destination.mkdir(parents=True, exist_ok=True)
     with locked(destination, "is being written by another process", "choose another DST"):

@@ -131,7 +131,9 @@ def make_mae_trainer(ranks, fsdp=False):
 def encoder_run(out, ranks):
     """What ``drifting.pretrain`` leaves of a run in shards, its evaluation and checkpoint included."""
     settings = ["data=digits", "model.base_channels=8", "train.batch_size=16", "train.steps=2", "train.eval_every=1"]
-    drifting.pretrain.pretrain(read_config("mae_fashion_mnist", [*settings, "step.fsdp=true"], PretrainConfig), out, ranks)
+    drifting.pretrain.pretrain(
+        read_config("mae_fashion_mnist", [*settings, "step.fsdp=true"], PretrainConfig), out, ranks
+    )
 
 
 def worker(rank: int, directory: str) -> None:

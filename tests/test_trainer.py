@@ -1,6 +1,7 @@
 """Algorithm 1: what a step draws, weighs, optimises and averages."""
 
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -411,14 +412,19 @@ def test_step_in_parts_is_one_big_step(labels_at_once, settings):
 
 
 def test_parts_hold_less_at_once():
-    sizes = []
+    """The maps of all labels are gone by the time that the gradient of a part is computed."""
+    sizes, maps = [], []
     trainer = make_trainer(labels_at_once=2)
-    forward = trainer.model.forward
+    forward, of_groups = trainer.model.forward, trainer.loss_fn.of_groups
 
     def record(z, *args, **extra):
-        sizes.append((len(z), torch.is_grad_enabled()))
+        sizes.append((len(z), torch.is_grad_enabled(), sum(of_map() is not None for of_map in maps)))
         return forward(z, *args, **extra)
 
-    trainer.model.forward = record
+    def remember(*sides):
+        maps.extend(weakref.ref(of_map) for side in sides[:3] for of_map in side.values())
+        return of_groups(*sides)
+
+    trainer.model.forward, trainer.loss_fn.of_groups = record, remember
     trainer.train_step(*batch())
-    assert sizes == [(2 * G, False), (G, False), (2 * G, True), (G, True)]
+    assert sizes == [(2 * G, False, 0), (G, False, 0), (2 * G, True, 0), (G, True, 0)] and maps

@@ -79,16 +79,16 @@ def _queue(trainer: DriftingTrainer) -> int:
 
 
 def _kept_by_operator(trainer: DriftingTrainer, G: int, P: int, M: int) -> int:
-    """Bytes that the operator keeps of one group for its gradient, beside the maps; it is tried on maps of noise."""
-    layout, noise = trainer.layout, partial(torch.randn, device=trainer.device)
+    """Bytes that the operator keeps of one group for its gradient, beside the maps; it is tried on maps of zeros."""
+    layout, zeros = trainer.layout, partial(torch.zeros, device=trainer.device)
     gen, pos, neg = (
-        {name: noise(1, num, T, D).to(layout.dtype).transpose(1, 2) for name, (T, D) in layout.places.items()}
+        {name: zeros(1, num, T, D, dtype=layout.dtype).transpose(1, 2) for name, (T, D) in layout.places.items()}
         for num in (G, P, M)
     )
     kept = _Kept()
     with saved_tensors_hooks(kept.note, kept.note):
         leaves = {name: of_map.requires_grad_() for name, of_map in gen.items()}
-        trainer.loss_fn.of_groups(leaves, pos, neg, noise(1, M).abs())
+        trainer.loss_fn.of_groups(leaves, pos, neg, zeros(1, M))
     return kept.beside([*gen.values(), *pos.values(), *neg.values()])
 
 
