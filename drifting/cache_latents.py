@@ -21,7 +21,7 @@ from .data.image_split import ImageError
 from .data.latents import INDEX, read_index
 from .errors import UserError, explained
 from .hub.vae import LATENT_SCALE, VAE, encode_images
-from .utils.files import atomic_write, write_object
+from .utils.files import LOCK, atomic_write, locked, write_object
 
 Encoder = Callable[[Tensor], tuple[Tensor, Tensor]]  # It gives mean and deviation of the latents of [B, 3, H, W].
 SHARD_SIZE = 8192  # That many images have 134 MB of 4 × 32 × 32 latents.
@@ -64,7 +64,24 @@ def cache_latents(
     batch_size: int = 32, shard_size: int = SHARD_SIZE, workers: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
     """Write the latents of ``dataset`` that ``destination`` does not hold yet, and return its index. The index keeps
-    ``origin``, which says what ``dataset`` and ``encode`` are. Grey images are encoded as RGB."""
+    ``origin``, which says what ``dataset`` and ``encode`` are. Grey images are encoded as RGB.
+
+    It raises UserError where another process writes there, or ``destination`` holds anything else.
+    """
+    with explained(f"cannot write latents to {destination}"):
+        destination.mkdir(parents=True, exist_ok=True)
+    with locked(destination, "is being written by another process", "choose another DST"):
+        index = _opened_index(dataset, destination, origin, shard_size)
+        if not index["complete"]:
+            for name, split in {"train": dataset.train, "test": dataset.test}.items():
+                _cache_split(destination, index, name, split, encode, batch_size, workers)
+            index["complete"] = True
+            write_object(destination / INDEX, index, indent=None)
+    return index
+
+
+def _opened_index(dataset: Dataset, destination: Path, origin: dict[str, Any], shard_size: int) -> dict[str, Any]:
+    """The index of what ``destination`` holds already, made in the same way; or a new one, written there."""
     splits, file = {"train": dataset.train, "test": dataset.test}, destination / INDEX
     sizes = {name: len(split) for name, split in splits.items()}
     index: dict[str, Any] = {
@@ -73,8 +90,6 @@ def cache_latents(
         "class_names": list(dataset.class_names),
         "splits": {name: {"shards": [], "labels": [], "skipped": []} for name in splits},
     }  # fmt: skip
-    with explained(f"cannot write latents to {destination}"):
-        destination.mkdir(parents=True, exist_ok=True)
     if file.exists():
         now, index = index["settings"], read_index(destination)
         made = index["settings"]
@@ -85,14 +100,11 @@ def cache_latents(
             lists = [index["splits"][name][key] for name in splits for key in ("shards", "labels", "skipped")]
             if any(not isinstance(part, list) for part in lists):
                 raise UserError("expected lists of shards, labels and skipped images")
-    elif any(destination.iterdir()):
+    elif any(path.name != LOCK for path in destination.iterdir()):
         raise UserError(f"{destination} has files but no {INDEX}: choose another DST, or empty it")
-    if not index["complete"]:
+    else:
         write_object(file, index, indent=None)
-        for name, split in splits.items():
-            _cache_split(destination, index, name, split, encode, batch_size, workers)
-        write_object(file, index | {"complete": True}, indent=None)
-    return index | {"complete": True}
+    return index
 
 
 def _cache_split(

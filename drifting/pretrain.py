@@ -6,6 +6,7 @@ Its encoder gives the feature maps in which ``drifting.train`` compares images: 
 import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,11 +78,11 @@ class MAERun(loop.Run[MAETrainer]):
             raise UserError(f"model.patch_size, model.input_patch_size: {error}") from error
 
     def evaluate(self) -> Quality:
-        return self.trainer.ranks.on_main(self._measure) or {}
+        return self.trainer.ranks.on_main(partial(self._measure, self.trainer.ema_model.eval())) or {}
 
     @torch.no_grad()
-    def _measure(self) -> Quality:
-        model, device = self.trainer.ema_model.eval(), self.trainer.device
+    def _measure(self, model: MAE) -> Quality:
+        device = self.trainer.device
         self._save_picture(model, self.images[: ROWS * COLUMNS].to(device), self.masks[: ROWS * COLUMNS].to(device))
         batches = zip(*(part.split(TEST_BATCH) for part in (self.images, self.labels, self.masks)), strict=True)
         losses = [model(*(part.to(device) for part in batch)) for batch in batches]

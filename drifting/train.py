@@ -20,6 +20,7 @@ from .models import NETWORKS, FeatureStack
 from .models.drifting_loss import build_extractor
 from .training import DriftingTrainer, Ranks, join_ranks, loop
 from .training.groups import PairGroups
+from .training.memory import tell_memory
 from .training.run_evaluation import GeneratorRun
 from .utils.memory import keep_freed_memory
 from .utils.named import check_arguments, facts_taken, import_named, is_own
@@ -44,6 +45,7 @@ def train(config: Config, out: Path, ranks: Ranks = Ranks(), asked: Collection[s
         with ranks.agreed():
             dataset = open_dataset(config.data, config.seed, pairs=config.step.groups == "pairs")
             trainer = build_trainer(config, dataset, ranks)
+            tell_memory(trainer)
         loop.train(GeneratorRun(directory, trainer, dataset))
 
 

@@ -41,9 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"{run.path} holds a run of another kind: choose another --out")
     run.path.mkdir(parents=True, exist_ok=True)  # What cannot be written to is told before minutes of training.
     keep_freed_memory()
-    classifier = train_classifier(dataset, arguments.epochs, arguments.seed)
-    accuracy = measure_accuracy(classifier, dataset.test)
-    write_model(run, classifier, {"data": dataset.name, "test_accuracy": accuracy})
+    with run.lock():
+        classifier = train_classifier(dataset, arguments.epochs, arguments.seed)
+        accuracy = measure_accuracy(classifier, dataset.test)
+        write_model(run, classifier, {"data": dataset.name, "test_accuracy": accuracy})
     print(f"recognises {accuracy:.2%} of the {len(dataset.test)} test images; wrote {run.path}")
     return 0
 

@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+import subprocess
 import sys
 from itertools import islice
 from pathlib import Path
@@ -23,6 +24,8 @@ from drifting.errors import UserError
 from drifting.evaluation import drawing
 from drifting.hub import vae
 from drifting.training import run_evaluation
+from drifting.utils import files
+from drifting.utils.files import LOCK
 
 SIZE, COUNTS = 16, {"cat": 9, "dog": 8}
 ROUNDING = 2e-3  # of float16
@@ -64,7 +67,8 @@ def latents_of(destination: Path, flip: bool = False):
 
 
 def contents(destination: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(destination)): p.read_bytes() for p in destination.rglob("*") if p.is_file()}
+    written = (path for path in destination.rglob("*") if path.is_file() and path.name != LOCK)
+    return {str(path.relative_to(destination)): path.read_bytes() for path in written}
 
 
 def spoil(source: Path, *names: str) -> list[str]:
@@ -176,6 +180,35 @@ def test_goes_on_after_a_kill(source, tmp_path):
     assert not encoded  # nothing left to do
 
 
+FIRST = """
+import sys
+from drifting import cache_latents
+cache_latents.encode_images = lambda images: print("encoding", flush=True) or sys.stdin.read()
+cache_latents.main(sys.argv[1:])
+"""
+
+
+def test_two_processes_on_one_folder(source, tmp_path, monkeypatch, fake_vae):
+    """The second refuses in one line and changes nothing; where the first is killed, it goes on."""
+    monkeypatch.setattr(files, "LOCK_SECONDS", 0.1)
+    out = tmp_path / "out"
+    options = [str(source), str(out), "--image-size", str(SIZE), "--workers", "0"]
+    command = [sys.executable, "-c", FIRST, *options]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
+        try:
+            assert first.stdout.readline() == b"encoding\n"
+            before = contents(out)
+            message = (
+                rf"{out} is being written by another process \(process {first.pid} on .*\): wait for it, or choose"
+            )
+            with pytest.raises(UserError, match=message):
+                caching.main(options)
+            assert contents(out) == before
+        finally:
+            first.kill()
+    assert caching.main(options) == 0 and len(latents_of(out).train) == 17
+
+
 def test_broken_images_are_reported_skipped_and_counted(source, tmp_path, capsys):
     names = ["train/cat/3.png", "val/cat/0.png", *(f"train/dog/{number}.png" for number in range(1, 6))]
     broken = spoil(source, *names)  # of train, one in the first shard and all of the third
@@ -262,6 +295,8 @@ def test_cache_then_train_then_sample(source, tmp_path, fake_vae, capsys):
     told = capsys.readouterr().out
     assert "holds the latents of 16 train and 17 test images" in told and "skipped 1 images" in told
     assert training.main(["--out", str(run), f"data.path={out}", *TINY]) == 0
+    *_, told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert re.search("nothing will be measured of latents.*evaluation.reference=FILE.npz", told)
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [1, 2] and (run / "samples" / "step_00000002.png").is_file()
     assert sample.main([str(run), "--num", "3", "--out", str(tmp_path / "x.npz")]) == 0

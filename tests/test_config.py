@@ -119,7 +119,7 @@ def test_feature_extractors_are_one_or_several():
 def test_the_large_ones_are_computed_as_the_release_does():
     for name, (_, parameters) in GENERATORS.items():
         step, large = load_config(name).step, parameters is not None
-        assert (step.bf16, step.compile) == (large, large)
+        assert (step.bf16, step.compile, step.labels_at_once is not None) == (large, large, large)
         assert step.activation_checkpointing == (not step.clamp) == name.startswith("pixel")
     for name in ENCODERS:
         config, large = load_pretrain_config(name), name in ("mae_256", "mae_640", "mae_pixel")

@@ -17,7 +17,8 @@ from run_records import read_records
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-from drifting.config import Config, PretrainConfig, load_config
+import drifting.pretrain
+from drifting.config import Config, PretrainConfig, load_config, read_config
 from drifting.config.schema import MAELossConfig, MAEOptimizerConfig, MAEStepConfig, StepConfig, TrainConfig
 from drifting.data import training_batches
 from drifting.data.image_split import ImageSplit
@@ -120,15 +121,15 @@ def save(trainer, folder):
 def pretrain(trainer):
     batches = [batch(step, trainer.ranks) for step in range(MAE_STEPS)]
     metrics = [trainer.train_step(images.double(), labels) for images, labels in batches]
-    return metrics, [dict(trainer.model.state_dict()), dict(trainer.ema_model.state_dict())], {}
+    return metrics, weights_of(trainer), {}
 
 
-def make_mae_trainer(ranks):
+def make_mae_trainer(ranks, fsdp=False):
     torch.manual_seed(0)
     model = MAE(2, base_channels=32, layers=(1, 1, 1, 1), num_classes=CLASSES).double()
     config = PretrainConfig(
         loss=MAELossConfig(mask_ratio_range=[0.3, 0.7], lambda_cls=0.1),
-        step=MAEStepConfig(images_at_once=3 if ranks.size == 2 else None),
+        step=MAEStepConfig(images_at_once=3 if ranks.size == 2 else None, fsdp=fsdp),
         optimizer=MAEOptimizerConfig(learning_rate=1e-3, warmup_steps=5),
         train=TrainConfig(steps=STEPS),
     )
@@ -167,6 +168,14 @@ def taken_by(tensor: torch.Tensor) -> int:
     raise AssertionError("the tensor is not in such memory")
 
 
+def encoder_run(out, ranks):
+    """What ``drifting.pretrain`` leaves of a run in shards, its evaluation and checkpoint included."""
+    settings = ["data=digits", "model.base_channels=8", "train.batch_size=16", "train.steps=2", "train.eval_every=1"]
+    drifting.pretrain.pretrain(
+        read_config("mae_fashion_mnist", [*settings, "step.fsdp=true"], PretrainConfig), out, ranks
+    )
+
+
 def worker(rank: int, directory: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=4)
@@ -181,7 +190,9 @@ def worker(rank: int, directory: str) -> None:
                     results[name, size] = train(trainer)
                     if name == "fsdp":
                         save(trainer, f"{directory}/{size}")
-            results["mae", size] = pretrain(make_mae_trainer(ranks))
+            for name in ("mae", "mae, fsdp"):
+                results[name, size] = pretrain(make_mae_trainer(ranks, fsdp="fsdp" in name))
+            encoder_run(Path(directory) / f"encoder_{size}", ranks)
             results["queues", size] = queues(ranks)
     dist.barrier()
     for size, other in ((2, 4), (4, 2)):  # A run in shards goes on at other numbers of ranks, in shards or not.
@@ -202,6 +213,8 @@ def of_ranks(tmp_path_factory):
     directory = tmp_path_factory.mktemp("ranks")
     torch.multiprocessing.spawn(worker, (str(directory),), nprocs=4)
     ranks = [torch.load(directory / f"{rank}.pt") for rank in range(4)]
+    for results in ranks:
+        results["directory", 4] = directory
     return {key: [results[key] for results in ranks[: key[-1]]] for key in ranks[0]}
 
 
@@ -244,10 +257,10 @@ def test_a_run_goes_on_at_another_number_of_ranks(of_ranks, size, other):
             assert metrics["grad_norm"] > 0
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_ranks_pretrain_alike(of_ranks, size):
+@pytest.mark.parametrize("name, size", [(name, size) for name in ("mae", "mae, fsdp") for size in (2, 4)])
+def test_ranks_pretrain_alike(of_ranks, name, size):
     expected = pretrain(make_mae_trainer(Ranks()))
-    for results in of_ranks["mae", size]:
+    for results in of_ranks[name, size]:
         assert_same(results, expected)
 
 
@@ -258,6 +271,17 @@ def test_the_ranks_of_a_host_hold_one_queue(of_ranks, size):
     for of_rank in of_ranks["queues", size]:
         assert of_rank["states"] == expected and expected[0] == expected[1]
     assert of_rank["needed"] <= sum(of_rank["taken"]) < 1.1 * of_rank["needed"]
+
+
+def test_an_encoder_in_shards_is_evaluated_and_saved(of_ranks, tmp_path):
+    encoder_run(tmp_path, Ranks())
+    (directory, *_) = of_ranks["directory", 4]
+    (*_, expected), whole = read_records(tmp_path), load_file(tmp_path / "model.safetensors")
+    for size in (2, 4):
+        *_, last = read_records(directory / f"encoder_{size}")
+        assert last["recon_loss_test"] == pytest.approx(expected["recon_loss_test"], rel=1e-3)
+        weights = load_file(directory / f"encoder_{size}" / "model.safetensors")
+        assert weights.keys() == whole.keys() and all(weights[name].shape == its.shape for name, its in whole.items())
 
 
 def test_ranks_without_a_label_are_refused():

@@ -19,9 +19,9 @@ from test_resume import TINY
 
 from drifting.config.reading import load_config
 from drifting.errors import UserError
-from drifting.hub import run_directory
 from drifting.hub.run_directory import RunDirectory
 from drifting.train import train
+from drifting.utils import files
 
 KILLS = int(os.environ.get("DRIFT_KILLS", "3"))
 STEPS = 20 * KILLS  # more than they take between two kills
@@ -117,7 +117,7 @@ def holder(folder: Path):
 
 def test_two_processes_on_one_run(tmp_path, monkeypatch):
     """The second refuses and changes nothing; where the first is killed, it may go on at once."""
-    monkeypatch.setattr(run_directory, "LOCK_SECONDS", 0.1)
+    monkeypatch.setattr(files, "LOCK_SECONDS", 0.1)
     with holder(tmp_path) as process:
         message = rf"is being trained by another process \(process {process.pid} on .*, since 20.*\): wait for it, or"
         with pytest.raises(UserError, match=message):
@@ -140,6 +140,6 @@ def test_a_folder_that_cannot_be_locked(tmp_path, monkeypatch, capsys):
     def no_locks(self, *_, **__):
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr(run_directory.FileLock, "acquire", no_locks)
+    monkeypatch.setattr(files.FileLock, "acquire", no_locks)
     with RunDirectory(tmp_path).lock():
         assert "on a file system without locks" in capsys.readouterr().err

@@ -169,6 +169,23 @@ def test_a_step_in_parts_is_the_same_step(at_once):
     assert (gradients[0] - gradients[1]).norm() <= 1e-9 * gradients[0].norm()
 
 
+def test_compile_is_of_the_network_in_training(monkeypatch):
+    graphs = []
+    module_compile = torch.nn.Module.compile
+    backend = lambda graph, inputs: graphs.append(graph) or graph  # noqa: E731
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: module_compile(module, backend=backend))
+    torch._dynamo.reset()
+    images, labels = torch.rand(4, 1, 8, 8), torch.arange(4) % 2
+    plain, compiling = (make_trainer(lambda_cls=0.5, compile=on) for on in (False, True))
+    expected, metrics = plain.train_step(images, labels), compiling.train_step(images, labels)
+    assert graphs
+    torch.testing.assert_close(metrics, expected, rtol=1e-3, atol=1e-5)
+    assert compiling.model.state_dict().keys() == plain.model.state_dict().keys()
+    compiled = len(graphs)
+    compiling.ema_model.eval().reconstruct(images, plain.model.random_mask(images))
+    assert len(graphs) == compiled
+
+
 @pytest.fixture
 def fake_vae(monkeypatch):
     """Latents of half the size, of standard deviation 0.1: RGB and its mean."""

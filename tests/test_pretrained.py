@@ -393,6 +393,18 @@ def test_sampling_latents(hub, tmp_path, monkeypatch, no_vae_kept):
     assert Image.open(tmp_path / "a.png").size == (8 * 68 + 4, 7 * 68 + 4)
 
 
+def test_latents_are_decoded_in_float32(monkeypatch, no_vae_kept):
+    """On a GPU too, whose VAE is loaded as that of the CPU, and within autocast; latents may be kept in 16 bits."""
+    monkeypatch.setitem(sys.modules, "diffusers", SimpleNamespace(AutoencoderKL=FakeVAE))
+    assert isinstance(vae.require_vae(torch.device("cuda")), FakeVAE)  # which checks the type
+    seen = []
+    weight = torch.eye(4)[:, :3]
+    monkeypatch.setattr(FakeVAE, "decode", lambda self, x: seen.append(x) or SimpleNamespace(sample=x.mT @ weight))
+    with torch.autocast("cpu", torch.bfloat16):
+        images = vae.decode_latents(torch.randn(2, 4, 3, dtype=torch.float16))
+    assert images.dtype == seen[0].dtype == torch.float32
+
+
 def test_no_vae(monkeypatch, no_vae_kept):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(UserError, match=r"pip install 'drifting\[imagenet\]'"):

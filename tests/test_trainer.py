@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+import weakref
 from typing import Any
 
 import numpy as np
@@ -432,17 +433,22 @@ def test_step_in_parts_is_one_big_step(labels_at_once, settings):
 
 
 def test_parts_hold_less_at_once():
-    sizes = []
+    """The maps of all labels are gone by the time that the gradient of a part is computed."""
+    sizes, maps = [], []
     trainer = make_trainer(labels_at_once=2)
-    forward = trainer.model.forward
+    forward, of_groups = trainer.model.forward, trainer.loss_fn.of_groups
 
     def record(z, *args, **extra):
-        sizes.append((len(z), torch.is_grad_enabled()))
+        sizes.append((len(z), torch.is_grad_enabled(), sum(of_map() is not None for of_map in maps)))
         return forward(z, *args, **extra)
 
-    trainer.model.forward = record
+    def remember(*sides):
+        maps.extend(weakref.ref(of_map) for side in sides[:3] for of_map in side.values())
+        return of_groups(*sides)
+
+    trainer.model.forward, trainer.loss_fn.of_groups = record, remember
     trainer.train_step(*batch())
-    assert sizes == [(2 * G, False), (G, False), (2 * G, True), (G, True)]
+    assert sizes == [(2 * G, False, 0), (G, False, 0), (2 * G, True, 0), (G, True, 0)] and maps
 
 
 # ------------------------------------------------------------------------------------------- what a trainer is given

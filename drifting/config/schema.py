@@ -205,6 +205,8 @@ class MAEStepConfig:
     latents: bool = key(False, "The Stable Diffusion VAE encodes the images first.")
     images_at_once: int | None = key(None, "Memory holds this many images at once; null: all.", FROM_1)
     bf16: bool = key(False, "The network computes in bfloat16; its weights and the losses stay float32.")
+    compile: bool = key(False, "torch.compile makes steps faster, and delays the first ones.")
+    fsdp: bool = key(False, "Weights, average and optimizer are spread over the ranks.")
 
 
 @dataclass

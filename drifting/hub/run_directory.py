@@ -1,26 +1,19 @@
 """Run directories: where the files of a run are, and how its network is written among them and read again."""
 
-import errno
-import os
-import platform
-import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
-from datetime import datetime
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..errors import MOST_SHOWN, UserError, explained, reason, shown
+from ..errors import MOST_SHOWN, UserError, explained, shown
 from ..generation import Generator
 from ..models import MODELS, NETWORKS, Classifier
-from ..utils.files import atomic_write, is_count, read_object, write_object
+from ..utils.files import atomic_write, is_count, locked, read_object, write_object
 
-LOCK_SECONDS = 6  # Data-loader workers of a killed process may hold its lock for the five that they take to notice.
 OWN = "own"  # Every network that is none of ours is of this kind.
 SMALL: dict[str, type[nn.Module]] = {name: its for name, its in NETWORKS.items() if its is not MODELS["gen"]}
 GENERATORS = ("gen", *SMALL, OWN)
@@ -45,28 +38,9 @@ class RunDirectory:
         """This is where network and configuration are kept as they were at the best evaluation."""
         return RunDirectory(self.path / "best")
 
-    @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Keep other processes from having this lock; it is gone with the process, however that ends."""
-        path = self.path / ".lock"
-        lock = FileLock(path)
-        try:
-            try:
-                lock.acquire(timeout=LOCK_SECONDS)
-                path.write_text(
-                    f"process {os.getpid()} on {platform.node()}, since {datetime.now():%F %T}\n", encoding="utf-8"
-                )
-            except Timeout as error:
-                holder = shown(path.read_text(errors="replace", encoding="utf-8")) or "just started"
-                busy = f"{self.path} is being trained by another process ({holder})"
-                raise UserError(f"{busy}: wait for it, or choose another --out") from error
-            except OSError as error:
-                if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-                    raise UserError(f"cannot write {path}: {reason(error)}") from error
-                print(f"{self.path} is on a file system without locks: train only one run there", file=sys.stderr)
-            yield
-        finally:
-            lock.release()
+    def lock(self) -> AbstractContextManager[None]:
+        """Keep other processes from training here, see :func:`drifting.utils.files.locked`."""
+        return locked(self.path, "is being trained by another process", "choose another --out")
 
 
 def save_generator(run: RunDirectory, generator: Generator, quality: dict | None = None, **more: Any) -> None:

@@ -15,6 +15,7 @@ from ..config.schema import Config, GuidanceConfig
 from ..data import SampleQueue, Split
 from ..data.dataset import Stored, read_batches
 from ..data.own import ALL, distinct_labels, number_labels, tell_numbers
+from ..data.sample_queue import unchanged
 from ..errors import UserError, shown, some_of
 from ..generation import ClassNames, Labels, as_tensor, class_numbers, plain_labels
 from ..models.drifting_loss import FeatureMaps, split_groups
@@ -119,7 +120,7 @@ class ClassGroups:
         is_first = self.queue is None and self.ranks.main
         if is_first and not self.labelled and any(label != plain[0] for label in plain):
             print("the network takes no labels: all samples form one group", file=sys.stderr)
-        numbers = torch.zeros(len(samples), dtype=torch.int64, device="cpu") if labels is None else self._numbers(labels)
+        numbers = self._numbers(labels, len(samples))
         queue = self._queue()
         vectors = None if self.features is None else self.features.encode(queue.values(samples))
         numbers = self.ranks.gather(numbers)
@@ -127,10 +128,10 @@ class ClassGroups:
         if self.features is not None and vectors is not None:
             self.features.queue.add(self.ranks.gather(vectors), numbers)
 
-    def _numbers(self, labels: Labels) -> Tensor:
-        """The class numbers ``[B]`` of labels."""
-        if not self.labelled or self.class_names is None:
-            return torch.zeros(len(labels), dtype=torch.int64, device="cpu")
+    def _numbers(self, labels: Labels | None, num: int) -> Tensor:
+        """The class numbers ``[num]`` of labels."""
+        if labels is None or not self.labelled or self.class_names is None:
+            return torch.zeros(num, dtype=torch.int64, device="cpu")
         try:
             return class_numbers(labels, self.class_names)
         except ValueError as error:
@@ -141,9 +142,9 @@ class ClassGroups:
         if self.queue is None:
             step, num_classes = self.config.step, len(self.class_names or ALL)
             device, unconditional_size = step.queue_device or self.device, step.unconditional_queue_size
-            values = {} if self.split is None else {"values": self.split.values}
+            values = unchanged if self.split is None else self.split.values
             sizes = step.queue_size, num_classes, self.sample_shape, device, unconditional_size
-            self.queue = SampleQueue(*sizes, self.dtype, zeros=self.ranks.zeros, **values)
+            self.queue = SampleQueue(*sizes, self.dtype, values, self.ranks.zeros)
             if self.keep_features is not None:
                 self.features = self.keep_features(self.queue, self.ranks)
         return self.queue
@@ -206,7 +207,11 @@ class ClassGroups:
         """Read anew what the queue held after so many steps on ``split``, if there is one. All ranks share the work."""
         if self.split is None or step == 0:
             return
-        queue, labels, size = self._queue(), self._numbers(self.split.labels), self.config.train.batch_size
+        queue, labels, size = (
+            self._queue(),
+            self._numbers(self.split.labels, len(self.split)),
+            self.config.train.batch_size,
+        )
         draws = queue.skip(labels, self.config.seed, step * size)
         batches = [draws[at : at + size] for at in range(0, len(draws), size)]
         # Each rank reads as many; the last ones may read the first draw again.

@@ -34,6 +34,8 @@ class MAETrainer:
         self.model, self.config, self.ranks = model, config, ranks or Ranks()
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.weights = TrainedWeights(model, config, self.ranks, self.device)
+        if config.step.compile:
+            self.weights.distributed.compile()
         self.images_per_step = 0  # This is the number of the last step's images, on all ranks.
         self.stopwatch = Stopwatch(self.device)
 
@@ -43,6 +45,7 @@ class MAETrainer:
 
     @property
     def ema_model(self) -> MAE:
+        """The averaged network. All ranks ask for it together."""
         return cast(MAE, self.weights.average(self.config.optimizer.ema_decay))
 
     def lambda_at(self, step: int) -> float:

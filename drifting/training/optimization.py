@@ -66,7 +66,7 @@ class TrainedWeights:
         decays = config.optimizer.ema_decay
         self.averages = {decay: _averaged(model, decay) for decay in (decays if isinstance(decays, list) else [decays])}
         self.distributed, self.blank = model, None
-        if isinstance(config, Config) and config.step.fsdp and ranks.group is not None:
+        if config.step.fsdp and ranks.group is not None:
             # The gathered weights of an average that is in shards go into this copy.
             self.blank = copy.deepcopy(model).cpu().requires_grad_(False).eval()
             for module in (model, *(average.module for average in self.averages.values())):
@@ -76,7 +76,7 @@ class TrainedWeights:
             warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
             is_ours = isinstance(model, (*NETWORKS.values(), MAE))
             self.distributed = DistributedDataParallel(
-                model, process_group=ranks.group, find_unused_parameters=not is_ours
+                model, process_group=ranks.group, find_unused_parameters=not is_ours, gradient_as_bucket_view=True
             )
         rate, decay = self.config.learning_rate, self.config.weight_decay
         self.optimizer = torch.optim.AdamW(model.parameters(), rate, (0.9, 0.95), weight_decay=decay, fused=True)

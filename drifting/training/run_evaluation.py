@@ -40,6 +40,9 @@ class GeneratorRun(Run[DriftingTrainer]):
             print("evaluation is left out: it draws by label, and pairs have conditions", file=sys.stderr)
             return None
         evaluator = evaluation.open_evaluator(self.config.evaluation, self.dataset)
+        if evaluator is None and self.dataset.latent:
+            advice = "evaluation.reference=FILE.npz names images to compare with (docs/evaluation.md)"
+            print(f"warning: nothing will be measured of latents, not even at the end: {advice}", file=sys.stderr)
         if evaluator is not None:
             self.num_samples = self.config.evaluation.num_samples or evaluator.num_samples
             evaluation.warn_of_few(evaluator, self.num_samples)

@@ -70,14 +70,14 @@ class DriftingTrainer:
                 expected = "a network that takes (z, condition), and step.queue_features=false, as there is no queue"
                 raise ValueError(f"step.groups is pairs, expected {expected}")
         else:
-            maps = self._meet(torch.tensor([0, len(class_names or (0,)) - 1], device="cpu"))
+            self._meet(torch.tensor([0, len(class_names or (0,)) - 1], device="cpu"))
             self.groups = ClassGroups(
                 config, self.sample_shape, self.ranks, self.device, class_names,
                 labelled=self.signature.conditions > 0, num_classes=getattr(model, "num_classes", None), split=split,
                 num_uncond=0 if self.loss_fn.drift is None else config.step.uncond_per_label,
             )  # fmt: skip
             if config.step.queue_features:
-                self.groups.keep_features = partial(keep_features, self.loss_fn, MapLayout(maps), self.device)
+                self.groups.keep_features = partial(keep_features, self.loss_fn, self.layout, self.device)
         if hasattr(model, "activation_checkpointing"):
             model.activation_checkpointing = config.step.activation_checkpointing  # type: ignore[assignment]
         elif config.step.activation_checkpointing:
@@ -93,8 +93,8 @@ class DriftingTrainer:
             self.weights.distributed.compile()
         self.best_decay, self.best_cfg_scale = config.optimizer.ema_decay[0], 1.0
 
-    def _meet(self, conditions: Tensor) -> FeatureMaps:
-        """Find out, with two labels or conditions, what network and extractor make; give the maps of two samples."""
+    def _meet(self, conditions: Tensor) -> None:
+        """Find out, with two labels or conditions, what network and extractor make."""
         config = self.config
         self.sample_shape = self.signature.sample_shape(self.model, conditions)
         self.loss_fn = DriftingLoss(
@@ -103,12 +103,12 @@ class DriftingTrainer:
             process_group=self.ranks.group,
         ).to(self.device)  # fmt: skip
         maps = self.loss_fn.check_extractor(self.sample_shape, self.device)
+        self.layout = MapLayout(maps)
         if config.loss.learn_temperature:
             self.loss_fn.learn_temperatures(list(maps), self.device)
         if config.step.compile:
             self.loss_fn.feature_extractor.compile()
         self.loss_fn.stopwatch = self.stopwatch
-        return maps
 
     def _meet_pairs(self, conditions: Tensor) -> tuple[int, ...]:
         self._meet(conditions)
@@ -205,16 +205,18 @@ class DriftingTrainer:
             gen = _joined([loss_fn.groups(of_part) for of_part in samples])
             pos, neg = groups.maps or split_groups(_joined([loss_fn.groups(fixed[part]) for part in parts]), P)
             others = [_joined([loss_fn.groups(of_second(part)) for part in parts]) for of_second in second]
-        # Memory's peak is here: the features of all labels, each once, and the gradients.
+        # Memory's peak is here: the features of all labels, each once, and the gradients. Only these are kept then.
         leaves = [of_map.requires_grad_() for of_map in gen.values()]
         loss, info = loss_fn.of_groups(gen, pos, neg, weight.unsqueeze(1).expand(-1, fixed.shape[1] - P), *others)
         (loss * share).backward()
         gradients: dict[str, Any] = {name: leaf.grad for name, leaf in zip(gen, leaves, strict=True)}
+        loss = loss.detach()
+        del gen, pos, neg, others, leaves
         for part in parts:
             with averaging_gradients(self.weights.distributed, part is parts[-1]):
                 maps = loss_fn.groups(generate(part))
                 torch.autograd.backward(list(maps.values()), [gradients[name][part] for name in maps])
-        return torch.cat(samples), loss.detach(), info
+        return torch.cat(samples), loss, info
 
     def _generate(self, inputs: dict[str, Tensor], groups: Groups, batch: int, part: slice) -> Tensor:
         """The samples ``[l, G, *sample_shape]`` of a part of the groups, in the first or in the second batch."""

@@ -1,16 +1,23 @@
 """Write files whole or not at all, also in a crash or on a full disk, and read JSON from files of any content."""
 
+import errno
 import json
 import os
+import platform
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from ..errors import UserError, explained, reason
+from ..errors import UserError, explained, reason, shown
 
+LOCK = ".lock"  # A folder that one process works in at a time has a file of this name.
+LOCK_SECONDS = 6  # Data-loader workers of a killed process may hold its lock for the five that they take to notice.
 MOST_JSON = 2**28  # This many bytes: the index of ImageNet's latents has about 10 MB.
 
 
@@ -30,6 +37,31 @@ def atomic_write(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(folder: Path, busy: str, instead: str) -> Iterator[None]:
+    """Keep other processes from locking ``folder``; the lock is gone with the process, however that ends.
+
+    It raises UserError where another process has it: the folder ``busy``, and what to do ``instead``.
+    """
+    path = folder / LOCK
+    lock = FileLock(path)
+    try:
+        try:
+            lock.acquire(timeout=LOCK_SECONDS)
+            words = f"process {os.getpid()} on {platform.node()}, since {datetime.now():%F %T}\n"
+            path.write_text(words, encoding="utf-8")
+        except Timeout as error:
+            holder = shown(path.read_text(errors="replace", encoding="utf-8")) or "just started"
+            raise UserError(f"{folder} {busy} ({holder}): wait for it, or {instead}") from error
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise UserError(f"cannot write {path}: {reason(error)}") from error
+            print(f"{folder} is on a file system without locks: start only one process there", file=sys.stderr)
+        yield
+    finally:
+        lock.release()
 
 
 def _sync(path: Path) -> None:
