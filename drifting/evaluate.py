@@ -64,7 +64,7 @@ def _parse(argv: Sequence[str] | None) -> Any:
     arguments = parser.parse_args(argv)
     source, num, path = arguments.source, arguments.num, arguments.save_npz
     if source.endswith(".npy"):
-        raise UserError(f"{source} is one array: np.savez('samples.npz', array) writes the .npz file of samples to judge")
+        raise UserError(f"{source} is one array, expected an .npz file: np.savez('samples.npz', array) writes one")
     if num is not None and num < 2:
         raise UserError(f"--num is {num}, expected 2 or more")
     for scale in arguments.cfg_scale or [None]:
@@ -95,17 +95,19 @@ def _judge_generator(arguments: Any, ranks: Ranks) -> None:
     generator.model.to("cuda" if torch.cuda.is_available() else "cpu")
     evaluation.check_evaluation(evaluator, generator)
     qualities: list[evaluation.Quality] = []
+    kept: list[Samples] = []
     for scale in scales:
-        kept: list[Samples] | None = [] if arguments.save_npz is not None else None
-        quality = evaluation.evaluate_model(evaluator, generator, numbers, scale, arguments.seed, kept)
+        drawn: list[Samples] = []
+        to_keep = None if arguments.save_npz is None else drawn
+        quality = evaluation.evaluate_model(evaluator, generator, numbers, scale, arguments.seed, to_keep)
         qualities.append(quality)
         best = evaluation.best_quality(qualities, evaluator.distance)
-        best_kept = kept if best is quality else best_kept
+        kept = drawn if best is quality else kept
         if len(scales) > 1 and ranks.main:
             print(f"cfg_scale {scale:g}: {evaluator.distance} {quality[evaluator.distance]:.4g}", file=sys.stderr)
     sweep = {"sweep": qualities} if len(scales) > 1 else {}
     facts = {"source": arguments.source, "step": generator.step, "seed": arguments.seed, "num_samples": num}
-    parts = ranks.to_main(best_kept)
+    parts = ranks.to_main(kept)
     if ranks.main:
         try:
             if arguments.save_npz is not None:

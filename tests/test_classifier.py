@@ -66,9 +66,7 @@ def test_measures_are_those_of_its_features(evaluator, trained, digits):
     one_class = images[digits.train.labels.numpy() == 3]
     quality = evaluator(one_class, np.full(len(one_class), 3))
     assert quality["frechet_ratio"] > 5 and quality["recall"] < 0.2 < 0.8 < quality["precision"]
-    with pytest.raises(
-        ValueError, match=r"received samples uint8 \[8, 4, 1\], expected uint8 \[8, 8, 1\]"
-    ):
+    with pytest.raises(ValueError, match=r"received samples uint8 \[8, 4, 1\], expected uint8 \[8, 8, 1\]"):
         evaluator(images[:3, :, :4], np.zeros(3, np.int64))
 
 

@@ -445,9 +445,7 @@ def test_nothing_to_compare_with_is_told(trained, tmp_path):
         evaluate.main(["hf://latent_L"])  # before it is downloaded
     with pytest.raises(UserError, match="there is no file or folder absent.npz, which --reference"):
         evaluate.main(["hf://latent_L", "--reference", "absent.npz"])
-    with pytest.raises(
-        UserError, match=r"received samples uint8 \[16, 16, 3\], expected uint8 \[8, 8, 1\]"
-    ):
+    with pytest.raises(UserError, match=r"received samples uint8 \[16, 16, 3\], expected uint8 \[8, 8, 1\]"):
         evaluate.main([str(tmp_path / "samples.npz"), "--reference", str(trained)])
 
 
@@ -469,9 +467,7 @@ def test_training_is_measured_against_files(classifier, tmp_path, capsys):
 def test_images_of_another_size_stop_training_at_once(classifier, tmp_path):
     np.savez(tmp_path / "reference.npz", pictures(60, 0, channels=1))
     settings = [f"evaluation.features={classifier}", f"evaluation.reference={tmp_path / 'reference.npz'}"]
-    with pytest.raises(
-        UserError, match=r"received samples uint8 \[8, 8, 1\], expected uint8 \[16, 16, 1\]"
-    ):
+    with pytest.raises(UserError, match=r"received samples uint8 \[8, 8, 1\], expected uint8 \[16, 16, 1\]"):
         train(load_config("digits", [*SMALL, *settings]), tmp_path / "run")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
     np.savez(tmp_path / "reference.npz", pictures(60, 0))

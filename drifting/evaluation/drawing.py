@@ -37,7 +37,7 @@ def draw_samples(generator: Generator, numbers: Tensor, cfg_scale: float | None 
     None for ``cfg_scale`` is the generator's own. What sample n draws follows from (seed, n) alone.
     """
     samples, count = np.empty(0), 0
-    for batch in draw_batches(generator, numbers, cfg_scale, seed):
+    for batch in draw_batches(generator, numbers, cfg_scale, seed, Ranks()):
         if not count:  # 50,000 images of ImageNet are 10 GB, which concatenation would hold twice.
             samples = np.empty((len(numbers), *batch.shape[1:]), batch.dtype)
         samples[count : count + len(batch)] = batch
@@ -47,11 +47,11 @@ def draw_samples(generator: Generator, numbers: Tensor, cfg_scale: float | None 
 
 @torch.no_grad()
 def draw_batches(
-    generator: Generator, numbers: Tensor, cfg_scale: float | None = None, seed: int = 0, ranks: Ranks = Ranks()  # noqa: B008
+    generator: Generator, numbers: Tensor, cfg_scale: float | None, seed: int, ranks: Ranks
 ) -> Iterator[Samples]:
     """Draw this rank's batches of the samples that :func:`draw_samples` returns: the same at any number of ranks."""
     model, latent, pixel_range = generator.model, generator.latent, generator.pixel_range
-    scale = generator.cfg_scale if cfg_scale is None else cfg_scale
+    scale = torch.tensor([generator.cfg_scale if cfg_scale is None else cfg_scale], dtype=torch.float32)
     signature, source = Signature.of(model, generator.noise_shape), torch.Generator("cpu")
     first = int(np.random.SeedSequence(seed).generate_state(1)[0])
     weight = next(model.parameters(), torch.empty(0))
@@ -61,7 +61,7 @@ def draw_batches(
         each = [signature.draw(model, 1, source.manual_seed(of_sample % 2**32), "cpu") for of_sample in seeds]
         drawn = {name: torch.cat([of_sample[name] for of_sample in each]) for name in each[0]}
         with torch.autocast(weight.device.type, torch.bfloat16, enabled=latent and weight.is_cuda), evaluating(model):
-            batch = signature.call(model, drawn, number, torch.full((len(number),), float(scale), dtype=torch.float32)).float()
+            batch = signature.call(model, drawn, number, scale.expand(len(number))).float()
         batch = decode_latents(batch) if latent else batch
         if pixel_range is None or not generator.makes_images:
             yield (batch if pixel_range is None else batch.clamp(*pixel_range)).cpu().numpy()

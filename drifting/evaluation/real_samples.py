@@ -10,8 +10,15 @@ from sklearn.svm import SVC
 from .archives import Labels
 from .features import Features
 from .measures import (
-    NEIGHBOURS, Gaussian, Manifold, Points, fit_gaussian, frechet_distance, inception_score, nearest_distance
-)  # fmt: skip
+    NEIGHBOURS,
+    Gaussian,
+    Manifold,
+    Points,
+    fit_gaussian,
+    frechet_distance,
+    inception_score,
+    nearest_distance,
+)
 
 Quality = dict[str, float]
 MANIFOLD_SAMPLES = 10_000  # Precision and recall take at most so many real samples, as ADM does.
