@@ -38,9 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _judge_file(arguments: Any, ranks: Ranks) -> None:
     samples, labels = read_samples(Path(arguments.source))
     evaluator = _open_evaluator(arguments, ranks)
-    evaluator.tell(len(samples))
     facts = {"samples": arguments.source, "num_samples": len(samples)}
     quality = evaluator(samples, evaluator.class_numbers(labels))
+    evaluator.tell(len(samples))
     if ranks.main:
         print(json.dumps(facts | quality, indent=2))
 

@@ -433,7 +433,15 @@ def test_samples_in_files(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(evaluate, "_config", lambda source: Config())
     monkeypatch.setattr(evaluate, "open_dataset", lambda config, seed: data)
     assert evaluate.main([str(tmp_path / "x.npz"), "--reference", str(tmp_path)]) == 0
-    assert json.loads(capsys.readouterr().out)["frechet_ratio"] == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["frechet_ratio"] == 1 and report["recognised_share"] > 0.8
+    write_samples(tmp_path / "x.npz", samples, labels + 70)  # labels that the data do not have
+    assert evaluate.main([str(tmp_path / "x.npz"), "--reference", str(tmp_path)]) == 0
+    said = capsys.readouterr()
+    assert "not measured: recognised_share (the data have none of the labels)" in said.err
+    assert json.loads(said.out) == {name: value for name, value in report.items() if name != "recognised_share"}
+    with pytest.raises(UserError, match=r"x.npy is one array, expected an .npz file: np.savez"):
+        evaluate.main([str(tmp_path / "x.npy"), "--reference", str(tmp_path)])
 
 
 def test_parts_of_ones_own_are_named_on_the_command_line(tmp_path, capsys, monkeypatch):

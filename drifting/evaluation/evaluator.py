@@ -57,11 +57,15 @@ class Evaluator:
         self.fewest = 4 * self.features.dim  # With fewer samples, this distance says little.
 
     def class_numbers(self, labels: Labels | None) -> Labels | None:
-        """The class numbers of labels ``[N]`` as a file has them; -1 for those that the data do not have."""
+        """The class numbers of labels ``[N]`` as a file has them; -1 for those that the data do not have, and None,
+        which is said on stderr, where they have none of them."""
         if labels is None or self.labels is None:
             return labels
         place = {label: number for number, label in enumerate(self.labels)}
-        return np.array([place.get(label, -1) for label in labels.tolist()])
+        numbers = np.array([place.get(label, -1) for label in labels.tolist()])
+        if numbers.max() < 0 and self.real is not None:
+            print("not measured: recognised_share (the data have none of the labels)", file=sys.stderr)
+        return None if numbers.max() < 0 else numbers
 
     def __call__(self, samples: Samples, labels: Labels | None) -> Quality:
         """Measures of ``samples [N, *shape]``, which were generated for ``labels [N]`` if these are known."""
