@@ -1,4 +1,7 @@
-"""``python -m drifting.evaluate RUN|hf://NAME|FILE.npz [--reference …]``: how good samples are, as JSON on stdout."""
+"""``python -m drifting.evaluate RUN|hf://NAME|FILE.npz [--reference …]``: how good samples are, as JSON on stdout.
+
+With ``torchrun --nproc_per_node=K -m drifting.evaluate ...`` K processes share the samples.
+"""
 
 import json
 import sys
@@ -7,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from .cli import ArgumentParser, run_command
@@ -14,24 +18,31 @@ from .config import Config, DataConfig, EvaluationConfig, read_config
 from .data import Dataset, open_dataset
 from .errors import UserError
 from .evaluation import evaluator as evaluation
-from .evaluation.archives import read_samples, write_samples
+from .evaluation.archives import Samples, read_samples, write_samples
 from .evaluation.drawing import DEFAULT_SCALE, check_drawing, spread_labels
 from .generation import label_numbers
 from .hub.run_directory import RunDirectory
 from .hub.sources import HUB, load_generator
+from .training.distributed import Ranks, join_ranks
 from .utils.named import import_named, is_own
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(argv)
-    if not arguments.source.endswith(".npz"):
-        return _judge_generator(arguments)
-    samples, labels = read_samples(Path(arguments.source))
-    evaluator = _open_evaluator(arguments)
-    evaluation.warn_of_few(evaluator, len(samples))
-    facts = {"samples": arguments.source, "num_samples": len(samples)}
-    print(json.dumps(facts | evaluator(samples, evaluator.class_numbers(labels)), indent=2))
+    with join_ranks() as ranks, ranks.agreed():
+        judge = _judge_file if arguments.source.endswith(".npz") else _judge_generator
+        judge(arguments, ranks)
     return 0
+
+
+def _judge_file(arguments: Any, ranks: Ranks) -> None:
+    samples, labels = read_samples(Path(arguments.source))
+    evaluator = _open_evaluator(arguments, ranks)
+    facts = {"samples": arguments.source, "num_samples": len(samples)}
+    quality = evaluator(samples, evaluator.class_numbers(labels))
+    evaluator.tell(len(samples))
+    if ranks.main:
+        print(json.dumps(facts | quality, indent=2))
 
 
 def _parse(argv: Sequence[str] | None) -> Any:
@@ -52,6 +63,8 @@ def _parse(argv: Sequence[str] | None) -> Any:
     add("--save-npz", type=Path, metavar="FILE.npz", help="where to write the best scale's samples")
     arguments = parser.parse_args(argv)
     source, num, path = arguments.source, arguments.num, arguments.save_npz
+    if source.endswith(".npy"):
+        raise UserError(f"{source} is one array, expected an .npz file: np.savez('samples.npz', array) writes one")
     if num is not None and num < 2:
         raise UserError(f"--num is {num}, expected 2 or more")
     for scale in arguments.cfg_scale or [None]:
@@ -71,41 +84,44 @@ def _parse(argv: Sequence[str] | None) -> Any:
     return arguments
 
 
-def _judge_generator(arguments: Any) -> int:
+def _judge_generator(arguments: Any, ranks: Ranks) -> None:
     model = None if arguments.model is None else import_named(arguments.model, "--model")
     generator = load_generator(arguments.source, model)
     if generator.condition_shape is not None:
         advice = "draw with `python -m drifting.sample --conditions FILE.npy`, and measure its .npz"
         raise UserError(f"{arguments.source} was trained by pair, which labels do not tell: {advice}")
-    evaluator, config = _open_evaluator(arguments), _config(arguments.source) or Config()
+    evaluator, config = _open_evaluator(arguments, ranks), _config(arguments.source) or Config()
     num = arguments.num or config.evaluation.num_samples or evaluator.num_samples
     scales = arguments.cfg_scale or [generator.cfg_scale]
     numbers = spread_labels(num, range(len(generator.class_names)))
-    evaluation.warn_of_few(evaluator, num)
+    evaluator.tell(num)
     generator.model.to("cuda" if torch.cuda.is_available() else "cpu")
     evaluation.check_evaluation(evaluator, generator)
     qualities: list[evaluation.Quality] = []
+    kept: list[Samples] = []
     for scale in scales:
-        quality, samples = evaluation.evaluate_model(evaluator, generator, numbers, scale, arguments.seed)
+        drawn: list[Samples] = []
+        to_keep = None if arguments.save_npz is None else drawn
+        quality = evaluation.evaluate_model(evaluator, generator, numbers, scale, arguments.seed, to_keep)
         qualities.append(quality)
         best = evaluation.best_quality(qualities, evaluator.distance)
-        if best is quality and arguments.save_npz is not None:
-            best_samples = samples
-        del samples  # 50,000 images of ImageNet are 10 GB.
-        if len(scales) > 1:
+        kept = drawn if best is quality else kept
+        if len(scales) > 1 and ranks.main:
             print(f"cfg_scale {scale:g}: {evaluator.distance} {quality[evaluator.distance]:.4g}", file=sys.stderr)
     sweep = {"sweep": qualities} if len(scales) > 1 else {}
     facts = {"source": arguments.source, "step": generator.step, "seed": arguments.seed, "num_samples": num}
-    try:
-        if arguments.save_npz is not None:
-            labels = torch.tensor(label_numbers(generator.class_names))[numbers]
-            write_samples(arguments.save_npz, best_samples, labels.numpy())
-    finally:  # Where the samples cannot be written, the measures are not lost.
-        print(json.dumps(facts | best | sweep, indent=2))
-    return 0
+    parts = ranks.to_main(kept)
+    if ranks.main:
+        try:
+            if arguments.save_npz is not None:
+                labels = torch.tensor(label_numbers(generator.class_names))[numbers]
+                samples = np.concatenate([batch for part in parts for batch in part])
+                write_samples(arguments.save_npz, samples, labels.numpy())
+        finally:  # Where the samples cannot be written, the measures are not lost.
+            print(json.dumps(facts | best | sweep, indent=2))
 
 
-def _open_evaluator(arguments: Any) -> evaluation.Evaluator:
+def _open_evaluator(arguments: Any, ranks: Ranks) -> evaluation.Evaluator:
     paths, source, features = arguments.reference, arguments.source, arguments.features
     if paths and all(path.endswith(".npz") for path in paths):
         settings, dataset = EvaluationConfig(features=features, reference=paths), None
@@ -118,11 +134,10 @@ def _open_evaluator(arguments: Any) -> evaluation.Evaluator:
             raise UserError(f"there is nothing to compare {source} with: {expected}, or --data data of your own")
         settings = replace(config.evaluation, features=features or config.evaluation.features)
         dataset = None if settings.reference else _open_dataset(config, arguments.data)
-    evaluator = evaluation.open_evaluator(settings, dataset)
-    if evaluator is None:
-        why = "its samples are latents, have more than 2048 values, or have too few real ones to compare with"
-        raise UserError(f"{source} cannot be measured as it is, {why}: name --features or --reference")
-    return evaluator
+    try:
+        return evaluation.open_evaluator(settings, dataset, ranks)
+    except evaluation.NotMeasurable as error:
+        raise UserError(f"{source} cannot be measured ({error}): see --features and --reference") from error
 
 
 def _open_dataset(config: Config, name: str | None) -> Dataset:

@@ -295,8 +295,8 @@ def test_cache_then_train_then_sample(source, tmp_path, fake_vae, capsys):
     told = capsys.readouterr().out
     assert "holds the latents of 16 train and 17 test images" in told and "skipped 1 images" in told
     assert training.main(["--out", str(run), f"data.path={out}", *TINY]) == 0
-    *_, told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
-    assert re.search("nothing will be measured of latents.*evaluation.reference=FILE.npz", told)
+    *_, told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("evaluation")]
+    assert re.search("evaluation is left out: nothing will be measured of latents.*evaluation.reference=FILE.npz", told)
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [1, 2] and (run / "samples" / "step_00000002.png").is_file()
     assert sample.main([str(run), "--num", "3", "--out", str(tmp_path / "x.npz")]) == 0

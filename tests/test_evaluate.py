@@ -16,7 +16,7 @@ from drifting.data import Dataset, Split, load_digits
 from drifting.errors import UserError
 from drifting.evaluation.archives import read_reference, read_samples, write_samples
 from drifting.evaluation.drawing import draw_samples, spread_labels
-from drifting.evaluation.evaluator import check_evaluation, evaluate_model, open_evaluator
+from drifting.evaluation.evaluator import NotMeasurable, check_evaluation, evaluate_model, open_evaluator
 from drifting.evaluation.measures import Manifold, fit_gaussian, frechet_distance, inception_score, nearest_distance
 from drifting.generation import Generator
 from drifting.models import DriftingDiT
@@ -138,14 +138,10 @@ def test_precision_and_recall_by_definition(torchvision, monkeypatch):
     assert theirs["precision"] == pytest.approx(precision) and theirs["recall"] == pytest.approx(recall)
 
 
-def test_manifold_of_two_points():
-    manifold = Manifold(torch.tensor([[0.0, 0.0], [1.0, 0.0]]))
-    assert manifold.share_inside(torch.tensor([[0.5, 0.5], [0.0, 2.0], [-0.9, 0.0], [2.5, 0.0]])) == 0.5
-
-
 def test_nearest_distance():
     a, b = np.array([[0.0, 0.0], [3.0, 4.0]]), np.array([[0.0, 1.0], [3.0, 0.0]])
     assert nearest_distance(a, b) == pytest.approx((1 + 4) / 2)
+    assert nearest_distance(a + 1e6, b + 1e6) == pytest.approx((1 + 4) / 2)  # far from the origin
 
 
 def test_digits_are_split_as_stated(digits):
@@ -173,9 +169,7 @@ def test_wrong_labels_and_noise_are_noticed(digits, evaluator):
     noise = np.random.default_rng(0).integers(0, 256, images.shape).astype(np.uint8)
     quality = evaluator(noise, labels)
     assert quality["frechet_ratio"] > 20 and quality["nearest_ratio"] > 1.5
-    with pytest.raises(
-        ValueError, match=r"received 1 samples uint8 \[8, 8, 1\], expected at least 2 uint8 \[8, 8, 1\]"
-    ):
+    with pytest.raises(ValueError, match=r"received 1 samples, expected at least 2 to compare"):
         evaluator(images[:1], labels[:1])
 
 
@@ -225,13 +219,14 @@ def test_labels_are_spread():
 
 
 def test_samples_of_several_batches(monkeypatch):
-    monkeypatch.setattr("drifting.evaluation.drawing.BATCH", 3)
+    monkeypatch.setattr("drifting.evaluation.sharing.LEAST_BATCHES", 2)
     model = DriftingDiT(img_size=8, patch_size=4, in_chans=1, num_classes=5, embed_dim=16, depth=1, num_heads=2).eval()
     torch.nn.init.normal_(model.final.proj.weight)
     generator = Generator(model, model.noise_shape, (1, 8, 8), tuple("abcde"), (-1.0, 1.0))
     images = draw_samples(generator, torch.arange(7) % 5)
     assert images.shape == (7, 8, 8, 1) and len(np.unique(images.reshape(7, -1), axis=0)) == 7
     assert (images[:6] == draw_samples(generator, torch.arange(6) % 5)).all()
+    assert (images != draw_samples(generator, torch.arange(7) % 5, seed=1)).any((1, 2, 3)).all()
 
 
 # ------------------------------------------------------------------------------------- samples that are no grey images
@@ -273,7 +268,7 @@ def test_samples_of_any_shape_are_measured_flattened(shape):
     shifted = evaluator((data.test.samples() + 3).numpy(), None)
     assert "recognised_share" not in shifted
     assert shifted["frechet_distance"] == pytest.approx(9 * train.shape[1])  # the means' difference alone
-    assert evaluator.fewest == 4 * train.shape[1]
+    assert evaluator.fewest == 4 * train.shape[1] and not evaluator.real.lacking and not evaluator.real.copies
 
 
 def test_samples_of_one_class_have_nothing_to_be_recognised_as():
@@ -295,18 +290,19 @@ def test_images_in_colour_or_not_square(shape):
     quality = evaluator(images, data.train.labels.numpy())
     assert quality["nearest_ratio"] == pytest.approx(0, abs=0.1) and quality["recognised_share"] == 1
     assert quality["frechet_ratio"] == pytest.approx(1, rel=0.05)
-    with pytest.raises(UserError, match="received 90 samples uint8 .*, expected at least 2 uint8 .* as the real ones"):
+    with pytest.raises(UserError, match="received samples uint8 .*, expected uint8 .* as the real ones"):
         evaluator(images.transpose(0, 2, 1, 3), None)
 
 
 def test_what_cannot_be_measured_is_told():
-    for data in (
-        blobs((2049,)),
-        blobs((4, 2, 2), latent=True, pixel_range=(-1.0, 1.0)),
-        blobs((2,), counts=(90, 1)),
-        blobs((2,), counts=(0, 9)),
+    for data, message in (
+        (blobs((2049,)), "up to 2048 values, these have 2049: evaluation.features must name a network"),
+        (blobs((4, 2, 2), latent=True, pixel_range=(-1.0, 1.0)), "latents have no images.*evaluation.reference must"),
+        (blobs((2,), counts=(90, 1)), "there are 90 training and 1 test samples, expected at least 2 of each"),
+        (blobs((2,), counts=(0, 9)), "there are 0 training and 9 test samples, expected at least 2 of each"),
     ):
-        assert open_evaluator(EvaluationConfig(), data) is None
+        with pytest.raises(NotMeasurable, match=message):
+            open_evaluator(EvaluationConfig(), data)
     with pytest.raises(UserError, match="evaluation.features is inception, but samples of blobs are no images"):
         open_evaluator(EvaluationConfig("inception"), blobs((2,)))
     broken = blobs((2,))
@@ -315,19 +311,81 @@ def test_what_cannot_be_measured_is_told():
         open_evaluator(EvaluationConfig(), broken)
     evaluator = open_evaluator(EvaluationConfig(), blobs((2,)))
     for samples, message in (
-        (np.zeros((1, 2), np.float32), r"received 1 samples float32 \[2\], expected at least 2 float32 \[2\]"),
-        (np.zeros((5, 2)), r"received 5 samples float64 \[2\], expected at least 2 float32"),
+        (np.zeros((1, 2), np.float32), "received 1 samples, expected at least 2 to compare"),
+        (np.zeros((5, 2)), r"received samples float64 \[2\], expected float32 \[2\], as the real ones"),
         (np.full((5, 2), np.inf, np.float32), "received samples with NaN or infinity"),
     ):
         with pytest.raises(UserError, match=message):
             evaluator(samples, None)
 
 
-def test_no_ratio_to_a_distance_of_nothing():
-    """Where the test samples are the training samples, their distances are 0 but for rounding."""
-    data = blobs((5,))
-    quality = open_evaluator(EvaluationConfig(), replace(data, test=data.train))(data.test.samples().numpy(), None)
-    assert quality["frechet_distance"] > 0 and not {"frechet_ratio", "nearest_ratio"} & set(quality)
+@pytest.mark.parametrize("count", [30, 90])  # fewer than there are features, and more
+def test_test_samples_that_are_training_samples_are_told(count, capsys):
+    """No ratio is relative to their distances, which are 0 but for rounding; of a part of them it is."""
+    data = blobs((60,), counts=(count, count))
+    evaluator = open_evaluator(EvaluationConfig(), replace(data, test=data.train))
+    quality = evaluator((data.train.samples() + 1000).numpy(), None)
+    assert quality["frechet_distance_train"] >= 0 and not {"frechet_ratio", "nearest_ratio"} & set(quality)
+    evaluator.tell(1000)
+    said = capsys.readouterr().err
+    assert f"\nwarning: {count} of {count} test samples are training samples too: hold out others" in said
+    assert "frechet_ratio (frechet_distance_train is about 0); nearest_ratio (nearest_distance_test is abo" in said
+    data.test.values[:7] = data.train.values[:7]
+    evaluator = open_evaluator(EvaluationConfig(), data)
+    evaluator.tell(1000)
+    said = capsys.readouterr().err
+    assert f"warning: 7 of {count} test samples are training" in said and "not measured" not in said
+    assert {"frechet_ratio", "nearest_ratio"} < set(evaluator(data.test.samples().numpy(), None))
+
+
+def test_distances_are_at_least_zero():
+    """Rounding would make some of these negative."""
+    for seed in range(5):
+        points = 1000 * np.random.default_rng(seed).standard_normal((20, 50))
+        assert 0 <= frechet(points, points) < 1e-6 * points.var() * 50
+
+
+@pytest.mark.parametrize("classes, counts, lacking", [
+    (1, (90, 60), "recognised_share (the data have one"),
+    (3, (6, 3), "precision and recall (3 real samples, expected 4 or more)"),
+    (1, (2, 2), "precision and recall (2 real samples, expected 4 or more); recognised_share (the data have one"),
+])  # fmt: skip
+def test_measures_that_small_sets_lack_are_left_out(classes, counts, lacking, capsys):
+    data = blobs((5,), classes, counts)
+    evaluator = open_evaluator(EvaluationConfig(), data)
+    evaluator.tell(100)
+    assert f"not measured: {lacking}" in capsys.readouterr().err
+    quality = evaluator(data.train.samples().numpy(), data.train.labels.numpy())
+    assert quality["frechet_distance"] > 0 and all(np.isfinite(value) for value in quality.values())
+    for measure in ("precision", "recall", "precision_train", "recognised_share", "recognised_share_test"):
+        assert (measure in quality) == (measure.partition("_")[0] not in lacking)
+
+
+def test_few_samples_have_no_precision(capsys):
+    evaluator = open_evaluator(EvaluationConfig(), blobs((2,)))
+    for num in (3, 4):
+        evaluator.tell(num)
+        told = "precision and recall (3 generated samples, expected 4 or more)" in capsys.readouterr().err
+        quality = evaluator(np.ones((num, 2), np.float32), None)
+        assert told == (num == 3) == ("precision" not in quality)
+
+
+def test_samples_that_are_all_alike():
+    """Real ones, generated ones, both: what can be measured is finite."""
+    same = blobs((5,))
+    for split in (same.train, same.test):
+        split.values[:] = 7.0
+    for data in (same, blobs((5,))):
+        evaluator = open_evaluator(EvaluationConfig(), data)
+        for samples in (same.test.samples(), blobs((5,)).test.samples()):
+            quality = evaluator(samples.numpy(), same.test.labels.numpy())
+            assert all(np.isfinite(value) and value >= 0 for value in quality.values())
+            assert ("frechet_ratio" in quality) == (data is not same)
+
+
+def test_features_that_are_not_finite_are_told():
+    with pytest.raises(UserError, match="received samples with NaN or infinity among their features"):
+        fit_gaussian(torch.tensor([[1.0, 2.0], [3.0, torch.inf]]))
 
 
 class Line(nn.Module):
@@ -349,7 +407,7 @@ def test_samples_of_a_users_network():
     samples = draw_samples(generator, spread_labels(600, range(3)))
     assert samples.shape == (600, 2) and samples.dtype == np.float32 and len(np.unique(samples, axis=0)) == 600
     check_evaluation(open_evaluator(EvaluationConfig(), blobs((2,))), generator)
-    with pytest.raises(UserError, match=r"received 2 samples float32 \[2\], expected at least 2 float32 \[5, 3\]"):
+    with pytest.raises(UserError, match=r"received samples float32 \[2\], expected float32 \[5, 3\]"):
         check_evaluation(open_evaluator(EvaluationConfig(), blobs((5, 3))), generator)
 
 
@@ -358,8 +416,10 @@ def test_generator_of_one_class_has_nothing_to_be_recognised_as():
     evaluator = open_evaluator(EvaluationConfig(), blobs((2,)))
     for names in (("all",), ("a", "b", "c")):
         generator = Generator(Line(), (3,), (2,), names)
-        quality, samples = evaluate_model(evaluator, generator, spread_labels(9, range(len(names))), 1.0)
-        assert ("recognised_share" in quality) == (len(names) > 1) and samples.shape == (9, 2)
+        numbers, kept = spread_labels(9, range(len(names))), []
+        quality = evaluate_model(evaluator, generator, numbers, 1.0, 3, kept)
+        assert ("recognised_share" in quality) == (len(names) > 1)
+        assert (np.concatenate(kept) == draw_samples(generator, numbers, seed=3)).all()
 
 
 def test_samples_in_files(tmp_path, capsys, monkeypatch):
@@ -373,7 +433,15 @@ def test_samples_in_files(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(evaluate, "_config", lambda source: Config())
     monkeypatch.setattr(evaluate, "open_dataset", lambda config, seed: data)
     assert evaluate.main([str(tmp_path / "x.npz"), "--reference", str(tmp_path)]) == 0
-    assert json.loads(capsys.readouterr().out)["frechet_ratio"] == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["frechet_ratio"] == 1 and report["recognised_share"] > 0.8
+    write_samples(tmp_path / "x.npz", samples, labels + 70)  # labels that the data do not have
+    assert evaluate.main([str(tmp_path / "x.npz"), "--reference", str(tmp_path)]) == 0
+    said = capsys.readouterr()
+    assert "not measured: recognised_share (the data have none of the labels)" in said.err
+    assert json.loads(said.out) == {name: value for name, value in report.items() if name != "recognised_share"}
+    with pytest.raises(UserError, match=r"x.npy is one array, expected an .npz file: np.savez"):
+        evaluate.main([str(tmp_path / "x.npy"), "--reference", str(tmp_path)])
 
 
 def test_parts_of_ones_own_are_named_on_the_command_line(tmp_path, capsys, monkeypatch):

@@ -20,7 +20,7 @@ from drifting.errors import UserError
 from drifting.evaluation import evaluator as evaluation
 from drifting.evaluation import features as evaluation_features
 from drifting.evaluation.archives import read_reference, read_samples
-from drifting.evaluation.drawing import draw_samples, spread_labels
+from drifting.evaluation.drawing import draw_batches, draw_samples, spread_labels
 from drifting.evaluation.evaluator import open_evaluator
 from drifting.evaluation.features import Features, ImageFeatures, open_features
 from drifting.evaluation.measures import fit_gaussian, frechet_distance, inception_score
@@ -28,7 +28,7 @@ from drifting.hub.run_directory import RunDirectory, write_model
 from drifting.hub.sources import load_generator
 from drifting.models import MAE, Classifier, DriftingDiT
 from drifting.train import train
-from drifting.training import run_evaluation
+from drifting.training import Ranks, run_evaluation
 
 SMALL = ["model=residual_mlp", "model.width=16", "model.depth=1", "step.gen_per_label=4", "train.eval_every=0"]
 
@@ -106,17 +106,17 @@ def test_inception_measures(inception, tmp_path, capsys, monkeypatch):
     """On the command line, against an ADM-style batch with statistics of more images than it holds."""
     network, weights = inception
     monkeypatch.setattr(evaluation_features, "SPATIAL_CHANNELS", 1)  # takes a fraction of the time of all seven
-    real_points, _, real_spatial = by_hand(network, pictures(4, 0), 1)
-    points, logits, spatial = by_hand(network, pictures(3, 1), 1)
+    real_points, _, real_spatial = by_hand(network, pictures(5, 0), 1)
+    points, logits, spatial = by_hand(network, pictures(4, 1), 1)
     assert points.std(0).mean() > 1e-3 * points.abs().mean() > 0  # random weights tell the images apart
     whole, of_space = (fit_gaussian(part.double().numpy()) for part in (real_points, real_spatial))
     np.savez(
-        tmp_path / "adm.npz", arr_0=pictures(4, 0)[:2], mu=whole.mean, sigma=whole.covariance, mu_s=of_space.mean,
+        tmp_path / "adm.npz", arr_0=pictures(5, 0)[:4], mu=whole.mean, sigma=whole.covariance, mu_s=of_space.mean,
         sigma_s=of_space.covariance,
     )  # fmt: skip
-    np.savez(tmp_path / "samples.npz", pictures(3, 1))
+    np.savez(tmp_path / "samples.npz", pictures(4, 1))
     measures = report(capsys, tmp_path / "samples.npz", "--reference", tmp_path / "adm.npz", "--features", weights)
-    assert measures["num_samples"] == 3
+    assert measures["num_samples"] == 4
     assert measures["fid"] == pytest.approx(distance_of_few(points, real_points), rel=1e-4)
     assert measures["sfid"] == pytest.approx(distance_of_few(spatial, real_spatial), rel=1e-4)
     assert measures["inception_score"] == pytest.approx(inception_score(logits)[0], rel=1e-4)
@@ -129,12 +129,10 @@ def test_inception_takes_grey_images_as_rgb(inception):
     torch.testing.assert_close(features(grey).points, features(grey.repeat(3, axis=3)).points)
 
 
-def test_spatial_features_are_adms(inception, monkeypatch):
-    """Of several batches, and whatever the sample's size; no two features are alike."""
+def test_spatial_features_are_adms(inception):
+    """Whatever the sample's size; no two features are alike."""
     network, weights = inception
-    monkeypatch.setattr(evaluation_features, "BATCH", 2)
     features = open_features(str(weights))
-    monkeypatch.undo()
     images = pictures(3, 0, size=20)
     seen = features(images)
     *_, expected = by_hand(network, images, 7)
@@ -204,7 +202,7 @@ def test_features_of_an_autoencoder(tmp_path):
     features = open_features(str(tmp_path))
     images = pictures(3, 0, channels=1)
     points, *others = features(images)
-    assert points.shape == (3, features.dim) and others == [None, None, None] and features.num_classes is None
+    assert points.shape == (3, features.dim) and others == [None] * 4 and features.num_classes is None
     x = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
     with torch.no_grad():
         result = mae(x, torch.arange(3), torch.zeros(3, 1, 8, 8))["cls_loss"]
@@ -399,21 +397,25 @@ def test_sweep_reports_the_best_scale_and_saves_its_images(trained, guided, tmp_
     assert (images == expected).all()
 
 
-def test_images_of_one_scale_are_let_go_of_before_the_next(trained, capsys, monkeypatch):
-    """50,000 of ImageNet are 10 GB."""
-    drawn = []
+def test_samples_are_let_go_of(trained, tmp_path, capsys, monkeypatch):
+    """50,000 images of ImageNet are 10 GB: those of a batch are gone before the next, unless they are to be saved."""
+    drawn, held = [], []
 
     def draw(*arguments):
-        assert not [images for images in drawn if images() is not None]
-        images = draw_samples(*arguments)
-        drawn.append(weakref.ref(images))
-        return images
+        for images in draw_batches(*arguments):
+            held.append(sum(len(part()) for part in drawn if part() is not None))
+            drawn.append(weakref.ref(images))
+            yield images
+            del images
 
-    monkeypatch.setattr(evaluation, "draw_samples", draw)
-    report(capsys, trained, "--num", 20, "--cfg", 1.0, 2.0, 3.0)
-    scales = ["evaluation.cfg_scales=[1.0,2.0]", "optimizer.ema_decay=[0.9,0.99]", "evaluation.num_samples=20"]
+    monkeypatch.setattr(evaluation, "draw_batches", draw)
+    report(capsys, trained, "--num", 64, "--cfg", 1.0, 2.0, 3.0)
+    scales = ["evaluation.cfg_scales=[1.0,2.0]", "optimizer.ema_decay=[0.9,0.99]", "evaluation.num_samples=64"]
     train(load_config("digits", ["train.steps=1", *SMALL, *scales]), trained.parent / "swept")
-    assert len(drawn) == (1 + 3) + (1 + 2 * 2)  # each with a trial
+    assert len(drawn) == (2 + 3 * 32) + (2 + 4 * 32) and max(held) <= 2  # each with a trial of two samples
+    held.clear()
+    report(capsys, trained, "--num", 64, "--cfg", 1.0, 2.0, 3.0, "--save-npz", tmp_path / "best.npz")
+    assert 62 <= max(held) <= 2 * 64
 
 
 def test_report_is_there_if_images_cannot_be_written(trained, tmp_path, capsys):
@@ -443,9 +445,7 @@ def test_nothing_to_compare_with_is_told(trained, tmp_path):
         evaluate.main(["hf://latent_L"])  # before it is downloaded
     with pytest.raises(UserError, match="there is no file or folder absent.npz, which --reference"):
         evaluate.main(["hf://latent_L", "--reference", "absent.npz"])
-    with pytest.raises(
-        UserError, match=r"received 3 samples uint8 \[16, 16, 3\], expected at least 2 uint8 \[8, 8, 1\]"
-    ):
+    with pytest.raises(UserError, match=r"received samples uint8 \[16, 16, 3\], expected uint8 \[8, 8, 1\]"):
         evaluate.main([str(tmp_path / "samples.npz"), "--reference", str(trained)])
 
 
@@ -467,9 +467,7 @@ def test_training_is_measured_against_files(classifier, tmp_path, capsys):
 def test_images_of_another_size_stop_training_at_once(classifier, tmp_path):
     np.savez(tmp_path / "reference.npz", pictures(60, 0, channels=1))
     settings = [f"evaluation.features={classifier}", f"evaluation.reference={tmp_path / 'reference.npz'}"]
-    with pytest.raises(
-        UserError, match=r"received 2 samples uint8 \[8, 8, 1\], expected at least 2 uint8 \[16, 16, 1\]"
-    ):
+    with pytest.raises(UserError, match=r"received samples uint8 \[8, 8, 1\], expected uint8 \[16, 16, 1\]"):
         train(load_config("digits", [*SMALL, *settings]), tmp_path / "run")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
     np.savez(tmp_path / "reference.npz", pictures(60, 0))
@@ -507,13 +505,16 @@ def test_the_best_guidance_scale_is_kept(guided, tmp_path, monkeypatch, capsys):
 class Scripted:
     """An evaluator that says what it is told to, and keeps the images of each call."""
 
-    num_samples, fewest, distance = 20, 2, "frechet_distance"
+    num_samples, distance, ranks = 20, "frechet_distance", Ranks()
 
     def __init__(self, *distances: float) -> None:
         self.distances, self.images = list(distances), []
 
-    def __call__(self, images, labels):
-        self.images.append(images)
+    def tell(self, num):
+        pass
+
+    def measure(self, samples, labels):
+        self.images.append(np.concatenate(list(samples)))
         return {"frechet_distance": self.distances.pop(0)}
 
 

@@ -15,6 +15,7 @@ from drifting.config.reading import load_config
 from drifting.data import SampleQueue
 from drifting.errors import UserError
 from drifting.train import train
+from drifting.training import Ranks
 
 TINY = [
     "model=drifting_dit",
@@ -124,13 +125,15 @@ def test_evaluation_chooses_among_averages(tmp_path, monkeypatch):
     distances = [9.0, 1.0, 3.0]  # of the check before the run, then of each average
 
     class Evaluator:
-        num_samples = fewest = 2
-        distance = "frechet_distance"
+        num_samples, distance, ranks = 2, "frechet_distance", Ranks()
 
-        def __call__(self, images, labels):
+        def tell(self, num):
+            pass
+
+        def measure(self, samples, labels):
             return {"frechet_distance": distances.pop(0)}
 
-    monkeypatch.setattr("drifting.evaluation.evaluator.open_evaluator", lambda config, dataset: Evaluator())
+    monkeypatch.setattr("drifting.evaluation.evaluator.open_evaluator", lambda *arguments: Evaluator())
     config = load_config("digits", [*TINY, "optimizer.ema_decay=[0.5,0.75]", "train.steps=3"])
     train(config, tmp_path)
     record = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])

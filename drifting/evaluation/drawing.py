@@ -1,22 +1,21 @@
 """Samples as people look at them and evaluators measure them: images as bytes, latents decoded, others as they are."""
 
-from collections.abc import Sequence
-from math import inf, prod
-from typing import Any
+from collections.abc import Iterator, Sequence
+from math import inf
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import UserError
-from ..generation import Generator, generate
+from ..generation import Generator, Signature, evaluating
 from ..hub.vae import decode_latents
+from ..training.distributed import Ranks
 from ..utils.images import to_uint8
-from ..utils.progress import progress
+from .archives import Samples
+from .sharing import batches
 
 DEFAULT_SCALE = "the one that evaluated best in training, else 1"  # So commands word it.
-BATCH, BATCH_VALUES = 500, 2**21  # So many samples are generated at once, unless they have more values than this.
 
 
 def check_drawing(cfg_scale: float | None, seed: int) -> None:
@@ -32,27 +31,39 @@ def spread_labels(num: int, choices: Sequence[int]) -> Tensor:
     return torch.tensor(choices, device="cpu")[(torch.arange(num, device="cpu") % len(choices)).sort().values]
 
 
-def draw_samples(generator: Generator, numbers: Tensor, cfg_scale: float | None = None, seed: int = 0) -> NDArray[Any]:
+def draw_samples(generator: Generator, numbers: Tensor, cfg_scale: float | None = None, seed: int = 0) -> Samples:
     """Images uint8 ``[N, H, W, C]``, or else samples float32 ``[N, *sample_shape]``, of the classes ``numbers [N]``.
 
-    None for ``cfg_scale`` is the generator's own.
+    None for ``cfg_scale`` is the generator's own. What sample n draws follows from (seed, n) alone.
     """
-    model, latent, pixel_range = generator.model, generator.latent, generator.pixel_range
-    scale = generator.cfg_scale if cfg_scale is None else cfg_scale
-    source = torch.Generator().manual_seed(seed)  # It is on the CPU, which makes samples alike on any device.
-    size = max(1, min(BATCH, BATCH_VALUES // max(1, prod(generator.sample_shape))))
-    weight = next(model.parameters(), torch.empty(0, device="cpu"))
     samples, count = np.empty(0), 0
-    for number in progress(numbers.split(size), "generate", "batch"):
-        with torch.autocast(weight.device.type, torch.bfloat16, enabled=latent and weight.is_cuda):
-            batch = generate(model, len(number), number, scale, None, source, generator.noise_shape).float()
+    for batch in draw_batches(generator, numbers, cfg_scale, seed, Ranks()):
+        if not count:  # 50,000 images of ImageNet are 10 GB, which concatenation would hold twice.
+            samples = np.empty((len(numbers), *batch.shape[1:]), batch.dtype)
+        samples[count : count + len(batch)] = batch
+        count += len(batch)
+    return samples
+
+
+@torch.no_grad()
+def draw_batches(
+    generator: Generator, numbers: Tensor, cfg_scale: float | None, seed: int, ranks: Ranks
+) -> Iterator[Samples]:
+    """Draw this rank's batches of the samples that :func:`draw_samples` returns: the same at any number of ranks."""
+    model, latent, pixel_range = generator.model, generator.latent, generator.pixel_range
+    scale = torch.tensor([generator.cfg_scale if cfg_scale is None else cfg_scale], dtype=torch.float32)
+    signature, source = Signature.of(model, generator.noise_shape), torch.Generator("cpu")
+    first = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    weight = next(model.parameters(), torch.empty(0, device="cpu"))
+    for part in batches(len(numbers), generator.sample_shape, "generate", ranks):
+        number, seeds = numbers[part], range(first + part.start, first + part.stop)
+        # Each sample has a seed, as in EDM's generate_images.py. They are drawn on the CPU, alike for any device.
+        each = [signature.draw(model, 1, source.manual_seed(of_sample % 2**32), "cpu") for of_sample in seeds]
+        drawn = {name: torch.cat([of_sample[name] for of_sample in each]) for name in each[0]}
+        with torch.autocast(weight.device.type, torch.bfloat16, enabled=latent and weight.is_cuda), evaluating(model):
+            batch = signature.call(model, drawn, number, scale.expand(len(number))).float()
         batch = decode_latents(batch) if latent else batch
         if pixel_range is None or not generator.makes_images:
-            values = (batch if pixel_range is None else batch.clamp(*pixel_range)).cpu().numpy()
+            yield (batch if pixel_range is None else batch.clamp(*pixel_range)).cpu().numpy()
         else:
-            values = to_uint8(batch, pixel_range)
-        if not count:  # 50,000 images of ImageNet are 10 GB, which concatenation would hold twice.
-            samples = np.empty((len(numbers), *values.shape[1:]), values.dtype)
-        samples[count : count + len(values)] = values
-        count += len(values)
-    return samples
+            yield to_uint8(batch, pixel_range)

@@ -1,20 +1,22 @@
-"""Networks in whose features images are compared: FID's Inception, DINOv2, or a classifier or encoder of our own."""
+"""What samples are compared by: the features of FID's Inception, DINOv2, or a network of ours, or their own values."""
 
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..data import Dataset
 from ..errors import UserError, reason, require
 from ..hub.run_directory import RunDirectory, read_any
 from ..models import MAE, Classifier
 from ..models.feature_extractor import IMAGENET_MEAN, IMAGENET_STD
-from ..utils.progress import progress
 from .archives import Samples
 
 INCEPTION, DINOV2 = "inception", "dinov2"
@@ -22,7 +24,6 @@ FRECHET_DISTANCE = "frechet_distance"  # It has names of its own in Inception's 
 
 SPATIAL_CHANNELS = 7  # At 17 × 17 locations these are 2023 values, nearly as many as there are features.
 DINOV2_MODEL = "facebook/dinov2-large"  # ViT-L/14, as Stein et al. (arXiv 2306.04675) recommend.
-BATCH, OWN_BATCH = 50, 500  # Large and small networks are given so many images at once.
 DOWNLOAD_SECONDS = 30  # A download is given up when no bytes came for so long.
 
 
@@ -33,6 +34,10 @@ class Features(NamedTuple):
     logits: Tensor | None = None  # [N, K], for Inception's score
     spatial: Tensor | None = None  # [N, 2023], Inception's before it pools
     classes: Tensor | None = None  # [N], what a classifier of the data takes the samples for
+    digests: Tensor | None = None  # [N], int64, alike for equal samples
+
+    def to(self, device: torch.device | str) -> "Features":
+        return Features._make(None if field is None else field.to(device) for field in self)
 
 
 @dataclass(frozen=True)
@@ -43,19 +48,27 @@ class ImageFeatures:
     dim: int  # An image has this many features.
     network: Callable[[Tensor], Features]  # It gives those of uint8 images [B, C, H, W] on the device.
     device: torch.device
-    batch: int = BATCH  # It is given this many images at once.
     distance: str = FRECHET_DISTANCE  # The Fréchet distance in these features is called so.
     num_classes: int | None = None  # A classifier of the data tells this many classes apart.
 
     @torch.no_grad()
     def __call__(self, images: Samples) -> Features:
         """Features, float32, of images ``[N, H, W, C]`` from 0 to 255, uint8 or float32 that is rounded."""
-        batches, parts = torch.from_numpy(images).split(self.batch), []
+        pixels = torch.from_numpy(images).permute(0, 3, 1, 2).round().clamp(0, 255)
         with torch.backends.cudnn.flags(allow_tf32=False):
-            for batch in progress(batches, self.name, "batch"):
-                pixels = batch.permute(0, 3, 1, 2).round().clamp(0, 255).to(self.device, torch.uint8)
-                parts.append(self.network(pixels))
-        return concatenate(parts)
+            return self.network(pixels.to(self.device, torch.uint8))
+
+
+class Values:
+    """Small samples as points, without a network: images on a scale of 0 … 16, others as they are."""
+
+    name, distance, device, num_classes = "values", FRECHET_DISTANCE, torch.device("cpu"), None
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.scale, self.dim = 1.0 if dataset.pixel_range is None else 16 / 255, prod(dataset.sample_shape)
+
+    def __call__(self, samples: Samples) -> Features:
+        return Features(torch.from_numpy(samples.reshape(len(samples), -1).astype(np.float64) * self.scale))
 
 
 def concatenate(parts: Sequence[Features]) -> Features:
@@ -91,7 +104,7 @@ def _load_own(path: Path, device: torch.device) -> ImageFeatures:
         return Features(points, classes=model.fc(points).argmax(1))
 
     name, num_classes = ("mae", None) if isinstance(model, MAE) else ("classifier", model.config["num_classes"])
-    return ImageFeatures(name, model.fc.in_features, network, device, OWN_BATCH, num_classes=num_classes)
+    return ImageFeatures(name, model.fc.in_features, network, device, num_classes=num_classes)
 
 
 def _load_inception(weights: Path | None, device: torch.device) -> ImageFeatures:
@@ -123,7 +136,7 @@ def _load_inception(weights: Path | None, device: torch.device) -> ImageFeatures
         spatial = branches.pop()[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1)  # [B, 17, 17, 7]
         return Features(points, logits, spatial.flatten(1))
 
-    return ImageFeatures(INCEPTION, 2048, network, device, BATCH, "fid")
+    return ImageFeatures(INCEPTION, 2048, network, device, "fid")
 
 
 def _load_dinov2(source: str, device: torch.device) -> ImageFeatures:
@@ -145,4 +158,4 @@ def _load_dinov2(source: str, device: torch.device) -> ImageFeatures:
         x = F.interpolate(images.expand(-1, 3, -1, -1).float(), (224, 224), mode="bicubic", antialias=True)
         return Features(model((x / 255 - mean) / std).pooler_output)
 
-    return ImageFeatures(DINOV2, model.config.hidden_size, network, device, BATCH, "fd_dinov2")
+    return ImageFeatures(DINOV2, model.config.hidden_size, network, device, "fd_dinov2")

@@ -15,6 +15,7 @@ from ..utils.progress import progress
 
 Points = NDArray[np.float64]  # [N, D]
 
+NEIGHBOURS = 3  # A ball of precision and recall reaches as far as a point's third-nearest neighbour.
 BLOCK = 1000  # So many rows of a matrix are held in float64, or of distances, at once.
 
 
@@ -33,28 +34,36 @@ class Gaussian:
 
 
 def fit_gaussian(points: Tensor | Points) -> Gaussian:
-    """Sample mean and covariance of ``points [N, D]``, computed in float64; UserError for fewer than 2."""
+    """Sample mean and covariance of ``points [N, D]``, computed in float64; UserError for fewer than 2, NaN and
+    infinity."""
     if len(points) < 2:
-        raise UserError(f"received {len(points)} real or generated samples, expected at least 2 to compare")
+        raise UserError(f"received {len(points)} samples, expected at least 2 to compare")
     blocks, zero = torch.as_tensor(points).split(BLOCK), torch.zeros((), dtype=torch.float64)
     mean = sum((block.double().sum(0) / len(points) for block in blocks), zero)
     centred = (block.double() - mean for block in blocks)
     covariance = sum((block.T @ block / (len(points) - 1) for block in centred), zero)
+    if not covariance.isfinite().all():
+        raise UserError("received samples with NaN or infinity among their features, expected finite ones")
     return Gaussian(mean.cpu().numpy(), covariance.cpu().numpy())
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
-    """Squared Fréchet distance ‖μ_a − μ_b‖² + tr(Σ_a + Σ_b − 2 (Σ_b^½ Σ_a Σ_b^½)^½) (arXiv 1706.08500, eq. 6)."""
+    """Squared Fréchet distance ‖μ_a − μ_b‖² + tr(Σ_a + Σ_b − 2 (Σ_b^½ Σ_a Σ_b^½)^½) (arXiv 1706.08500, eq. 6).
+
+    It is at least 0, which rounding alone would not see to.
+    """
     if len(a.mean) != len(b.mean):
         raise UserError(f"received {len(a.mean)} features, but the reference's statistics are of {len(b.mean)}")
     product = b.root @ torch.from_numpy(a.covariance) @ b.root  # It is symmetric, unlike Σ_a Σ_b.
     cross = float(torch.linalg.eigvalsh(product).clamp(min=0).sqrt().sum())
-    return float(np.square(a.mean - b.mean).sum() + np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross)
+    distance = np.square(a.mean - b.mean).sum() + np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross
+    return max(0.0, float(distance))
 
 
 def nearest_distance(a: Points, b: Points) -> float:
     """Mean Euclidean distance of each point of ``a [N, D]`` to its nearest in ``b [M, D]``."""
-    return float(pairwise_distances_argmin_min(a, b)[1].mean())
+    centre = b.mean(0)  # Far from the origin, distances would lose digits.
+    return float(pairwise_distances_argmin_min(a - centre, b - centre)[1].mean())
 
 
 def inception_score(logits: Tensor) -> tuple[float, float]:
@@ -69,15 +78,15 @@ def inception_score(logits: Tensor) -> tuple[float, float]:
 
 
 class Manifold:
-    """Balls around ``points [N, D]``, N ≥ 2, as far as each one's third-nearest neighbour (arXiv 1904.06991)."""
+    """Balls around ``points [N, D]``, N > 3, as far as each one's third-nearest neighbour (arXiv 1904.06991)."""
 
     def __init__(self, points: Tensor) -> None:
         self.points = points.float()
-        rank = min(4, len(points))  # A point is its own nearest.
+        rank = 1 + NEIGHBOURS  # A point is its own nearest.
         self.radii = torch.cat([block.kthvalue(rank, dim=1).values for block in self._distances(self.points)])
 
     def precision_and_recall(self, points: Tensor) -> tuple[float, float]:
-        """The share of ``points [M, D]``, M ≥ 2, in this manifold, and the share of its own points in theirs."""
+        """The share of ``points [M, D]``, M > 3, in this manifold, and the share of its own points in theirs."""
         return self.share_inside(points), Manifold(points).share_inside(self.points)
 
     def share_inside(self, points: Tensor) -> float:

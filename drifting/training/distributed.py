@@ -21,7 +21,7 @@ from ..errors import explained
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(days=1)  # The other ranks wait this long while rank 0 evaluates.
+PATIENCE = timedelta(days=1)  # The other ranks wait this long while rank 0 compares and writes.
 
 
 @dataclass(frozen=True)
@@ -93,10 +93,22 @@ class Ranks:
 
     def on_main(self, action: Callable[[], T]) -> T | None:
         """What ``action`` returns on rank 0, the only one to call it; None on the others, which wait for its end."""
+        return self.together(lambda: action() if self.main else None)
+
+    def together(self, action: Callable[[], T]) -> T:
+        """What ``action`` returns on this rank; where it fails on one, all end, and rank 0 tells why."""
         result: list[T] = []
         with self.agreed():
-            self.on_all(lambda: result.append(action()) if self.main else None)
-        return result[0] if self.main else None
+            self.on_all(lambda: result.append(action()))
+        return result[0]
+
+    def to_main(self, value: T) -> list[T]:
+        """The values of all ranks, in their order, on rank 0, which alone takes them; none on the others."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.gather_object(value, values if self.main else None, group=self.host, group_dst=0)
+        return values if self.main else []
 
     @contextmanager
     def agreed(self) -> Iterator[None]:

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..config.schema import Config, GuidanceConfig
 from ..data import SampleQueue, Split
@@ -19,6 +18,7 @@ from ..data.sample_queue import unchanged
 from ..errors import UserError, shown, some_of
 from ..generation import ClassNames, Labels, as_tensor, class_numbers, plain_labels
 from ..models.drifting_loss import FeatureMaps, split_groups
+from ..utils.progress import progress
 from .distributed import Ranks
 from .real_features import RealFeatures
 
@@ -218,8 +218,8 @@ class ClassGroups:
         even = [batch + batch[:1] * (-len(batch) % self.ranks.size) for batch in batches]
         parts = [batch[self.ranks.share(len(batch))] for batch in even]
         read = read_batches(Stored(self.split), self.config.data.workers, batch_sampler=parts)
-        progress = tqdm(read, "refilling the queue", len(parts), leave=False, delay=1, disable=not self.ranks.main)
-        for batch, (samples, _) in zip(batches, progress, strict=True):
+        shown = progress(batches, "refilling the queue", "batch") if self.ranks.main else batches
+        for batch, (samples, _) in zip(shown, read, strict=True):
             samples = self.ranks.gather(samples.to(self.device, non_blocking=True))[: len(batch)]
             queue.add(samples, labels[[draw.sample for draw in batch]])
         if self.features is not None:

@@ -33,20 +33,22 @@ class GeneratorRun(Run[DriftingTrainer]):
         self.config, self.ranks, self.num_samples = self.trainer.config, self.trainer.ranks, 0
         self.by_class = self.config.step.groups == "classes"
         self.pictured = self.dataset.pixel_range is not None and self.by_class
-        self.evaluator = self.ranks.on_main(partial(self._open, self.trainer.ema_model))
+        with self.ranks.agreed():
+            self.evaluator = self._open(self.trainer.ema_model)
 
     def _open(self, model: nn.Module) -> evaluation.Evaluator | None:
-        if not self.by_class:
-            print("evaluation is left out: it draws by label, and pairs have conditions", file=sys.stderr)
-            return None
-        evaluator = evaluation.open_evaluator(self.config.evaluation, self.dataset)
-        if evaluator is None and self.dataset.latent:
-            advice = "evaluation.reference=FILE.npz names images to compare with (docs/evaluation.md)"
-            print(f"warning: nothing will be measured of latents, not even at the end: {advice}", file=sys.stderr)
+        obstacle, evaluator = "it draws by label, and pairs have conditions", None
+        if self.by_class:
+            try:
+                evaluator = evaluation.open_evaluator(self.config.evaluation, self.dataset, self.ranks)
+            except evaluation.NotMeasurable as error:
+                obstacle = str(error)
         if evaluator is not None:
             self.num_samples = self.config.evaluation.num_samples or evaluator.num_samples
-            evaluation.warn_of_few(evaluator, self.num_samples)
+            evaluator.tell(self.num_samples)
             evaluation.check_evaluation(evaluator, self.trainer.generator(model))
+        elif self.ranks.main:
+            print(f"evaluation is left out: {obstacle}", file=sys.stderr)
         return evaluator
 
     def evaluate(self) -> Quality:
@@ -56,9 +58,8 @@ class GeneratorRun(Run[DriftingTrainer]):
         """
         qualities: list[Quality] = []
         for decay in self.config.optimizer.ema_decay:
-            qualities += self.ranks.on_main(partial(self._measure, self.trainer.weights.average(decay), decay)) or []
-        best = evaluation.best_quality(qualities, self.evaluator.distance) if self.evaluator is not None else {}
-        quality = self.ranks.on_all(lambda: best)[0]
+            qualities += self._measure(self.trainer.weights.average(decay), decay)
+        quality = evaluation.best_quality(qualities, self.evaluator.distance) if self.evaluator is not None else {}
         self.trainer.best_decay = quality.get("ema_decay", self.trainer.best_decay)
         self.trainer.best_cfg_scale = quality.get("cfg_scale", self.trainer.best_cfg_scale)
         self.ranks.on_main(partial(self._keep, self.trainer.ema_model, quality))
@@ -70,7 +71,7 @@ class GeneratorRun(Run[DriftingTrainer]):
         generator = self.trainer.generator(model)
         numbers = spread_labels(self.num_samples, range(len(generator.class_names)))
         scales = self.config.evaluation.cfg_scales
-        measured = [evaluation.evaluate_model(self.evaluator, generator, numbers, scale)[0] for scale in scales]
+        measured = [evaluation.evaluate_model(self.evaluator, generator, numbers, scale) for scale in scales]
         return [{"ema_decay": decay} | quality for quality in measured]
 
     def _keep(self, model: nn.Module, quality: Quality) -> None:
