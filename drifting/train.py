@@ -20,7 +20,7 @@ from .hub.sources import load_mae
 from .models import NETWORKS, FeatureStack
 from .models.drifting_loss import build_extractor
 from .training import DriftingTrainer, Ranks, join_ranks, loop
-from .training.groups import PairGroups
+from .training.groups import ClassGroups
 from .training.run_evaluation import GeneratorRun
 from .utils.memory import keep_freed_memory
 from .utils.named import check_arguments, facts_taken, import_named, is_own
@@ -77,7 +77,9 @@ def build_trainer(config: Config, dataset: Dataset, ranks: Ranks) -> DriftingTra
             model, config, extractor, class_names=dataset.class_names, pixel_range=dataset.pixel_range, ranks=ranks,
             latent=dataset.latent, data=dataset.name, name=name, arguments=arguments,
         )  # fmt: skip
-        if isinstance(trainer.groups, PairGroups):
+        if isinstance(trainer.groups, ClassGroups):
+            trainer.groups.numbered = True  # A data set has numbers, also of classes that are called 1, 2 and 10.
+        else:
             trainer.groups.see(torch.stack([torch.as_tensor(dataset.train[place][1]) for place in (0, -1)]))
     except ValueError as error:
         raise UserError(str(error)) from error

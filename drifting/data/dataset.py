@@ -100,7 +100,8 @@ class Dataset:
         for split in (self.train, self.test):
             split.labels = torch.searchsorted(present, split.labels)
         lacking = some_of([name for name in self.class_names if name not in kept])
-        return replace(self, class_names=tuple(kept), notes=(*self.notes, f"left out, without training samples: {lacking}"))
+        notes = (*self.notes, f"left out, without training samples: {lacking}")
+        return replace(self, class_names=tuple(kept), notes=notes)
 
 
 def called(splits: Sequence[str], names: Iterable[str]) -> list[str]:

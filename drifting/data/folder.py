@@ -115,7 +115,7 @@ def _list_images(
         others = Counter[str]()
         found = sorted(_image_files(place, name, others))
         if known is None and not found:
-            there = f" but {_worded(others)}" if others else ""
+            there = f", it holds {_worded(others)}" if others else ""
             raise UserError(f"{place / name} is a class without an image{there}: fill it or take it away")
         if known is not None and name not in known:
             raise UserError(f"{place / name} is a class that the training images do not have")
@@ -165,4 +165,5 @@ def _suffix(name: str) -> str:
 
 
 def _worded(skipped: Counter[str]) -> str:
-    return ", ".join(f"{count} {suffix}" for suffix, count in skipped.most_common(10))
+    ordered = sorted(skipped.items(), key=lambda item: (-item[1], item[0]))
+    return some_of([f"{count} {suffix}" for suffix, count in ordered])

@@ -174,7 +174,8 @@ def _without_metadata(content: bytes) -> bytes:
     A chunk whose checksum is wrong raises ValueError; the pixels have one more, inside."""
     if not content.startswith(PNG):
         return content
-    kept, at, chunks = [PNG], len(PNG), memoryview(content)
+    kept: list[bytes | memoryview] = [PNG]
+    at, chunks = len(PNG), memoryview(content)
     while at + 12 <= len(content):  # A chunk is length, kind, data, checksum.
         length, kind = struct.unpack_from(">I4s", content, at)
         chunk = chunks[at : at + 12 + length]

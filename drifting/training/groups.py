@@ -62,6 +62,7 @@ class ClassGroups:
     queue: SampleQueue | None = None  # It is made with the first samples, when all labels are known.
     keep_features: Callable[[SampleQueue, Ranks], RealFeatures | None] | None = None  # It is called at that time.
     features: RealFeatures | None = None  # They are those of the samples in the queue, where they are kept.
+    numbered: bool = False  # Labels are class numbers already, whatever the classes are called.
     condition_shape = None  # Conditions are labels.
 
     def __post_init__(self) -> None:
@@ -105,7 +106,7 @@ class ClassGroups:
             print("the network takes no labels: all samples form one group", file=sys.stderr)
         if labels is not None and self.labelled and self.class_names is not None:
             try:
-                numbers = class_numbers(labels, self.class_names)
+                numbers = torch.as_tensor(labels) if self.numbered else class_numbers(labels, self.class_names)
             except ValueError as error:
                 hint = "if the first batch lacks some, give all to create_trainer(class_names=...)"
                 raise ValueError(f"{error}; {hint}") from error
