@@ -48,8 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"--{name} is {number}, expected {least} or more")
     keys = {"path": given.source, "subset": given.subset}
     config = DataConfig(given.data, image_size=given.image_size, label_column=given.label_column, **keys)
+    dataset = open_dataset(config)
+    print(dataset.describe(), file=sys.stderr)
     splits = cache_latents(
-        open_dataset(config), given.destination, origin={"data": given.data, **keys, "vae": VAE},
+        dataset, given.destination, origin={"data": given.data, **keys, "vae": VAE},
         encode=encode_images, batch_size=given.batch_size, shard_size=given.shard_size, workers=given.workers,
     )["splits"]  # fmt: skip
     counts = " and ".join(f"{len(split['labels'])} {name}" for name, split in splits.items())
@@ -91,8 +93,8 @@ def _opened_index(dataset: Dataset, destination: Path, origin: dict[str, Any], s
         "splits": {name: {"shards": [], "labels": [], "skipped": []} for name in splits},
     }  # fmt: skip
     if file.exists():
-        now, index = index["settings"], read_index(destination)
-        made = index["settings"]
+        now, index = index["settings"] | {"class_names": index["class_names"]}, read_index(destination)
+        made = index["settings"] | {"class_names": index.get("class_names")}
         changed = [f"{key}: {made.get(key)}, now {value}" for key, value in now.items() if made.get(key) != value]
         if changed:
             raise UserError(f"{destination} holds latents made otherwise ({'; '.join(changed)}): choose another DST")

@@ -16,11 +16,11 @@ import torch
 from .cli import ArgumentParser, run_command
 from .config import Config, DataConfig, EvaluationConfig, read_config
 from .data import Dataset, open_dataset
-from .errors import UserError
+from .errors import UserError, some_of
 from .evaluation import evaluator as evaluation
 from .evaluation.archives import Samples, read_samples, write_samples
 from .evaluation.drawing import DEFAULT_SCALE, check_drawing, spread_labels
-from .generation import label_numbers
+from .generation import ClassNames, label_numbers, same_classes
 from .hub.run_directory import RunDirectory
 from .hub.sources import HUB, load_generator
 from .training.distributed import Ranks, join_ranks
@@ -90,7 +90,8 @@ def _judge_generator(arguments: Any, ranks: Ranks) -> None:
     if generator.condition_shape is not None:
         advice = "draw with `python -m drifting.sample --conditions FILE.npy`, and measure its .npz"
         raise UserError(f"{arguments.source} was trained by pair, which labels do not tell: {advice}")
-    evaluator, config = _open_evaluator(arguments, ranks), _config(arguments.source) or Config()
+    evaluator = _open_evaluator(arguments, ranks, generator.class_names)
+    config = _config(arguments.source) or Config()
     num = arguments.num or config.evaluation.num_samples or evaluator.num_samples
     scales = arguments.cfg_scale or [generator.cfg_scale]
     numbers = spread_labels(num, range(len(generator.class_names)))
@@ -121,7 +122,8 @@ def _judge_generator(arguments: Any, ranks: Ranks) -> None:
             print(json.dumps(facts | best | sweep, indent=2))
 
 
-def _open_evaluator(arguments: Any, ranks: Ranks) -> evaluation.Evaluator:
+def _open_evaluator(arguments: Any, ranks: Ranks, names: ClassNames | None = None) -> evaluation.Evaluator:
+    """Open what compares with real samples; their classes are called as the ``names`` of the generator's are."""
     paths, source, features = arguments.reference, arguments.source, arguments.features
     if paths and all(path.endswith(".npz") for path in paths):
         settings, dataset = EvaluationConfig(features=features, reference=paths), None
@@ -134,6 +136,10 @@ def _open_evaluator(arguments: Any, ranks: Ranks) -> evaluation.Evaluator:
             raise UserError(f"there is nothing to compare {source} with: {expected}, or --data data of your own")
         settings = replace(config.evaluation, features=features or config.evaluation.features)
         dataset = None if settings.reference else _open_dataset(config, arguments.data)
+        if names is not None and dataset is not None and not same_classes(names, dataset.class_names):
+            told = f"{source} was trained on {len(names)} classes ({some_of(names)})"
+            real = f"the data to compare with have {dataset.num_classes} ({some_of(dataset.class_names)})"
+            raise UserError(f"{told}, {real}: name those of the training with --reference")
     try:
         return evaluation.open_evaluator(settings, dataset, ranks)
     except evaluation.NotMeasurable as error:

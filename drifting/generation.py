@@ -248,6 +248,12 @@ def as_tensor(values: Any) -> Tensor:
     return values if isinstance(values, Tensor) else torch.as_tensor(values, device="cpu")
 
 
+def same_classes(names: ClassNames, others: ClassNames) -> bool:
+    """Whether classes are called alike; numbers from 0 on, and the one class of samples without labels, say nothing."""
+    texts = [tuple(map(str, of)) for of in (names, others)]
+    return texts[0] in (texts[1], ("all",), tuple(map(str, range(len(others)))))
+
+
 def label_numbers(names: ClassNames) -> tuple[int, ...]:
     """What files of samples call the classes: their names where these are different integers, else their numbers."""
     numbers = {int(name) for name in map(str, names) if re.fullmatch(r"-?[0-9]{1,9}", name)}

@@ -45,6 +45,8 @@ def pretrain(config: PretrainConfig, out: Path, ranks: Ranks = Ranks(), asked: C
     directory = RunDirectory(out)
     with loop.opened_run(directory, config, ranks, asked) as config:
         dataset = open_dataset(config.data, config.seed)
+        if ranks.main:
+            print(dataset.describe(), file=sys.stderr)
         loop.train(MAERun(directory, build_trainer(config, dataset, ranks), dataset))
 
 
@@ -110,6 +112,7 @@ class MAERun(loop.Run[MAETrainer]):
 
     def save_model(self) -> None:
         model, description = self.trainer.ema_model, {"data": self.dataset.name, "step": self.trainer.step}
+        description["class_names"] = list(self.dataset.class_names)
         self.trainer.ranks.on_main(lambda: write_model(self.directory, model, description))
 
     def describe(self, record: dict[str, Any], quality: Quality) -> str:

@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if generator.condition_shape is None and arguments.conditions is None:
         numbers = spread_labels(num, parse_labels(arguments.labels, generator.class_names))
         labels = torch.tensor(label_numbers(generator.class_names))[numbers].numpy()
-        told = f"labels {', '.join(str(generator.class_names[number]) for number in numbers.unique().tolist())}"
+        told = f"labels {some_of([generator.class_names[number] for number in numbers.unique().tolist()])}"
     else:
         conditions = read_conditions(arguments.conditions, generator.condition_shape)
         numbers = conditions[spread_labels(num, range(len(conditions)))]
@@ -79,11 +79,14 @@ def parse_labels(text: str | None, names: ClassNames) -> list[int]:
     if text is None:
         return list(range(len(names)))
     place = {str(number): number for number in range(len(names))} | {str(name): n for n, name in enumerate(names)}
-    chosen = []
-    for label in map(str.strip, text.split(",")):
-        if label not in place:
-            raise UserError(f"--labels names {label!r}, expected 0 to {len(names) - 1} or some of: {some_of(names)}")
-        chosen.append(place[label])
+    chosen, parts, most = [], text.split(","), max(name.count(",") for name in place) + 1
+    while parts:  # A name may have commas: the longest that is one counts.
+        ends = [end for end in range(1, most + 1) if ",".join(parts[:end]).strip() in place]
+        if not ends:
+            expected = f"0 to {len(names) - 1} or some of: {some_of(names)}"
+            raise UserError(f"--labels names {parts[0].strip()!r}, expected {expected}")
+        chosen.append(place[",".join(parts[: ends[-1]]).strip()])
+        del parts[: ends[-1]]
     return list(dict.fromkeys(chosen))
 
 

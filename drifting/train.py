@@ -3,6 +3,7 @@
 With ``torchrun --nproc_per_node=K -m drifting.train ...`` K processes do it, on a GPU each.
 """
 
+import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,8 @@ def train(config: Config, out: Path, ranks: Ranks = Ranks(), asked: Collection[s
     with loop.opened_run(directory, config, ranks, asked) as config:
         with ranks.agreed():
             dataset = open_dataset(config.data, config.seed, pairs=config.step.groups == "pairs")
+            if ranks.main:
+                print(dataset.describe(), file=sys.stderr)
             trainer = build_trainer(config, dataset, ranks)
             tell_memory(trainer)
         loop.train(GeneratorRun(directory, trainer, dataset))

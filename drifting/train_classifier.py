@@ -3,6 +3,7 @@
 ``drifting.train`` takes it as ``evaluation.features=DIR``, and ``drifting.evaluate`` as ``--features DIR``.
 """
 
+import sys
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -35,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.epochs < 1:
         raise UserError(f"--epochs is {arguments.epochs}, expected 1 or more")
     dataset = open_dataset(DataConfig(arguments.data, arguments.path))
+    print(dataset.describe(), file=sys.stderr)
     if dataset.latent or dataset.pixel_range is None:
         raise UserError("a classifier judges images, which these data are not: choose other --data")
     if run.config.exists():
@@ -44,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with run.lock():
         classifier = train_classifier(dataset, arguments.epochs, arguments.seed)
         accuracy = measure_accuracy(classifier, dataset.test)
-        write_model(run, classifier, {"data": dataset.name, "test_accuracy": accuracy})
+        description = {"data": dataset.name, "class_names": list(dataset.class_names), "test_accuracy": accuracy}
+        write_model(run, classifier, description)
     print(f"recognises {accuracy:.2%} of the {len(dataset.test)} test images; wrote {run.path}")
     return 0
 

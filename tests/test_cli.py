@@ -223,8 +223,9 @@ def test_bad_arguments(command, arguments, expected, trained, tmp_path, capsys, 
         run_command(lambda: command.main([argument.format(**places) for argument in arguments]))
     captured = capsys.readouterr()
     assert caught.value.code == 2 and captured.out == ""
-    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
-    assert re.search(expected, captured.err)
+    *before, error = captured.err.splitlines()  # What the data are is said before what goes wrong with them.
+    assert all(line.startswith("digits: ") for line in before) and len(before) <= 1
+    assert error.startswith("error: ") and re.search(expected, error)
 
 
 def test_output_that_nobody_reads_ends_the_command_silently():

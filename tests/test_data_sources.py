@@ -143,14 +143,14 @@ def write_batch(path: Path, images: np.ndarray, labels: list[int], published: bo
 def test_cifar10(tmp_path, published):
     images = {}
     for name in [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]:
-        images[name] = pixels(4, 32, 32, 3)
-        write_batch(tmp_path / name, images[name], [0, 9, 3, 3], published)
+        images[name] = pixels(10, 32, 32, 3)
+        write_batch(tmp_path / name, images[name], [0, 9, 3, 2, 1, 4, 5, 6, 7, 8], published)
     cifar10 = open_dataset(DataConfig("cifar10", path=str(tmp_path)))
     assert cifar10.sample_shape == (3, 32, 32) and cifar10.class_names[9] == "truck"
     *train, test = images.values()
     torch.testing.assert_close(cifar10.train.samples(), normalised(np.concatenate(train)))
     torch.testing.assert_close(cifar10.test.samples(), normalised(test))
-    assert cifar10.train.labels.tolist() == [0, 9, 3, 3] * 5
+    assert cifar10.train.labels.tolist() == [0, 9, 3, 2, 1, 4, 5, 6, 7, 8] * 5
 
 
 class Call:
@@ -235,9 +235,9 @@ def test_folder_without_splits_holds_out_some_for_good(tmp_path):
     assert 8 <= len(before.test) <= 35 and len(before.train) + len(before.test) == 200
     write_images(tmp_path, {"emu": 50})
     after = open_dataset(folder(tmp_path))
-    held = [split.images.args[1][split.labels.numpy() < 2].tolist() for split in (before.test, after.test)]
+    held = [split.images.names[split.labels.numpy() < 2].tolist() for split in (before.test, after.test)]
     assert held[0] == held[1]
-    assert not set(after.train.images.args[1].tolist()) & set(after.test.images.args[1].tolist())
+    assert not set(after.train.images.names.tolist()) & set(after.test.images.names.tolist())
 
 
 def test_folder_names_broken_images_and_classes_out_of_place(tmp_path):
@@ -246,7 +246,7 @@ def test_folder_names_broken_images_and_classes_out_of_place(tmp_path):
     broken = tmp_path / "train" / "cat" / "001.png"
     broken.write_bytes(broken.read_bytes()[:50])
     dataset = open_dataset(folder(tmp_path))
-    with pytest.raises(UserError, match=rf"{broken} cannot be decoded \(\w+: .*\): repair or delete it"):
+    with pytest.raises(UserError, match=rf"{broken} cannot be decoded \(\w+: .*\): repair or delete it, or set"):
         dataset.train[1]
     broken.unlink()
     with pytest.raises(UserError, match=f"^{broken} cannot be read: No such file or directory$"):
@@ -256,11 +256,18 @@ def test_folder_names_broken_images_and_classes_out_of_place(tmp_path):
         open_dataset(folder(tmp_path))
 
 
-@pytest.mark.parametrize("names", [[], ["train"], ["a.png"], ["train/cat"]])
-def test_folder_without_images(tmp_path, names):
+@pytest.mark.parametrize("names, expected", [
+    ([], "there are too few images in .*: expected a sub-directory for each class"),
+    (["train"], "train is a class without an image: fill it or take it away"),
+    (["a.png"], "a.png is a class without an image"),
+    (["train/cat"], "has train, but a folder of test images is missing: call it val"),
+    (["train/cat", "test/cat"], "train/cat is a class without an image"),
+    (["train", "Val"], "there are too few images in .*train: expected a sub-directory for each class"),
+])  # fmt: skip
+def test_folder_without_images(tmp_path, names, expected):
     for name in names:
         (tmp_path / name).mkdir(parents=True)
-    with pytest.raises(UserError, match="there are too few images in .*: expected a sub-directory for each class"):
+    with pytest.raises(UserError, match=expected):
         open_dataset(folder(tmp_path))
 
 

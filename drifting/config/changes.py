@@ -18,7 +18,7 @@ NEVER = (
     "step.unconditional_queue_size", "step.latents", "step.groups", "optimizer.ema_decay",
 )  # fmt: skip
 FREE = (
-    "train", "evaluation", "data.path", "data.workers", "step.queue_device", "step.queue_features",
+    "train", "evaluation", "data.path", "data.workers", "data.skip_broken", "step.queue_device", "step.queue_features",
     "step.labels_at_once", "step.images_at_once", "step.compile", "step.activation_checkpointing", "step.fsdp",
 )  # fmt: skip
 RESUME = dict.fromkeys(NEVER, "never") | dict.fromkeys(FREE, "free") | {"train.batch_size": "asked"}

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Any
 
+from PIL import ImageColor
+
 from ..utils.named import is_own
 from .keys import FROM_0, FROM_1, FROM_2, POSITIVE, SHARE, each, key, one_of
 
@@ -16,6 +18,7 @@ SCALE_RANGE = "[least, greatest] with 1 <= least <= greatest", lambda v: len(v) 
 NETWORK = one_of(DRIFTING_DIT, *SMALL_NETWORKS, own=True)
 SHARE_RANGE = "[least, greatest] with 0 < least <= greatest <= 1", lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 1
 FOUR = "four numbers of 1 or more", lambda v: len(v) == 4 and min(v) >= 1
+COLOUR = "a colour such as white or rgb(30, 60, 90)", lambda v: len(ImageColor.getrgb(v)) == 3
 SEED = "All randomness of a run follows from this number."
 DATA = "The training data. If name is module:Name of your own, all other keys but workers are its arguments."
 MODEL = (
@@ -38,6 +41,8 @@ class DataConfig:
     image_size: int | None = key(None, "Images get this height and width; null keeps theirs.", FROM_1)
     flip: bool = key(False, "Every other training image, chosen at random, is mirrored.")
     crop: bool = key(False, "Training sees random resized crops instead of centre crops.")
+    background: str = key("black", "Transparent parts of image files show this colour.", COLOUR)
+    skip_broken: bool = key(False, "Another image of the class stands for a file that cannot be read.")
     workers: int = key(0, "This many processes read; 0 reads in the training process.", FROM_0)
     subset: str | None = key(None, "Hugging Face data sets are read in this configuration.")
     label_column: str | None = key(None, "This column of Hugging Face data holds the labels.")

@@ -3,10 +3,10 @@
 import hashlib
 import os
 import signal
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import count, islice, repeat
 from typing import Any, NamedTuple
 
@@ -15,7 +15,11 @@ import torch
 from torch import Tensor
 from torch.utils import data
 
-from ..errors import UserError
+from ..errors import UserError, reason, shown, some_of
+
+# Folders and tables are called so, in any case; of several with test samples, the first of these is taken.
+TRAIN_SPLITS = ("train", "training")
+TEST_SPLITS = ("val", "valid", "validation", "dev", "test", "testing")  # Many keep the labels of "test" to themselves.
 
 
 class Draw(NamedTuple):
@@ -38,6 +42,11 @@ class Split(data.Dataset[tuple[Tensor, int]], ABC):
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def broken(self) -> list[int]:
+        """These samples were found broken, and others have taken their places; most data sets know of none."""
+        return []
 
     def __getitem__(self, at: int | Draw) -> tuple[Tensor, int]:
         sample, label = self.stored(at)
@@ -85,16 +94,53 @@ class Dataset:
     sample_shape: tuple[int, ...]
     pixel_range: tuple[float, float] | None = (-1.0, 1.0)
     latent: bool = False
+    notes: tuple[str, ...] = ()  # A run says these lines once, before its first step.
 
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
 
+    def describe(self) -> str:
+        """Word how many samples and classes there are, with the first names of these, and the ``notes``."""
+        noun = "latents" if self.latent else "samples" if self.pixel_range is None else "images"
+        classes = f"{self.num_classes} {'class' if self.num_classes == 1 else 'classes'}: {some_of(self.class_names)}"
+        told = f"{self.name}: {len(self.train)} training and {len(self.test)} test {noun} of {classes}"
+        return "\n".join([told, *self.notes])
 
-def hold_out(names: Iterable[str | bytes]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the indices of training samples and of one test sample in ten, on which a hash of its name decides."""
+    def without_ghosts(self) -> "Dataset":
+        """Leave out classes that have a name but no training samples: they would be drawn, though nothing shows them.
+        The others are renumbered, in the splits themselves. Test samples of such classes raise UserError."""
+        present = self.train.labels.unique()  # [K], in ascending order
+        for split in (self.train, self.test):
+            strange = split.labels[~torch.isin(split.labels, present[(present >= 0) & (present < self.num_classes)])]
+            if len(strange):
+                name = dict(enumerate(self.class_names)).get(int(strange[0]), "without a name")
+                told = f"{len(strange)} samples have the class {int(strange[0])}, {name}"
+                raise UserError(f"{told}, expected classes that have names and training samples: take these away")
+        if len(present) == self.num_classes:
+            return self
+        kept = [self.class_names[number] for number in present.tolist()]
+        for split in (self.train, self.test):
+            split.labels = torch.searchsorted(present, split.labels)
+        lacking = some_of([name for name in self.class_names if name not in kept])
+        notes = (*self.notes, f"left out, without training samples: {lacking}")
+        return replace(self, class_names=tuple(kept), notes=notes)
+
+
+def called(splits: Sequence[str], names: Iterable[str]) -> list[str]:
+    """Return those of ``names`` that are one of ``splits``, in any case, in the order of these."""
+    return [name for split in splits for name in sorted(names) if name.lower() == split]
+
+
+def hold_out(names: Iterable[str | bytes], labels: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the indices of training samples and of one test sample in ten, on which a hash of its name decides. Where
+    that takes all samples of one of the ``labels`` (one a sample, or none), they stay training samples."""
     digests = (hashlib.blake2b(os.fsencode(name), digest_size=8).digest() for name in names)
     held = np.array([int.from_bytes(digest, "big") % 10 == 0 for digest in digests], dtype=bool)
+    if len(labels):
+        texts = list(map(repr, labels))  # Not every label is hashable.
+        trained = {text for text, is_held in zip(texts, held, strict=True) if not is_held}
+        held &= [text in trained for text in texts]
     return np.flatnonzero(~held), np.flatnonzero(held)
 
 
@@ -124,26 +170,29 @@ def training_batches(
 
 
 def read_batches(samples: Any, workers: int, **settings: Any) -> Iterator[Any]:
-    """Read batches of a DataLoader with those ``settings``, whose processes leave Ctrl-C to this one."""
+    """Read batches of a DataLoader with those ``settings``, whose processes leave Ctrl-C to this one. Whatever fails
+    in reading, or in a process that reads, raises UserError in one line, and does so when the next batch is due."""
     settings |= {"num_workers": workers, "worker_init_fn": _ignore_ctrl_c, "pin_memory": torch.cuda.is_available()}
-    with telling_of_dead_workers():
-        yield from data.DataLoader(samples, **settings)
+    try:
+        batches = iter(data.DataLoader(samples, **settings))
+        if workers and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch would raise a worker's death in any statement.
+        yield from batches
+    except Exception as error:  # A data set may raise errors of any class.
+        raise UserError(_told_in_one_line(error)) from error
 
 
 def _ignore_ctrl_c(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-@contextmanager
-def telling_of_dead_workers() -> Iterator[None]:
-    """Inside, a worker that fails or dies raises UserError in one line; the DataLoader notices it in any statement."""
-    try:
-        yield
-    except (UserError, RuntimeError) as error:
-        lines = str(error).rstrip().splitlines()
-        if isinstance(error, UserError) and "Original Traceback" in str(error):
-            raise UserError(lines[-1].partition(": ")[2]) from error  # It is "drifting.errors.UserError: MESSAGE".
-        if "DataLoader worker" not in str(error):
-            raise
+def _told_in_one_line(error: Exception) -> str:
+    lines = str(error).rstrip().splitlines() or [""]
+    if "Original Traceback" in str(error):  # A worker says so, and then "drifting.errors.UserError: MESSAGE".
+        told = lines[-1].partition(": ")[2] if isinstance(error, UserError) else shown(lines[-1])
+    elif "DataLoader worker" in str(error):
         died = f"a process that reads data died ({lines[0].rstrip('. ')})"
-        raise UserError(f"{died}: fewer data.workers need less memory") from error
+        return f"{died}: fewer data.workers need less memory"
+    else:
+        told = reason(error)
+    return told if isinstance(error, UserError) else f"the data cannot be read: {told}"

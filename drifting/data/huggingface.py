@@ -1,24 +1,19 @@
 """Data sets that Hugging Face's ``datasets`` loads, from disk or from the hub."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from ..config.schema import DataConfig
 from ..errors import UserError, explained, require
-from .dataset import Dataset, hold_out
-from .image_split import ImageError, decode_image, image_dataset, read_image
+from .dataset import TEST_SPLITS, TRAIN_SPLITS, Dataset, called, hold_out
+from .image_split import EncodedImages, ImageError, image_dataset, read_content
 from .own import number_splits
-
-TEST_SPLITS = ("validation", "valid", "val", "test")  # ImageNet and others keep the labels of "test" to themselves.
 
 
 def load_huggingface(config: DataConfig, seed: int = 0) -> Dataset:
     """Load the splits ``train`` and ``validation``, ``val`` or ``test``; without those, some rows are held out. The
     image column is the only one of that type. The label column is ``config.label_column`` if that is set, else the only
-    one of type ``ClassLabel``, else the one called ``label``."""
+    one of type ``ClassLabel``, else the one called ``label``. Splits may number classes differently: names count."""
     datasets: Any = require("datasets", "data.name=huggingface", "huggingface")
     tables = _load_tables(datasets, config)
     origin, features = f"data.path is {config.path}", tables[0].features
@@ -34,41 +29,55 @@ def load_huggingface(config: DataConfig, seed: int = 0) -> Dataset:
     column = config.label_column or classes[0]
     if column not in features:
         raise UserError(f"data.label_column is {column}, expected one of: {names}")
-    class_names, labels = getattr(features[column], "names", None), [list(table[column]) for table in tables]
-    if class_names is None:
-        class_names, labels = number_splits(labels, f"column {column!r} holds")
+    labels = [_labels(table, column) for table in tables]
+    if len(tables) == 1:
+        parts = hold_out(map(str, range(len(tables[0]))), labels[0])
+        if not all(map(len, parts)):
+            raise UserError(f"{origin}, which has no test split and only {len(labels[0])} rows to take one from")
+        labels, tables = [[labels[0][n] for n in part] for part in parts], [tables[0].select(part) for part in parts]
+    class_names, numbers = number_splits(labels, f"column {column!r} holds", getattr(features[column], "names", None))
     splits = []
-    for table, of_split in zip(tables, labels, strict=True):
-        if any(label is None or label < 0 for label in of_split):
-            raise UserError(f"column {column!r} of the split {table.split} has rows without a known class")
+    for table, of_split in zip(tables, numbers, strict=True):
+        if not isinstance(table.features.get(images[0]), datasets.Image):
+            raise UserError(f"the split {table.split} has no column {images[0]!r} of images")
         undecoded = table.cast_column(images[0], datasets.Image(decode=False)).select_columns(images)
-        splits.append((partial(_cell, undecoded, images[0]), of_split))
+        splits.append((Cells(undecoded, images[0], config.background), of_split))
     return image_dataset(config, seed, splits, tuple(map(str, class_names)), 3)
 
 
-def _cell(table: Any, column: str, index: int) -> Image.Image:
-    """Decode an image of a table, which holds files: all data sets decode alike, and name what is broken."""
-    cell = table[int(index)][column] or {"bytes": None, "path": None}
-    origin = f"image {index} of {table.split or 'the data set'} ({cell['path']})"
-    if cell["bytes"] is not None:
-        return decode_image(cell["bytes"], origin)
-    if cell["path"] is None:
-        raise ImageError(f"{origin} is missing")
-    return read_image(Path(cell["path"]))
+class Cells(EncodedImages):
+    """A column of a table, which holds files: all data sets decode alike, and name what is broken."""
+
+    def __init__(self, table: Any, column: str, background: str) -> None:
+        self.table, self.column, self.background = table, column, background
+
+    def content(self, index: int) -> tuple[bytes, str]:
+        cell = self.table[int(index)][self.column] or {"bytes": None, "path": None}
+        origin = f"image {index} of {self.table.split or 'the data set'} ({cell['path']})"
+        if cell["bytes"] is None and cell["path"] is None:
+            raise ImageError(f"{origin} is missing")
+        return (read_content(Path(cell["path"])) if cell["bytes"] is None else cell["bytes"]), origin
 
 
-def _load_tables(datasets: Any, config: DataConfig) -> tuple[Any, Any]:
+def _labels(table: Any, column: str) -> list[Any]:
+    """List the labels of all rows, as names where the table has numbers that stand for these."""
+    if column not in table.features:
+        raise UserError(f"the split {table.split} has no column {column!r}, which holds the class")
+    labels, names = list(table[column]), getattr(table.features[column], "names", None)
+    if names is not None and any(label is None or label < 0 for label in labels):
+        raise UserError(f"column {column!r} of the split {table.split} has rows without a known class")
+    return labels if names is None else [names[label] for label in labels]
+
+
+def _load_tables(datasets: Any, config: DataConfig) -> list[Any]:
+    """Load the table of the training split and that of the test split, or the only one."""
     path = config.path or ""
     with explained(f"data.path is {path}, which datasets cannot load (data.subset chooses one of several)"):
         saved = any((Path(path) / name).is_file() for name in ("dataset_dict.json", "state.json"))
         tables = datasets.load_from_disk(path) if saved else datasets.load_dataset(path, config.subset)
-    if isinstance(tables, dict):
-        if "train" not in tables:
-            raise UserError(f"data.path is {path}, which has the splits {', '.join(tables)}, expected train among them")
-        if tests := [tables[name] for name in TEST_SPLITS if name in tables]:
-            return tables["train"], tests[0]
-        tables = tables["train"]
-    rows, held = hold_out(map(str, range(len(tables))))
-    if not len(rows) or not len(held):
-        raise UserError(f"data.path is {path}, which has no test split and only {len(tables)} rows to take one from")
-    return tables.select(rows), tables.select(held)
+    if not isinstance(tables, dict):
+        return [tables]
+    train, test = (called(splits, tables) for splits in (TRAIN_SPLITS, TEST_SPLITS))
+    if not train:
+        raise UserError(f"data.path is {path}, which has the splits {', '.join(tables)}, expected train among them")
+    return [tables[name] for name in (*train[:1], *test[:1])]

@@ -4,7 +4,13 @@ transforms draw them from a global generator."""
 
 import io
 import math
-from collections.abc import Iterable
+import struct
+import sys
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,27 +30,73 @@ CROP_AREA, CROP_ASPECT = (0.2, 1.0), (3 / 4, 4 / 3)
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
 MOST_BYTES, MOST_PIXELS = 2**28, 2**26
 MOST_ASPECT = 16  # Of an image longer than that, the middle is resized.
+PNG = b"\x89PNG\r\n\x1a\n"  # A PNG file begins so.
+PROBED = 200  # So many images tell whether a data set has transparent ones.
 
 
 class ImageError(UserError):
     """An image that cannot be decoded; the message names it."""
 
 
+class EncodedImages(ABC):
+    """Image files, which are decoded when they are asked for; what is transparent shows the colour ``background``."""
+
+    background: str
+
+    @abstractmethod
+    def content(self, index: int) -> tuple[bytes, str]:
+        """Return the bytes of an image file, and what to call it where it cannot be decoded."""
+
+    def __getitem__(self, index: int) -> Image.Image:
+        return decode_image(*self.content(index), self.background)
+
+    def any_transparent(self, num: int) -> bool:
+        """Tell whether one of some evenly spaced images, of ``num``, has an alpha channel or a transparent colour."""
+        for index in range(0, num, -(-num // PROBED)):
+            with suppress(Exception):  # Whoever needs a broken image will tell.
+                if _open_image(self.content(index)[0]).has_transparency_data:
+                    return True
+        return False
+
+
 class ImageSplit(Split):
     """``images`` brought to ``[C, size, size]``; black, which is 0, becomes -1, and ``white`` becomes 1. ``images`` is
-    uint8 ``[N, H, W]`` or ``[N, H, W, 3]``, or returns a Pillow image for an index."""
+    uint8 ``[N, H, W]`` or ``[N, H, W, 3]``, or :class:`EncodedImages`. With ``skip_broken``, another image of the class
+    stands for one that cannot be read, always the same, and ``broken`` lists these."""
 
     dtype = torch.uint8
 
     def __init__(
         self, images: Any, labels: ArrayLike, size: int, flip: bool = False, crop: bool = False, seed: int = 0,
-        white: int = 255,
+        white: int = 255, skip_broken: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(torch.from_numpy(np.asarray(labels).astype(np.int64)))
         self.images, self.size, self.white, self.flip, self.crop, self.seed = images, size, white, flip, crop, seed
+        # Processes that read images share it with this one: which images were found broken.
+        self.found_broken = torch.zeros(len(self), dtype=torch.bool).share_memory_() if skip_broken else None
+
+    @property
+    def broken(self) -> list[int]:
+        return [] if self.found_broken is None else self.found_broken.nonzero().flatten().tolist()
+
+    def _image(self, index: int) -> Any:
+        if self.found_broken is None:
+            return self.images[index]
+        for other in chain([index], self._others(index)):
+            try:
+                if not self.found_broken[other]:
+                    return self.images[other]
+            except UserError as error:
+                self.found_broken[other] = True
+                print(f"another image of its class takes the place of one: {error}", file=sys.stderr)
+        raise UserError(f"none of the images of class {int(self.labels[index])} can be read, see above")
+
+    def _others(self, index: int) -> Iterator[int]:
+        same = (self.labels == self.labels[index]).nonzero().flatten()
+        yield from same.roll(-int((same == index).nonzero()))[1:].tolist()
 
     def sample(self, index: int, draw: Draw | None) -> Tensor:
-        image = self.images(index) if callable(self.images) else self.images[index]
+        image = self._image(index)
         shape, box, mirrored = (self.size, self.size), None, False
         if draw is not None and (self.flip or self.crop):
             rng = np.random.default_rng([self.seed, *draw])
@@ -79,38 +131,67 @@ def find_files(config: DataConfig, folders: tuple[str, ...], names: list[str], w
 
 def image_dataset(
     config: DataConfig, seed: int, splits: Iterable[tuple[Any, ArrayLike]], class_names: tuple[str, ...], channels: int,
-    size: int = 0, white: int = 255,
+    size: int = 0, white: int = 255, notes: Sequence[str] = (),
 ) -> Dataset:  # fmt: skip
     """Make a data set of training and test images, of their own ``size`` where ``config`` names no other."""
-    size = config.image_size or size
-    train, test = (ImageSplit(*split, size, config.flip, config.crop, seed, white) for split in splits)
-    return Dataset(config.name, train, test, class_names, (channels, size, size))
+    size, (flip, crop, skip) = config.image_size or size, (config.flip, config.crop, config.skip_broken)
+    train, test = (ImageSplit(*split, size, flip, crop, seed, white, skip) for split in splits)
+    if isinstance(train.images, EncodedImages) and train.images.any_transparent(len(train)):
+        notes = (*notes, f"there are images with transparency, which are put on {config.background} (data.background)")
+    return Dataset(config.name, train, test, class_names, (channels, size, size), notes=tuple(notes))
 
 
-def read_image(path: Path) -> Image.Image:
-    """Read an image file in RGB; raises ImageError, or another UserError where the image need not be at fault."""
+def read_content(path: Path) -> bytes:
+    """Read an image file; raises ImageError, or another UserError where the image need not be at fault."""
     with explained(f"{path} cannot be read"):  # A process that reads data would lose the file's name.
         is_small = path.stat().st_size <= MOST_BYTES and path.is_file()
         content = path.read_bytes() if is_small else b""
     if not is_small:
         raise ImageError(f"{path} is no file of at most {MOST_BYTES} bytes: delete it")
-    return decode_image(content, str(path))
+    return content
 
 
-def decode_image(content: bytes, origin: str) -> Image.Image:
-    """Decode an image file to RGB, without regard to Exif's orientation; raises ImageError, which names its origin."""
+def decode_image(content: bytes, origin: str, background: str = "black") -> Image.Image:
+    """Decode an image file, of several frames the first, to RGB, without regard to Exif's orientation. What is
+    transparent shows the colour ``background``. It raises ImageError, which names its origin."""
     try:
-        image: Image.Image = Image.open(io.BytesIO(content), formats=FORMATS)
+        image = _open_image(content)
         if image.width * image.height > MOST_PIXELS:
             raise ValueError(f"{image.width} × {image.height} pixels, expected at most {MOST_PIXELS}")
         if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # Pillow would cut 16 bits off at 255.
         if image.mode in ("I", "F"):
             raise ValueError("grey values of 32 bits, whose black and white are unknown: expected 8 or 16 bits")
+        if image.has_transparency_data:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, background), image.convert("RGBA"))
         return image.convert("RGB")
     except Exception as error:  # Decoders raise errors of any class on broken files.
         why = "of no known format" if isinstance(error, UnidentifiedImageError) else reason(error)
-        raise ImageError(f"{origin} cannot be decoded ({why}): repair or delete it") from error
+        remedy = "repair or delete it, or set data.skip_broken=true"
+        raise ImageError(f"{origin} cannot be decoded ({why}): {remedy}") from error
+
+
+def _open_image(content: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(_without_metadata(content)), formats=FORMATS)
+
+
+def _without_metadata(content: bytes) -> bytes:
+    """Leave out what a PNG file has beside its pixels: text and profiles, for whose size and flaws Pillow refuses it.
+    A chunk whose checksum is wrong raises ValueError; the pixels have one more, inside."""
+    if not content.startswith(PNG):
+        return content
+    kept: list[bytes | memoryview] = [PNG]
+    at, chunks = len(PNG), memoryview(content)
+    while at + 12 <= len(content):  # A chunk is length, kind, data, checksum.
+        length, kind = struct.unpack_from(">I4s", content, at)
+        chunk = chunks[at : at + 12 + length]
+        at += 12 + length
+        if at <= len(content) and kind != b"IDAT" and zlib.crc32(chunk[4:-4]) != int.from_bytes(chunk[-4:], "big"):
+            what = "ancillary chunk" if kind[0] & 0x20 else "chunk"
+            raise ValueError(f"the checksum of the {what} {kind.decode('latin1')} is wrong")
+        if not kind[0] & 0x20 or kind == b"tRNS":
+            kept.append(chunk)
+    return b"".join(kept) + content[at:]
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:

@@ -1,6 +1,7 @@
 """A user's own data: its labels and their class numbers, and data sets by the name ``module:Name`` as ours are."""
 
 import random
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -20,7 +21,7 @@ from .dataset import Dataset, Draw, Split, hold_out
 ALL = ("all",)  # The one class of samples without labels.
 COMPACT = (torch.uint8, torch.float16)
 PROBED = 1000  # So many training samples tell the range of pixels.
-PASSED_ON = ("path", "image_size", "flip", "crop", "subset", "label_column")
+PASSED_ON = ("path", "image_size", "flip", "crop", "subset", "label_column", "background", "skip_broken")
 
 
 def sample_of(item: Any) -> Any:
@@ -76,14 +77,21 @@ def checked_labels(labels: Iterable[Any], found: str = "a label is") -> list[int
 
 
 def number_labels(labels: Iterable[Any], found: str = "a label is") -> tuple[int | str, ...]:
-    """Return the different ones of :func:`checked_labels` by class number, integers before text."""
+    """Return the different ones of :func:`checked_labels` by class number: integers, then text, which is in the order
+    of numbers where all of it are numbers."""
     different = set(checked_labels(labels, found))
-    return tuple(sorted(different, key=lambda label: (isinstance(label, str), label))) or ALL
+    texts = {label for label in different if isinstance(label, str)}
+    are_numbers = all(re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", text) for text in texts)
+    ordered = sorted(texts, key=lambda text: (float(text) if are_numbers else 0, text))
+    return (*sorted(different - texts), *ordered) or ALL
 
 
-def number_splits(splits: Sequence[list[Any]], found: str) -> tuple[tuple[int | str, ...], list[list[int]]]:
-    """Return the training data's labels by class number, and the class numbers of the training and the test data."""
-    names = number_labels(splits[0], found)
+def number_splits(
+    splits: Sequence[list[Any]], found: str, names: Sequence[int | str] | None = None
+) -> tuple[tuple[int | str, ...], list[list[int]]]:
+    """Return the training data's labels by class number, which are ``names`` if these are given, and the class numbers
+    of the training and the test data."""
+    names = number_labels(splits[0], found) if names is None else tuple(names)
     number = {label: place for place, label in enumerate(names)}
     for label in (label for labels in splits for label in labels):
         if type(label) not in (int, str) or label not in number:
@@ -168,16 +176,24 @@ def _dataset(name: str, made: Any, pairs: bool) -> Dataset:
     for source in sources:
         if not hasattr(source, "__len__") or not hasattr(source, "__getitem__"):
             raise UserError(f"it gives a {type(source).__name__}, expected a map-style data set or a pair of them")
+    numbered = [getattr(source, "classes", None) for source in sources]  # torchvision's data sets have it.
+    if any(isinstance(of_source, list) and of_source != numbered[0] for of_source in numbered):
+        raise UserError("its training and test data number their classes differently: give both the same classes")
+    labels: list[list[Any]] = []
     if len(sources) == 1:
-        parts = hold_out(map(str, range(len(made))))
-        if not len(parts[1]):
+        found = [] if pairs else all_labels(made) or []
+        if len(found) not in (0, len(made)):
+            raise UserError(f"it has {len(found)} labels of {len(made)} samples, expected one of each")
+        parts = hold_out(map(str, range(len(made))), found)
+        if not all(map(len, parts)):
             raise UserError(f"{len(made)} samples are too few to test with some: give a pair (training, test)")
         sources = tuple(Subset(made, part.tolist()) for part in parts)
+        labels = [[found[n] for n in part] if found else [] for part in parts]
     kind = PairSplit if pairs else OwnSplit
     train, test = splits = kind(sources[0], "training"), kind(sources[1], "test")
     if train.shape != test.shape:
         raise UserError(f"training samples have the shape {list(train.shape)}, test samples {list(test.shape)}")
-    labels = [[] if pairs else all_labels(source) or [] for source in sources]
+    labels = labels or [[] if pairs else all_labels(source) or [] for source in sources]
     for split, found in zip(splits, labels, strict=True):
         if len(found) != len(split) and (labels[0] or found):
             raise UserError(f"it has {len(found)} labels of {len(split)} {split.name} samples, expected one of each")

@@ -132,6 +132,8 @@ class ClassGroups:
         """The class numbers ``[num]`` of labels."""
         if labels is None or not self.labelled or self.class_names is None:
             return torch.zeros(num, dtype=torch.int64, device="cpu")
+        if self.split is not None:  # It has numbers, also of classes that are called 1, 2 and 10.
+            return as_tensor(labels)
         try:
             return class_numbers(labels, self.class_names)
         except ValueError as error:

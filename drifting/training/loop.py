@@ -7,16 +7,15 @@ from collections.abc import Collection, Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import islice
 from typing import Any, Generic, TypeVar
 
+from torch import Tensor
 from tqdm import tqdm
 
 from ..config import AnyConfig
 from ..config.changes import config_in_force, keep_config
 from ..data import Dataset, training_batches
-from ..data.dataset import telling_of_dead_workers
-from ..errors import Interrupted, UserError, reason
+from ..errors import Interrupted, UserError, reason, some_of
 from ..hub.run_directory import RunDirectory
 from .checkpoint import load_checkpoint, save_checkpoint
 from .distributed import Ranks
@@ -75,8 +74,9 @@ def opened_run(run: RunDirectory, config: AnyConfig, ranks: Ranks, asked: Collec
 def train(run: Run[AnyTrainer]) -> None:
     """Take the steps of a run from its newest checkpoint to the end: evaluate, log and save on the way, then report.
 
-    A run that is at its end is evaluated again. It raises UserError where the checkpoint cannot be read or is of a
-    later step, or loss or gradient are not finite, and Interrupted where a signal ended the run early; it is saved.
+    A run that is at its end is evaluated again. It raises UserError where the checkpoint cannot be read, or is of a
+    later step or of other classes, or loss or gradient are not finite. Where the data cannot be read, or a signal ends
+    the run early, it is saved first; then that raises UserError or Interrupted.
     """
     trainer, directory, ranks = run.trainer, run.directory, run.trainer.ranks
     config: Any = trainer.config
@@ -95,8 +95,11 @@ def train(run: Run[AnyTrainer]) -> None:
 
 def _resume(run: Run[AnyTrainer]) -> None:
     """Bring the trainer to where the newest checkpoint is; every rank reads all of it."""
-    trainer, checkpoints = run.trainer, run.directory.checkpoints
+    trainer, checkpoints, names = run.trainer, run.directory.checkpoints, list(run.dataset.class_names)
     state = load_checkpoint(checkpoints)
+    if state is not None and (kept := state.get("class_names", names)) != names:  # Earlier checkpoints have no names.
+        trained = f"{run.directory.path} was trained on {len(kept)} classes ({some_of(kept)})"
+        raise UserError(f"{trained}, the data now have {len(names)} ({some_of(names)}): choose another --out")
     try:
         if state is not None:
             trainer.load_state_dict(state)
@@ -124,13 +127,15 @@ def _train_steps(run: Run[AnyTrainer], log: MetricsLog | None, signals: list[int
     )  # fmt: skip
     interval = 0.5 if sys.stderr.isatty() else 10
     bar = tqdm(total=every.steps, initial=trainer.step, unit="step", mininterval=interval, disable=not ranks.main)
-    with bar, telling_of_dead_workers():
-        for samples, labels in islice(batches, every.steps - trainer.step):
+    saved = trainer.step
+    with bar:
+        while trainer.step < every.steps:
+            with _saved_before_errors(run, saved):
+                samples, labels = _next_batch(run, batches, signals)
             metrics = trainer.train_step(samples, labels)
             step, last = trainer.step, trainer.step == every.steps
-            received = max(ranks.on_all(lambda: max(signals, default=0)))
             evaluating = last or (every.eval_every and step % every.eval_every == 0)
-            saving = last or received or step % every.save_every == 0
+            saving = last or step % every.save_every == 0
             logging = evaluating or step % every.log_every == 0
             if logging or saving or not metrics["skipped_steps"].is_cuda:  # A GPU is not waited for more often.
                 with ranks.agreed():
@@ -139,21 +144,61 @@ def _train_steps(run: Run[AnyTrainer], log: MetricsLog | None, signals: list[int
             trainer.stopwatch.enter("evaluation")
             quality = run.evaluate() if evaluating else quality
             logged = step if logging else logged
+            broken = _broken_images(run) if logging and config.data.skip_broken else {}
             if log is not None and logging:
                 rate = trainer.weights.learning_rate(step - 1)  # The step that was just taken had this one.
-                record = {"step": step, "learning_rate": rate} | to_record(metrics) | {"timing": timing}
+                record = {"step": step, "learning_rate": rate} | to_record(metrics) | broken | {"timing": timing}
                 bar.set_postfix_str(run.describe(record, quality), refresh=False)
                 log.write(record | (quality if evaluating else {}))
             bar.update()
             if saving:
-                ranks.on_main(partial(save_checkpoint, checkpoints, trainer.state_dict()))
-                run.save_model()
+                _save(run)
+                saved = step
             trainer.stopwatch.enter("data")
-            if received and not last:
-                message = f"interrupted at step {step}, saved in {checkpoints}: the same command again goes on"
-                with ranks.agreed():
-                    raise Interrupted(message, received)
     return quality
+
+
+def _next_batch(run: Run[AnyTrainer], batches: Iterator[Any], signals: list[int]) -> tuple[Tensor, Tensor]:
+    """Read this rank's part of the next batch; what fails on one rank, or a signal that it received, raises on all."""
+    trainer, batch = run.trainer, list[tuple[Tensor, Tensor]]()
+
+    def read() -> int:
+        batch.append(next(batches))
+        return max(signals, default=0)
+
+    with trainer.ranks.agreed():
+        if received := max(trainer.ranks.on_all(read)):
+            raise Interrupted(f"interrupted at step {trainer.step}{_goes_on(run)}", received)
+    return batch[0]
+
+
+@contextmanager
+def _saved_before_errors(run: Run[AnyTrainer], saved: int) -> Iterator[None]:
+    """Save what has been trained since the step ``saved`` before an error inside ends the run, on all ranks."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        if run.trainer.step > saved:
+            _save(run)
+        if isinstance(error, UserError) and run.trainer.step:
+            raise UserError(f"{error}; the run ends at step {run.trainer.step}{_goes_on(run)}") from error
+        raise
+
+
+def _goes_on(run: Run[AnyTrainer]) -> str:
+    saved = f", saved in {run.directory.checkpoints}" if run.trainer.step else ""
+    return f"{saved}: the same command again goes on"
+
+
+def _save(run: Run[AnyTrainer]) -> None:
+    state = run.trainer.state_dict() | {"class_names": list(run.dataset.class_names)}
+    run.trainer.ranks.on_main(partial(save_checkpoint, run.directory.checkpoints, state))
+    run.save_model()
+
+
+def _broken_images(run: Run[AnyTrainer]) -> dict[str, int]:
+    """Count the training images, on all ranks, whose place others have taken since this command began."""
+    return {"broken_images": len(set().union(*run.trainer.ranks.on_all(lambda: run.dataset.train.broken)))}
 
 
 @contextmanager

@@ -86,13 +86,14 @@ class GeneratorRun(Run[DriftingTrainer]):
             save_config(self.config, best.config)
 
     def _save_picture(self, model: nn.Module, pixel_range: tuple[float, float]) -> None:
-        """Put generated images, a class a row, beside training images; without the VAE that latents need, say so."""
+        """Put generated images, a class a row, beside training images. Where it cannot be made, as without the VAE that
+        latents need, or of images that cannot be read, say so."""
         split, generator = self.dataset.train, self.trainer.generator(model)
         present = split.labels.unique()[:ROWS].tolist()
         rows = [(split.labels == label).nonzero().flatten()[:COLUMNS].tolist() for label in present]
-        real = split.samples(index for row in rows for index in islice(cycle(row), COLUMNS))
-        numbers = spread_labels(len(real), present if len(generator.class_names) > 1 else [0])
         try:
+            real = split.samples(index for row in rows for index in islice(cycle(row), COLUMNS))
+            numbers = spread_labels(len(real), present if len(generator.class_names) > 1 else [0])
             generated = draw_samples(generator, numbers)
             real = decode_latents(real.to(self.trainer.device)) if self.dataset.latent else real
         except UserError as error:
