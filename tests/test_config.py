@@ -14,7 +14,7 @@ from drifting.config import Config, DataConfig, PretrainConfig, load_config, rea
 from drifting.config.changes import FREE, NEVER, config_in_force, differences, keep_config, recorded, resume_of
 from drifting.config.keys import expected_of, key_help, keys_of
 from drifting.config.reading import CONFIG_DIR, MOST_BYTES, values_of
-from drifting.data import open_dataset
+from drifting.data import open_dataset, training_batches
 from drifting.errors import UserError
 from drifting.models import MAE, NETWORKS, DriftingDiT
 from drifting.train import build_trainer

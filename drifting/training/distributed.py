@@ -67,7 +67,7 @@ class Ranks:
         mapped: list[Tensor] = []
         with explained("the processes of a host cannot share memory"):
             # Processes with the same two have the same numbers for processes.
-            host = Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")
+            host = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8"), os.readlink("/proc/self/ns/pid")
             memory = os.memfd_create("drifting")  # It has no name, and goes with the last process that has it.
             found = self.on_all(lambda: (host, f"/proc/{os.getpid()}/fd/{memory}"))
             path = next(path for other, path in found if other == host)

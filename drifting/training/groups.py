@@ -106,6 +106,10 @@ class ClassGroups:
 
     def add(self, samples: Any, labels: Labels | None) -> None:
         """Put this rank's part of a batch ``[B, *sample_shape]``, and those of the others, into the queues."""
+        if self.split is not None and samples.dtype != self.dtype:
+            raise ValueError(
+                f"samples are {samples.dtype}, expected {self.dtype}, as training_batches(stored=True) reads"
+            )
         if self.dtype.is_floating_point:
             samples = real_samples(samples)
         samples = samples.to(self.device, self.dtype, non_blocking=True)
@@ -267,6 +271,10 @@ class PairGroups:
 
     def add(self, samples: Any, conditions: Any) -> None:
         """Take this rank's part of a batch: samples ``[B, *sample_shape]``, as many on each rank, with conditions."""
+        if self.split is not None and samples.dtype != self.dtype:
+            raise ValueError(
+                f"samples are {samples.dtype}, expected {self.dtype}, as training_batches(stored=True) reads"
+            )
         if self.dtype.is_floating_point:
             samples = real_samples(samples)
         samples = samples.to(self.device, self.dtype, non_blocking=True)
