@@ -398,7 +398,7 @@ def test_pixels_are_clamped_unless_the_configuration_says_otherwise(own):
         trainer = build_trainer(config, dataset, Ranks())
         torch.nn.init.constant_(trainer.model.final.proj.bias, 3.0)
         sys.modules["own_of_test"].seen.clear()
-        trainer.train_step(dataset.train.samples(range(128)), dataset.train.labels[:128])
+        trainer.train_step(*next(training_batches(dataset.train, 128, seed=0, stored=True)))
         assert max(sys.modules["own_of_test"].seen) == (1 if clamp else pytest.approx(3, abs=0.5))
 
 

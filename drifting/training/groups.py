@@ -108,7 +108,7 @@ class ClassGroups:
         """Put this rank's part of a batch ``[B, *sample_shape]``, and those of the others, into the queues."""
         if self.split is not None and samples.dtype != self.dtype:
             raise ValueError(
-                f"samples are {samples.dtype}, expected {self.dtype}, as training_batches(stored=True) reads"
+                f"samples are {samples.dtype}, expected {self.dtype}, as training_batches reads them stored"
             )
         if self.dtype.is_floating_point:
             samples = real_samples(samples)
@@ -271,13 +271,7 @@ class PairGroups:
 
     def add(self, samples: Any, conditions: Any) -> None:
         """Take this rank's part of a batch: samples ``[B, *sample_shape]``, as many on each rank, with conditions."""
-        if self.split is not None and samples.dtype != self.dtype:
-            raise ValueError(
-                f"samples are {samples.dtype}, expected {self.dtype}, as training_batches(stored=True) reads"
-            )
-        if self.dtype.is_floating_point:
-            samples = real_samples(samples)
-        samples = samples.to(self.device, self.dtype, non_blocking=True)
+        samples = real_samples(samples).to(self.device, torch.float32, non_blocking=True)
         try:
             conditions = as_tensor(conditions).to(self.device, non_blocking=True)
             if conditions.shape[:1] != samples.shape[:1]:
