@@ -53,7 +53,7 @@ def run_command(command: Callable[[], int]) -> NoReturn:
     own; output that nobody reads any more ends the command silently, as it ends other programs.
     """
     _open_streams()
-    status, words = 0, ""
+    words = ""
     try:
         try:
             sys.exit(command())

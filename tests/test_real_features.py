@@ -133,6 +133,7 @@ def test_drawn_features_are_those_of_the_drawn_samples(batches, shape, places, s
     layout = MapLayout(loss_fn.check_extractor(shape, device))
     groups = ClassGroups(
         config, tuple(shape), Ranks(), device, tuple(range(CLASSES)), labelled=True, num_classes=CLASSES,
+        num_uncond=drawn[1] if guided else 0,
         keep_features=lambda queue, ranks: keep_features(loss_fn, layout, device, queue, ranks),
     )  # fmt: skip
     for n, labels in enumerate(batches):
