@@ -160,6 +160,10 @@ def test_errors_name_what_is_wrong():
         queue.add(torch.zeros(1, 1, 2, 2), torch.tensor([3]))
     with pytest.raises(ValueError, match=r"samples have shape \[1, 2, 2\]"):
         queue.add(torch.zeros(1, 2, 2), torch.tensor([0]))
+    with pytest.raises(
+        ValueError, match="samples are torch.float32, the queue holds torch.uint8: add them as they are"
+    ):
+        SampleQueue(3, CLASSES, (1,), dtype=torch.uint8).add(torch.ones(1, 1), torch.tensor([0]))
     with pytest.raises(ValueError, match="the queue is empty"):
         SampleQueue(3, CLASSES, (1,)).sample_unconditional(1)
     with pytest.raises(ValueError, match="queue_size is 0"):

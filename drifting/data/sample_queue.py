@@ -99,6 +99,9 @@ class SampleQueue:
         if samples.shape[1:] != self.latent_shape or labels.shape != samples.shape[:1]:
             received = f"samples have shape {list(samples.shape)} and labels {list(labels.shape)}"
             raise ValueError(f"{received}, expected [{', '.join(map(str, ('B', *self.latent_shape)))}] and [B]")
+        held = self.by_class.samples
+        if samples.is_floating_point() > held.is_floating_point():
+            raise ValueError(f"samples are {samples.dtype}, the queue holds {held.dtype}: add them as they are stored")
         labels = self._checked(labels)
         self.by_class.push(samples, labels)
         self.unconditional.push(samples, torch.zeros_like(labels))

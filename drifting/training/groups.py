@@ -67,8 +67,8 @@ class ClassGroups:
     queue: SampleQueue | None = None  # It is made with the first samples, when all labels are known.
     keep_features: Callable[[SampleQueue, Ranks], RealFeatures | None] | None = None  # It is called at that time.
     features: RealFeatures | None = None  # They are those of the samples in the queue, where they are kept.
-    split: Split | None = None  # If the batches are those of training_batches, as stored, the queue is refilled of it.
-    saved_features: dict[str, Any] | None = None  # They wait until then.
+    split: Split | None = None  # Batches are those of training_batches, as stored: the queue is read anew, not saved.
+    saved_features: dict[str, Any] | None = None  # These of a checkpoint wait until the queue has been read.
     condition_shape = None  # Conditions are labels.
 
     def __post_init__(self) -> None:
