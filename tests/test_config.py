@@ -14,7 +14,7 @@ from drifting.config import Config, DataConfig, PretrainConfig, load_config, rea
 from drifting.config.changes import FREE, NEVER, config_in_force, differences, keep_config, recorded, resume_of
 from drifting.config.keys import expected_of, key_help, keys_of
 from drifting.config.reading import CONFIG_DIR, MOST_BYTES, values_of
-from drifting.data import open_dataset
+from drifting.data import open_dataset, training_batches
 from drifting.errors import UserError
 from drifting.models import MAE, NETWORKS, DriftingDiT
 from drifting.train import build_trainer
@@ -398,7 +398,7 @@ def test_pixels_are_clamped_unless_the_configuration_says_otherwise(own):
         trainer = build_trainer(config, dataset, Ranks())
         torch.nn.init.constant_(trainer.model.final.proj.bias, 3.0)
         sys.modules["own_of_test"].seen.clear()
-        trainer.train_step(dataset.train.samples(range(128)), dataset.train.labels[:128])
+        trainer.train_step(*next(training_batches(dataset.train, 128, seed=0, stored=True)))
         assert max(sys.modules["own_of_test"].seen) == (1 if clamp else pytest.approx(3, abs=0.5))
 
 
