@@ -222,7 +222,7 @@ def test_checkpoints_that_do_not_fit(tmp_path, size):
 def test_the_command_says_in_one_line_that_the_disk_is_full(tmp_path):
     out = tmp_path / "run"
     train(load_config("digits", [*TINY, "train.steps=3"]), out)
-    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))"
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))"
     code = f"{limit}; from drifting.cli import run_command; from drifting.train import main; run_command(main)"
     command = [sys.executable, "-c", code, "--out", out, *TINY]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
