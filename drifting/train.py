@@ -45,8 +45,10 @@ def train(config: Config, out: Path, ranks: Ranks = Ranks(), asked: Collection[s
         with ranks.agreed():
             dataset = open_dataset(config.data, config.seed, pairs=config.step.groups == "pairs")
             trainer = build_trainer(config, dataset, ranks)
+        run = GeneratorRun(directory, trainer, dataset)
+        with ranks.agreed():
             tell_memory(trainer)
-        loop.train(GeneratorRun(directory, trainer, dataset))
+        loop.train(run)
 
 
 def build_trainer(config: Config, dataset: Dataset, ranks: Ranks) -> DriftingTrainer:
