@@ -48,8 +48,10 @@ def train(config: Config, out: Path, ranks: Ranks = Ranks(), asked: Collection[s
             if ranks.main:
                 print(dataset.describe(), file=sys.stderr)
             trainer = build_trainer(config, dataset, ranks)
+        run = GeneratorRun(directory, trainer, dataset)
+        with ranks.agreed():
             tell_memory(trainer)
-        loop.train(GeneratorRun(directory, trainer, dataset))
+        loop.train(run)
 
 
 def build_trainer(config: Config, dataset: Dataset, ranks: Ranks) -> DriftingTrainer:
