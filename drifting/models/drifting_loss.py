@@ -244,8 +244,7 @@ def build_extractor(extractor: Extractor | Sequence[Extractor], in_chans: int | 
         raise ValueError(f"feature_extractor is {extractor!r}, expected {expected}")
     if in_chans is None:
         raise ValueError(f"feature_extractor {extractor!r} is for images [C, H, W]: use 'input' or one of your own")
-    with torch.device("cpu"):  # Weights are drawn there, and in float32, whatever torch's defaults.
-        return of_images[extractor](in_chans).float()
+    return of_images[extractor](in_chans).float()  # Samples are of this type, whatever torch's default is.
 
 
 def _checked_weight(x_gen: Tensor, x_real: Tensor, x_uncond: Tensor | None, weight: Tensor | None) -> Tensor:

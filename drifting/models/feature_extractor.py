@@ -81,7 +81,9 @@ class LatentFeatureExtractor(FrozenModule):
         generator = torch.Generator().manual_seed(seed)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu", generator=generator)
+                drawn = torch.empty_like(module.weight, device="cpu")  # The weights may be on torch's default device.
+                nn.init.kaiming_normal_(drawn, mode="fan_out", nonlinearity="relu", generator=generator)
+                module.weight.data.copy_(drawn)
         self.requires_grad_(False).eval()
 
     def forward(self, x: Tensor) -> FeatureMaps:

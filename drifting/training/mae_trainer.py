@@ -63,7 +63,7 @@ class MAETrainer:
         ``cls_loss``; ``lambda_cls``; ``grad_norm`` before clipping; ``skipped_steps``.
         """
         self.stopwatch.enter("model")
-        images = real_samples(images).to(self.device, torch.float32, non_blocking=True)
+        images = real_samples(images).to(self.device, self.model.fc.weight.dtype, non_blocking=True)
         labels = as_tensor(labels).to(self.device, non_blocking=True)
         self.images_per_step = len(images) * self.ranks.size
         share = torch.full((), self.lambda_at(self.step), device=self.device, dtype=torch.float32)
