@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from drifting.config import Config, PretrainConfig, read_config
+from drifting.data.latents import LatentSplit
 from drifting.models import MAE, DriftingDiT
 
 from .training_step import MAES, SAMPLES
@@ -56,14 +57,15 @@ class Collective:
 
 
 def collectives(
-    config: Config, model: nn.Module, maps: int, sample_shape: Sequence[int], ranks: int
+    config: Config, model: nn.Module, maps: int, sample_shape: Sequence[int], stored: torch.dtype, ranks: int
 ) -> list[Collective]:
-    """Those of a step of the trainer by class with the paper's field, and of the loop around it."""
+    """Those of a step of the trainer by class with the paper's field, and of the loop around it. Images travel as they
+    are ``stored``."""
     images, R = config.train.batch_size // ranks, len(config.loss.temperatures)
     size = torch.get_default_dtype().itemsize
     found = [
         Collective("labels of images", "all_gather", images, 8, on_host=True),
-        Collective("images", "all_gather", images * math.prod(sample_shape), size),
+        Collective("images", "all_gather", images * math.prod(sample_shape), stored.itemsize),
         Collective("statistics, scale", "all_reduce", 3 * maps, 8),
         Collective("statistics, λ", "all_reduce", (R + 1) * maps, 8),
         Collective("metrics", "all_reduce", 3 + (R + 1) * maps, size),
@@ -139,7 +141,7 @@ def predict(config: Config, ranks: int) -> dict[str, str]:
     arithmetic = flops(config, model, encoder, sample_shape, parts_of(config, ranks)) / ranks / ARITHMETIC
     rows = {"labels a step": str(step.labels_per_step), "arithmetic of the networks": f"{arithmetic * 1e3:.0f} ms"}
     of_rows: dict[str, list[Collective]] = {}
-    for its in collectives(config, model, maps, sample_shape, ranks):
+    for its in collectives(config, model, maps, sample_shape, LatentSplit.dtype, ranks):
         of_rows.setdefault("between hosts" if its.on_host else its.what, []).append(its)
     for what, parts in of_rows.items():
         sent, seconds = sum(its.sent(ranks) for its in parts), sum(its.seconds(ranks) for its in parts)

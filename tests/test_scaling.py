@@ -101,7 +101,8 @@ def test_collectives_and_bytes_are_as_predicted(counted, name, size):
     trainer = make_trainer(Ranks(0, size), **RUNS[name])
     maps = len(trainer.layout.places)
     predicted = Counter()
-    for its in scaling.collectives(trainer.config, trainer.model, maps, trainer.sample_shape, size):
+    stored = trainer.groups.dtype
+    for its in scaling.collectives(trainer.config, trainer.model, maps, trainer.sample_shape, stored, size):
         predicted[its.kind, its.values * its.itemsize] += its.count
     for of_rank in counted[:size]:
         assert of_rank[name, size] == predicted

@@ -75,7 +75,7 @@ def _queue(trainer: DriftingTrainer) -> int:
         return 0
     slots = len(trainer.groups.class_names or (0,)) * step.queue_size + step.unconditional_queue_size
     features = sum(trainer.layout.sizes) * trainer.layout.dtype.itemsize if step.queue_features else 0
-    return slots * (math.prod(trainer.sample_shape) * torch.get_default_dtype().itemsize + features)
+    return slots * (math.prod(trainer.sample_shape) * trainer.groups.dtype.itemsize + features)
 
 
 def _kept_by_operator(trainer: DriftingTrainer, G: int, P: int, M: int) -> int:
