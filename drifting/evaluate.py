@@ -63,8 +63,6 @@ def _parse(argv: Sequence[str] | None) -> Any:
     add("--save-npz", type=Path, metavar="FILE.npz", help="where to write the best scale's samples")
     arguments = parser.parse_args(argv)
     source, num, path = arguments.source, arguments.num, arguments.save_npz
-    if source.endswith(".npy"):
-        raise UserError(f"{source} is one array, expected an .npz file: np.savez('samples.npz', array) writes one")
     if num is not None and num < 2:
         raise UserError(f"--num is {num}, expected 2 or more")
     for scale in arguments.cfg_scale or [None]:

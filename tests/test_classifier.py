@@ -76,7 +76,7 @@ def test_configuration_chooses_the_evaluator(trained, digits):
     assert isinstance(open_evaluator(config, digits).features, ImageFeatures)
     with pytest.raises(UserError, match="trained on other data"):
         open_evaluator(config, replace(digits, class_names=("zero", "one")))
-    with pytest.raises(NotMeasurable, match="evaluation.reference must name"):
+    with pytest.raises(NotMeasurable, match="measured of latents.*evaluation.reference=FILE.npz"):
         open_evaluator(EvaluationConfig(), replace(digits, latent=True))
     with pytest.raises(UserError, match="evaluation.reference must name"):
         open_evaluator(config, replace(digits, latent=True))

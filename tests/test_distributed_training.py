@@ -143,7 +143,9 @@ def queues(ranks: Ranks) -> dict[str, Any]:
     step = StepConfig(labels_per_step=4, queue_size=8, unconditional_queue_size=30, queue_device="cpu")
     config = Config(seed=3, step=step, train=TrainConfig(batch_size=12))
     first, second = [
-        ClassGroups(config, (3, 32, 32), ranks, torch.device("cpu"), tuple(range(CLASSES)), True, CLASSES, split=split)
+        ClassGroups(
+            config, (3, 32, 32), ranks, torch.device("cpu"), tuple(range(CLASSES)), True, CLASSES, 0, split=split
+        )
         for _ in range(2)
     ]
     batches = training_batches(split, 12, 3, part=ranks.share(12), stored=True)

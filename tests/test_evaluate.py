@@ -238,10 +238,10 @@ class Blobs(Split):
     def __init__(self, count: int, shape: tuple[int, ...], classes: int, seed: int) -> None:
         super().__init__(torch.arange(count) % classes)
         centres = 6 * torch.randn(classes, *shape, generator=torch.Generator().manual_seed(9))
-        self.values = centres[self.labels] + torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed))
+        self.points = centres[self.labels] + torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed))
 
     def sample(self, index, draw):
-        return self.values[index]
+        return self.points[index]
 
 
 def blobs(shape: tuple[int, ...], classes: int = 3, counts: tuple[int, int] = (90, 60), **facts) -> Dataset:
@@ -297,7 +297,7 @@ def test_images_in_colour_or_not_square(shape):
 def test_what_cannot_be_measured_is_told():
     for data, message in (
         (blobs((2049,)), "up to 2048 values, these have 2049: evaluation.features must name a network"),
-        (blobs((4, 2, 2), latent=True, pixel_range=(-1.0, 1.0)), "latents have no images.*evaluation.reference must"),
+        (blobs((4, 2, 2), latent=True, pixel_range=(-1.0, 1.0)), "measured of latents.*evaluation.reference=FILE.npz"),
         (blobs((2,), counts=(90, 1)), "there are 90 training and 1 test samples, expected at least 2 of each"),
         (blobs((2,), counts=(0, 9)), "there are 0 training and 9 test samples, expected at least 2 of each"),
     ):
@@ -306,7 +306,7 @@ def test_what_cannot_be_measured_is_told():
     with pytest.raises(UserError, match="evaluation.features is inception, but samples of blobs are no images"):
         open_evaluator(EvaluationConfig("inception"), blobs((2,)))
     broken = blobs((2,))
-    broken.train.values[7] = float("nan")
+    broken.train.points[7] = float("nan")
     with pytest.raises(UserError, match="the data set has samples with NaN or infinity"):
         open_evaluator(EvaluationConfig(), broken)
     evaluator = open_evaluator(EvaluationConfig(), blobs((2,)))
@@ -330,7 +330,7 @@ def test_test_samples_that_are_training_samples_are_told(count, capsys):
     said = capsys.readouterr().err
     assert f"\nwarning: {count} of {count} test samples are training samples too: hold out others" in said
     assert "frechet_ratio (frechet_distance_train is about 0); nearest_ratio (nearest_distance_test is abo" in said
-    data.test.values[:7] = data.train.values[:7]
+    data.test.points[:7] = data.train.points[:7]
     evaluator = open_evaluator(EvaluationConfig(), data)
     evaluator.tell(1000)
     said = capsys.readouterr().err
@@ -374,7 +374,7 @@ def test_samples_that_are_all_alike():
     """Real ones, generated ones, both: what can be measured is finite."""
     same = blobs((5,))
     for split in (same.train, same.test):
-        split.values[:] = 7.0
+        split.points[:] = 7.0
     for data in (same, blobs((5,))):
         evaluator = open_evaluator(EvaluationConfig(), data)
         for samples in (same.test.samples(), blobs((5,)).test.samples()):
@@ -440,7 +440,7 @@ def test_samples_in_files(tmp_path, capsys, monkeypatch):
     said = capsys.readouterr()
     assert "not measured: recognised_share (the data have none of the labels)" in said.err
     assert json.loads(said.out) == {name: value for name, value in report.items() if name != "recognised_share"}
-    with pytest.raises(UserError, match=r"x.npy is one array, expected an .npz file: np.savez"):
+    with pytest.raises(UserError, match="x.npy is a file, expected a run directory, hf://NAME or .npz: numpy.savez"):
         evaluate.main([str(tmp_path / "x.npy"), "--reference", str(tmp_path)])
 
 

@@ -78,14 +78,15 @@ def failing(ranks: Ranks) -> str:
     return "no error"
 
 
-def worker(rank: int, directory: str, port: int) -> None:
+def worker(rank: int, directory: str, ports: list[int]) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "4"}  # as torchrun sets them
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ports[0])}
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         training.main(["--out", f"{directory}/run", *RUN])
         said.truncate(said.seek(0))
+        os.environ["MASTER_PORT"] = str(ports[1])  # The store of the first may not have ended yet.
         evaluate.main([f"{directory}/run", "--cfg", "1", "2", "--save-npz", f"{directory}/best.npz"])
     results = {"said": said.getvalue()}
     dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=4)
@@ -108,10 +109,10 @@ def of_ranks(tmp_path_factory):
     torch.manual_seed(0)
     write_model(RunDirectory(directory / "classifier"), Classifier(1, 10, (8, 16)), {"data": "digits"})
     np.savez(directory / "images.npz", draw_samples(untrained(), spread_labels(70, range(10)), seed=1))
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
+        ports = [server.getsockname()[1] for server in (one, other)]
     multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])  # Torch is imported once for all.
-    start_processes(worker, (str(directory), port), nprocs=4, start_method="forkserver")
+    start_processes(worker, (str(directory), ports), nprocs=4, start_method="forkserver")
     return directory, [torch.load(directory / f"{rank}.pt", weights_only=False) for rank in range(4)]
 
 

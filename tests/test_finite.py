@@ -28,7 +28,7 @@ class Spoiler:
 
         def spoilt(extractor, images):
             maps = forward(extractor, images)
-            if images.requires_grad and len(images) > 2:  # Two are tried out when a trainer is made.
+            if images.requires_grad and len(images) > 4:  # So many are tried out before the first step.
                 self.calls += 1  # once a step
                 if self.calls in steps:
                     maps = {name: of_map * value for name, of_map in maps.items()}

@@ -16,7 +16,6 @@ from release_cases import GOLDEN, nchw, nhwc, option_cases, relative_error, writ
 
 from drifting import convert, sample
 from drifting.errors import UserError
-from drifting.evaluation import drawing
 from drifting.generation import Generator
 from drifting.hub import flax_msgpack, vae
 from drifting.hub.flax_msgpack import read_arrays, write_arrays
@@ -378,15 +377,17 @@ def no_vae_kept():
 def test_sampling_latents(hub, tmp_path, monkeypatch, no_vae_kept):
     monkeypatch.setitem(sys.modules, "diffusers", SimpleNamespace(AutoencoderKL=FakeVAE))
     monkeypatch.setattr(FakeVAE, "batches", [])
-    monkeypatch.setattr(drawing, "BATCH", 40)
     arguments = ["hf://latent_tiny", "--num", "50", "--labels", "3,1"]
     assert sample.main([*arguments, "--out", str(tmp_path / "a.npz")]) == 0
-    assert FakeVAE.batches == [16, 16, 8, 10]
+    assert FakeVAE.batches == [6] * 8 + [2]
     with np.load(tmp_path / "a.npz") as archive:
         images, labels = archive["arr_0"], archive["arr_1"]
     assert images.shape == (50, 64, 64, 3) and labels.tolist() == [3] * 25 + [1] * 25
-    model, generator = load_generator(ARTIFACT), torch.Generator().manual_seed(0)
-    latents = torch.cat([model.generate(len(y), y, generator=generator) for y in torch.from_numpy(labels).split(40)])
+    model, first = load_generator(ARTIFACT), int(np.random.SeedSequence(0).generate_state(1)[0])
+    sources = [torch.Generator().manual_seed((first + n) % 2**32) for n in range(50)]
+    latents = torch.cat(
+        [model.generate(1, torch.tensor([y]), generator=g) for y, g in zip(labels, sources, strict=True)]
+    )
     expected = (latents[:, :3] / 0.18215 + 1) * 127.5
     assert np.abs(images[:, ::8, ::8] - nhwc(expected.clamp(0, 255)).numpy()).max() <= 0.51
     assert sample.main([*arguments, "--out", str(tmp_path / "a.png")]) == 0

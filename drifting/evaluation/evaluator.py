@@ -122,8 +122,8 @@ def open_evaluator(config: EvaluationConfig, dataset: Dataset | None, ranks: Ran
     if config.features is not None:
         return _evaluator_of_data(dataset, ranks.together(partial(_network, config.features, dataset)), ranks)
     if dataset.latent:
-        lacking = "nothing will be measured of latents, for want of images to compare with"
-        raise NotMeasurable(f"{lacking}: evaluation.reference=FILE.npz names some (docs/evaluation.md)")
+        advice = "evaluation.reference=FILE.npz names images to compare with (docs/evaluation.md)"
+        raise NotMeasurable(f"nothing will be measured of latents: {advice}")
     if prod(dataset.sample_shape) > MOST_VALUES:
         what = f"samples are compared as they are up to {MOST_VALUES} values, these have {prod(dataset.sample_shape)}"
         raise NotMeasurable(f"{what}: evaluation.features must name a network, such as inception")
