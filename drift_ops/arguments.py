@@ -110,10 +110,8 @@ def check_positives(name: str, values: object) -> tuple[float, ...]:
         )
     if len(values) == 0:
         raise ValueError(f"{name}: got an empty sequence, expected at least one positive float")
-    if all(
-        [type(value) is float and LEAST <= value <= MOST for value in values]
-    ):  # most are, and a call may take 50 µs
-        return tuple(values)
+    if all([type(value) is float and LEAST <= value <= MOST for value in values]):
+        return tuple(values)  # Most are, and the smallest calls take 50 µs.
     return tuple(check_positive(f"{name}[{i}]", value) for i, value in enumerate(values))
 
 

@@ -113,8 +113,6 @@ template <class T> class Coupling {
     template <class Body> DRIFT_INLINE void for_columns(int side, Body body) const {
         for (int64_t j = sides[side].begin; j < sides[side].end; j += WIDTH<T>) body(j);
     }
-    // Of the targets of a side: one positive a group, as speech and policies have it, is in the first lane.
-    T sum_of(int side, Vec<T> v) const { return sides[side].targets == 1 ? v[0] : horizontal_sum<T>(v); }
     // Calls body(ROWS, i), i the first of so many rows, and body(1, i) for those that are left.
     template <int ROWS, class Body> DRIFT_INLINE void for_rows(Body body) const {
         int64_t i = 0;
@@ -160,7 +158,7 @@ template <class T> class Coupling {
             }
             if (BY_COLUMN) store<T>(of_columns + j, of_column);
         });
-        const bool one = sides[side].targets == 1;
+        const bool one = sides[side].targets == 1;  // One positive a group, as speech and policies have it, is in the first lane.
         fold_lanes<T>(sum, one, sums + at);
         if (MOVES) fold_lanes<T>(move, one, moved + at);
     }
