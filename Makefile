@@ -72,7 +72,7 @@ $(RUN):
 # Either stamp is newer than everything that its installation read. Python compiles what is imported, when it is; of all
 # that is installed that is a small part.
 $(VENV)/installed: $(INPUTS) | $(RUN)
-	$(RUN) -m pip install -q --no-compile -c constraints.txt -e .
+	$(RUN) -m pip install -q --no-compile -c constraints.txt -e ".[train]"
 	@touch $@
 
 $(VENV)/installed-dev: $(INPUTS) | $(RUN)
