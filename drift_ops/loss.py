@@ -176,12 +176,13 @@ def _given_scales(scale: Any, maps: list[LossMap]) -> Tensor:
     like = maps[0].gen
     found = []
     for m, (of_map, given) in enumerate(zip(maps, of_maps, strict=True)):
-        if not isinstance(given, Tensor):
-            given = like.new_full((1,), check_positive(f"scale[{m}]", given), dtype=torch.float64)
-        elif given.numel() not in (1, of_map.groups):
+        if isinstance(given, Tensor) and given.numel() not in (1, of_map.groups):
             shape = tuple(given.shape)
             raise ValueError(f"scale[{m}]: got shape {shape}, expected [{of_map.groups}], a scale for each group")
-        found.append(given.detach().to(like.device, torch.float64).flatten().expand(of_map.groups))
+        given = given.flatten() if isinstance(given, Tensor) else (check_positive(f"scale[{m}]", given),)
+        numbers, of_tensor = check_widths(f"scale[{m}]", given, like)
+        scales = like.new_tensor(numbers, dtype=torch.float64) if of_tensor is None else of_tensor.detach()
+        found.append(scales.expand(of_map.groups))
     return torch.cat(found)
 
 

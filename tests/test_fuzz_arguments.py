@@ -18,37 +18,26 @@ import drift_ops
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 NUMBERS = [1.0, 0.3, 2, np.float64(0.5), np.float32(2), Fraction(1, 3), 1e-3, 1e3]
-NO_POSITIVE = [
-    0.0,
-    -1.0,
-    -0.0,
-    float("nan"),
-    float("inf"),
-    True,
-    None,
-    "1",
-    b"1",
-    [],
-    {},
-    1j,
-    10**400,
-    Fraction(10**400),
-    torch.ones(()),
-    np.ones(2),
-    object(),
-]
-NO_POSITIVES = [
-    (),
-    [],
-    "1",
-    None,
-    0.5,
-    torch.ones(2),
-    np.ones(2),
-    {1.0},
-    {1.0: 2.0},
-    *([0.1, bad] for bad in NO_POSITIVE),
-]
+NO_NUMBER = [0.0, -1.0, -0.0, float("nan"), float("inf"), True, None, "1", b"1", {}, 1j, 10**400, Fraction(10**400)]
+NO_POSITIVE = [*NO_NUMBER, [], torch.ones(()), np.ones(2), object()]
+NO_POSITIVES = [(), [], "1", None, 0.5, torch.ones(2), np.ones(2), {1.0}, {1.0: 2.0}, *([0.1, w] for w in NO_POSITIVE)]
+# Widths may be tensors, too.
+WIDTH_TENSORS = [torch.ones(()), torch.tensor([0.1, 2.0]), torch.tensor(0.5, dtype=torch.float64), torch.tensor([0.3])]
+NO_WIDTH_TENSORS = [
+    torch.zeros(()), torch.tensor([0.1, -1.0]), torch.tensor([float("nan")]), torch.ones(2, 1), torch.ones(0),
+    torch.ones(2, dtype=torch.complex64), torch.ones(2).to_sparse(),
+]  # fmt: skip
+NO_WIDTH = [*(w for w in NO_NUMBER), [], np.ones(2), object(), *NO_WIDTH_TENSORS]
+NO_WIDTHS = [*(w for w in NO_POSITIVES if not isinstance(w, Tensor)), *NO_WIDTH_TENSORS]
+FIELDS = [
+    drift_ops.Field(**chosen)
+    for chosen in (
+        {}, {"mask_self": 100.0, "affinity_floor": 1e-6}, {"coupling": "row", "weights": "kernel"},
+        {"cost": "l2_sq", "coupling": "sinkhorn", "sides": "split", "iterations": 3, "weights": "kernel"}, {"mask_self": False},
+        {"coupling": "sinkhorn", "weights": "marginal", "iterations": 2},
+    )
+]  # fmt: skip
+NO_FIELD = ["paper", {}, drift_ops.Field, ("l2",), 1, True]
 NO_FLOOR = [-1e-9, 1.0, 2, float("nan"), float("inf"), True, None, "0", 10**400, torch.zeros(())]
 NO_FLAG = [None, "no", 0, 1, 0.5, [], torch.tensor(True), np.True_]
 NO_BACKEND = ["", "gpu", "CPU", "numpy", 3, True, ["cpu"], b"cpu", object(), ("cpu",), {}]
@@ -126,6 +115,7 @@ def calls(draw, function: str):
         or w.shape[-1] == 0
     ]
     if function in ("drift_field", "drift_loss"):
+        wrong["field"] = NO_FIELD
         wrong[names[2]] = [w for w in wrong[names[2]] if w is not None]
         for name, of in [("weight_pos", 1), ("weight_neg", 2), ("weight_gen", 0)][: 2 + (function == "drift_loss")]:
             weights = torch.rand(*batch, sizes[names[of]], generator=generator) + 0.1
@@ -146,16 +136,23 @@ def calls(draw, function: str):
         for flag in ("normalize_features", "normalize_drift"):
             arguments[flag], wrong[flag] = draw(st.booleans()), NO_FLAG
     if function == "drift_field":
-        arguments["temperature"] = draw(st.sampled_from([*NUMBERS, (0.5, 1), [0.2]]))
-        wrong["temperature"] = [w for w in (*NO_POSITIVE, *NO_POSITIVES) if type(w) is not float or not w == 0.5]
+        arguments["temperature"] = draw(st.sampled_from([*NUMBERS, (0.5, 1), [0.2], *WIDTH_TENSORS]))
+        wrong["temperature"] = [w for w in (*NO_WIDTH, *NO_WIDTHS) if type(w) is not float or not w == 0.5]
         arguments["include_self"], wrong["include_self"] = draw(st.booleans()), NO_FLAG
     if function == "drift_loss":
-        arguments["R_list"], wrong["R_list"] = (
-            draw(st.lists(st.sampled_from(NUMBERS), min_size=1, max_size=3)),
-            NO_POSITIVES,
-        )
+        widths = st.lists(st.sampled_from(NUMBERS), min_size=1, max_size=3)
+        arguments["R_list"], wrong["R_list"] = draw(widths | st.sampled_from(WIDTH_TENSORS)), NO_WIDTHS
+        scales = ["global", "group", *NUMBERS, *WIDTH_TENSORS[::2], torch.rand(batch, generator=generator) + 0.1]
+        arguments["scale"], wrong["scale"] = draw(st.sampled_from(scales)), [*NO_WIDTH, "batch", torch.ones(7)]
+        arguments["normalize"] = draw(st.sampled_from(["global", "group", "group_mean", None]))
+        wrong["normalize"] = ["batch", "", True, 1.0, ("group",)]
+        arguments["scale_self_pairs"], wrong["scale_self_pairs"] = draw(st.booleans()), NO_FLAG
         wrong["process_group"] = ["world", 1, object()]
     arguments["backend"], wrong["backend"] = draw(st.sampled_from([None, "cpu", "reference"])), NO_BACKEND
+    if "field" in wrong and draw(st.booleans()):  # It has a floor and include_self of its own.
+        arguments["field"] = draw(st.sampled_from(FIELDS))
+        for name in ("affinity_floor", "include_self"):
+            arguments.pop(name, None), wrong.pop(name, None)
     right = draw(st.booleans())
     if not right:
         for name in draw(st.lists(st.sampled_from(sorted(wrong)), min_size=1, max_size=2, unique=True)):
@@ -189,7 +186,7 @@ def test_arguments(function):
             output = result[0] if function == "drift_loss" else result
             assert output.isfinite().all()
             if function == "drift_loss":
-                assert output.shape == first.shape[:1] and all(v.isfinite() for v in result[1].values())
+                assert output.shape == first.shape[:1] and all(v.isfinite().all() for v in result[1].values())
             else:
                 assert output.shape[-first.dim() :] == first.shape and output.dtype == first.dtype
             assert all(torch.equal(arguments[name], value) for name, value in kept.items())
