@@ -33,8 +33,8 @@ FIELDS = [
     drift_ops.Field(**chosen)
     for chosen in (
         {}, {"mask_self": 100.0, "affinity_floor": 1e-6}, {"coupling": "row", "weights": "kernel"},
-        {"cost": "l2_sq", "coupling": "sinkhorn", "sides": "split", "iterations": 3, "weights": "kernel"}, {"mask_self": False},
-        {"coupling": "sinkhorn", "weights": "marginal", "iterations": 2},
+        {"cost": "l2_sq", "coupling": "sinkhorn", "sides": "split", "iterations": 3, "weights": "kernel"},
+        {"mask_self": False}, {"coupling": "sinkhorn", "weights": "marginal", "iterations": 2},
     )
 ]  # fmt: skip
 NO_FIELD = ["paper", {}, drift_ops.Field, ("l2",), 1, True]
