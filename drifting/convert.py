@@ -6,9 +6,10 @@ from pathlib import Path
 from .cli import ArgumentParser, run_command
 from .errors import UserError
 from .hub.release import METADATA, WEIGHTS, write_artifact
-from .hub.run_directory import KINDS, RunDirectory, save_generator, write_model
+from .hub.run_directory import RunDirectory, save_generator
 from .hub.sources import as_generator, locate, open_model
 from .models import MAE, DriftingDiT
+from .models.network_files import KINDS, write_model
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if to_ours and isinstance(model, DriftingDiT):
         save_generator(run, as_generator(folder, model, description), release=description)
     elif to_ours:
-        write_model(run, model, {"step": description["step"], "release": description})
+        write_model(run.path, model, {"step": description["step"], "release": description})
     else:
         write_artifact(destination, model, description.get("release", {"step": description["step"]}))
     count = sum(parameter.numel() for parameter in model.parameters())

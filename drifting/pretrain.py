@@ -19,9 +19,10 @@ from .cli import parse_training_command, run_command
 from .config import PretrainConfig
 from .data import Dataset, open_dataset
 from .errors import UserError
-from .hub.run_directory import RunDirectory, write_model
+from .hub.run_directory import RunDirectory
 from .hub.vae import LATENT_CHANNELS, decode_latents, encode_images
 from .models import MAE
+from .models.network_files import write_model
 from .training import MAETrainer, Ranks, join_ranks, loop
 from .training.loop import Quality
 from .utils.images import save_panels, to_uint8
@@ -113,7 +114,7 @@ class MAERun(loop.Run[MAETrainer]):
     def save_model(self) -> None:
         model, description = self.trainer.ema_model, {"data": self.dataset.name, "step": self.trainer.step}
         description["class_names"] = list(self.dataset.class_names)
-        self.trainer.ranks.on_main(lambda: write_model(self.directory, model, description))
+        self.trainer.ranks.on_main(lambda: write_model(self.directory.path, model, description))
 
     def describe(self, record: dict[str, Any], quality: Quality) -> str:
         text = f"reconstruction={record['recon_loss']:.3f} class={record['cls_loss']:.3f} λ={record['lambda_cls']:.3f}"

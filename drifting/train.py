@@ -15,10 +15,11 @@ from .cli import parse_training_command, run_command
 from .config import Config, LossConfig
 from .data import Dataset, open_dataset
 from .errors import UserError, explained
-from .hub.run_directory import RunDirectory, build
+from .hub.run_directory import RunDirectory
 from .hub.sources import load_mae
 from .models import NETWORKS, FeatureStack
 from .models.drifting_loss import build_extractor
+from .models.network_files import build
 from .training import DriftingTrainer, Ranks, join_ranks, loop
 from .training.groups import PairGroups
 from .training.memory import tell_memory

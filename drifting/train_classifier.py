@@ -16,8 +16,9 @@ from .cli import ArgumentParser, run_command
 from .config.schema import DataConfig
 from .data import DATASETS, Dataset, Split, open_dataset, training_batches
 from .errors import UserError
-from .hub.run_directory import RunDirectory, write_model
+from .hub.run_directory import RunDirectory
 from .models import Classifier
+from .models.network_files import write_model
 from .utils.memory import keep_freed_memory
 
 BATCH, TEST_BATCH = 100, 500
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         classifier = train_classifier(dataset, arguments.epochs, arguments.seed)
         accuracy = measure_accuracy(classifier, dataset.test)
         description = {"data": dataset.name, "class_names": list(dataset.class_names), "test_accuracy": accuracy}
-        write_model(run, classifier, description)
+        write_model(run.path, classifier, description)
     print(f"recognises {accuracy:.2%} of the {len(dataset.test)} test images; wrote {run.path}")
     return 0
 

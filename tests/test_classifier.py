@@ -15,9 +15,9 @@ from drifting.errors import UserError
 from drifting.evaluation.evaluator import FEATURE_SAMPLES, NotMeasurable, open_evaluator
 from drifting.evaluation.features import ImageFeatures, Values
 from drifting.evaluation.measures import fit_gaussian, frechet_distance
-from drifting.hub.run_directory import read_any
 from drifting.hub.sources import load_generator
 from drifting.models import Classifier
+from drifting.models.network_files import read_model
 from drifting.train import train
 from drifting.utils.images import to_uint8
 
@@ -44,11 +44,11 @@ def evaluator(digits, trained):
 def test_recognises_digits(trained, digits):
     accuracy = json.loads((trained / "model.json").read_text())["test_accuracy"]
     assert accuracy > 0.9
-    assert train_classifier.measure_accuracy(read_any(trained)[0], digits.test) == accuracy
+    assert train_classifier.measure_accuracy(read_model(trained)[0], digits.test) == accuracy
 
 
 def test_measures_are_those_of_its_features(evaluator, trained, digits):
-    classifier, _ = read_any(trained, kinds=["classifier"])
+    classifier, _ = read_model(trained, kinds=["classifier"])
     with torch.no_grad():
         train, test = (
             fit_gaussian(classifier.features(split.samples()).double().numpy()) for split in (digits.train, digits.test)
@@ -103,7 +103,7 @@ def test_mistakes_are_told(trained, tmp_path):
     with pytest.raises(UserError, match="holds a classifier, not a generator"):
         load_generator(trained)
     with pytest.raises(UserError, match="there is no run directory"):
-        read_any(tmp_path / "absent")
+        read_model(tmp_path / "absent")
     (tmp_path / "config.yaml").touch()
     with pytest.raises(UserError, match="holds a run of another kind"):
         train_classifier.main(["--data", "digits", "--out", str(tmp_path)])

@@ -24,9 +24,9 @@ from drifting.evaluation.drawing import draw_batches, draw_samples, spread_label
 from drifting.evaluation.evaluator import open_evaluator
 from drifting.evaluation.features import Features, ImageFeatures, open_features
 from drifting.evaluation.measures import fit_gaussian, frechet_distance, inception_score
-from drifting.hub.run_directory import RunDirectory, write_model
 from drifting.hub.sources import load_generator
 from drifting.models import MAE, Classifier, DriftingDiT
+from drifting.models.network_files import write_model
 from drifting.train import train
 from drifting.training import Ranks, run_evaluation
 
@@ -72,7 +72,7 @@ def classifier(tmp_path):
     """A directory with an untrained classifier of digits."""
     path = tmp_path / "classifier"
     path.mkdir()
-    write_model(RunDirectory(path), Classifier(1, 10, (8, 16)), {"data": "digits"})
+    write_model(path, Classifier(1, 10, (8, 16)), {"data": "digits"})
     return path
 
 
@@ -198,7 +198,7 @@ def test_dinov2_is_given_normalised_images(monkeypatch):
 
 def test_features_of_an_autoencoder(tmp_path):
     mae = MAE(1, 32, (1, 1, 1, 1), 10, input_patch_size=2).eval()
-    write_model(RunDirectory(tmp_path), mae, {"data": "digits", "step": 1})
+    write_model(tmp_path, mae, {"data": "digits", "step": 1})
     features = open_features(str(tmp_path))
     images = pictures(3, 0, channels=1)
     points, *others = features(images)

@@ -22,8 +22,8 @@ from drifting.errors import UserError
 from drifting.evaluation.drawing import draw_samples, spread_labels
 from drifting.evaluation.evaluator import evaluate_model, open_evaluator
 from drifting.generation import Generator
-from drifting.hub.run_directory import RunDirectory, write_model
 from drifting.models import Classifier, DriftingDiT
+from drifting.models.network_files import write_model
 from drifting.training import Ranks
 
 NUM = 330  # It is no multiple of the ranks, nor of a batch.
@@ -107,7 +107,7 @@ def of_ranks(tmp_path_factory):
     directory = tmp_path_factory.mktemp("ranks")
     (directory / "classifier").mkdir()
     torch.manual_seed(0)
-    write_model(RunDirectory(directory / "classifier"), Classifier(1, 10, (8, 16)), {"data": "digits"})
+    write_model(directory / "classifier", Classifier(1, 10, (8, 16)), {"data": "digits"})
     np.savez(directory / "images.npz", draw_samples(untrained(), spread_labels(70, range(10)), seed=1))
     with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
         ports = [server.getsockname()[1] for server in (one, other)]

@@ -34,9 +34,10 @@ from drifting.evaluation.archives import read_reference, read_samples
 from drifting.generation import Generator
 from drifting.hub.flax_msgpack import read_arrays
 from drifting.hub.release import METADATA, WEIGHTS, write_artifact
-from drifting.hub.run_directory import RunDirectory, read_any, save_generator, write_model
+from drifting.hub.run_directory import RunDirectory, save_generator
 from drifting.hub.sources import load_generator, load_mae
 from drifting.models import MAE, Classifier, DriftingDiT
+from drifting.models.network_files import read_model, write_model
 from drifting.training.checkpoint import load_checkpoint, save_checkpoint
 
 UINT8 = np.uint8
@@ -84,7 +85,7 @@ def test_run_directories(tmp_path, kind):
         "classifier": lambda: Classifier(1, 2, (2, 3)),
     }[kind]()
     run = RunDirectory(tmp_path)
-    write_model(run, model, {"step": 3, "data": "digits", "pixel_range": [-1.0, 1.0]})
+    write_model(run.path, model, {"step": 3, "data": "digits", "pixel_range": [-1.0, 1.0]})
     description, weights = json.loads(run.description.read_text()), run.weights.read_bytes()
     header_end = 8 + int.from_bytes(weights[:8], "little")
     one_in = 1 if kind != "mae" else 5  # whose smallest is large
@@ -100,7 +101,7 @@ def test_run_directories(tmp_path, kind):
             run.description.write_bytes(damaged(text, text_changes))
             header = weights[:header_end] if keep_weights else damaged(weights[:header_end], weight_changes)
             run.weights.write_bytes(header + weights[header_end:])
-            read, refusal = watch.call(read_any, tmp_path)
+            read, refusal = watch.call(read_model, tmp_path)
             if refusal is None and (watch.accepted % one_in == 0):
                 check_model(read[0])
                 assert type(read[1]["step"]) is int and read[1]["step"] >= 0
@@ -149,12 +150,12 @@ def test_weights_must_be_what_the_model_has(tmp_path):
         model = tiny_generator()
         with torch.no_grad():
             spoil(model.class_embed.weight)
-        write_model(run, model, {"step": 1})
+        write_model(run.path, model, {"step": 1})
         with pytest.raises(UserError, match=f"class_embed.weight {message}"):
-            read_any(tmp_path)
-    write_model(run, tiny_generator().half(), {"step": 1})
+            read_model(tmp_path)
+    write_model(run.path, tiny_generator().half(), {"step": 1})
     with pytest.raises(UserError, match=r"is torch.float16 \[.*\], expected torch.float32 \["):
-        read_any(tmp_path)
+        read_model(tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------- checkpoints

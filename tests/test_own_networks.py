@@ -196,12 +196,12 @@ def test_a_name_is_shown_in_one_line(run):
 
 
 def test_networks_of_ours_need_no_model(tmp_path):
-    write_model(RunDirectory(tmp_path), tiny(), {"step": 1})
+    write_model(tmp_path, tiny(), {"step": 1})
     with pytest.raises(UserError, match="holds a DriftingDiT, a network of ours: leave out --model"):
         load_generator(tmp_path, model=Net)
     with pytest.raises(UserError, match="holds a generator, not a masked autoencoder"):
         load_mae(tmp_path)
-    write_model(RunDirectory(tmp_path), Classifier(1, 2, (2, 3)), {"step": 1})
+    write_model(tmp_path, Classifier(1, 2, (2, 3)), {"step": 1})
     with pytest.raises(UserError, match="holds a classifier, not a generator or network of your own"):
         load_generator(tmp_path, model=Net)
 
@@ -252,7 +252,7 @@ def test_a_state_that_safetensors_cannot_hold(tmp_path):
             return {"count": 3}
 
     with pytest.raises(UserError, match="_extra_state of Counting is a dict, expected tensors only"):
-        write_model(RunDirectory(tmp_path), Counting(), {"step": 1})
+        write_model(tmp_path, Counting(), {"step": 1})
 
 
 def tiny(**changes) -> DriftingDiT:
@@ -267,7 +267,7 @@ def tiny(**changes) -> DriftingDiT:
 def test_model_json_of_earlier_runs(tmp_path, in_chans, data, latent):
     """These say neither shapes nor names nor whether samples are latents."""
     model = tiny(in_chans=in_chans)
-    write_model(RunDirectory(tmp_path), model, {})
+    write_model(tmp_path, model, {})
     earlier = {
         "kind": "gen", "model": model.config, "num_classes": 3, "data": data, "pixel_range": [-1.0, 1.0], "step": 20,
         "quality": {"accuracy": 0.5},
@@ -301,7 +301,7 @@ def test_more_names_than_the_network_has_classes(tmp_path):
     ids=str,
 )  # fmt: skip
 def test_arguments_that_build_no_generator(tmp_path, change):
-    write_model(RunDirectory(tmp_path), tiny(), {"step": 1})
+    write_model(tmp_path, tiny(), {"step": 1})
     path = tmp_path / "model.json"
     arguments = tiny().config | change if isinstance(change, dict) else change
     path.write_text(json.dumps({"kind": "gen", "model": arguments, "step": 1}))

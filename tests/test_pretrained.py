@@ -20,9 +20,9 @@ from drifting.generation import Generator
 from drifting.hub import flax_msgpack, vae
 from drifting.hub.flax_msgpack import read_arrays, write_arrays
 from drifting.hub.release import release_arrays
-from drifting.hub.run_directory import RunDirectory, write_model
 from drifting.hub.sources import load_generator, load_mae
 from drifting.models import MAE, DriftingDiT
+from drifting.models.network_files import write_model
 
 ARTIFACT = GOLDEN / "official_gen_latent"  # made by the release's code, in its format
 SIZES = {"img_size": 4, "embed_dim": 8, "depth": 1, "num_heads": 2, "num_classes": 3, "style_vocab": 4}
@@ -92,7 +92,7 @@ def test_there_and_back_is_exact(tmp_path, capsys):
 )
 def test_our_generator_to_the_release_and_back(changes, tmp_path):
     model = DriftingDiT(**{**SIZES, **changes})
-    write_model(RunDirectory(tmp_path), model, {"step": 3})
+    write_model(tmp_path, model, {"step": 3})
     convert.main([str(tmp_path), str(tmp_path / "release")])
     metadata = json.loads((tmp_path / "release" / "metadata.json").read_text())
     assert metadata["kind"] == "gen" and metadata["step"] == 3 and metadata["model_config"]["input_size"] == 4
@@ -105,7 +105,7 @@ def test_our_generator_to_the_release_and_back(changes, tmp_path):
 
 def test_our_mae_to_the_release_and_back(tmp_path):
     mae = MAE(3, 32, (1, 1, 1, 1), num_classes=4, patch_size=1, input_patch_size=2)
-    write_model(RunDirectory(tmp_path), mae, {"step": 3})
+    write_model(tmp_path, mae, {"step": 3})
     assert_same_weights(load_mae(tmp_path), mae)
     convert.main([str(tmp_path), str(tmp_path / "release")])
     again = load_mae(tmp_path / "release")
@@ -114,13 +114,13 @@ def test_our_mae_to_the_release_and_back(tmp_path):
 
 
 def test_an_mae_that_the_release_cannot_build(tmp_path):
-    write_model(RunDirectory(tmp_path), MAE(1, 8, (1, 1, 1, 1)), {"step": 0})
+    write_model(tmp_path, MAE(1, 8, (1, 1, 1, 1)), {"step": 0})
     with pytest.raises(UserError, match="multiples of 32 only"):
         convert.main([str(tmp_path), str(tmp_path / "release")])
 
 
 def test_a_description_that_is_no_object(tmp_path):
-    write_model(RunDirectory(tmp_path), DriftingDiT(**SIZES), {"step": 0, "release": 5})
+    write_model(tmp_path, DriftingDiT(**SIZES), {"step": 0, "release": 5})
     with pytest.raises(UserError, match="release is 5, expected an object"):
         convert.main([str(tmp_path), str(tmp_path / "release")])
 

@@ -14,9 +14,10 @@ from torch.nn import functional as F
 
 from ..data import Dataset
 from ..errors import UserError, reason, require
-from ..hub.run_directory import RunDirectory, read_any
+from ..hub.run_directory import RunDirectory
 from ..models import MAE, Classifier
 from ..models.feature_extractor import IMAGENET_MEAN, IMAGENET_STD
+from ..models.network_files import read_model
 from .archives import Samples
 
 INCEPTION, DINOV2 = "inception", "dinov2"
@@ -90,7 +91,7 @@ def open_features(source: str) -> ImageFeatures:
 
 def _load_own(path: Path, device: torch.device) -> ImageFeatures:
     """The features that the last layer of a classifier, or of an autoencoder's own classifier, sees."""
-    model = read_any(path, kinds=("classifier", "mae"))[0].to(device)
+    model = read_model(path, kinds=("classifier", "mae"))[0].to(device)
     assert isinstance(model, (Classifier, MAE))
     channels = model.config["in_chans"]
 

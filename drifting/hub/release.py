@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ..errors import UserError, explained, shown
 from ..models import MAE, MODELS, DriftingDiT
+from ..models.network_files import build, misfits, read_description
 from ..utils.files import write_object
 from .flax_msgpack import read_arrays, write_arrays
-from .run_directory import build, misfits, read_description
 
 WEIGHTS, METADATA = "ema_params.msgpack", "metadata.json"
 # These are the release's names of our arguments where they differ, and the values that model_config may leave out.

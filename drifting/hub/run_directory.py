@@ -1,28 +1,12 @@
-"""Run directories: where the files of a run are, and how its network is written among them and read again."""
+"""Run directories: where the files of a run are, and how its generator is written among them."""
 
-from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-
-from ..errors import MOST_SHOWN, UserError, explained, shown
 from ..generation import Generator
-from ..models import MODELS, NETWORKS, Classifier
-from ..utils.files import atomic_write, is_count, locked, read_object, write_object
-
-OWN = "own"  # Every network that is none of ours is of this kind.
-SMALL: dict[str, type[nn.Module]] = {name: its for name, its in NETWORKS.items() if its is not MODELS["gen"]}
-GENERATORS = ("gen", *SMALL, OWN)
-KINDS: dict[str, type[nn.Module]] = {**MODELS, **SMALL, "classifier": Classifier}
-NOUNS = dict.fromkeys(("gen", *SMALL), "generator")
-NOUNS |= {"mae": "masked autoencoder", "classifier": "classifier", OWN: "network of your own"}
-
-Model = nn.Module | Callable[..., nn.Module] | None  # This is a user's own network or what builds it.
-Described = tuple[nn.Module, dict[str, Any]]  # This is a network and what the file beside its weights says.
+from ..models.network_files import DESCRIPTION, WEIGHTS, write_model
+from ..utils.files import locked
 
 
 class RunDirectory:
@@ -31,7 +15,7 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path, self.checkpoints, self.samples = path, path / "checkpoints", path / "samples"
         self.config, self.metrics = path / "config.yaml", path / "metrics.jsonl"
-        self.weights, self.description = path / "model.safetensors", path / "model.json"
+        self.weights, self.description = path / WEIGHTS, path / DESCRIPTION
 
     @property
     def best(self) -> "RunDirectory":
@@ -48,114 +32,4 @@ def save_generator(run: RunDirectory, generator: Generator, quality: dict | None
     network, facts = generator.model, dict(vars(generator))
     facts["model"] = dict(facts.pop("arguments"))
     facts["name"] = generator.name or f"{type(network).__module__}:{type(network).__qualname__}"
-    write_model(run, network, facts | more | ({} if quality is None else {"quality": quality}))
-
-
-def write_model(run: RunDirectory, network: nn.Module, description: dict[str, Any]) -> None:
-    """Write ``model.safetensors``, and ``model.json`` with the network's kind, its arguments and ``description``. The
-    arguments of a network of ours are its ``config``, those of a user's own what ``description`` calls ``model``."""
-    # A class derived from one of ours may compute anything: it is the user's own.
-    kind = next((kind for kind, ours in KINDS.items() if type(network) is ours), OWN)
-    arguments: Any = description.get("model", {}) if kind == OWN else network.config
-    # Views of one tensor share memory, which safetensors refuses; their copies do not.
-    weights = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in _stored_state(network).items()}
-    with atomic_write(run.weights) as part:
-        save_file(weights, part)
-    write_object(run.description, description | {"kind": kind, "model": arguments})
-
-
-def read_any(path: Path, model: Model = None, kinds: Collection[str] = tuple(NOUNS)) -> Described:
-    """Read the network of the run in ``path``, in evaluation mode, and what its ``model.json`` says. A user's own
-    network is ``model``, which gets the weights, or what ``model`` builds of the arguments in that file. The file names
-    a class, but nothing is ever imported for it. Networks of ours are built on the CPU."""
-    run = RunDirectory(path)
-    for file in (run.description, run.weights):
-        if not file.is_file():
-            problem = f"{path} holds no {file.name}" if path.is_dir() else f"there is no run directory {path}"
-            raise UserError(f"{problem}: expected a run directory of `python -m drifting.train`")
-    description = read_description(run.description, kinds)
-    kind = description["kind"]
-    if kind != OWN and model is not None:
-        raise UserError(f"{path} holds a {KINDS[kind].__name__}, a network of ours: leave out --model (or model=...)")
-    if kind == OWN and model is None:
-        name = shown(description.get("name", "module:Name"))
-        naming = f"name it with --model {name} (or load_generator(folder, model=...))"
-        raise UserError(f"{path} holds a network of your own, {name}: {naming}")
-    with explained(f"{run.weights} cannot be loaded"):
-        weights = load_file(run.weights)
-    if not isinstance(model, nn.Module):
-        with explained(f"{run.description} cannot be read"):
-            arguments = description.get("model")
-            model = _build_own(model, arguments, weights) if model else build(KINDS[kind], arguments)
-    with explained(f"{run.weights} cannot be loaded"):
-        # A buffer of a user's own network may hold infinities, as attention masks do.
-        finite = dict(model.named_parameters(remove_duplicate=False)) if kind == OWN else weights
-        problems = misfits(weights, _stored_state(model), finite)
-        if not problems:  # Of tied weights, one name is in the file, which is not strict then.
-            model.load_state_dict(weights, strict=False, assign=kind != OWN)
-    if problems:
-        raise UserError(f"{run.weights} does not fit {type(model).__name__}: {problems}")
-    return model.eval(), description
-
-
-def read_description(file: Path, kinds: Collection[str]) -> dict[str, Any]:
-    """Read what ``file`` says of the network beside it: its ``kind``, which is one of ``kinds``, ``step`` and more."""
-    with explained(f"{file} cannot be read, and only it tells what the weights are of"):
-        content = read_object(file)
-    config = content.get("model_config")  # The release may leave out the kind. Every generator of it has cond_dim.
-    is_mae = isinstance(config, dict) and "cond_dim" not in config
-    description = {"kind": "mae" if is_mae else "gen", "step": 0} | content
-    kind, step = description["kind"], description["step"]
-    if not isinstance(kind, str) or kind not in kinds:
-        noun = NOUNS.get(str(kind), f"network of kind {shown(kind)}")
-        nouns = dict.fromkeys(NOUNS[kind] for kind in kinds)
-        raise UserError(f"{file.parent} holds a {noun}, not a {' or '.join(nouns)}")
-    if not is_count(step):
-        raise UserError(f"{file}: step is {shown(step)}, expected the number of steps of the training")
-    return description
-
-
-def build(network: Callable[..., nn.Module], arguments: Any, device: str = "meta") -> nn.Module:
-    """Build ``network(**arguments)``, by default on the meta device, where weights of any size take no memory."""
-    name = getattr(network, "__name__", type(network).__name__)
-    with explained(f"there is no {name} of the arguments {shown(arguments)}"), torch.device(device):
-        built = network(**arguments)
-    if not isinstance(built, nn.Module):
-        raise UserError(f"{name} returns a {type(built).__name__}, expected a torch.nn.Module")
-    return built
-
-
-def _build_own(network: Callable[..., nn.Module], arguments: Any, weights: Mapping[str, Tensor]) -> nn.Module:
-    """Build a user's own network on the CPU, unless one without memory already shows that ``weights`` do not fit it."""
-    try:
-        weightless = build(network, arguments)
-        if misfits(weights, _stored_state(weightless), ()):
-            return weightless
-    except (UserError, RuntimeError):  # Not every network can be built on the meta device, nor has shapes there.
-        pass
-    return build(network, arguments, "cpu")
-
-
-def _stored_state(network: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors that the file of a network has; tied weights, which have several names, are there once."""
-    state = network.state_dict(keep_vars=True)
-    for name, tensor in state.items():
-        kind = str(tensor.dtype) if isinstance(tensor, Tensor) else type(tensor).__name__
-        if not isinstance(tensor, Tensor) or kind.startswith(("torch.complex", "torch.float8", "torch.float4")):
-            expected = "tensors only, of real numbers of 16 bits or more"
-            raise UserError(f"{name} of {type(network).__name__} is a {kind}, expected {expected}")
-    named = {id(tensor): (name, tensor) for name, tensor in reversed(state.items())}
-    return dict(named.values())
-
-
-def misfits(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], finite: Collection[str]) -> str:
-    """Word how ``tensors`` differ from those ``expected``, and which of those named in ``finite`` are not; else ""."""
-    problems = []
-    for name in sorted(expected.keys() | tensors.keys()):
-        pair = tensors.get(name), expected.get(name)
-        got, like = (f"{tensor.dtype} {list(tensor.shape)}" if tensor is not None else "nothing" for tensor in pair)
-        if got != like:
-            problems.append(f"{name} is {got}, expected {like}")
-        elif name in finite and not tensors[name].isfinite().all():
-            problems.append(f"{name} has NaN or infinity")
-    return shown("; ".join(problems), MOST_SHOWN)
+    write_model(run.path, network, facts | more | ({} if quality is None else {"quality": quality}))

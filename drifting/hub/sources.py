@@ -1,4 +1,5 @@
-"""Load trained models from the Hugging Face hub (``hf://NAME``), an artifact of the release, or a run of our own."""
+"""Load trained models: runs of our own, networks of the Hugging Face hub (``hf://USER/NAME``), and what the release has
+there (``hf://NAME``) or wrote to a folder."""
 
 import math
 import re
@@ -13,12 +14,14 @@ from torch import nn
 from ..errors import UserError, explained, require, shown
 from ..generation import Generator
 from ..models import MAE, MODELS, NETWORKS, DriftingDiT
+from ..models.network_files import KINDS, OWN, Described, Model, read_model
+from ..models.pretrained import download
 from ..utils.files import is_count
 from .release import WEIGHTS, read_artifact
-from .run_directory import GENERATORS, Described, Model, read_any
 from .vae import LATENT_CHANNELS
 
 HUB, REPOSITORY = "hf://", "Goodeat/drifting"
+GENERATORS = (*(kind for kind, its in KINDS.items() if its in NETWORKS.values()), OWN)
 TYPES: dict[str, Any] = {  # A description has values of these types.
     "model": dict, "name": str, "data": str, "latent": bool, "noise_shape": list, "sample_shape": list,
     "class_names": list, "pixel_range": (list, type(None)), "cfg_scale": (int, float),
@@ -44,7 +47,7 @@ def open_model(source: str | Path, kinds: Collection[str] = tuple(MODELS), model
     of_release = [kind for kind in kinds if kind in MODELS]
     folder, is_artifact = locate(source, of_release)
     if not is_artifact:
-        return read_any(folder, model, kinds)
+        return read_model(folder, model, kinds)
     if model is not None:
         raise UserError(f"{source} is a model of the release: leave out --model (or model=...)")
     return read_artifact(folder, of_release)
@@ -52,14 +55,17 @@ def open_model(source: str | Path, kinds: Collection[str] = tuple(MODELS), model
 
 def as_generator(source: str | Path, network: nn.Module, description: dict[str, Any]) -> Generator:
     """Join the network of ``source`` and its ``description``, where the release and earlier runs say less."""
-    facts: dict[str, Any] = {"pixel_range": None, "cfg_scale": 1.0, "condition_shape": None} | description
+    facts: dict[str, Any] = {"pixel_range": None, "cfg_scale": 1.0, "condition_shape": None}
+    ours: Any = network if type(network) in NETWORKS.values() else None
+    if ours is not None:  # A network that was saved by itself has no facts.
+        is_image = len(ours.sample_shape) == 3
+        facts |= {"class_names": [str(number) for number in range(ours.num_classes)], "data": "", "latent": False}
+        facts |= {"pixel_range": [-1.0, 1.0] if is_image else None}
     if type(network) is DriftingDiT:
         data = description.get("data", "imagenet")  # The release trained on it, and earlier runs named their data.
         is_latent = data == "latents" or (data == "imagenet" and network.out_chans == LATENT_CHANNELS)
-        class_names = [str(number) for number in range(network.num_classes)]
-        facts |= {"data": data, "latent": is_latent, "pixel_range": [-1.0, 1.0], "class_names": class_names}
-        facts |= description
-    ours: Any = network if type(network) in NETWORKS.values() else None
+        facts |= {"data": data, "latent": is_latent}
+    facts |= description
     if ours is not None:  # It tells for itself what its file may have wrong.
         name = next(name for name, its in NETWORKS.items() if type(ours) is its)
         shapes = {"noise_shape": list(ours.noise_shape), "sample_shape": list(ours.sample_shape)}
@@ -91,15 +97,16 @@ def _is_right(key: str, value: Any) -> bool:
 def locate(source: str | Path, kinds: Sequence[str] = tuple(MODELS)) -> tuple[Path, bool]:
     """Find the folder of ``source``, and tell whether an artifact is there; a model of the hub is downloaded."""
     if isinstance(source, str) and source.startswith(HUB):
-        source = _download(source.removeprefix(HUB), kinds)
+        name = source.removeprefix(HUB)
+        source = download(name) if "/" in name else _download(name, kinds)
     artifacts = [folder for folder in (Path(source), Path(source) / "params_ema") if (folder / WEIGHTS).is_file()]
     return (artifacts or [Path(source)])[0], bool(artifacts)
 
 
 def _download(name: str, kinds: Sequence[str]) -> Path:
     if not re.fullmatch(r"[\w.-]+", name):
-        raise UserError(f"{HUB}{name}: expected {HUB}NAME, such as {HUB}latent_L_sota")
-    hub = require("huggingface_hub", f"{HUB}{name}", "imagenet")
+        raise UserError(f"{HUB}{name}: expected {HUB}USER/NAME, or a name of the release's such as {HUB}latent_L_sota")
+    hub = require("huggingface_hub", f"{HUB}{name}", "hub")
     folders = [f"models/{kind}/jax/{name}" for kind in kinds]
     advice = f"copy its folder {' or '.join(folders)} here and name that, or try again"
     with explained(f"cannot download {HUB}{name} from huggingface.co/{REPOSITORY}: {advice}"):

@@ -5,8 +5,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .pretrained import Pretrained
 
-class Classifier(nn.Module):
+
+class Classifier(Pretrained, kind="classifier"):
     """Stages of two 3 × 3 convolutions, the first of which halves the resolution; mean over locations; linear.
 
     The stages are ``channels`` wide. ``Classifier(**classifier.config)`` builds the same network.

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .drifting_dit import RMSNorm
+from .pretrained import Pretrained
 from .residual_mlp import ConditionedMLP, check_shape
 from .resnet_encoder import check_sizes
 
 
-class ConvDecoder(nn.Module):
+class ConvDecoder(Pretrained, kind="conv_decoder"):
     """A generator ``G(z, y, α)`` of images: an MLP makes a coarse grid of features, and convolutions refine it.
 
     They come in stages, each of which doubles the resolution, the last one to that of the image.

@@ -11,12 +11,13 @@ from torch.utils.checkpoint import checkpoint
 
 from ..generation import generate
 from .conditions import check_conditions, check_indices
+from .pretrained import Pretrained
 
 NORM_EPS = 1e-6
 MOST = {"depth": 512, "num_style_tokens": 4096, "n_cls_tokens": 4096}  # These arguments go from 0 to so many.
 
 
-class DriftingDiT(nn.Module):
+class DriftingDiT(Pretrained, kind="gen"):
     """Transformer ``G(z, y, α, style)`` from noise, label, CFG scale and style codes to an image.
 
     Noise patches get sin-cos positions and ``n_cls_tokens`` class tokens in front; every block is modulated

@@ -11,10 +11,11 @@ from torch.nn import functional as F
 
 from .conditions import check_indices
 from .feature_extractor import LatentFeatureExtractor
+from .pretrained import Pretrained
 from .resnet_encoder import FeatureMaps, ResNetEncoder, check_sizes, group_norm
 
 
-class MAE(nn.Module):
+class MAE(Pretrained, kind="mae"):
     """ResNet encoder, U-Net decoder for the hidden part of the image, and a linear classifier on the last stage.
 
     Squares of side ``patch_size`` are hidden on the patchified grid. ``MAE(**mae.config)`` builds the same network.

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from ..errors import shown
 from .conditions import check_conditions
 from .drifting_dit import MOST, RMSNorm
+from .pretrained import Pretrained
 from .resnet_encoder import check_sizes
 
 
@@ -72,7 +73,7 @@ class Block(nn.Module):
         return x + (1 + gate) * self.w2(F.silu(self.w1(self.norm(x) * (1 + scale) + shift)))
 
 
-class ResidualMLP(nn.Module):
+class ResidualMLP(Pretrained, kind="residual_mlp"):
     """A generator ``G(z, y, α)`` of samples of any shape, which are small: an MLP sees nothing of images.
 
     Args:

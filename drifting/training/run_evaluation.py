@@ -33,6 +33,7 @@ class GeneratorRun(Run[DriftingTrainer]):
         self.config, self.ranks, self.num_samples = self.trainer.config, self.trainer.ranks, 0
         self.by_class = self.config.step.groups == "classes"
         self.pictured = self.dataset.pixel_range is not None and self.by_class
+        self.measured_at, self.quality = -1, Quality()
         with self.ranks.agreed():
             self.evaluator = self._open(self.trainer.ema_model)
 
@@ -63,6 +64,7 @@ class GeneratorRun(Run[DriftingTrainer]):
         self.trainer.best_decay = quality.get("ema_decay", self.trainer.best_decay)
         self.trainer.best_cfg_scale = quality.get("cfg_scale", self.trainer.best_cfg_scale)
         self.ranks.on_main(partial(self._keep, self.trainer.ema_model, quality))
+        self.measured_at, self.quality = self.trainer.step, quality
         return quality
 
     def _measure(self, model: nn.Module, decay: float) -> list[Quality]:
@@ -103,7 +105,8 @@ class GeneratorRun(Run[DriftingTrainer]):
         save_panels({"generated": generated, "real": to_uint8(real, pixel_range)}, COLUMNS, path)
 
     def save_model(self) -> None:
-        self.trainer.save(self.directory.path)
+        measured = self.quality and self.measured_at == self.trainer.step
+        self.trainer.save(self.directory.path, self.quality if measured else None)
 
     def describe(self, record: dict[str, Any], quality: Quality) -> str:
         words = [f"λ={record['lambda_mean']:.4f}"] if "lambda_mean" in record else []

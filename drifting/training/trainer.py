@@ -273,10 +273,11 @@ class DriftingTrainer:
                 facts = {"arguments": model.config} | facts
         return Generator(model, noise_shape, self.sample_shape, names, step=self.step, **facts)
 
-    def save(self, folder: Path | str) -> None:
-        """Write what :func:`drifting.load_generator` reads. All ranks call this, and rank 0 writes."""
-        more = self.loss_fn.learnt()
-        self.ranks.on_main(partial(save_generator, RunDirectory(Path(folder)), self.generator(), **more))
+    def save(self, folder: Path | str, quality: dict[str, Any] | None = None) -> None:
+        """Write what :func:`drifting.load_generator` reads, with ``quality`` if it was measured. All ranks call this,
+        and rank 0 writes."""
+        run, more = RunDirectory(Path(folder)), self.loss_fn.learnt()
+        self.ranks.on_main(partial(save_generator, run, self.generator(), quality, **more))
 
     def state_dict(self) -> dict[str, Any]:
         """All that shapes the rest of the run, whole and on the host of rank 0. All ranks call this."""
