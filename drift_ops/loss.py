@@ -170,7 +170,7 @@ def _check_field(field: Field, affinity_floor: float, checked: list[tuple[Any, .
 
 def _given_scales(scale: Any, maps: list[LossMap]) -> Tensor:
     """The scale of each group of each map, from that of all, or from those of each map."""
-    of_maps = list(scale) if isinstance(scale, Sequence) else [scale] * len(maps)
+    of_maps = list(scale) if isinstance(scale, (tuple, list)) else [scale] * len(maps)
     if len(of_maps) != len(maps):
         raise ValueError(f"scale: got {len(of_maps)} entries, expected {len(maps)}, one for each map of gen")
     like = maps[0].gen

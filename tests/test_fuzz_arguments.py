@@ -24,7 +24,7 @@ NO_POSITIVES = [(), [], "1", None, 0.5, torch.ones(2), np.ones(2), {1.0}, {1.0: 
 # Widths may be tensors, too.
 WIDTH_TENSORS = [torch.ones(()), torch.tensor([0.1, 2.0]), torch.tensor(0.5, dtype=torch.float64), torch.tensor([0.3])]
 NO_WIDTH_TENSORS = [
-    torch.zeros(()), torch.tensor([0.1, -1.0]), torch.tensor([float("nan")]), torch.ones(2, 1), torch.ones(0),
+    torch.zeros(()), torch.tensor([0.1, -1.0]), torch.tensor([float("nan")]), torch.ones(7, 1), torch.ones(0),
     torch.ones(2, dtype=torch.complex64), torch.ones(2).to_sparse(),
 ]  # fmt: skip
 NO_WIDTH = [*(w for w in NO_NUMBER), [], np.ones(2), object(), *NO_WIDTH_TENSORS]
