@@ -26,10 +26,11 @@ from .generation import Generator, Signature, label_numbers
 from .hub.run_directory import RunDirectory
 from .hub.sources import load_generator
 from .hub.vae import require_vae
-from .utils.images import GAP, TILE, data_uri, enlarged, enlargement, grid, to_uint8
+from .utils.images import GAP, data_uri, enlarged, enlargement, grid, to_uint8
 from .utils.named import import_named, is_own
 
 HOST, SEEDS = "127.0.0.1", 1000  # Sliders have this many seeds.
+SHOWN = 96  # Images are at least so high: Gradio mistakes where a picture was clicked if the page enlarges it.
 FRAMES, STRIP, NEAREST = 25, 9, 7  # A path has so many images, of which a strip shows some.
 MOST_VALUES = 2**28  # Training images of more values are not compared with.
 KEPT = (600, 3600)  # Pictures are kept on disk for an hour, and looked through every ten minutes.
@@ -39,7 +40,7 @@ CSS = """
 .picture .image-container {position: static}
 .picture .image-frame, .picture img {width: 100%; object-fit: contain}
 #moving img {max-width: 192px}
-.sharp img {image-rendering: pixelated}
+.sharp:not(#samples) img {image-rendering: pixelated}
 #nearest {display: grid; grid-template-columns: repeat(auto-fill, minmax(68px, 1fr)); gap: 8px; text-align: center}
 #nearest figure {margin: 0}
 #nearest img {width: 100%; aspect-ratio: 1}
@@ -151,7 +152,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 footer_links=[], css=CSS,
             )  # fmt: skip
         except OSError as error:
-            raise UserError(f"--port is {port}, which another program uses: choose another") from error
+            taken = "another program has it, or only root may"
+            raise UserError(f"--port is {port}, which cannot be had ({taken}): choose another") from error
         try:
             print(f"{source} is at {address} (Ctrl-C ends it)", flush=True)
             threading.Event().wait()
@@ -164,12 +166,12 @@ def build_page(gr: Any, source: str, generator: Generator, training: Samples | N
     """The page; what it offers to download is written to ``folder``, which is there as long as the page."""
     names, taken = generator.class_names, Signature.of(generator.model, generator.noise_shape).conditions
     height, width = (side * (8 if generator.latent else 1) for side in generator.sample_shape[1:])
-    columns, most, first = (10, 80, 80) if height <= 2 * TILE else (4, 16, 8)
+    columns, most, first = (10, 80, 80) if height <= SHOWN else (4, 16, 8)
     parameters = sum(parameter.numel() for parameter in generator.model.parameters())
     facts = f"{generator.data}, step {generator.step:,}, {parameters:,} parameters"
     look: dict[str, Any] = {
         "format": "png", "interactive": False, "buttons": ["download", "fullscreen"],
-        "elem_classes": ["picture", "sharp" if height < TILE else ""],
+        "elem_classes": ["picture", "sharp" if height < SHOWN else ""],
     }  # fmt: skip
 
     def seeds(value: int, label: str) -> Any:
@@ -205,7 +207,7 @@ def build_page(gr: Any, source: str, generator: Generator, training: Samples | N
 
         def show(num: int, *choice: Any) -> tuple[Any, str]:
             images, spent = draw(generator, Choice(*choice), num)
-            return grid(images, columns, sharp=True), f"{num} images in **{spent:.1f} ms**"
+            return grid(images, columns, SHOWN, sharp=True), f"{num} images in **{spent:.1f} ms**"
 
         def look_closer(sample: int, to: int, num: int, *choice: Any) -> tuple[str, Any, str]:
             images = draw_path(generator, Choice(*choice), min(sample, num - 1), to)
@@ -219,7 +221,7 @@ def build_page(gr: Any, source: str, generator: Generator, training: Samples | N
             return str(path)
 
         def pick(num: int, event: gr.SelectData) -> int:
-            steps = [side * enlargement(height) + GAP for side in (width, height)]
+            steps = [side * enlargement(height, SHOWN) + GAP for side in (width, height)]
             column, row = (int(at) // step for at, step in zip(event.index, steps, strict=True))
             return min(num - 1, row * columns + column)
 
@@ -238,7 +240,7 @@ def build_page(gr: Any, source: str, generator: Generator, training: Samples | N
 
 def animate(images: Samples, path: Path) -> str:
     """Write a GIF that goes to the end of a path and back."""
-    first, *rest = [enlarged(image, 2 * TILE, sharp=True) for image in (*images, *images[-2:0:-1])]
+    first, *rest = [enlarged(image, SHOWN, sharp=True) for image in (*images, *images[-2:0:-1])]
     first.save(path, save_all=True, append_images=rest, duration=60, loop=0)
     return str(path)
 

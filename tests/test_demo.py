@@ -3,12 +3,12 @@
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -116,19 +116,19 @@ class Plane(nn.Module):
 def test_mistakes_are_one_line(run, tmp_path, capsys, monkeypatch):
     facts = {"noise_shape": (2,), "sample_shape": (2,), "arguments": {}}
     save_generator(demo.RunDirectory(tmp_path / "plane"), Generator(Plane(), name="test_demo:Plane", **facts))
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        busy = server.getsockname()[1]
-        for arguments, expected in (
-            ([tmp_path / "none"], "there is no run directory"),
-            ([run, "--port", "70000"], "--port is 70000, expected 1 to 65535"),
-            ([tmp_path / "plane"], "name it with --model test_demo:Plane"),
-            ([tmp_path / "plane", "--model", "test_demo:Plane"], r"makes samples \[2\]: the demo shows images only"),
-        ):  # fmt: skip
-            with pytest.raises(SystemExit) as caught:
-                run_command(lambda arguments=arguments: demo.main(list(map(str, arguments))))
-            error = capsys.readouterr().err
-            assert caught.value.code == 2 and error.count("\n") == 1 and re.search(expected, error), error
-    assert busy
+    monkeypatch.setattr(demo, "require", lambda *names: None)
+    monkeypatch.setattr(demo, "build_page", Mock(**{"return_value.launch.side_effect": OSError("no empty port")}))
+    for arguments, expected in (
+        ([tmp_path / "none"], "there is no run directory"),
+        ([run, "--port", "70000"], "--port is 70000, expected 1 to 65535"),
+        ([run, "--port", "80"], "--port is 80, which cannot be had .*: choose another"),
+        ([tmp_path / "plane"], "name it with --model test_demo:Plane"),
+        ([tmp_path / "plane", "--model", "test_demo:Plane"], r"makes samples \[2\]: the demo shows images only"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            run_command(lambda arguments=arguments: demo.main(list(map(str, arguments))))
+        error = capsys.readouterr().err
+        assert caught.value.code == 2 and error.count("\n") == 1 and re.search(expected, error), error
 
 
 def test_data_that_are_not_there(run, generator, tmp_path, capsys):

@@ -37,9 +37,9 @@ def enlarged(image: Pixels, least: int = TILE, sharp: bool = False) -> Image.Ima
     return ImageOps.scale(picture, enlargement(picture.height, least), resample)
 
 
-def grid(images: Pixels, columns: int, sharp: bool = False) -> Image.Image:
+def grid(images: Pixels, columns: int, least: int = TILE, sharp: bool = False) -> Image.Image:
     """``images`` row by row on a grey ground, small ones enlarged, see :func:`enlarged`."""
-    tiles = [enlarged(image, sharp=sharp) for image in images]
+    tiles = [enlarged(image, least, sharp) for image in images]
     step_x, step_y = (side + GAP for side in tiles[0].size)
     picture = Image.new("RGB", (columns * step_x + GAP, -(-len(tiles) // columns) * step_y + GAP), "grey")
     for index, tile in enumerate(tiles):
