@@ -275,7 +275,8 @@ class DriftingTrainer:
 
     def save(self, folder: Path | str) -> None:
         """Write what :func:`drifting.load_generator` reads. All ranks call this, and rank 0 writes."""
-        more = self.loss_fn.learnt()
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        more: Any = self.loss_fn.learnt() | {"device": f"{self.ranks.size} x {name}" if self.ranks.size > 1 else name}
         self.ranks.on_main(partial(save_generator, RunDirectory(Path(folder)), self.generator(), **more))
 
     def state_dict(self) -> dict[str, Any]:
