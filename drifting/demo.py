@@ -144,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     generator.model.to(device)
     draw(generator, Choice(-1, generator.cfg_scale, 0, 0), 1)  # The first time is slow.
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder
+        os.environ["GRADIO_TEMP_DIR"] = f"{folder}/cache"  # What is written beside it gets an address for each content.
         page = build_page(gr, source, generator, training_images(source, generator), Path(folder))
         try:
             _, address, _ = page.launch(
@@ -203,7 +203,7 @@ def build_page(gr: Any, source: str, generator: Generator, training: Samples | N
                 with gr.Row():
                     strip = gr.Image(label="path", elem_id="strip", scale=5, min_width=300, **look)
                     look["format"] = "gif"
-                    moving = gr.Image(label="animation", type="filepath", min_width=120, elem_id="moving", **look)
+                    moving = gr.Image(label="animation", type="filepath", min_width=180, elem_id="moving", **look)
 
         def show(num: int, *choice: Any) -> tuple[Any, str]:
             images, spent = draw(generator, Choice(*choice), num)

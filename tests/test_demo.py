@@ -179,10 +179,11 @@ def test_in_a_browser(run, tmp_path):
             slider.press("ArrowLeft" if label == "images" else "ArrowRight")
             changed("samples", before)
         page.get_by_text(re.compile(r"79 images in [0-9.]+ ms")).wait_for()
-        before = page.locator("#nearest img").first.get_attribute("src")
+        before, moving = page.locator("#nearest img").first.get_attribute("src"), source("moving")
         page.locator("#samples img").click(position={"x": 100, "y": 100})
         page.wait_for_function("document.querySelector('#sample input').value != '0'")
         changed("nearest", before)
+        changed("moving", moving)
         with page.expect_download() as download:
             page.get_by_text("Download samples as .npz").click()
         download.value.save_as(tmp_path / "samples.npz")
