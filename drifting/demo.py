@@ -2,6 +2,7 @@
 
 import html
 import os
+import signal
 import sys
 import tempfile
 import threading
@@ -155,6 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             taken = "another program has it, or only root may"
             raise UserError(f"--port is {port}, which cannot be had ({taken}): choose another") from error
         try:
+            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # It tidies up then.
             print(f"{source} is at {address} (Ctrl-C ends it)", flush=True)
             threading.Event().wait()
         finally:

@@ -6,9 +6,8 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from itertools import count
-from math import isfinite, prod
+from math import prod
 from pathlib import Path
 from statistics import fmean, median
 from string import Template
@@ -32,6 +31,7 @@ COLOURS = [f"#a0b0c{n}" for n in range(8)]  # The page has others in their place
 STYLE = {"svg.fonttype": "none", "font.size": 9, "text.parse_math": False, "axes.spines.top": False,
          "axes.spines.right": False, "lines.linewidth": 1.4}  # fmt: skip
 MOST_POINTS, FEW_POINTS, MOST_PICTURES, MOST_PIXELS = 300, 15, 8, 1200  # Few points are marked.
+MOST = 10**12  # No number of a run is as great.
 LOG_FROM = 100  # Where most values are not within this factor of the greatest, the scale is logarithmic.
 NO_PHASES = {"step", "images_per_second", "memory_gb"}
 CURVES = {  # Numbers of a record, and what they are called.
@@ -83,7 +83,7 @@ def _number(record: Any, place: Sequence[str]) -> float | None:
     for key in place:
         record = _dict(record).get(key)
     values = record.values() if isinstance(record, dict) else [record]
-    numbers = [value for value in values if type(value) in (int, float) and isfinite(value)]
+    numbers = [value for value in values if type(value) in (int, float) and abs(value) < MOST]
     return fmean(numbers) if numbers else None
 
 
@@ -127,8 +127,8 @@ def _record(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
         distance = next((record[name] for name in DISTANCES if name in record), None)
-        return record | {"step": int(record["step"]), "distance": distance}
-    except (ArithmeticError, KeyError, TypeError, ValueError):  # A line may be cut short, or be anything.
+        return record | {"step": min(int(record["step"]), MOST), "distance": distance}
+    except Exception:  # A line may be cut short, or be anything.
         return None
 
 
@@ -152,7 +152,7 @@ def facts(run: Recorded) -> dict[str, str]:
         told["steps"] = f"{records[-1]['step']:,.0f} of {values.get('train.steps', 0):,}"
         steps, seconds = run.series("timing", "step")
         spent = sum(s * (step - last) for last, step, s in zip([0.0, *steps], steps, seconds, strict=False))
-        told["time of all steps"] = str(timedelta(seconds=round(spent)))
+        told["time of all steps"] = f"{spent // 3600:.0f}:{spent // 60 % 60:02.0f}:{spent % 60 // 1:02.0f}"
         for title, key, form in (("images a second", "images_per_second", ",.0f"), ("memory", "memory_gb", ".2f")):
             of_steps = run.series("timing", key)[1]
             told[title] = f"{median(of_steps):{form}}" + " GB" * (title == "memory") if of_steps else ""

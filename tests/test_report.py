@@ -109,12 +109,12 @@ def test_what_is_missing_is_told(tmp_path):
     (run / "samples").mkdir(parents=True)
     (run / "samples" / "step_00000001.png").write_text("no picture")
     (run / "config.yaml").write_text("data: [")
-    numbers = {"learning_rate": None, "sample_spread": "1", "lambda": [1], "timing": {"step": True}}
-    lines = [json.dumps({"step": 1} | numbers), "[1]", '{"step": "x"}', "{}", '{"step": 2, "lambda_m']
+    numbers = {"learning_rate": None, "sample_spread": "1", "lambda": [1], "timing": {"step": True, "data": 1e300}}
+    lines = [json.dumps({"step": 10**30} | numbers), "[" * 10**5, "[1]", '{"step": "x"}', "{}", '{"step": 2, "lambda_m']
     (run / "metrics.jsonl").write_text("\n".join(lines), encoding="utf-8")
     page = page_of(run, out=tmp_path / "report.html")
     told = " ".join(page.texts)
-    for words in ("run: no model.json", "no configuration (", "4 lines of metrics.jsonl that are no records",
+    for words in ("run: no model.json", "no configuration (", "5 lines of metrics.jsonl that are no records",
                   "no evaluation yet", "step_00000001.png is no picture", "no weights"):  # fmt: skip
         assert words in told, words
     (run / "metrics.jsonl").unlink()
