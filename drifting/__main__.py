@@ -13,6 +13,8 @@ COMMANDS = {
     "train_classifier": "train a classifier to judge generated images by",
     "sample": "draw samples from a trained generator",
     "evaluate": "measure how good samples are",
+    "report": "write a page about one run or several: curves, samples, measures",
+    "demo": "serve a page to play with a generator",
     "convert": "convert the official release's artifacts to our files, or back",
     "cache_latents": "encode images once, to train on their latents",
     "doctor": "list versions, devices and backends, and check each usable backend",

@@ -170,7 +170,7 @@ def test_what_writes_the_pictures_and_events_is_needed_before_a_run(tmp_path, mo
 
 
 def test_pictures_whatever_backend_a_notebook_has_set(tmp_path):
-    code = "from drifting.experiments import new_figure; new_figure().savefig('x.png')"
+    code = "from drifting.utils.figures import new_figure; new_figure().savefig('x.png')"
     assert run(f'PYTHON -c "{code}"', tmp_path, MPLBACKEND="module://not_there").returncode == 0
     assert (tmp_path / "x.png").is_file()
 

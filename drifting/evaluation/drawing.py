@@ -45,25 +45,34 @@ def draw_samples(generator: Generator, numbers: Tensor, cfg_scale: float | None 
     return samples
 
 
-@torch.no_grad()
 def draw_batches(
     generator: Generator, numbers: Tensor, cfg_scale: float | None, seed: int, ranks: Ranks
 ) -> Iterator[Samples]:
     """Draw this rank's batches of the samples that :func:`draw_samples` returns: the same at any number of ranks."""
-    model, latent, pixel_range = generator.model, generator.latent, generator.pixel_range
-    scale = torch.tensor([generator.cfg_scale if cfg_scale is None else cfg_scale], dtype=torch.float32)
-    signature, source = Signature.of(model, generator.noise_shape), torch.Generator("cpu")
-    first = int(np.random.SeedSequence(seed).generate_state(1)[0])
-    weight = next(model.parameters(), torch.empty(0, device="cpu"))
     for part in batches(len(numbers), generator.sample_shape, "generate", ranks):
-        number, seeds = numbers[part], range(first + part.start, first + part.stop)
-        # Each sample has a seed, as in EDM's generate_images.py. They are drawn on the CPU, alike for any device.
-        each = [signature.draw(model, 1, source.manual_seed(of_sample % 2**32), "cpu") for of_sample in seeds]
-        drawn = {name: torch.cat([of_sample[name] for of_sample in each]) for name in each[0]}
-        with torch.autocast(weight.device.type, torch.bfloat16, enabled=latent and weight.is_cuda), evaluating(model):
-            batch = signature.call(model, drawn, number, scale.expand(len(number))).float()
-        batch = decode_latents(batch) if latent else batch
-        if pixel_range is None or not generator.makes_images:
-            yield (batch if pixel_range is None else batch.clamp(*pixel_range)).cpu().numpy()
-        else:
-            yield to_uint8(batch, pixel_range)
+        drawn = draw_inputs(generator, seed, range(part.start, part.stop))
+        yield render(generator, drawn, numbers[part], cfg_scale)
+
+
+def draw_inputs(generator: Generator, seed: int, samples: range) -> dict[str, Tensor]:
+    """All that is random in the ``samples`` of a seed, on the CPU: noise ``z [N, *noise_shape]``, and more by name."""
+    signature, source = Signature.of(generator.model, generator.noise_shape), torch.Generator("cpu")
+    first = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    # Each sample has a seed, as in EDM's generate_images.py. They are drawn on the CPU, alike for any device.
+    each = [signature.draw(generator.model, 1, source.manual_seed((first + n) % 2**32), "cpu") for n in samples]
+    return {name: torch.cat([of_sample[name] for of_sample in each]) for name in each[0]}
+
+
+@torch.no_grad()
+def render(generator: Generator, drawn: dict[str, Tensor], numbers: Tensor, cfg_scale: float | None) -> Samples:
+    """Samples as :func:`draw_samples` has them, in one batch, of what :func:`draw_inputs` gave, classes ``[N]``."""
+    scale = torch.tensor([generator.cfg_scale if cfg_scale is None else cfg_scale], dtype=torch.float32)
+    model, latent, pixel_range = generator.model, generator.latent, generator.pixel_range
+    signature = Signature.of(model, generator.noise_shape)
+    weight = next(model.parameters(), torch.empty(0, device="cpu"))
+    with torch.autocast(weight.device.type, torch.bfloat16, enabled=latent and weight.is_cuda), evaluating(model):
+        batch = signature.call(model, drawn, numbers, scale.expand(len(numbers))).float()
+    batch = decode_latents(batch) if latent else batch
+    if pixel_range is None or not generator.makes_images:
+        return (batch if pixel_range is None else batch.clamp(*pixel_range)).cpu().numpy()
+    return to_uint8(batch, pixel_range)

@@ -21,6 +21,7 @@ from ..models.network_files import read_model
 from .archives import Samples
 
 INCEPTION, DINOV2 = "inception", "dinov2"
+PIXEL_SCALE = 16 / 255  # Images that are compared as they are have values of 0 … 16, as the digits are published.
 FRECHET_DISTANCE = "frechet_distance"  # It has names of its own in Inception's and DINOv2's features only.
 
 SPATIAL_CHANNELS = 7  # At 17 × 17 locations these are 2023 values, nearly as many as there are features.
@@ -66,7 +67,7 @@ class Values:
     name, distance, device, num_classes = "values", FRECHET_DISTANCE, torch.device("cpu"), None
 
     def __init__(self, dataset: Dataset) -> None:
-        self.scale, self.dim = 1.0 if dataset.pixel_range is None else 16 / 255, prod(dataset.sample_shape)
+        self.scale, self.dim = 1.0 if dataset.pixel_range is None else PIXEL_SCALE, prod(dataset.sample_shape)
 
     def __call__(self, samples: Samples) -> Features:
         return Features(torch.from_numpy(samples.reshape(len(samples), -1).astype(np.float64) * self.scale))

@@ -20,7 +20,7 @@ from ..data import load_digits
 from ..errors import UserError
 from ..models import ResidualMLP
 from ..training import create_trainer
-from . import new_figure
+from ..utils.figures import new_figure
 from .plane import bimodal, checkerboard, energy_distance, swiss_roll
 
 WEIGHTS = {"row": "kernel", "two_sided": "affinity", "sinkhorn": "marginal"}

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from ..cli import ArgumentParser, run_command
 from ..errors import UserError
 from ..training import create_trainer
-from . import new_figure
+from ..utils.figures import new_figure
 
 TIMES = torch.linspace(0, 1, 12)
 QUESTIONS = torch.tensor([[0.5, -0.5], [-0.8, -0.8], [0.0, 0.8]])  # Paths are drawn for these starts and goals.

@@ -18,7 +18,7 @@ from drift_ops import drift_field, drift_loss
 
 from ..cli import ArgumentParser, run_command
 from ..errors import UserError
-from . import new_figure
+from ..utils.figures import new_figure
 from .plane import Distribution, bimodal, checkerboard, energy_distance, swiss_roll
 
 NOISE_DIM = 2

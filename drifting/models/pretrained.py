@@ -23,7 +23,7 @@ except Exception:  # It is an extra, and may be broken.
         push_to_hub = save_pretrained
 
 
-CARD = Path(__file__).parent / "model_card.md"
+CARD = Path(__file__).parents[1] / "templates" / "model_card.md"
 CONFIG, PICTURE = "config.yaml", "samples.png"
 SHARED = [WEIGHTS, DESCRIPTION, CONFIG, PICTURE]  # A repository of the hub is downloaded as far as these.
 

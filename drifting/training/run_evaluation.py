@@ -14,6 +14,7 @@ from ..config import Config, read_config, save_config
 from ..errors import UserError, reason
 from ..evaluation import evaluator as evaluation
 from ..evaluation.drawing import draw_samples, spread_labels
+from ..evaluation.telling import told_measures
 from ..hub.run_directory import RunDirectory, save_generator
 from ..hub.vae import decode_latents
 from ..utils.files import read_object
@@ -147,19 +148,7 @@ def _best_so_far(run: RunDirectory) -> Quality:
 
 
 def _print_measures(quality: Quality, distance: str, noun: str) -> None:
-    reference = f"test {noun}s" if f"{distance}_train" in quality else "reference"
-    rows = [
-        (f"Frechet distance to the {reference}", distance, "8.2f", "train"),
-        ("recognised as their class", "recognised_share", "8.1%", "test"),
-        (f"distance to the nearest training {noun}", "nearest_distance", "8.2f", "test"),
-        ("sFID", "sfid", "8.2f", "train"),
-        ("Inception score", "inception_score", "8.1f", "test"),
-        ("precision", "precision", "8.1%", "train"),
-        ("recall", "recall", "8.1%", "train"),
-    ]
     print(f"\n{f'{noun}s in one step each':40} generated      real")
-    for title, measure, form, split in rows:
-        if measure in quality:
-            real = quality.get(f"{measure}_{split}")
-            beside = "" if real is None else f"  {real:{form}}  ({split} {noun}s)"
-            print(f"{title:40}  {quality[measure]:{form}}{beside}")
+    for title, value, real, split in told_measures(quality, distance, noun):
+        beside = f"  {real}  ({split} {noun}s)" if real else ""
+        print(f"{title:40}  {value}{beside}")

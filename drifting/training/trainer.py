@@ -276,8 +276,9 @@ class DriftingTrainer:
     def save(self, folder: Path | str, quality: dict[str, Any] | None = None) -> None:
         """Write what :func:`drifting.load_generator` reads, with ``quality`` if it was measured. All ranks call this,
         and rank 0 writes."""
-        run, more = RunDirectory(Path(folder)), self.loss_fn.learnt()
-        self.ranks.on_main(partial(save_generator, run, self.generator(), quality, **more))
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        more: Any = self.loss_fn.learnt() | {"device": f"{self.ranks.size} x {name}" if self.ranks.size > 1 else name}
+        self.ranks.on_main(partial(save_generator, RunDirectory(Path(folder)), self.generator(), quality, **more))
 
     def state_dict(self) -> dict[str, Any]:
         """All that shapes the rest of the run, whole and on the host of rank 0. All ranks call this."""

@@ -1,6 +1,9 @@
 """From the generator's values to pixels and pictures."""
 
+import base64
+import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,16 +25,33 @@ def to_uint8(images: Tensor, pixel_range: tuple[float, float]) -> Pixels:
     return pixels.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def grid(images: Pixels, columns: int) -> Image.Image:
-    """``images`` row by row on a grey ground, small ones enlarged."""
-    count, height, width, channels = images.shape
-    factor = max(1, -(-TILE // height))
-    step_y, step_x = height * factor + GAP, width * factor + GAP
-    picture = Image.new("RGB", (columns * step_x + GAP, -(-count // columns) * step_y + GAP), "grey")
-    for index, image in enumerate(images):
-        tile = ImageOps.scale(Image.fromarray(image.squeeze(-1) if channels == 1 else image), factor)
+def enlargement(height: int, least: int = TILE) -> int:
+    """The factor that makes an image at least so high."""
+    return max(1, -(-least // height))
+
+
+def enlarged(image: Pixels, least: int = TILE, sharp: bool = False) -> Image.Image:
+    """An image ``[H, W, C]`` by that factor; ``sharp`` keeps its pixels, which are blurred otherwise."""
+    resample = Image.Resampling.NEAREST if sharp else Image.Resampling.BICUBIC
+    picture = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
+    return ImageOps.scale(picture, enlargement(picture.height, least), resample)
+
+
+def grid(images: Pixels, columns: int, least: int = TILE, sharp: bool = False) -> Image.Image:
+    """``images`` row by row on a grey ground, small ones enlarged, see :func:`enlarged`."""
+    tiles = [enlarged(image, least, sharp) for image in images]
+    step_x, step_y = (side + GAP for side in tiles[0].size)
+    picture = Image.new("RGB", (columns * step_x + GAP, -(-len(tiles) // columns) * step_y + GAP), "grey")
+    for index, tile in enumerate(tiles):
         picture.paste(tile, (GAP + index % columns * step_x, GAP + index // columns * step_y))
     return picture
+
+
+def data_uri(image: Image.Image, format: str = "PNG", **settings: Any) -> str:
+    """A picture as text for the ``src`` of a page, which needs no other file then."""
+    content = io.BytesIO()
+    image.save(content, format, **settings)
+    return f"data:image/{format.lower()};base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
 def save_grid(images: Pixels, columns: int, path: Path) -> None:
