@@ -99,7 +99,7 @@ from drifting.models import ResidualMLP
 run, out = sys.argv[1:]
 network, licence = ResidualMLP.from_pretrained(run), {"license": "mit"}
 address = network.push_to_hub("me/digits", token="hf_token", model_card_kwargs=licence)
-assert address.endswith("/me/digits"), address
+assert "/me/digits/commit/" in address, address
 assert sample.main(["hf://me/digits", "--num", "4", "--out", out + "/online.npz"]) == 0
 assert ResidualMLP.from_pretrained("me/digits").facts["data"] == "digits"
 load_generator("hf://me/digits").model.push_to_hub("me/again", token="hf_token")
@@ -140,14 +140,14 @@ def test_a_hub(run, tmp_path):
 def test_what_is_no_network_of_the_class(run, tmp_path):
     with pytest.raises(UserError, match="holds a generator, not a masked autoencoder"):
         MAE.from_pretrained(run)
-    with pytest.raises(UserError, match=r"there is no folder no name.*repo"):
+    with pytest.raises(UserError, match="there is no folder no name, and the hub"):
         ResidualMLP.from_pretrained("no name")
     (tmp_path / "model.json").write_text("{}")
     with pytest.raises(UserError, match="holds no model.safetensors"):
         ResidualMLP.from_pretrained(tmp_path)
 
 
-def test_without_huggingface_hub(run, tmp_path):
+def test_without_huggingface_hub(run):
     """Folders are read all the same; sharing says what is missing."""
     script = f"""
 import sys
@@ -160,5 +160,5 @@ for share in (network.save_pretrained, network.push_to_hub):
     except ValueError as error:
         print(error)
 """
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert result.returncode == 0 and result.stdout.count("pip install 'drifting[hub]'") == 2, result

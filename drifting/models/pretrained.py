@@ -17,6 +17,9 @@ except Exception:  # It is an extra, and may be broken.
     class HubMixin:  # type: ignore[no-redef]
         """Stands in for the mixin of huggingface_hub, and says what is missing."""
 
+        def __init_subclass__(cls, **options: Any) -> None:
+            super().__init_subclass__()
+
         def save_pretrained(self, *arguments: Any, **options: Any) -> None:
             require("huggingface_hub", "sharing a network", "hub")
 
