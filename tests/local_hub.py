@@ -12,6 +12,10 @@ from urllib.parse import unquote
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
+def tag_of(content: bytes) -> str:
+    return hashlib.sha1(content).hexdigest()
+
+
 class Hub(ThreadingHTTPServer):
     """Its repositories are files by name, and every file is of the kind that a commit holds whole."""
 
@@ -31,8 +35,8 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         pass
 
-    def answer(self, body: bytes | dict, status: int = 200, **headers: str) -> None:
-        body = json.dumps(body).encode() if isinstance(body, dict) else body
+    def answer(self, body: bytes | dict | list, status: int = 200, **headers: str) -> None:
+        body = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
         for name, value in (headers | {"Content-Length": str(len(body))}).items():
             self.send_header(name.replace("_", "-"), value)
@@ -71,8 +75,10 @@ class Handler(BaseHTTPRequestHandler):
             self.answer({"error": "not found"}, 404, X_Error_Code=code)
         elif is_file:
             content = files["/".join(words[4:])]
-            tag = f'"{hashlib.sha1(content).hexdigest()}"'
-            self.answer(content, ETag=tag, X_Repo_Commit=COMMIT)
+            self.answer(content, ETag=f'"{tag_of(content)}"', X_Repo_Commit=COMMIT)
+        elif "tree" in words:
+            facts = [{"path": file, "size": len(content), "oid": tag_of(content)} for file, content in files.items()]
+            self.answer([{"type": "file"} | of_file for of_file in facts])
         else:
             self.answer({"id": name, "sha": COMMIT, "siblings": [{"rfilename": file} for file in files]})
 
