@@ -24,7 +24,7 @@ def test_matches_the_release(case, tmp_path):
     expected = write_case(case, tmp_path)
     mae = load_mae(tmp_path)
     x = nchw(expected["x"])
-    maps = mae.features(x)
+    maps = mae.encoder.features(x)
     activations = {key.removeprefix("act/"): value for key, value in expected.items() if key.startswith("act/")}
     assert maps.keys() == activations.keys()
     for name, activation in activations.items():
@@ -94,29 +94,18 @@ def test_random_masks():
     assert not mae.random_mask(x, 0, 0).any() and mae.random_mask(x, 1, 1).all()
 
 
-def test_feature_options():
+def test_every_second_block_has_maps():
     mae = tiny(layers=(2, 1, 1, 3)).eval()
     x = torch.randn(2, 4, 16, 16)
-    maps = mae.features(x)
+    maps = mae.encoder.features(x)
     assert {name for name in maps if "blk" in name and name.count("_") == 1} == {"layer1_blk2", "layer4_blk2"}
-    some = mae.features(x, patch_mean_size=[4], patch_std_size=None, use_std=False, every_k_block=float("inf"))
-    for name in ("conv1_std", "conv1_mean_2", "conv1_std_2", "conv1_std_4", "layer1_blk2"):
-        assert name in maps and name not in some
-    assert {"norm_x", "conv1", "conv1_mean", "conv1_mean_4", "layer4"} <= some.keys() < maps.keys()
-    assert all(torch.equal(value, maps[name]) for name, value in some.items())
-    every = {name for name in mae.features(x, every_k_block=1) if name.count("_") == 1 and "blk" in name}
-    assert every == {f"layer{s}_blk{b}" for s, count in enumerate((2, 1, 1, 3), 1) for b in range(1, count + 1)}
-    assert "conv1_mean" not in mae.features(x, use_mean=False)
-    assert mae.features(x, every_k_block=2.9).keys() == maps.keys()  # rounded down, as the release does
-    for none in (None, 0, 0.5, -1):
-        assert not any("blk" in name for name in mae.features(x, every_k_block=none))
 
 
 def test_feature_extractor_shares_the_weights_and_is_frozen():
     mae = tiny(in_chans=3, input_patch_size=2)
     extractor = mae.feature_extractor()
     x = torch.randn(2, 3, 16, 16)
-    maps, expected = extractor(x), mae.eval().features(x)
+    maps, expected = extractor(x), mae.eval().encoder.features(x)
     assert maps.keys() == expected.keys() | {"global"}
     assert all(torch.equal(maps[name], expected[name]) for name in expected)
     assert extractor.encoder.conv1.weight.data_ptr() == mae.encoder.conv1.weight.data_ptr()
@@ -186,8 +175,8 @@ def test_wrong_inputs():
     with pytest.raises(ValueError, match=r"mask has shape \[3, 1, 16, 16\], expected \[3, 1, 8, 8\]"):
         mae(x, labels, torch.zeros(3, 1, 16, 16))
     with pytest.raises(ValueError, match="multiples of input_patch_size=2"):
-        mae.features(torch.zeros(1, 4, 15, 16))
+        mae.encoder.features(torch.zeros(1, 4, 15, 16))
     with pytest.raises(ValueError, match=r"expected \[B, 4, H, W\]"):
-        mae.features(torch.zeros(1, 3, 16, 16))
+        mae.encoder.features(torch.zeros(1, 3, 16, 16))
     with pytest.raises(ValueError, match="multiples of 4, a masked square"):
         mae.random_mask(torch.zeros(1, 4, 18, 16))

@@ -40,7 +40,7 @@ def read_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
             if isinstance(value, (bytes, str)) and value != "latin1":  # Python 3 writes that behind the bytes.
                 text = value.encode("latin1") if isinstance(value, str) else value
                 pixels = max(pixels, text, key=len)
-            elif text == b"labels" and instruction.name.startswith("BININT"):
+            elif isinstance(value, int) and text == b"labels" and instruction.name.startswith("BININT"):
                 labels.append(value)
         if not labels or len(pixels) != len(labels) * 3 * SIZE**2:
             expected = f"{3 * SIZE**2} bytes of pixels for each label"

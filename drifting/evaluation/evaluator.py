@@ -149,16 +149,12 @@ def evaluate_model(
 
     This rank's batches of samples are added to ``kept``, where there is such a list.
     """
-    samples = draw_batches(generator, numbers, cfg_scale, seed, evaluator.ranks)
-    samples = samples if kept is None else _keeping(samples, kept)
+    samples: Iterable[Samples] = draw_batches(generator, numbers, cfg_scale, seed, evaluator.ranks)
+    if kept is not None:
+        kept += evaluator.ranks.together(lambda: list(samples))
+        samples = kept
     labels = numbers.numpy() if len(generator.class_names) > 1 else None  # One label says nothing of the samples.
     return {"cfg_scale": cfg_scale} | evaluator.measure(samples, labels)
-
-
-def _keeping(samples: Iterable[Samples], kept: list[Samples]) -> Iterator[Samples]:
-    for batch in samples:
-        kept.append(batch)
-        yield batch
 
 
 def check_evaluation(evaluator: Evaluator, generator: Generator) -> None:

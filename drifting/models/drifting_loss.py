@@ -113,12 +113,13 @@ class DriftingLoss(nn.Module):
             second = None if x_second is None else self.groups(x_second)
         return self.of_groups(self.groups(x_gen), *real, weight, second)
 
-    def learn_temperatures(self, maps: Sequence[str], device: torch.device) -> None:
-        """From now on the temperatures of each of these maps learn, as in Kyutai's one-positive loss."""
+    def learn_temperatures(self, maps: Sequence[str], device: torch.device) -> nn.Parameter:
+        """From now on the temperatures of each of these maps learn, as in Kyutai's one-positive loss: a parameter."""
         if self.drift is None:
             raise ValueError("loss.learn_temperature is true, but the temperatures of field='gaussian' do not learn")
         log_R = torch.tensor([[math.log(R) for R in self.temperatures]] * len(maps), device=device, dtype=torch.float32)
         self.maps, self.log_R = tuple(maps), nn.Parameter(log_R)
+        return self.log_R
 
     def learnt(self) -> dict[str, dict[str, list[float]]]:
         """What the ``temperatures`` of each map have become, where they learn."""

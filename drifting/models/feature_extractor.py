@@ -72,11 +72,10 @@ class LatentFeatureExtractor(FrozenModule):
     """``global``, the input, and the maps of a frozen :class:`ResNetEncoder` whose weights follow from ``seed``."""
 
     def __init__(
-        self, in_chans: int = 4, base_channels: int = 64, layers: Sequence[int] = (3, 4, 6, 3),
-        every_k_block: int = 2, seed: int = 0, input_patch_size: int = 1,
+        self, in_chans: int = 4, base_channels: int = 64, layers: Sequence[int] = (3, 4, 6, 3), seed: int = 0,
+        input_patch_size: int = 1,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.in_chans, self.every_k_block = in_chans, every_k_block
         self.encoder = ResNetEncoder(in_chans, base_channels, layers, input_patch_size).float()
         generator = torch.Generator().manual_seed(seed)
         for module in self.modules():
@@ -87,7 +86,7 @@ class LatentFeatureExtractor(FrozenModule):
         self.requires_grad_(False).eval()
 
     def forward(self, x: Tensor) -> FeatureMaps:
-        return {"global": x.flatten(1).unsqueeze(1)} | self.encoder.features(x, every_k_block=self.every_k_block)
+        return {"global": x.flatten(1).unsqueeze(1)} | self.encoder.features(x)
 
 
 class FeatureStack(FrozenModule):
@@ -197,7 +196,7 @@ class ConvNeXtFeatureExtractor(FrozenModule):
         x = self.network.embeddings(x)
         for index, stage in enumerate(self.network.encoder.stages):
             x = stage(x)
-            maps |= multiscale_maps(f"stage_{index}", _normalized(x), (), ())
+            maps |= multiscale_maps(f"stage_{index}", _normalized(x), ())
         del maps["stage_0"]  # The release leaves out its 56 × 56 locations.
         norm = self.network.layernorm
         pooled = F.layer_norm(x.mean((2, 3)), norm.normalized_shape, norm.weight, norm.bias, 1e-6)  # Not its own 1e-12.

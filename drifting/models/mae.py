@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from .conditions import check_indices
 from .feature_extractor import LatentFeatureExtractor
-from .resnet_encoder import FeatureMaps, ResNetEncoder, check_sizes, group_norm
+from .resnet_encoder import ResNetEncoder, check_sizes, group_norm
 
 
 class MAE(nn.Module):
@@ -84,15 +84,11 @@ class MAE(nn.Module):
         hidden = draws < ratio
         return hidden.to(x.dtype).repeat_interleave(self.patch_size, 2).repeat_interleave(self.patch_size, 3)
 
-    def features(self, x: Tensor, **options: Any) -> FeatureMaps:
-        """Feature maps ``{name: [B, T, C]}`` of images ``[B, in_chans, H, W]``: :meth:`ResNetEncoder.features`."""
-        return self.encoder.features(x, **options)
-
-    def feature_extractor(self, every_k_block: int = 2) -> LatentFeatureExtractor:
+    def feature_extractor(self) -> LatentFeatureExtractor:
         """A frozen extractor of this MAE's feature maps for :class:`DriftingLoss`; it shares the encoder's weights."""
         names = ("in_chans", "base_channels", "layers", "input_patch_size")
         with torch.device("meta"):
-            extractor = LatentFeatureExtractor(**{n: self.config[n] for n in names}, every_k_block=every_k_block)
+            extractor = LatentFeatureExtractor(**{name: self.config[name] for name in names})
         extractor.encoder.load_state_dict(self.encoder.state_dict(), assign=True)
         return extractor
 

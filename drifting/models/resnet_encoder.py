@@ -1,8 +1,6 @@
 """The encoder of the masked autoencoder, and the maps ``{name: [B, T, D]}`` of its layers (appendix A.5)."""
 
-import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,19 +62,18 @@ class ResNetEncoder(nn.Module):
             x = activations[f"layer{index}"] = norm(x)
         return activations
 
-    def features(self, x: Tensor, every_k_block: float | None = 2, **options: Any) -> FeatureMaps:
+    def features(self, x: Tensor) -> FeatureMaps:
         """Feature maps of images ``[B, in_chans, H, W]`` by the release's names.
 
-        They are ``norm_x`` and the :func:`multiscale_maps` with these ``options`` of ``conv1``, ``layer1`` … ``layer4``
-        and every ``every_k_block``-th block of a stage; of no block for None, infinity and what is below 1.
+        They are ``norm_x`` and the :func:`multiscale_maps` of ``conv1``, ``layer1`` … ``layer4`` and every second block
+        of a stage.
         """
-        every = int(every_k_block) if every_k_block is not None and 1 <= every_k_block < math.inf else 0
         x = self.patchify(x)
         maps = {"norm_x": channel_rms(x)}
         for name, activation in self(x).items():
             _, is_block, number = name.partition("_blk")
-            if not is_block or (every and int(number) % every == 0):
-                maps |= multiscale_maps(name, activation, **options)
+            if not is_block or int(number) % 2 == 0:
+                maps |= multiscale_maps(name, activation)
         return maps
 
 
@@ -105,32 +102,22 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
-def multiscale_maps(
-    name: str, feature: Tensor, patch_mean_size: Sequence[int] | None = (2, 4),
-    patch_std_size: Sequence[int] | None = (2, 4), use_std: bool = True, use_mean: bool = True,
-) -> FeatureMaps:  # fmt: skip
+def multiscale_maps(name: str, feature: Tensor, sides: Sequence[int] = (2, 4)) -> FeatureMaps:
     """The maps of one feature ``[B, C, H, W]``: ``{name} [B, H·W, C]``, ``{name}_mean`` and ``{name}_std [B, 1, C]``.
 
-    Patches of side p that tile the map have ``{name}_mean_{p}`` and ``{name}_std_{p}`` ``[B, H·W/p², C]``.
+    Patches of these sides p that tile the map have ``{name}_mean_{p}`` and ``{name}_std_{p}`` ``[B, H·W/p², C]``.
     """
     B, C, H, W = feature.shape
     maps = {name: feature.flatten(2).transpose(1, 2)}
-    mean_sizes = [*([None] * use_mean), *(patch_mean_size or ())]  # None stands for the whole map.
-    std_sizes = [*([None] * use_std), *(patch_std_size or ())]
-    for p in dict.fromkeys(mean_sizes + std_sizes):
-        if p is None:
-            patches = maps[name].unsqueeze(1)
-        elif H % p or W % p:
-            continue
-        else:
+    patches = {"": maps[name].unsqueeze(1)}  # [B, T, locations, C]
+    for p in sides:
+        if H % p == W % p == 0:
             tiles = feature.reshape(B, C, H // p, p, W // p, p).permute(0, 2, 4, 3, 5, 1)  # [B, H/p, W/p, p, p, C]
-            patches = tiles.reshape(B, H * W // p**2, p**2, C)
-        var, mean = _var_mean(patches.float())
-        suffix = "" if p is None else f"_{p}"
-        if p in mean_sizes:
-            maps[f"{name}_mean{suffix}"] = mean.to(feature.dtype)
-        if p in std_sizes:
-            maps[f"{name}_std{suffix}"] = (var + STD_EPS).sqrt().to(feature.dtype)
+            patches[f"_{p}"] = tiles.reshape(B, H * W // p**2, p**2, C)
+    for suffix, of_side in patches.items():
+        var, mean = _var_mean(of_side.float())
+        maps[f"{name}_mean{suffix}"] = mean.to(feature.dtype)
+        maps[f"{name}_std{suffix}"] = (var + STD_EPS).sqrt().to(feature.dtype)
     return maps
 
 

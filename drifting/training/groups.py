@@ -107,9 +107,8 @@ class ClassGroups:
     def add(self, samples: Any, labels: Labels | None) -> None:
         """Put this rank's part of a batch ``[B, *sample_shape]``, and those of the others, into the queues."""
         if self.split is not None and samples.dtype != self.dtype:
-            raise ValueError(
-                f"samples are {samples.dtype}, expected {self.dtype}, as training_batches reads them stored"
-            )
+            expected = f"{self.dtype}, as training_batches reads them stored"
+            raise ValueError(f"samples are {samples.dtype}, expected {expected}")
         if self.dtype.is_floating_point:
             samples = real_samples(samples)
         samples = samples.to(self.device, self.dtype, non_blocking=True)
@@ -213,11 +212,8 @@ class ClassGroups:
         """Read anew what the queue held after so many steps on ``split``, if there is one. All ranks share the work."""
         if self.split is None or step == 0:
             return
-        queue, labels, size = (
-            self._queue(),
-            self._numbers(self.split.labels, len(self.split)),
-            self.config.train.batch_size,
-        )
+        queue, size = self._queue(), self.config.train.batch_size
+        labels = self._numbers(self.split.labels, len(self.split))
         draws = queue.skip(labels, self.config.seed, step * size)
         batches = [draws[at : at + size] for at in range(0, len(draws), size)]
         # Each rank reads as many; the last ones may read the first draw again.
@@ -245,18 +241,13 @@ class PairGroups:
     sample_shape: tuple[int, ...] = ()
     example: Tensor | None = None  # [2, *condition_shape]: zeros
     pairs: tuple[Tensor, Tensor] | None = None  # This rank's part of the batch: samples, conditions
-    class_names = split = None
+    class_names, split, dtype = None, None, torch.float32
 
     @property
     def condition_shape(self) -> tuple[int, ...]:
         if self.example is None:
             raise ValueError("the trainer has seen no conditions yet, expected training or load_state_dict before")
         return tuple(self.example.shape[1:])
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Samples are kept in it."""
-        return torch.float32 if self.split is None else self.split.dtype
 
     def learn_labels(self, batches: Iterable[Any]) -> None:
         """There are none."""

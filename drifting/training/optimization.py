@@ -5,7 +5,6 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -26,11 +25,7 @@ WHOLE = states.StateDictOptions(full_state_dict=True)
 
 def _averaged(model: nn.Module, decay: float) -> AveragedModel:
     with torch.device("cpu"):  # It counts on the default device, and each step looks at that.
-        return AveragedModel(model, multi_avg_fn=partial(_average, decay)).requires_grad_(False)
-
-
-def _average(decay: float, *weights: Any) -> None:
-    get_ema_multi_avg_fn(decay)(*weights)  # What it returns cannot be pickled, and a trainer can.
+        return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)).requires_grad_(False)
 
 
 @contextmanager

@@ -63,9 +63,18 @@ class DriftingTrainer:
         self.model, self.signature, self.facts = model.to(self.device), Signature.of(model, noise_shape), facts
         self.stopwatch, self.images_per_step = Stopwatch(self.device), 0  # So many are generated on all ranks.
         self.feature_extractor, self.field = feature_extractor, drift_of(config)
+        if hasattr(model, "activation_checkpointing"):
+            model.activation_checkpointing = config.step.activation_checkpointing  # type: ignore[assignment]
+        elif config.step.activation_checkpointing:
+            raise ValueError(
+                f"step.activation_checkpointing is true, but {type(model).__name__} has no attribute of that name: "
+                "set it to false; a network of your own that can do it looks at such an attribute and calls "
+                "torch.utils.checkpoint itself"
+            )
+        self.weights = TrainedWeights(model, config, self.ranks, self.device)
         self.groups: ClassGroups | PairGroups
         if config.step.groups == "pairs":
-            self.groups = PairGroups(config, self.ranks, self.device, self._meet_pairs)
+            self.groups = PairGroups(config, self.ranks, self.device, self._meet)
             if config.step.queue_features or not self.signature.conditions:
                 expected = "a network that takes (z, condition), and step.queue_features=false, as there is no queue"
                 raise ValueError(f"step.groups is pairs, expected {expected}")
@@ -78,23 +87,12 @@ class DriftingTrainer:
             )  # fmt: skip
             if config.step.queue_features:
                 self.groups.keep_features = partial(keep_features, self.loss_fn, self.layout, self.device)
-        if hasattr(model, "activation_checkpointing"):
-            model.activation_checkpointing = config.step.activation_checkpointing  # type: ignore[assignment]
-        elif config.step.activation_checkpointing:
-            raise ValueError(
-                f"step.activation_checkpointing is true, but {type(model).__name__} has no attribute of that name: "
-                "set it to false; a network of your own that can do it looks at such an attribute and calls "
-                "torch.utils.checkpoint itself"
-            )
-        self.weights = TrainedWeights(model, config, self.ranks, self.device)
-        if config.step.groups == "classes" and self.loss_fn.log_R is not None:
-            self.weights.learn_beside(self.loss_fn.log_R)
         if config.step.compile:
             self.weights.distributed.compile()
         self.best_decay, self.best_cfg_scale = config.optimizer.ema_decay[0], 1.0
 
-    def _meet(self, conditions: Tensor) -> None:
-        """Find out, with two labels or conditions, what network and extractor make."""
+    def _meet(self, conditions: Tensor) -> tuple[int, ...]:
+        """Find out, with two labels or conditions, what network and extractor make; give the shape of a sample."""
         config = self.config
         self.sample_shape = self.signature.sample_shape(self.model, conditions)
         self.loss_fn = DriftingLoss(
@@ -105,15 +103,10 @@ class DriftingTrainer:
         maps = self.loss_fn.check_extractor(self.sample_shape, self.device)
         self.layout = MapLayout(maps)
         if config.loss.learn_temperature:
-            self.loss_fn.learn_temperatures(list(maps), self.device)
+            self.weights.learn_beside(self.loss_fn.learn_temperatures(list(maps), self.device))
         if config.step.compile:
             self.loss_fn.feature_extractor.compile()
         self.loss_fn.stopwatch = self.stopwatch
-
-    def _meet_pairs(self, conditions: Tensor) -> tuple[int, ...]:
-        self._meet(conditions)
-        if self.loss_fn.log_R is not None:
-            self.weights.learn_beside(self.loss_fn.log_R)
         return self.sample_shape
 
     @property
