@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import drift_ops
+from drift_ops import Field
 from drifting.models import DriftingLoss, LatentFeatureExtractor, SimpleDriftingLoss
 from drifting.models.resnet_encoder import multiscale_maps
 
@@ -36,7 +37,7 @@ def by_hand(loss: DriftingLoss, gen: Tensor, real: Tensor, *guidance: Tensor) ->
         gen_groups, *fixed = (
             torch.stack([label[name][:, t] for label in side for t in range(locations)]) for side in maps
         )
-        options = {"R_list": loss.temperatures, "affinity_floor": loss.affinity_floor}
+        options = {"R_list": loss.temperatures, "affinity_floor": loss.drift["field"].affinity_floor}
         if guidance:
             uncond, weight = guidance
             options["weight_neg"] = torch.stack([w.repeat(uncond.shape[1]) for w in weight for _ in range(locations)])
@@ -55,7 +56,7 @@ def by_hand(loss: DriftingLoss, gen: Tensor, real: Tensor, *guidance: Tensor) ->
     floor=st.sampled_from([0.0, 1e-6]),
 )
 def test_equals_one_call_a_map_by_hand(labels, generated, positives, negatives, channels, floor):
-    loss_fn = DriftingLoss(TwoMaps(), TEMPERATURES, affinity_floor=floor)
+    loss_fn = DriftingLoss(TwoMaps(), TEMPERATURES, field={"field": Field(mask_self=100.0, affinity_floor=floor)})
     gen = torch.randn(labels, generated, channels, 4, 4, requires_grad=True)
     real = torch.randn(labels, positives, channels, 4, 4)
     guidance = (torch.randn(labels, negatives, channels, 4, 4), torch.rand(labels) * 3) if negatives else ()

@@ -3,6 +3,7 @@
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -77,11 +78,9 @@ class MAE(nn.Module):
         if x.shape[2] % unit or x.shape[3] % unit:
             raise ValueError(f"images are {x.shape[2]} × {x.shape[3]}, expected multiples of {unit}, a masked square")
         rows, columns = x.shape[2] // unit, x.shape[3] // unit
-        ratio = min_ratio + (max_ratio - min_ratio) * torch.rand(
-            B, 1, 1, 1, generator=generator, device=x.device, dtype=torch.float32
-        )
-        draws = torch.rand(B, 1, rows, columns, generator=generator, device=x.device, dtype=torch.float32)
-        hidden = draws < ratio
+        rand = partial(torch.rand, generator=generator, device=x.device, dtype=torch.float32)
+        ratio = min_ratio + (max_ratio - min_ratio) * rand(B, 1, 1, 1)
+        hidden = rand(B, 1, rows, columns) < ratio
         return hidden.to(x.dtype).repeat_interleave(self.patch_size, 2).repeat_interleave(self.patch_size, 3)
 
     def feature_extractor(self) -> LatentFeatureExtractor:

@@ -38,6 +38,11 @@ class Groups:
     weight: Tensor | None = None  # [l]: the weight of each of these relative to a generated sample
     maps: tuple[FeatureMaps, FeatureMaps] | None = None  # [l, T, P, D], [l, T, U or 0, D]: of pos and uncond, if kept
 
+    @property
+    def real(self) -> Tensor:
+        """All real samples ``[l, P + U, *sample_shape]``, first those that attract."""
+        return self.pos if self.uncond is None else torch.cat([self.pos, self.uncond], 1)
+
     def spreads(self, gen: Tensor) -> tuple[Tensor, Tensor]:
         """The spread of generated samples ``[l, G, *sample_shape]``, and that of real ones. A pair has one of these, y:
         its spread is E‖x − x'‖², which is E‖x − y‖² where samples x are as the real ones."""
