@@ -169,7 +169,10 @@ def test_the_extractor_is_frozen_and_stays_in_evaluation_mode():
 
 def test_latent_extractor_by_name():
     loss_fn = DriftingLoss("latent", in_chans=3)
-    assert isinstance(loss_fn.feature_extractor, LatentFeatureExtractor) and loss_fn.feature_extractor.in_chans == 3
+    assert (
+        isinstance(loss_fn.feature_extractor, LatentFeatureExtractor)
+        and loss_fn.feature_extractor.encoder.in_chans == 3
+    )
 
 
 def test_gaussian_field_is_form_a_by_group():

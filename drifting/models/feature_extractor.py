@@ -196,7 +196,8 @@ class ConvNeXtFeatureExtractor(FrozenModule):
         x = self.network.embeddings(x)
         for index, stage in enumerate(self.network.encoder.stages):
             x = stage(x)
-            maps |= multiscale_maps(f"stage_{index}", _normalized(x), ())
+            std, mean = torch.std_mean(x.float(), 1, correction=0, keepdim=True)  # over the channels of a location
+            maps |= multiscale_maps(f"stage_{index}", ((x - mean) / (std + 1e-3)).to(x.dtype), ())
         del maps["stage_0"]  # The release leaves out its 56 × 56 locations.
         norm = self.network.layernorm
         pooled = F.layer_norm(x.mean((2, 3)), norm.normalized_shape, norm.weight, norm.bias, 1e-6)  # Not its own 1e-12.
@@ -219,9 +220,3 @@ def load_convnext(in_chans: int = 3, source: str = CONVNEXT) -> ConvNeXtFeatureE
     if missing:
         raise UserError(f"{source} holds no ConvNeXt V2 in the format of transformers, it lacks {missing[0]}")
     return ConvNeXtFeatureExtractor(classifier.convnextv2.float())
-
-
-def _normalized(x: Tensor) -> Tensor:
-    """The features of each location less their mean, over their standard deviation; in float32 inside."""
-    std, mean = torch.std_mean(x.float(), 1, correction=0, keepdim=True)
-    return ((x - mean) / (std + 1e-3)).to(x.dtype)

@@ -176,6 +176,7 @@ class DriftingTrainer:
         del real, others
         # The ranks average their gradients: this makes it the gradient of a mean over all groups.
         (loss * (num * self.ranks.size / groups.size)).backward()
+        loss = loss.detach()  # Its graph would hold the features.
         if whole:
             return samples[0], loss, info
         gradients: dict[str, Any] = {name: leaf.grad for name, leaf in zip(gen, leaves, strict=True)}
@@ -184,7 +185,7 @@ class DriftingTrainer:
             with averaging_gradients(self.weights.distributed, part is parts[-1]):
                 maps = loss_fn.groups(first(part))
                 torch.autograd.backward(list(maps.values()), [gradients[name][part] for name in maps])
-        return torch.cat(samples), loss.detach(), info
+        return torch.cat(samples), loss, info
 
     def _draw(self, groups: Groups) -> list[dict[str, Tensor]]:
         """ε of the samples ``[l, G, …]``, and what else the network draws; a second time where it takes a second batch
