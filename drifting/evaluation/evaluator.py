@@ -20,10 +20,9 @@ from ..generation import Generator, label_numbers
 from ..training.distributed import Ranks
 from .archives import Labels, Samples, read_reference
 from .drawing import draw_batches
-from .features import INCEPTION, Features, ImageFeatures, Values, open_features
+from .features import INCEPTION, Features, ImageFeatures, Values, batches, open_features, see
 from .measures import NEIGHBOURS
 from .real_samples import MANIFOLD_SAMPLES, Quality, RealSamples, of_files, of_splits, spread_out
-from .sharing import batches, see
 
 FEATURE_SAMPLES = 5000  # So many are generated, and taken of the training images, where it is a data set.
 MOST_REAL = 2000  # Of a split, at most so many small samples are measured.
