@@ -48,13 +48,14 @@ def decoder():
 
 
 MAE_STEPS = 2  # an encoder's ReLUs turn differences of rounding into others soon
+PAIRS_IN_SHARDS = "pairs, fsdp, in parts"
 RUNS = {  # settings of trainers, the numbers of ranks that they are tried with
     "ddp": ({}, (2, 4)),
     "fsdp": ({"fsdp": True}, (2, 4)),
     "ddp, uneven": ({"labels_per_step": 5}, (2, 4)),
     "ddp, in parts": ({"labels_at_once": 1}, (2,)),
     "pairs": ({"groups": "pairs", "gen_per_pair": 3, "learn_temperature": True}, (2, 4)),
-    "pairs, fsdp, in parts": (
+    PAIRS_IN_SHARDS: (
         {"groups": "pairs", "gen_per_pair": 3, "normalize": "group", "fsdp": True, "labels_at_once": 2},
         (2,),
     ),
@@ -189,6 +190,8 @@ def worker(rank: int, directory: Path) -> dict:
                     results[name, size] = train(trainer)
                     if name == "fsdp":
                         save(trainer, directory / str(size))
+                    if name == PAIRS_IN_SHARDS:
+                        save(trainer, directory / "pairs")
             for name in ("mae", "mae, fsdp"):
                 results[name, size] = pretrain(make_mae_trainer(ranks, fsdp="fsdp" in name))
             encoder_run(directory / f"encoder_{size}", ranks)
@@ -201,6 +204,10 @@ def worker(rank: int, directory: Path) -> dict:
                     trainer.load_state_dict(load_checkpoint(directory / str(size)))
                 stepped = [(t.step, weights_of(t), t.train_step(*batch(0, groups[other]))) for t in trainers]
                 results["loaded", size, other] = stepped
+        if rank < 2:
+            trainer = make_trainer(groups[2], **RUNS[PAIRS_IN_SHARDS][0], seed=9)
+            trainer.load_state_dict(load_checkpoint(directory / "pairs"))
+            results["pairs loaded", 2] = weights_of(trainer)
     return results
 
 
@@ -270,6 +277,14 @@ def test_a_run_goes_on_at_another_number_of_ranks(of_ranks, size, other):
                 assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
             torch.testing.assert_close(metrics["loss"], of_rank[0][2]["loss"], rtol=1e-5, atol=1e-7)
             assert metrics["grad_norm"] > 0
+
+
+def test_a_run_by_pair_goes_on_in_shards(of_ranks):
+    """Its network is tried on conditions of the checkpoint before the weights are loaded."""
+    saved = of_ranks[PAIRS_IN_SHARDS, 2][0][1]
+    for loaded in of_ranks["pairs loaded", 2]:
+        for got, want in zip(loaded, saved, strict=True):
+            assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
 
 
 @pytest.mark.parametrize("name, size", [(name, size) for name in ("mae", "mae, fsdp") for size in (2, 4)])

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from drift_ops import Field
 
@@ -94,6 +95,8 @@ class DriftingTrainer:
         """Find out, with two labels or conditions, what network and extractor make; give the shape of a sample."""
         config = self.config
         self.sample_shape = self.signature.sample_shape(self.model, conditions)
+        if isinstance(self.model, FSDPModule):
+            self.model.reshard()  # The trial has gathered weights, into which no checkpoint could be loaded.
         self.loss_fn = DriftingLoss(
             self.feature_extractor, config.loss.temperatures, field=self.field,
             in_chans=self.sample_shape[0] if len(self.sample_shape) == 3 else None, bf16=config.step.bf16,
@@ -159,13 +162,14 @@ class DriftingTrainer:
         features of every part are computed first, without what their gradients would need; then the loss of all of them
         and its gradient by them, at once; then each part again, with its share of that gradient.
         """
-        (num, P), loss_fn, at_once = groups.pos.shape[:2], self.loss_fn, self.config.step.labels_at_once
-        parts = [slice(at, at + (at_once or num)) for at in range(0, num, at_once or num)]
+        (num, P), loss_fn = groups.pos.shape[:2], self.loss_fn
+        size = self.config.step.labels_at_once or num
+        parts = [slice(at, at + size) for at in range(0, num, size)]
         whole = len(parts) == 1
         first, *second = [partial(self._generate, inputs, groups, n) for n, inputs in enumerate(self._draw(groups))]
         with torch.no_grad():
             others = [_joined([loss_fn.groups(generate(part)) for part in parts]) for generate in second]
-            real = groups.maps or split_groups(_joined(list(map(loss_fn.groups, groups.real.split(at_once or num)))), P)
+            real = groups.maps or split_groups(_joined([loss_fn.groups(part) for part in groups.real.split(size)]), P)
         with torch.set_grad_enabled(whole):
             samples = [first(part) for part in parts]
             gen = _joined([loss_fn.groups(of_part) for of_part in samples])
