@@ -39,5 +39,5 @@ def meeting(rank: int, num: int, directory: Path) -> Iterator[None]:
 
 def groups_with(rank: int, sizes: Sequence[int]) -> dict[int, Ranks]:
     """By size, those groups of the first so many processes that this one belongs to."""
-    groups = {size: dist.new_group(range(size), timeout=timedelta(minutes=2)) for size in sizes}
+    groups = {size: dist.new_group(range(size), timeout=timedelta(minutes=10)) for size in sizes}
     return {size: Ranks(rank, size, group, group) for size, group in groups.items() if rank < size}
