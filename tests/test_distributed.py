@@ -1,9 +1,12 @@
-"""Two ranks, each with half the groups, against one rank with all of them. Gloo, two processes, one spawn for all."""
+"""Two ranks, each with half the groups, against one rank with all of them. Gloo, two processes for all tests."""
+
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from cases import device_of, loss_inputs
+from processes import meeting, results_of
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
@@ -47,27 +50,24 @@ def training_step(ranks, rank, process_group, backend, wrap=lambda module: modul
     return [parameter.grad for parameter in layer.parameters()]
 
 
-def worker(rank: int, directory: str, backends: list[str]) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2)
+def worker(rank: int, directory: Path, backends: list[str]) -> dict[str, tuple]:
     results = {}
-    for backend in backends:
-        with profile(activities=[ProfilerActivity.CPU]) as trace:
-            loss_of_maps(2, rank, dist.group.WORLD, backend)
-        collectives = sum(event.name.startswith("gloo:") for event in trace.events())
-        of_family = {name: loss_of_maps(2, rank, dist.group.WORLD, backend, OPTIONS[name]) for name in OPTIONS}
-        step = training_step(2, rank, dist.group.WORLD, backend, DistributedDataParallel)
-        results[backend] = (of_family, collectives, step, loss_of_maps(1, rank, dist.group.WORLD, backend))
-    torch.save(results, f"{directory}/{rank}.pt")
-    dist.destroy_process_group()
+    with meeting(rank, 2, directory):
+        for backend in backends:
+            with profile(activities=[ProfilerActivity.CPU]) as trace:
+                loss_of_maps(2, rank, dist.group.WORLD, backend)
+            collectives = sum(event.name.startswith("gloo:") for event in trace.events())
+            of_family = {name: loss_of_maps(2, rank, dist.group.WORLD, backend, OPTIONS[name]) for name in OPTIONS}
+            step = training_step(2, rank, dist.group.WORLD, backend, DistributedDataParallel)
+            results[backend] = (of_family, collectives, step, loss_of_maps(1, rank, dist.group.WORLD, backend))
+    return results
 
 
 @pytest.fixture(scope="session")
 def two_ranks(tmp_path_factory):
     """Results of both ranks, by backend: ``[(loss, collectives, training step, loss of one rank) of each rank]``."""
-    directory = tmp_path_factory.mktemp("ranks")
     backends = [n for n, status in drift_ops.backends().items() if status.usable and device_of(n) == "cpu"]
-    torch.multiprocessing.spawn(worker, (str(directory), backends), nprocs=2)
-    ranks = [torch.load(directory / f"{rank}.pt") for rank in range(2)]
+    ranks = results_of(worker, 2, tmp_path_factory.mktemp("ranks"), backends)
     return {backend: [results[backend] for results in ranks] for backend in backends}
 
 

@@ -1,9 +1,8 @@
-"""One, two and four ranks take the same steps: gloo, four processes, one spawn for all."""
+"""One, two and four ranks take the same steps: gloo, four processes for all tests."""
 
 import re
 import subprocess
 import sys
-from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from checkpoint_cases import bits
+from processes import groups_with, meeting, results_of
 from run_records import read_records
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
@@ -48,13 +48,14 @@ def decoder():
 
 
 MAE_STEPS = 2  # an encoder's ReLUs turn differences of rounding into others soon
+PAIRS_IN_SHARDS = "pairs, fsdp, in parts"
 RUNS = {  # settings of trainers, the numbers of ranks that they are tried with
     "ddp": ({}, (2, 4)),
     "fsdp": ({"fsdp": True}, (2, 4)),
     "ddp, uneven": ({"labels_per_step": 5}, (2, 4)),
     "ddp, in parts": ({"labels_at_once": 1}, (2,)),
     "pairs": ({"groups": "pairs", "gen_per_pair": 3, "learn_temperature": True}, (2, 4)),
-    "pairs, fsdp, in parts": (
+    PAIRS_IN_SHARDS: (
         {"groups": "pairs", "gen_per_pair": 3, "normalize": "group", "fsdp": True, "labels_at_once": 2},
         (2,),
     ),
@@ -178,46 +179,67 @@ def encoder_run(out, ranks):
     )
 
 
-def worker(rank: int, directory: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=4)
-    groups = {size: dist.new_group(range(size), timeout=timedelta(minutes=2)) for size in (2, 4)}
+def worker(rank: int, directory: Path) -> dict:
     results = {}
-    for size, group in groups.items():
-        if rank < size:
-            ranks = Ranks(rank, size, group, group)
+    with meeting(rank, 4, directory):
+        groups = groups_with(rank, (2, 4))
+        for size, ranks in groups.items():
             for name, (settings, sizes) in RUNS.items():
                 if size in sizes:
                     trainer = make_trainer(ranks, **settings)
                     results[name, size] = train(trainer)
                     if name == "fsdp":
-                        save(trainer, f"{directory}/{size}")
+                        save(trainer, directory / str(size))
+                    if name == PAIRS_IN_SHARDS:
+                        save(trainer, directory / "pairs")
             for name in ("mae", "mae, fsdp"):
                 results[name, size] = pretrain(make_mae_trainer(ranks, fsdp="fsdp" in name))
-            encoder_run(Path(directory) / f"encoder_{size}", ranks)
+            encoder_run(directory / f"encoder_{size}", ranks)
             results["queues", size] = queues(ranks)
-    dist.barrier()
-    for size, other in ((2, 4), (4, 2)):  # A run in shards goes on at other numbers of ranks, in shards or not.
-        if rank < other:
-            ranks = Ranks(rank, other, groups[other], groups[other])
-            trainers = [make_trainer(ranks, fsdp=fsdp, seed=9) for fsdp in (True, False)]
-            for trainer in trainers:
-                trainer.load_state_dict(load_checkpoint(Path(directory) / str(size)))
-            results["loaded", size, other] = [(t.step, weights_of(t), t.train_step(*batch(0, ranks))) for t in trainers]
-    torch.save(results, f"{directory}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+        dist.barrier()
+        for size, other in ((2, 4), (4, 2)):  # A run in shards goes on at other numbers of ranks, in shards or not.
+            if rank < other:
+                trainers = [make_trainer(groups[other], fsdp=fsdp, seed=9) for fsdp in (True, False)]
+                for trainer in trainers:
+                    trainer.load_state_dict(load_checkpoint(directory / str(size)))
+                stepped = [(t.step, weights_of(t), t.train_step(*batch(0, groups[other]))) for t in trainers]
+                results["loaded", size, other] = stepped
+        if rank < 2:
+            trainer = make_trainer(groups[2], **RUNS[PAIRS_IN_SHARDS][0], seed=9)
+            trainer.load_state_dict(load_checkpoint(directory / "pairs"))
+            results["pairs loaded", 2] = weights_of(trainer)
+    return results
 
 
 @pytest.fixture(scope="module")
 def of_ranks(tmp_path_factory):
     """Results of every rank, by name and number of ranks."""
     directory = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(worker, (str(directory),), nprocs=4)
-    ranks = [torch.load(directory / f"{rank}.pt") for rank in range(4)]
+    ranks = results_of(worker, 4, directory)
     for results in ranks:
         results["directory", 4] = directory
     return {key: [results[key] for results in ranks[: key[-1]]] for key in ranks[0]}
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """What one process gets, by the settings that may change that."""
+    found: dict[str, Any] = {}
+
+    def get(settings):
+        torch.set_num_threads(1)
+        settings = {key: value for key, value in settings.items() if key not in ("fsdp", "queue_features")}
+        if str(settings) not in found:
+            found[str(settings)] = train(make_trainer(Ranks(), **settings))
+        return found[str(settings)]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def pretrained_alone():
+    torch.set_num_threads(1)
+    return pretrain(make_mae_trainer(Ranks()))
 
 
 def assert_same(results, expected):
@@ -234,11 +256,9 @@ def assert_same(results, expected):
 
 
 @pytest.mark.parametrize("name, size", [(name, size) for name, (_, sizes) in RUNS.items() for size in sizes])
-def test_ranks_take_the_same_steps(of_ranks, name, size):
+def test_ranks_take_the_same_steps(of_ranks, alone, name, size):
     """Statistics, losses, weights and queues, on every rank, are those of one process, up to rounding."""
-    torch.set_num_threads(1)
-    settings = {key: value for key, value in RUNS[name][0].items() if key not in ("fsdp", "queue_features")}
-    expected = train(make_trainer(Ranks(), **settings))
+    expected = alone(RUNS[name][0])
     last = list(expected[1][0])[-1]
     moved = expected[1][0][last] - expected[1][1][last]
     assert moved.abs().max() > 1e-5 and all(any("/scale" in key for key in metrics) for metrics in expected[0])
@@ -259,11 +279,18 @@ def test_a_run_goes_on_at_another_number_of_ranks(of_ranks, size, other):
             assert metrics["grad_norm"] > 0
 
 
+def test_a_run_by_pair_goes_on_in_shards(of_ranks):
+    """Its network is tried on conditions of the checkpoint before the weights are loaded."""
+    saved = of_ranks[PAIRS_IN_SHARDS, 2][0][1]
+    for loaded in of_ranks["pairs loaded", 2]:
+        for got, want in zip(loaded, saved, strict=True):
+            assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
+
+
 @pytest.mark.parametrize("name, size", [(name, size) for name in ("mae", "mae, fsdp") for size in (2, 4)])
-def test_ranks_pretrain_alike(of_ranks, name, size):
-    expected = pretrain(make_mae_trainer(Ranks()))
+def test_ranks_pretrain_alike(of_ranks, pretrained_alone, name, size):
     for results in of_ranks[name, size]:
-        assert_same(results, expected)
+        assert_same(results, pretrained_alone)
 
 
 @pytest.mark.parametrize("size", [2, 4])

@@ -36,7 +36,7 @@ def by_hand(loss: DriftingLoss, gen: Tensor, real: Tensor, *guidance: Tensor) ->
         gen_groups, *fixed = (
             torch.stack([label[name][:, t] for label in side for t in range(locations)]) for side in maps
         )
-        options = {"R_list": loss.temperatures, "affinity_floor": loss.affinity_floor}
+        options = {"R_list": loss.temperatures, "affinity_floor": loss.drift["field"].affinity_floor}
         if guidance:
             uncond, weight = guidance
             options["weight_neg"] = torch.stack([w.repeat(uncond.shape[1]) for w in weight for _ in range(locations)])

@@ -219,7 +219,7 @@ def test_labels_are_spread():
 
 
 def test_samples_of_several_batches(monkeypatch):
-    monkeypatch.setattr("drifting.evaluation.sharing.LEAST_BATCHES", 2)
+    monkeypatch.setattr("drifting.evaluation.features.LEAST_BATCHES", 2)
     model = DriftingDiT(img_size=8, patch_size=4, in_chans=1, num_classes=5, embed_dim=16, depth=1, num_heads=2).eval()
     torch.nn.init.normal_(model.final.proj.weight)
     generator = Generator(model, model.noise_shape, (1, 8, 8), tuple("abcde"), (-1.0, 1.0))

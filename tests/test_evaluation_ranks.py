@@ -1,18 +1,16 @@
-"""One, two and four ranks measure the same, and share the work: gloo, four processes, one spawn for all."""
+"""One, two and four ranks measure the same, and share the work: gloo, four processes for all tests."""
 
 import contextlib
 import io
 import json
-import multiprocessing
 import os
 import socket
-from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-from torch.multiprocessing import start_processes
+from processes import groups_with, meeting, results_of
 
 from drifting import evaluate
 from drifting import train as training
@@ -62,7 +60,7 @@ def measured(ranks: Ranks, source: str | None, reference: list[str]):
     return quality, np.concatenate(kept), (seen["generated"], of_real, seen["looked at"] - of_real)
 
 
-def kinds(directory: str) -> dict[str, tuple[str | None, list[str]]]:
+def kinds(directory: Path) -> dict[str, tuple[str | None, list[str]]]:
     network, images = f"{directory}/classifier", f"{directory}/images.npz"
     return {"values": (None, []), "features": (network, []), "files": (network, [images])}
 
@@ -78,8 +76,7 @@ def failing(ranks: Ranks) -> str:
     return "no error"
 
 
-def worker(rank: int, directory: str, ports: list[int]) -> None:
-    torch.set_num_threads(1)
+def worker(rank: int, directory: Path, ports: list[int]) -> dict:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "4"}  # as torchrun sets them
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ports[0])}
     said = io.StringIO()
@@ -89,16 +86,11 @@ def worker(rank: int, directory: str, ports: list[int]) -> None:
         os.environ["MASTER_PORT"] = str(ports[1])  # The store of the first may not have ended yet.
         evaluate.main([f"{directory}/run", "--cfg", "1", "2", "--save-npz", f"{directory}/best.npz"])
     results = {"said": said.getvalue()}
-    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=4)
-    groups = {size: dist.new_group(range(size), timeout=timedelta(minutes=2)) for size in (2, 4)}
-    for size, group in groups.items():
-        if rank < size:
-            ranks = Ranks(rank, size, group, group)
+    with meeting(rank, 4, directory):
+        for size, ranks in groups_with(rank, (2, 4)).items():
             results |= {(kind, size): measured(ranks, *of) for kind, of in kinds(directory).items()}
             results["failing", size] = failing(ranks)
-    torch.save(results, f"{directory}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -111,9 +103,7 @@ def of_ranks(tmp_path_factory):
     np.savez(directory / "images.npz", draw_samples(untrained(), spread_labels(70, range(10)), seed=1))
     with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
         ports = [server.getsockname()[1] for server in (one, other)]
-    multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])  # Torch is imported once for all.
-    start_processes(worker, (str(directory), ports), nprocs=4, start_method="forkserver")
-    return directory, [torch.load(directory / f"{rank}.pt", weights_only=False) for rank in range(4)]
+    return directory, results_of(worker, 4, directory, ports)
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -121,7 +111,7 @@ def of_ranks(tmp_path_factory):
 def test_ranks_measure_the_same(of_ranks, kind, size):
     """Every rank has the measures of one process; together they have its samples, to the last bit."""
     directory, results = of_ranks
-    quality, samples, alone = measured(Ranks(), *kinds(str(directory))[kind])
+    quality, samples, alone = measured(Ranks(), *kinds(directory)[kind])
     assert {"frechet_distance", "precision", "recall"} < quality.keys() and quality["frechet_distance"] > 0
     of_size = [results[rank][kind, size] for rank in range(size)]
     for of_rank, *_ in of_size:

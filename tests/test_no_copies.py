@@ -43,7 +43,7 @@ def test_loss_of_feature_maps(kernel_backend, negatives):
     loss_fn = DriftingLoss(lambda samples: samples, backend=kernel_backend).to(device)
     features = {name: t.requires_grad_() for name, t in maps_of(GEN, device).items()}
     real = maps_of(REAL + negatives, device)
-    weight = torch.rand(LABELS, 1, device=device).expand(-1, negatives)
+    weight = torch.rand(LABELS, device=device)
     smallest = LABELS * LOCATIONS * DIM * (negatives or GEN)
 
     def loss_and_gradients():

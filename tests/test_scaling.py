@@ -2,16 +2,14 @@
 the memory that a step takes is what a run says before its first."""
 
 import math
-import multiprocessing
 import re
 from collections import Counter
-from datetime import timedelta
 from itertools import accumulate
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
+from processes import groups_with, meeting, results_of
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import scaling
@@ -67,33 +65,24 @@ def exchanged(trace) -> Counter:
     return +found
 
 
-def worker(rank: int, directory: str) -> None:
-    torch.set_num_threads(1)
-    world = max(SIZES)
-    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=world)
+def worker(rank: int, directory: Path) -> dict[tuple[str, int], Counter]:
     counted = {}
-    for size in SIZES:
-        group = dist.new_group(range(size), timeout=timedelta(minutes=2))
-        if rank < size:
+    with meeting(rank, max(SIZES), directory):
+        for size, ranks in groups_with(rank, SIZES).items():
             for name, settings in RUNS.items():
-                trainer = make_trainer(Ranks(rank, size, group, group), **settings)
+                trainer = make_trainer(ranks, **settings)
                 for _ in range(1 if "fsdp" in settings else 2):  # Only then are DDP's buckets as they stay.
                     take_step(trainer)
                 with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as trace:
                     take_step(trainer)
                 counted[name, size] = exchanged(trace)
-    torch.save(counted, f"{directory}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return counted
 
 
 @pytest.fixture(scope="module")
 def counted(tmp_path_factory):
-    """What each rank exchanged, by run and number of ranks. The processes are forked from one that has imported all."""
-    directory = tmp_path_factory.mktemp("ranks")
-    multiprocessing.set_forkserver_preload(["torch._dynamo", __name__])
-    torch.multiprocessing.start_processes(worker, (str(directory),), max(SIZES), start_method="forkserver")
-    return [torch.load(directory / f"{rank}.pt") for rank in range(max(SIZES))]
+    """What each rank exchanged, by run and number of ranks."""
+    return results_of(worker, max(SIZES), tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("name, size", [(name, size) for name in RUNS for size in SIZES])

@@ -49,18 +49,19 @@ class Recorder:
     """Stands between trainer and loss or model and keeps what passes."""
 
     def __init__(self, trainer):
-        loss_and_info, forward = trainer.loss_fn.loss_and_info, trainer.model.forward
+        backward, forward = trainer._backward, trainer.model.forward
         self.loss_inputs, self.model_inputs = [], []
 
-        def record_loss(*args):
-            self.loss_inputs.append(args)
-            return loss_and_info(*args)
+        def record_step(groups):
+            gen, *rest = backward(groups)
+            self.loss_inputs.append((gen, groups.pos, groups.uncond, groups.weight))
+            return gen, *rest
 
         def record_model(z, y, cfg_scale, style=None):
             self.model_inputs.append((z, y, cfg_scale, style))
             return forward(z, y, cfg_scale, style)
 
-        trainer.loss_fn.loss_and_info, trainer.model.forward = record_loss, record_model
+        trainer._backward, trainer.model.forward = record_step, record_model
 
 
 # ---------------------------------------------------------------------------------------------------- guidance

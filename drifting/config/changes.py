@@ -1,13 +1,12 @@
 """What of a configuration may change while its run is in progress, and the record of it, ``changes.json``."""
 
 import copy
-import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, explained
-from ..utils.files import atomic_write, read_object
+from ..utils.files import read_object, write_object
 from ..utils.named import is_own
 from .reading import AnyConfig, read_config, save_config, set_value, values_of
 
@@ -58,8 +57,7 @@ def keep_config(path: Path, config: AnyConfig, step: int) -> None:
     made = differences(_values_in_force(path, config), values_of(config))
     changes = recorded(path) + [{"step": step, "key": key, "old": old, "new": new} for key, old, new in made]
     if made:
-        with atomic_write(path.with_name(RECORD)) as part:
-            part.write_text(json.dumps({"changes": changes}, indent=1) + "\n", encoding="utf-8")
+        write_object(path.with_name(RECORD), {"changes": changes})
     save_config(config, path)
 
 

@@ -120,9 +120,8 @@ class SampleQueue:
         """Draw samples ``[num_samples, *latent_shape]`` of any class as :meth:`sample` does, or a ``part`` of them."""
         if not self.unconditional.count.item():
             raise ValueError("the queue is empty: add() samples before drawing from it")
-        return self.unconditional.draw(
-            torch.zeros(1, dtype=torch.long, device="cpu"), num_samples, generator, part=part
-        )[0]
+        row = torch.zeros(1, dtype=torch.long, device="cpu")
+        return self.unconditional.draw(row, num_samples, generator, part=part)[0]
 
     def skip(self, labels: Tensor, seed: int, num: int) -> list[Draw]:
         """Go on as after the first ``num`` draws of :func:`endless_shuffle` from samples with ``labels [N]``. This

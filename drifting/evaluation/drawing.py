@@ -13,7 +13,7 @@ from ..hub.vae import decode_latents
 from ..training.distributed import Ranks
 from ..utils.images import to_uint8
 from .archives import Samples
-from .sharing import batches
+from .features import batches
 
 DEFAULT_SCALE = "the one that evaluated best in training, else 1"  # So commands word it.
 

@@ -20,10 +20,9 @@ from ..generation import Generator, label_numbers
 from ..training.distributed import Ranks
 from .archives import Labels, Samples, read_reference
 from .drawing import draw_batches
-from .features import INCEPTION, Features, ImageFeatures, Values, open_features
+from .features import INCEPTION, Features, ImageFeatures, Values, batches, open_features, see
 from .measures import NEIGHBOURS
 from .real_samples import MANIFOLD_SAMPLES, Quality, RealSamples, of_files, of_splits, spread_out
-from .sharing import batches, see
 
 FEATURE_SAMPLES = 5000  # So many are generated, and taken of the training images, where it is a data set.
 MOST_REAL = 2000  # Of a split, at most so many small samples are measured.
@@ -149,16 +148,12 @@ def evaluate_model(
 
     This rank's batches of samples are added to ``kept``, where there is such a list.
     """
-    samples = draw_batches(generator, numbers, cfg_scale, seed, evaluator.ranks)
-    samples = samples if kept is None else _keeping(samples, kept)
+    samples: Iterable[Samples] = draw_batches(generator, numbers, cfg_scale, seed, evaluator.ranks)
+    if kept is not None:
+        kept += evaluator.ranks.together(lambda: list(samples))
+        samples = kept
     labels = numbers.numpy() if len(generator.class_names) > 1 else None  # One label says nothing of the samples.
     return {"cfg_scale": cfg_scale} | evaluator.measure(samples, labels)
-
-
-def _keeping(samples: Iterable[Samples], kept: list[Samples]) -> Iterator[Samples]:
-    for batch in samples:
-        kept.append(batch)
-        yield batch
 
 
 def check_evaluation(evaluator: Evaluator, generator: Generator) -> None:

@@ -1,7 +1,7 @@
 """What samples are compared by: the features of FID's Inception, DINOv2, or a network of ours, or their own values."""
 
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -16,8 +16,10 @@ from ..data import Dataset
 from ..errors import UserError, reason, require
 from ..hub.run_directory import RunDirectory
 from ..models import MAE, Classifier
-from ..models.feature_extractor import IMAGENET_MEAN, IMAGENET_STD
+from ..models.feature_extractor import ImageNetNormalization
 from ..models.network_files import read_model
+from ..training.distributed import Ranks
+from ..utils.progress import progress
 from .archives import Samples
 
 INCEPTION, DINOV2 = "inception", "dinov2"
@@ -27,6 +29,8 @@ FRECHET_DISTANCE = "frechet_distance"  # It has names of its own in Inception's 
 SPATIAL_CHANNELS = 7  # At 17 × 17 locations these are 2023 values, nearly as many as there are features.
 DINOV2_MODEL = "facebook/dinov2-large"  # ViT-L/14, as Stein et al. (arXiv 2306.04675) recommend.
 DOWNLOAD_SECONDS = 30  # A download is given up when no bytes came for so long.
+BATCH, BATCH_VALUES = 50, 2**23  # So many samples are in a batch, unless they have more values than this …
+LEAST_BATCHES = 32  # … or there would be fewer batches, which many ranks could not share evenly.
 
 
 class Features(NamedTuple):
@@ -75,6 +79,32 @@ class Values:
 
 def concatenate(parts: Sequence[Features]) -> Features:
     return Features._make(None if field[0] is None else torch.cat(field) for field in zip(*parts, strict=True))
+
+
+def batches(num: int, shape: Sequence[int], title: str, ranks: Ranks = Ranks()) -> Iterable[slice]:  # noqa: B008
+    """This rank's batches of ``num`` samples of that shape, with a progress bar of that title on rank 0.
+
+    Their bounds are the same at any number of ranks: what a network computes of a sample depends on the size of its
+    batch by a rounding, which the pixels of an image enlarge.
+    """
+    size = max(1, min(BATCH, num // LEAST_BATCHES, BATCH_VALUES // max(1, prod(shape))))
+    parts = [slice(at, min(num, at + size)) for at in range(0, num, size)]
+    here = parts[ranks.share(len(parts))]
+    return progress(here, title, "batch") if ranks.main else here
+
+
+def see(
+    look: Callable[[Samples], Features], samples: Iterable[Samples], device: torch.device, ranks: Ranks
+) -> Features | None:
+    """Features on ``device`` of all ranks' batches of samples, one after another, on rank 0; None on the others.
+
+    Batches are taken one at a time, so that no more of them need be held.
+    """
+    seen = ranks.together(lambda: [look(batch) for batch in samples])
+    if ranks.size > 1:
+        parts = ranks.to_main([concatenate(seen).to("cpu")] if seen else [])
+        seen = [of_rank.to(device) for part in parts for of_rank in part]
+    return concatenate(seen) if ranks.main else None
 
 
 def open_features(source: str) -> ImageFeatures:
@@ -154,10 +184,10 @@ def _load_dinov2(source: str, device: torch.device) -> ImageFeatures:
     if odd:  # transformers would leave these random, or out.
         raise UserError(f"{source} holds no DINOv2 in the format of transformers: {min(odd)} is missing or left over")
     model = model.float().to(device).eval()
-    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    normalization = ImageNetNormalization().to(device)
 
     def network(images: Tensor) -> Features:
-        x = F.interpolate(images.expand(-1, 3, -1, -1).float(), (224, 224), mode="bicubic", antialias=True)
-        return Features(model((x / 255 - mean) / std).pooler_output)
+        x = F.interpolate(images.expand(-1, 3, -1, -1) / 127.5 - 1, (224, 224), mode="bicubic", antialias=True)
+        return Features(model(normalization(x)).pooler_output)
 
     return ImageFeatures(DINOV2, model.config.hidden_size, network, device, "fd_dinov2")

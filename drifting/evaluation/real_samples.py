@@ -7,18 +7,10 @@ import numpy as np
 import torch
 from sklearn.svm import SVC
 
+from . import measures
 from .archives import Labels
 from .features import Features
-from .measures import (
-    NEIGHBOURS,
-    Gaussian,
-    Manifold,
-    Points,
-    fit_gaussian,
-    frechet_distance,
-    inception_score,
-    nearest_distance,
-)
+from .measures import NEIGHBOURS, Gaussian, Manifold, Points
 
 Quality = dict[str, float]
 MANIFOLD_SAMPLES = 10_000  # Precision and recall take at most so many real samples, as ADM does.
@@ -46,15 +38,15 @@ class RealSamples:
 
     def measure(self, seen: Features, labels: Labels | None) -> Quality:
         """Measures of samples that are seen so, and were generated for ``labels [N]`` if these are known."""
-        quality = {self.distance: frechet_distance(fit_gaussian(seen.points), self.statistics)}
+        quality = {self.distance: measures.frechet_distance(measures.fit_gaussian(seen.points), self.statistics)}
         if self.spatial is not None and seen.spatial is not None:
-            quality["sfid"] = frechet_distance(fit_gaussian(seen.spatial), self.spatial)
+            quality["sfid"] = measures.frechet_distance(measures.fit_gaussian(seen.spatial), self.spatial)
         if seen.logits is not None:
-            quality["inception_score"], quality["inception_score_std"] = inception_score(seen.logits.cpu())
+            quality["inception_score"], quality["inception_score_std"] = measures.inception_score(seen.logits.cpu())
         if self.manifold is not None and len(seen.points) > NEIGHBOURS:
             quality["precision"], quality["recall"] = self.manifold.precision_and_recall(seen.points)
         if self.train is not None:
-            quality["nearest_distance"] = nearest_distance(seen.points.numpy(), self.train)
+            quality["nearest_distance"] = measures.nearest_distance(seen.points.numpy(), self.train)
         classes = self.classes(seen)
         if classes is not None and labels is not None:
             quality["recognised_share"] = float((classes == labels).mean())
@@ -91,17 +83,17 @@ def of_splits(
 
     Where samples are small, their own values are the features, and the ``machine`` is fitted to recognise them.
     """
-    real, of_train = _compared(distance, test), fit_gaussian(train.points)
+    real, of_train = _compared(distance, test), measures.fit_gaussian(train.points)
     spread = float(max(np.trace(gaussian.covariance) for gaussian in (of_train, real.statistics)))
     if train.digests is not None and test.digests is not None:
         real.copies = int(torch.isin(test.digests, train.digests).sum())
-    real.of_data[f"{distance}_train"] = frechet_distance(of_train, real.statistics)
+    real.of_data[f"{distance}_train"] = measures.frechet_distance(of_train, real.statistics)
     real.add_floor("frechet_ratio", distance, "train", spread)
     if real.manifold is not None and len(train.points) > NEIGHBOURS:
         real.of_data["precision_train"], real.of_data["recall_train"] = real.manifold.precision_and_recall(train.points)
     if machine is not None:
         real.train = train.points.numpy()
-        real.of_data["nearest_distance_test"] = nearest_distance(test.points.numpy(), real.train)
+        real.of_data["nearest_distance_test"] = measures.nearest_distance(test.points.numpy(), real.train)
         real.add_floor("nearest_ratio", "nearest_distance", "test", spread**0.5)
         if len(np.unique(train_labels)) > 1:
             real.classifier = machine.fit(train.points, train_labels)
@@ -114,8 +106,8 @@ def of_splits(
 
 
 def _compared(distance: str, seen: Features, given: tuple[Gaussian, Gaussian | None] | None = None) -> RealSamples:
-    spatial = None if seen.spatial is None or given else fit_gaussian(seen.spatial)
-    real, count = RealSamples(distance, *(given or (fit_gaussian(seen.points), spatial))), len(seen.points)
+    spatial = None if seen.spatial is None or given else measures.fit_gaussian(seen.spatial)
+    real, count = RealSamples(distance, *(given or (measures.fit_gaussian(seen.points), spatial))), len(seen.points)
     real.count = None if given else count  # Statistics may be of more samples.
     if count > NEIGHBOURS:
         real.manifold = Manifold(spread_out(seen.points, MANIFOLD_SAMPLES))

@@ -1,7 +1,6 @@
 """Generators, feature extractors, masked autoencoder, classifier and the drifting loss."""
 
 from .classifier import Classifier
-from .conv_decoder import ConvDecoder
 from .drifting_dit import DriftingDiT, DriftingDiTBase, DriftingDiTLarge, DriftingDiTSmall, DriftingDiTXL
 from .drifting_loss import DriftingLoss, SimpleDriftingLoss
 from .feature_extractor import ConvNeXtFeatureExtractor, FeatureExtractor, FeatureStack
@@ -9,7 +8,7 @@ from .feature_extractor import ConvNeXtFeatureExtractor, FeatureExtractor, Featu
 from .feature_extractor import InputFeatureExtractor, LatentFeatureExtractor, PyramidExtractor  # isort: skip
 from .fields import FIELDS
 from .mae import MAE
-from .residual_mlp import ResidualMLP
+from .small_generators import ConvDecoder, ResidualMLP
 
 # Generators by their name in configurations, and what the release has by its kind there.
 NETWORKS = {"drifting_dit": DriftingDiT, "conv_decoder": ConvDecoder, "residual_mlp": ResidualMLP}

@@ -43,11 +43,10 @@ class DriftingLoss(nn.Module):
         bf16: run the extractor under bfloat16 autocast and keep its maps in bfloat16; the field stays float32.
         process_group: ranks with labels of their own, whose losses are averaged and whose statistics are shared.
 
-    With a ``stopwatch``, forward and backward enter the phases "encoder", the extractor's, and "operator".
+    Forward and backward enter two phases of the ``stopwatch``: "encoder", the extractor's, and "operator".
     """
 
     softmax_temperature = 1.0  # This is T of the Gaussian field.
-    stopwatch: Stopwatch | None = None
 
     def __init__(
         self, feature_extractor: Extractor | Sequence[Extractor] = "latent",
@@ -67,8 +66,9 @@ class DriftingLoss(nn.Module):
         self.feature_extractor = build_extractor(feature_extractor, in_chans).requires_grad_(False).eval()
         self.temperatures = tuple(float(t) for t in temperatures)
         self.log_R: nn.Parameter | None = None  # [maps, R]: the logarithms of temperatures that learn
-        self.normalize_features, self.normalize_drift, self.field = normalize_features, normalize_drift, field
-        self.affinity_floor, self.backend, self.bf16, self.process_group = affinity_floor, backend, bf16, process_group
+        self.normalize_features, self.normalize_drift = normalize_features, normalize_drift
+        self.backend, self.bf16, self.process_group = backend, bf16, process_group
+        self.stopwatch = Stopwatch("cpu")
 
     def train(self, mode: bool = True) -> "DriftingLoss":
         super().train(mode)
@@ -85,17 +85,14 @@ class DriftingLoss(nn.Module):
         return self.loss_and_info(x_gen, x_real, x_uncond, weight_uncond)[0]
 
     def loss_and_info(
-        self, x_gen: Tensor, x_real: Tensor, x_uncond: Tensor | None = None, weight_uncond: Tensor | None = None,
-        real: tuple[FeatureMaps, FeatureMaps] | None = None, x_second: Tensor | None = None,
-    ) -> LossAndInfo:  # fmt: skip
+        self, x_gen: Tensor, x_real: Tensor, x_uncond: Tensor | None = None, weight_uncond: Tensor | None = None
+    ) -> LossAndInfo:
         """Sum over feature maps (eq. 14 of the paper) of the mean loss over the map's groups, one a label and location.
 
         Generated samples ``[L, G, *shape]`` of L labels get a gradient, real ones ``[L, P, *shape]`` attract them. Real
         samples ``[L, U, *shape]`` of any label repel like generated ones (section 3.5 of the paper), each with weight
-        ≥ 0 ``[L]`` relative to one of these, 1 if None. Shapes that do not fit each other raise ValueError. ``real``
-        has the :meth:`groups` of the real samples, first of those that attract, where they are known already. A field
-        that does not count the generated samples themselves among the negatives needs a second batch of them,
-        ``x_second [L, G, *shape]``, which repels and gets no gradient.
+        ≥ 0 ``[L]`` relative to one of these, 1 if None. A field that does not count the generated samples themselves
+        among the negatives needs a second batch of them there. Shapes that do not fit each other raise ValueError.
 
         Beside the loss come 0-d tensors to log. For the paper's field, whose loss itself is constant by construction,
         ``{map}/scale`` is the mean distance, and ``{map}/lambda_{R}`` the RMS of the raw drift at R in units of
@@ -105,20 +102,17 @@ class DriftingLoss(nn.Module):
         if self.drift is None and x_uncond is not None:
             raise ValueError("field='gaussian' has no unconditional negatives: leave x_uncond out or use field='paper'")
         weight = _checked_weight(x_gen, x_real, x_uncond, weight_uncond)
-        if real is None:
-            with torch.no_grad():
-                fixed_groups = self.groups(x_real if x_uncond is None else torch.cat([x_real, x_uncond], 1))
-            real = split_groups(fixed_groups, x_real.shape[1])
         with torch.no_grad():
-            second = None if x_second is None else self.groups(x_second)
-        return self.of_groups(self.groups(x_gen), *real, weight, second)
+            real = self.groups(x_real if x_uncond is None else torch.cat([x_real, x_uncond], 1))
+        return self.of_groups(self.groups(x_gen), *split_groups(real, x_real.shape[1]), weight)
 
-    def learn_temperatures(self, maps: Sequence[str], device: torch.device) -> None:
-        """From now on the temperatures of each of these maps learn, as in Kyutai's one-positive loss."""
+    def learn_temperatures(self, maps: Sequence[str], device: torch.device) -> nn.Parameter:
+        """From now on the temperatures of each of these maps learn, as in Kyutai's one-positive loss: a parameter."""
         if self.drift is None:
             raise ValueError("loss.learn_temperature is true, but the temperatures of field='gaussian' do not learn")
         log_R = torch.tensor([[math.log(R) for R in self.temperatures]] * len(maps), device=device, dtype=torch.float32)
         self.maps, self.log_R = tuple(maps), nn.Parameter(log_R)
+        return self.log_R
 
     def learnt(self) -> dict[str, dict[str, list[float]]]:
         """What the ``temperatures`` of each map have become, where they learn."""
@@ -138,8 +132,7 @@ class DriftingLoss(nn.Module):
     def groups(self, samples: Tensor) -> FeatureMaps:
         """Maps of samples ``[L, n, *shape]`` as L·T groups ``[L, T, n, D]``, views of what the extractor returns."""
         L, n = samples.shape[:2]
-        if self.stopwatch is not None:
-            self.stopwatch.enter("encoder")
+        self.stopwatch.enter("encoder")
         with torch.autocast(samples.device.type, torch.bfloat16, enabled=self.bf16):
             maps = extractors.named_maps(self.feature_extractor(samples.flatten(0, 1)), L * n, self.feature_extractor)
         if torch.is_grad_enabled() and samples.requires_grad and not any(of.requires_grad for of in maps.values()):
@@ -148,18 +141,18 @@ class DriftingLoss(nn.Module):
         for name, feature in maps.items():
             feature = feature.bfloat16() if self.bf16 else feature  # Autocast leaves some operations in float32.
             groups[name] = feature.unflatten(0, (L, n)).transpose(1, 2)
-            if self.stopwatch is not None:
-                self.stopwatch.enter_at_gradient(groups[name], "encoder")
+            self.stopwatch.enter_at_gradient(groups[name], "encoder")
         return groups
 
     def of_groups(
         self, gen: FeatureMaps, pos: FeatureMaps, neg: FeatureMaps, weight: Tensor, second: FeatureMaps | None = None
     ) -> LossAndInfo:
-        """:meth:`loss_and_info` of the :meth:`groups` of all samples; the unconditional ones have ``weight [L, U]``."""
-        if self.stopwatch is not None:
-            self.stopwatch.enter("operator")
+        """:meth:`loss_and_info` of the :meth:`groups` of all samples, of which the unconditional ones have ``weight
+        [L]``. A ``second`` batch of generated samples repels like the first, with weight 1."""
+        self.stopwatch.enter("operator")
         if self.drift is None:
             return self._gaussian(gen, pos)
+        weight = weight.unsqueeze(1).expand(-1, next(iter(neg.values())).shape[2])  # [L, U]
         if self.drift["field"].weights == "marginal":
             weight = weight.clamp(min=LEAST_WEIGHT)
         if second is not None:
@@ -186,10 +179,8 @@ class DriftingLoss(nn.Module):
         scales = [s.mean() if s.ndim else s for s in (of_map["scale"] for of_map in infos)]
         squares = [of_map[f"loss_{name}"] for of_map in infos for name in names]
         lambdas = torch.stack([s.sqrt().mean().square() if s.ndim else s for s in squares]).sqrt()
-        places = [f"{name}/lambda_{R}" for name in maps for R in self.temperatures]
-        return {f"{name}/scale": s for name, s in zip(maps, scales, strict=True)} | dict(
-            zip(places, lambdas, strict=True)
-        )
+        places = [f"{name}/scale" for name in maps] + [f"{name}/lambda_{R}" for name in maps for R in self.temperatures]
+        return dict(zip(places, [*scales, *lambdas], strict=True))
 
     def _gaussian(self, gen: FeatureMaps, pos: FeatureMaps) -> LossAndInfo:
         losses, info = [], {}
@@ -253,11 +244,11 @@ def _checked_weight(x_gen: Tensor, x_real: Tensor, x_uncond: Tensor | None, weig
         if x.ndim < 2 or (len(x), x.shape[2:]) != (len(x_gen), x_gen.shape[2:]):
             received = f"{name} has shape {list(x.shape)} and x_gen {list(x_gen.shape)}"
             raise ValueError(f"{received}, expected [labels, count, …]: labels and sample shapes must agree")
-    L, U = x_gen.shape[0], 0 if x_uncond is None else x_uncond.shape[1]
+    L = x_gen.shape[0]
     if weight is None:
-        return x_gen.new_ones(L, U)
+        return x_gen.new_ones(L)
     if x_uncond is None:
         raise ValueError("weight_uncond was given without x_uncond")
     if weight.shape != (L,):
         raise ValueError(f"weight_uncond has shape {list(weight.shape)}, expected [{L}], one weight a label")
-    return weight.to(x_gen).unsqueeze(1).expand(L, U)
+    return weight.to(x_gen)

@@ -38,6 +38,11 @@ class Groups:
     weight: Tensor | None = None  # [l]: the weight of each of these relative to a generated sample
     maps: tuple[FeatureMaps, FeatureMaps] | None = None  # [l, T, P, D], [l, T, U or 0, D]: of pos and uncond, if kept
 
+    @property
+    def real(self) -> Tensor:
+        """All real samples ``[l, P + U, *sample_shape]``, first those that attract."""
+        return self.pos if self.uncond is None else torch.cat([self.pos, self.uncond], 1)
+
     def spreads(self, gen: Tensor) -> tuple[Tensor, Tensor]:
         """The spread of generated samples ``[l, G, *sample_shape]``, and that of real ones. A pair has one of these, y:
         its spread is E‖x − x'‖², which is E‖x − y‖² where samples x are as the real ones."""
@@ -107,9 +112,8 @@ class ClassGroups:
     def add(self, samples: Any, labels: Labels | None) -> None:
         """Put this rank's part of a batch ``[B, *sample_shape]``, and those of the others, into the queues."""
         if self.split is not None and samples.dtype != self.dtype:
-            raise ValueError(
-                f"samples are {samples.dtype}, expected {self.dtype}, as training_batches reads them stored"
-            )
+            expected = f"{self.dtype}, as training_batches reads them stored"
+            raise ValueError(f"samples are {samples.dtype}, expected {expected}")
         if self.dtype.is_floating_point:
             samples = real_samples(samples)
         samples = samples.to(self.device, self.dtype, non_blocking=True)
@@ -213,11 +217,8 @@ class ClassGroups:
         """Read anew what the queue held after so many steps on ``split``, if there is one. All ranks share the work."""
         if self.split is None or step == 0:
             return
-        queue, labels, size = (
-            self._queue(),
-            self._numbers(self.split.labels, len(self.split)),
-            self.config.train.batch_size,
-        )
+        queue, size = self._queue(), self.config.train.batch_size
+        labels = self._numbers(self.split.labels, len(self.split))
         draws = queue.skip(labels, self.config.seed, step * size)
         batches = [draws[at : at + size] for at in range(0, len(draws), size)]
         # Each rank reads as many; the last ones may read the first draw again.
@@ -245,18 +246,13 @@ class PairGroups:
     sample_shape: tuple[int, ...] = ()
     example: Tensor | None = None  # [2, *condition_shape]: zeros
     pairs: tuple[Tensor, Tensor] | None = None  # This rank's part of the batch: samples, conditions
-    class_names = split = None
+    class_names, split, dtype = None, None, torch.float32
 
     @property
     def condition_shape(self) -> tuple[int, ...]:
         if self.example is None:
             raise ValueError("the trainer has seen no conditions yet, expected training or load_state_dict before")
         return tuple(self.example.shape[1:])
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Samples are kept in it."""
-        return torch.float32 if self.split is None else self.split.dtype
 
     def learn_labels(self, batches: Iterable[Any]) -> None:
         """There are none."""

@@ -80,8 +80,7 @@ def train(run: Run[AnyTrainer]) -> None:
     """
     trainer, directory, ranks = run.trainer, run.directory, run.trainer.ranks
     config: Any = trainer.config
-    with ranks.agreed():
-        ranks.on_all(lambda: _resume(run))
+    ranks.together(partial(_resume, run))
     ranks.on_main(lambda: keep_config(directory.config, config, trainer.step))
     if trainer.step == config.train.steps:
         quality = run.evaluate()

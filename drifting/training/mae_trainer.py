@@ -24,8 +24,7 @@ class MAETrainer:
     linearly from 0 over ``finetune_warmup_steps`` steps to ``finetune_lambda_cls``.
 
     ``ranks`` take each step together, each with its share of the images; without dropout the step is the same at any
-    number of them, up to rounding. ``stopwatch`` knows the phases "model", "communication" of metrics, "optimizer" and
-    average, and between steps "data". Device and randomness are as in :class:`DriftingTrainer`.
+    number of them, up to rounding. Device, randomness and ``stopwatch`` are as in :class:`DriftingTrainer`.
     """
 
     def __init__(

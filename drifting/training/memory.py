@@ -88,7 +88,7 @@ def _kept_by_operator(trainer: DriftingTrainer, G: int, P: int, M: int) -> int:
     kept = _Kept()
     with saved_tensors_hooks(kept.note, kept.note):
         leaves = {name: of_map.requires_grad_() for name, of_map in gen.items()}
-        trainer.loss_fn.of_groups(leaves, pos, neg, zeros(1, M))
+        trainer.loss_fn.of_groups(leaves, pos, neg, zeros(1))
     return kept.beside([*gen.values(), *pos.values(), *neg.values()])
 
 

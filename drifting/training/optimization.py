@@ -24,11 +24,6 @@ GATHERED = states.StateDictOptions(full_state_dict=True, cpu_offload=True)  # Th
 WHOLE = states.StateDictOptions(full_state_dict=True)
 
 
-def _averaged(model: nn.Module, decay: float) -> AveragedModel:
-    with torch.device("cpu"):  # It counts on the default device, and each step looks at that.
-        return AveragedModel(model, multi_avg_fn=partial(_average, decay)).requires_grad_(False)
-
-
 def _average(decay: float, *weights: Any) -> None:
     get_ema_multi_avg_fn(decay)(*weights)  # What it returns cannot be pickled, and a trainer can.
 
@@ -63,8 +58,11 @@ class TrainedWeights:
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError(f"the network {type(model).__name__} has no parameters to train, expected at least one")
         self.model, self.config, self.steps = model.to(device), config.optimizer, config.train.steps
-        decays = config.optimizer.ema_decay
-        self.averages = {decay: _averaged(model, decay) for decay in (decays if isinstance(decays, list) else [decays])}
+        decays, self.averages = config.optimizer.ema_decay, dict[float, AveragedModel]()
+        for decay in decays if isinstance(decays, list) else [decays]:
+            with torch.device("cpu"):  # It counts on the default device, and each step looks at that.
+                average = AveragedModel(model, multi_avg_fn=partial(_average, decay))
+            self.averages[decay] = average.requires_grad_(False)
         self.distributed, self.blank = model, None
         if config.step.fsdp and ranks.group is not None:
             # The gathered weights of an average that is in shards go into this copy.

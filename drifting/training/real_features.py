@@ -59,8 +59,7 @@ class RealFeatures:
         # The queue has samples in this type, and an extractor may change its input in place.
         copy = samples.to(self.device, torch.float32, copy=True)
         vectors = self.layout.pack(self.loss_fn.groups(copy.unsqueeze(0)))
-        if self.loss_fn.stopwatch is not None:
-            self.loss_fn.stopwatch.enter("communication")
+        self.loss_fn.stopwatch.enter("communication")
         return vectors
 
     def groups(self, vectors: Tensor) -> FeatureMaps:

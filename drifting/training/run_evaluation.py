@@ -58,24 +58,20 @@ class GeneratorRun(Run[DriftingTrainer]):
 
         The weights are left in ``directory.best``, unless those there are better and were measured alike.
         """
-        qualities: list[Quality] = []
-        for decay in self.config.optimizer.ema_decay:
-            qualities += self._measure(self.trainer.weights.average(decay), decay)
-        quality = evaluation.best_quality(qualities, self.evaluator.distance) if self.evaluator is not None else {}
-        self.trainer.best_decay = quality.get("ema_decay", self.trainer.best_decay)
-        self.trainer.best_cfg_scale = quality.get("cfg_scale", self.trainer.best_cfg_scale)
+        quality: Quality = {}
+        if self.evaluator is not None:
+            qualities = []
+            for decay in self.config.optimizer.ema_decay:
+                generator = self.trainer.generator(self.trainer.weights.average(decay))
+                numbers = spread_labels(self.num_samples, range(len(generator.class_names)))
+                for scale in self.config.evaluation.cfg_scales:
+                    measured = evaluation.evaluate_model(self.evaluator, generator, numbers, scale)
+                    qualities.append({"ema_decay": decay} | measured)
+            quality = evaluation.best_quality(qualities, self.evaluator.distance)
+            self.trainer.best_decay, self.trainer.best_cfg_scale = quality["ema_decay"], quality["cfg_scale"]
         self.ranks.on_main(partial(self._keep, self.trainer.ema_model, quality))
         self.measured_at, self.quality = self.trainer.step, quality
         return quality
-
-    def _measure(self, model: nn.Module, decay: float) -> list[Quality]:
-        if self.evaluator is None:
-            return []
-        generator = self.trainer.generator(model)
-        numbers = spread_labels(self.num_samples, range(len(generator.class_names)))
-        scales = self.config.evaluation.cfg_scales
-        measured = [evaluation.evaluate_model(self.evaluator, generator, numbers, scale) for scale in scales]
-        return [{"ema_decay": decay} | quality for quality in measured]
 
     def _keep(self, model: nn.Module, quality: Quality) -> None:
         if self.pictured and self.dataset.pixel_range is not None:

@@ -1,6 +1,6 @@
 """The training step of Algorithm 1 of the paper (arXiv 2602.04770), and the trainer around it."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from drift_ops import Field
 
@@ -45,8 +46,7 @@ class DriftingTrainer:
 
     ``step`` counts the steps taken; ``best_decay`` says which average :meth:`generate` uses, and ``best_cfg_scale`` its
     guidance scale by default: whoever evaluates them may set both. ``stopwatch`` knows how long the phases of the steps
-    took: "communication" of samples and metrics, "generator", "encoder" and "operator" forward and backward, with the
-    exchange of statistics and gradients, "optimizer" and averages, "other", and between steps "data".
+    took; those of generator, encoder and operator have the exchange of statistics and gradients in them.
 
     All randomness of step n follows from (seed, n), so that a resumed run repeats an uninterrupted one. A step seeds
     torch's global generators, from which dropout draws. A step whose loss or gradient is not finite changes nothing.
@@ -63,9 +63,18 @@ class DriftingTrainer:
         self.model, self.signature, self.facts = model.to(self.device), Signature.of(model, noise_shape), facts
         self.stopwatch, self.images_per_step = Stopwatch(self.device), 0  # So many are generated on all ranks.
         self.feature_extractor, self.field = feature_extractor, drift_of(config)
+        if hasattr(model, "activation_checkpointing"):
+            model.activation_checkpointing = config.step.activation_checkpointing  # type: ignore[assignment]
+        elif config.step.activation_checkpointing:
+            raise ValueError(
+                f"step.activation_checkpointing is true, but {type(model).__name__} has no attribute of that name: "
+                "set it to false; a network of your own that can do it looks at such an attribute and calls "
+                "torch.utils.checkpoint itself"
+            )
+        self.weights = TrainedWeights(model, config, self.ranks, self.device)
         self.groups: ClassGroups | PairGroups
         if config.step.groups == "pairs":
-            self.groups = PairGroups(config, self.ranks, self.device, self._meet_pairs)
+            self.groups = PairGroups(config, self.ranks, self.device, self._meet)
             if config.step.queue_features or not self.signature.conditions:
                 expected = "a network that takes (z, condition), and step.queue_features=false, as there is no queue"
                 raise ValueError(f"step.groups is pairs, expected {expected}")
@@ -78,25 +87,16 @@ class DriftingTrainer:
             )  # fmt: skip
             if config.step.queue_features:
                 self.groups.keep_features = partial(keep_features, self.loss_fn, self.layout, self.device)
-        if hasattr(model, "activation_checkpointing"):
-            model.activation_checkpointing = config.step.activation_checkpointing  # type: ignore[assignment]
-        elif config.step.activation_checkpointing:
-            raise ValueError(
-                f"step.activation_checkpointing is true, but {type(model).__name__} has no attribute of that name: "
-                "set it to false; a network of your own that can do it looks at such an attribute and calls "
-                "torch.utils.checkpoint itself"
-            )
-        self.weights = TrainedWeights(model, config, self.ranks, self.device)
-        if config.step.groups == "classes" and self.loss_fn.log_R is not None:
-            self.weights.learn_beside(self.loss_fn.log_R)
         if config.step.compile:
             self.weights.distributed.compile()
         self.best_decay, self.best_cfg_scale = config.optimizer.ema_decay[0], 1.0
 
-    def _meet(self, conditions: Tensor) -> None:
-        """Find out, with two labels or conditions, what network and extractor make."""
+    def _meet(self, conditions: Tensor) -> tuple[int, ...]:
+        """Find out, with two labels or conditions, what network and extractor make; give the shape of a sample."""
         config = self.config
         self.sample_shape = self.signature.sample_shape(self.model, conditions)
+        if isinstance(self.model, FSDPModule):
+            self.model.reshard()  # The trial has gathered weights, into which no checkpoint could be loaded.
         self.loss_fn = DriftingLoss(
             self.feature_extractor, config.loss.temperatures, field=self.field,
             in_chans=self.sample_shape[0] if len(self.sample_shape) == 3 else None, bf16=config.step.bf16,
@@ -105,15 +105,10 @@ class DriftingTrainer:
         maps = self.loss_fn.check_extractor(self.sample_shape, self.device)
         self.layout = MapLayout(maps)
         if config.loss.learn_temperature:
-            self.loss_fn.learn_temperatures(list(maps), self.device)
+            self.weights.learn_beside(self.loss_fn.learn_temperatures(list(maps), self.device))
         if config.step.compile:
             self.loss_fn.feature_extractor.compile()
         self.loss_fn.stopwatch = self.stopwatch
-
-    def _meet_pairs(self, conditions: Tensor) -> tuple[int, ...]:
-        self._meet(conditions)
-        if self.loss_fn.log_R is not None:
-            self.weights.learn_beside(self.loss_fn.log_R)
         return self.sample_shape
 
     @property
@@ -160,20 +155,41 @@ class DriftingTrainer:
         return metrics | {"skipped_steps": self.weights.skipped_steps.clone()} | dict(zip(info, means, strict=True))
 
     def _backward(self, groups: Groups) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Add up the gradient of this rank's groups; give their samples ``[l, G, *sample_shape]``, loss and report."""
-        num, at_once = len(groups.pos), self.config.step.labels_at_once
+        """Add up the gradient of this rank's groups; give their samples ``[l, G, *sample_shape]``, loss and report.
+
+        With ``labels_at_once`` there are activations of one part at a time, as in GradCache (Gao et al., arXiv
+        2101.06983). The loss has statistics over all groups, so the sum of the parts' losses is another loss. The
+        features of every part are computed first, without what their gradients would need; then the loss of all of them
+        and its gradient by them, at once; then each part again, with its share of that gradient.
+        """
+        (num, P), loss_fn = groups.pos.shape[:2], self.loss_fn
+        size = self.config.step.labels_at_once or num
+        parts = [slice(at, at + size) for at in range(0, num, size)]
+        whole = len(parts) == 1
         first, *second = [partial(self._generate, inputs, groups, n) for n, inputs in enumerate(self._draw(groups))]
-        # The ranks average their gradients: this makes it the gradient of a mean over all groups.
-        share = num * self.ranks.size / groups.size
-        if at_once is not None and at_once < num:
-            parts = [slice(at, at + at_once) for at in range(0, num, at_once)]
-            return self._backward_in_parts(first, second, groups, parts, share)
         with torch.no_grad():
-            repelling = next((generate(slice(None)) for generate in second), None)
-        gen = first(slice(None))
-        loss, info = self.loss_fn.loss_and_info(gen, groups.pos, groups.uncond, groups.weight, groups.maps, repelling)
-        (loss * share).backward()
-        return gen, loss, info
+            others = [_joined([loss_fn.groups(generate(part)) for part in parts]) for generate in second]
+            real = groups.maps or split_groups(_joined([loss_fn.groups(part) for part in groups.real.split(size)]), P)
+        with torch.set_grad_enabled(whole):
+            samples = [first(part) for part in parts]
+            gen = _joined([loss_fn.groups(of_part) for of_part in samples])
+        # In parts, memory's peak is here: the features of all labels, each once, and the gradients.
+        leaves = [] if whole else [of_map.requires_grad_() for of_map in gen.values()]
+        weight = groups.pos.new_ones(num) if groups.weight is None else groups.weight
+        loss, info = loss_fn.of_groups(gen, *real, weight, *others)
+        del real, others
+        # The ranks average their gradients: this makes it the gradient of a mean over all groups.
+        (loss * (num * self.ranks.size / groups.size)).backward()
+        loss = loss.detach()  # Its graph would hold the features.
+        if whole:
+            return samples[0], loss, info
+        gradients: dict[str, Any] = {name: leaf.grad for name, leaf in zip(gen, leaves, strict=True)}
+        del gen, leaves
+        for part in parts:
+            with averaging_gradients(self.weights.distributed, part is parts[-1]):
+                maps = loss_fn.groups(first(part))
+                torch.autograd.backward(list(maps.values()), [gradients[name][part] for name in maps])
+        return torch.cat(samples), loss, info
 
     def _draw(self, groups: Groups) -> list[dict[str, Tensor]]:
         """ε of the samples ``[l, G, …]``, and what else the network draws; a second time where it takes a second batch
@@ -186,37 +202,6 @@ class DriftingTrainer:
             for of_batch in drawn:
                 of_batch.append(self.signature.draw(self.model, groups.num_gen, noise, self.device))
         return [{name: torch.stack([group[name] for group in of_batch]) for name in of_batch[0]} for of_batch in drawn]
-
-    def _backward_in_parts(
-        self, generate: Callable[[slice], Tensor], second: Sequence[Callable[[slice], Tensor]], groups: Groups,
-        parts: list[slice], share: float,
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:  # fmt: skip
-        """Do the same with the activations of one part at a time, as in GradCache (Gao et al., arXiv 2101.06983).
-
-        The loss has statistics over all groups, so the sum of the parts' losses is another loss. The features of every
-        part are computed first, without what their gradients would need; then the loss of all of them and its gradient
-        by them, at once; then each part again, with its share of that gradient.
-        """
-        (L, P), loss_fn = groups.pos.shape[:2], self.loss_fn
-        fixed = groups.pos if groups.uncond is None else torch.cat([groups.pos, groups.uncond], 1)  # [L, P + U, …]
-        weight = fixed.new_ones(L) if groups.weight is None else groups.weight
-        with torch.no_grad():
-            samples = [generate(part) for part in parts]
-            gen = _joined([loss_fn.groups(of_part) for of_part in samples])
-            pos, neg = groups.maps or split_groups(_joined([loss_fn.groups(fixed[part]) for part in parts]), P)
-            others = [_joined([loss_fn.groups(of_second(part)) for part in parts]) for of_second in second]
-        # Memory's peak is here: the features of all labels, each once, and the gradients. Only these are kept then.
-        leaves = [of_map.requires_grad_() for of_map in gen.values()]
-        loss, info = loss_fn.of_groups(gen, pos, neg, weight.unsqueeze(1).expand(-1, fixed.shape[1] - P), *others)
-        (loss * share).backward()
-        gradients: dict[str, Any] = {name: leaf.grad for name, leaf in zip(gen, leaves, strict=True)}
-        loss = loss.detach()
-        del gen, pos, neg, others, leaves
-        for part in parts:
-            with averaging_gradients(self.weights.distributed, part is parts[-1]):
-                maps = loss_fn.groups(generate(part))
-                torch.autograd.backward(list(maps.values()), [gradients[name][part] for name in maps])
-        return torch.cat(samples), loss, info
 
     def _generate(self, inputs: dict[str, Tensor], groups: Groups, batch: int, part: slice) -> Tensor:
         """The samples ``[l, G, *sample_shape]`` of a part of the groups, in the first or in the second batch."""
@@ -294,7 +279,9 @@ class DriftingTrainer:
 
 
 def _joined(parts: list[FeatureMaps]) -> FeatureMaps:
-    """The maps of all labels; those of the parts are freed map by map."""
+    """The maps of all labels; those of several parts are freed map by map."""
+    if len(parts) == 1:
+        return parts[0]
     return {name: torch.cat([part.pop(name) for part in parts]) for name in list(parts[0])}
 
 
