@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, overload
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,23 @@ from .points import saveable, to_compute_dtype
 from .spec import DETAILS, Field, LossMap, LossSpec, check_field, check_suits
 
 
+@overload
+def drift_loss(
+    gen: Tensor, fixed_pos: Tensor, fixed_neg: Tensor | None = None, weight_gen: Tensor | None = None,
+    weight_pos: Tensor | None = None, weight_neg: Tensor | None = None, R_list: Sequence[float] | Tensor = ..., *,
+    affinity_floor: float = ..., field: Field | None = None, scale: str | float | Tensor = ...,
+    scale_self_pairs: bool = True, normalize: str | None = ..., process_group: dist.ProcessGroup | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]: ...  # fmt: skip
+@overload
+def drift_loss(
+    gen: Sequence[Tensor], fixed_pos: Sequence[Tensor], fixed_neg: Sequence[Tensor | None] | None = None,
+    weight_gen: Sequence[Tensor | None] | None = None, weight_pos: Sequence[Tensor | None] | None = None,
+    weight_neg: Sequence[Tensor | None] | None = None, R_list: Sequence[float] | Tensor = ..., *,
+    affinity_floor: float = ..., field: Field | None = None, scale: str | float | Sequence[float | Tensor] = ...,
+    scale_self_pairs: bool = True, normalize: str | None = ..., process_group: dist.ProcessGroup | None = None,
+    backend: str | None = None,
+) -> tuple[list[Tensor], list[dict[str, Tensor]]]: ...  # fmt: skip
 def drift_loss(
     gen: Tensor | Sequence[Tensor],
     fixed_pos: Tensor | Sequence[Tensor],

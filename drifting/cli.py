@@ -7,13 +7,12 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from io import TextIOWrapper
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from .config import AnyConfig, read_config
-from .config.changes import resume_of
-from .config.keys import key_help
-from .config.reading import read_overrides
 from .errors import SHOWN, Interrupted, UserError, reason
+
+if TYPE_CHECKING:
+    from .config import AnyConfig
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -24,9 +23,14 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def parse_training_command(
-    argv: Sequence[str] | None, command: str, purpose: str, schema: type[AnyConfig], default: str
-) -> tuple[AnyConfig, Path, list[str]]:
+    argv: Sequence[str] | None, command: str, purpose: str, schema: "type[AnyConfig]", default: str
+) -> "tuple[AnyConfig, Path, list[str]]":
     """The configuration, the run directory, and the keys that ``--change`` sets, of ``python -m drifting.COMMAND``."""
+    from .config import read_config  # Commands that have no configuration run without its libraries.
+    from .config.changes import resume_of
+    from .config.keys import key_help
+    from .config.reading import read_overrides
+
     parser = ArgumentParser(
         prog=f"python -m drifting.{command}", epilog=key_help(schema),
         description=f"{purpose} The same command again goes on where the last one stopped.",

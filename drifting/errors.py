@@ -2,11 +2,17 @@
 
 import importlib
 import importlib.util
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from types import ModuleType
+from importlib.metadata import packages_distributions
+from types import ModuleType, TracebackType
 from typing import Any
 
+TRAINING = (  # These libraries the extra ``train`` installs, and what it builds on.
+    "torch", "numpy", "yaml", "tqdm", "safetensors", "sklearn", "PIL", "matplotlib", "tensorboard", "msgpack",
+    "filelock",
+)  # fmt: skip
 SHOWN, MOST_SHOWN = 200, 600  # This many characters of a value, or of an error, stand in a message.
 
 
@@ -14,6 +20,10 @@ class UserError(ValueError):
     """Something about the command, its files or its configuration is wrong; the message says what to do."""
 
     status = 2  # A command exits with it.
+
+
+class LibraryError(UserError, ImportError):
+    """A library is missing or broken."""
 
 
 class Interrupted(Exception):
@@ -64,12 +74,35 @@ def require(library: str, purpose: str, extra: str = "") -> ModuleType:
         need, spec = f"{purpose} needs {package}, which is", importlib.util.find_spec(package)
         if spec is None or spec.origin is None:
             requirement = f"'drifting[{extra}]'" if extra else package
-            raise UserError(f"{need} not installed: pip install {requirement}") from error
+            raise LibraryError(f"{need} not installed: pip install {requirement}") from error
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
         why = shown(reason(cause), MOST_SHOWN)
-        advice = f"pip install --force-reinstall {package}"
+        advice = f"pip install --force-reinstall {packages_distributions().get(package, [package])[0]}"
         if "torch" in f"{library} {why}":
             advice = "see that torch and torchvision are of one release and one build, for the CPU or for the same CUDA"
-        raise UserError(f"{need} there but cannot be imported ({why}): {advice}") from error
+        raise LibraryError(f"{need} there but cannot be imported ({why}): {advice}") from error
+
+
+@contextmanager
+def libraries() -> Iterator[None]:
+    """Raise an error inside as a :class:`LibraryError` where a library that training needs is missing or broken."""
+    try:
+        yield
+    except Exception:
+        for library in TRAINING:
+            require(library, "drifting", "train")
+        raise
+
+
+def tell_failed_import(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """End a command, as its ``sys.excepthook``, in one line where a library that it imports is missing or broken."""
+    try:
+        with libraries():
+            raise error
+    except UserError as told:
+        print(f"error: {told}", file=sys.stderr)
+        sys.exit(told.status)
+    except BaseException:
+        sys.__excepthook__(kind, error, trace)

@@ -20,6 +20,7 @@ from .errors import UserError, some_of
 from .evaluation import evaluator as evaluation
 from .evaluation.archives import Samples, read_samples, write_samples
 from .evaluation.drawing import DEFAULT_SCALE, check_drawing, spread_labels
+from .evaluation.real_samples import Quality
 from .generation import ClassNames, label_numbers, same_classes
 from .hub.run_directory import RunDirectory
 from .hub.sources import HUB, load_generator
@@ -96,7 +97,7 @@ def _judge_generator(arguments: Any, ranks: Ranks) -> None:
     evaluator.tell(num)
     generator.model.to("cuda" if torch.cuda.is_available() else "cpu")
     evaluation.check_evaluation(evaluator, generator)
-    qualities: list[evaluation.Quality] = []
+    qualities: list[Quality] = []
     kept: list[Samples] = []
     for scale in scales:
         drawn: list[Samples] = []

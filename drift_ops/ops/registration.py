@@ -68,7 +68,7 @@ class Step(torch.autograd.Function):
 
         apart = {"forward": staticmethod(cls.compute), "setup_context": staticmethod(cls.keep)}
         cls.of_transforms = type(cls.__name__, (cls,), apart | {"generate_vmap_rule": True, "of_transforms": None})
-        cls.forward = staticmethod(forward)  # type: ignore[assignment]
+        cls.forward = staticmethod(forward)  # type: ignore[method-assign]
 
 
 def apply_step(step: Any, *inputs: Any) -> Any:

@@ -56,7 +56,7 @@ class RealSamples:
     def classes(self, seen: Features) -> Labels | None:
         """What a classifier takes the samples for ``[N]``, if there is one."""
         if self.classifier is not None:
-            return self.classifier.predict(seen.points.numpy())  # type: ignore[no-any-return]
+            return self.classifier.predict(seen.points.numpy())
         return None if seen.classes is None else seen.classes.cpu().numpy()
 
     def add_floor(self, ratio: str, measure: str, split: str, spread: float) -> None:

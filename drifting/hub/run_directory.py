@@ -27,7 +27,7 @@ class RunDirectory:
         return locked(self.path, "is being trained by another process", "choose another --out")
 
 
-def save_generator(run: RunDirectory, generator: Generator, quality: dict | None = None, **more: Any) -> None:
+def save_generator(run: RunDirectory, generator: Generator, quality: dict[str, Any] | None = None, **more: Any) -> None:
     """Write ``model.safetensors`` and ``model.json``, all that sampling needs, with ``quality`` if measured."""
     network, facts = generator.model, dict(vars(generator))
     facts["model"] = dict(facts.pop("arguments"))

@@ -3,6 +3,7 @@
 import math
 from collections import OrderedDict
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -162,7 +163,7 @@ class RMSNorm(nn.RMSNorm):
 class Block(nn.Module):
     """Transformer block modulated by the condition: attention and feed-forward, each behind a gate that starts at 0."""
 
-    def __init__(self, cond_dim: int, config: dict) -> None:
+    def __init__(self, cond_dim: int, config: dict[str, Any]) -> None:
         super().__init__()
         dim, mlp_ratio, use_rmsnorm = config["embed_dim"], config["mlp_ratio"], config["use_rmsnorm"]
         self.norm1 = _norm(dim, use_rmsnorm)
@@ -281,7 +282,7 @@ def _gelu_mlp(dim: int, hidden: int) -> nn.Module:
     return nn.Sequential(OrderedDict(w1=nn.Linear(dim, hidden), gelu=nn.GELU(), w2=nn.Linear(hidden, dim)))
 
 
-def _check_sizes(config: dict) -> None:
+def _check_sizes(config: dict[str, Any]) -> None:
     for name, value in config.items():
         least, most = (0, MOST[name]) if name in MOST else (1, math.inf)
         holds, expected = type(value) is int and least <= value <= most, f"a whole number from {least} to {most}"

@@ -63,7 +63,7 @@ class Pretrained(nn.Module, HubMixin, library_name="drifting", tags=["drifting",
         assert isinstance(network, cls)
         return network
 
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:  # type: ignore[override]
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Upload the network to ``repo_id``, ``"user/name"``, and return the address: see huggingface_hub's mixin."""
         of_card = {"model_id": repo_id} | (options.pop("model_card_kwargs", None) or {})
         return super().push_to_hub(repo_id, model_card_kwargs=of_card, **options)

@@ -17,7 +17,8 @@ from ..data.own import ALL, distinct_labels, number_labels, tell_numbers
 from ..data.sample_queue import unchanged
 from ..errors import UserError, shown, some_of
 from ..generation import ClassNames, Labels, as_tensor, class_numbers, plain_labels
-from ..models.drifting_loss import FeatureMaps, split_groups
+from ..models.drifting_loss import split_groups
+from ..models.resnet_encoder import FeatureMaps
 from ..utils.progress import progress
 from .distributed import Ranks
 from .real_features import RealFeatures

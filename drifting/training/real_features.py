@@ -10,7 +10,7 @@ from torch import Tensor
 from ..data import SampleQueue
 from ..errors import UserError
 from ..models import DriftingLoss
-from ..models.drifting_loss import FeatureMaps
+from ..models.resnet_encoder import FeatureMaps
 from ..utils.memory import free_memory
 from .distributed import Ranks
 

@@ -20,8 +20,9 @@ from ..errors import shown
 from ..generation import ClassNames, Generator, Labels, Signature, plain_labels, unwrapped
 from ..hub.run_directory import RunDirectory, save_generator
 from ..models import FIELDS, NETWORKS, DriftingLoss
-from ..models.drifting_loss import Extractor, FeatureMaps, split_groups
+from ..models.drifting_loss import Extractor, split_groups
 from ..models.fields import Drift
+from ..models.resnet_encoder import FeatureMaps
 from ..utils.progress import progress
 from ..utils.stopwatch import Stopwatch
 from .distributed import Ranks, averaging_gradients
