@@ -13,6 +13,7 @@ COMMANDS = {
     "train_classifier": "train a classifier to judge generated images by",
     "sample": "draw samples from a trained generator",
     "evaluate": "measure how good samples are",
+    "export": "write a generator as one file of ONNX or torch.export",
     "convert": "convert the official release's artifacts to our files, or back",
     "cache_latents": "encode images once, to train on their latents",
     "doctor": "list versions, devices and backends, and check each usable backend",

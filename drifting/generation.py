@@ -80,7 +80,7 @@ class Signature:
         """
         device, dtype = _weight_of(model).device, _weight_of(model).dtype
         moved = {name: v.to(device, dtype if v.is_floating_point() else v.dtype) for name, v in drawn.items()}
-        repeats = 1 if self.conditions_once else len(moved["z"]) // max(1, len(y))
+        repeats = 1 if self.conditions_once else moved["z"].shape[0] // max(1, y.shape[0])
         y = y.to(device, dtype if y.is_floating_point() else y.dtype)
         conditions = [each.repeat_interleave(repeats, 0).to(device) for each in (y, cfg_scale)[: self.conditions]]
         return model(moved.pop("z"), *conditions, **moved)

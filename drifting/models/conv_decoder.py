@@ -79,6 +79,7 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
         shift, scale = self.modulation(cond)[..., None, None].chunk(2, 2)  # [L, 1, channels, 1, 1] each
-        h = self.norm2(self.conv1(F.silu(self.norm1(x)))).unflatten(0, (len(cond), len(x) // max(1, len(cond))))
+        labels, each = cond.shape[0], x.shape[0] // max(1, cond.shape[0])
+        h = self.norm2(self.conv1(F.silu(self.norm1(x)))).unflatten(0, (labels, each))
         x = x + self.conv2(F.silu((h * (1 + scale) + shift).flatten(0, 1)))
         return F.pixel_shuffle(self.enlarge(F.silu(self.norm3(x))), 2).contiguous(memory_format=torch.channels_last)
