@@ -1,9 +1,9 @@
 """Images a second of one-step generators on the CPU: ``python -m benchmarks.sampling [--only NAME] [--json FILE]``.
 
-``network`` is the forward pass alone, ``generate`` what scripts call, ``sample`` what the command does for as many images,
-bytes included; ``compile`` is ``generate`` of the network under ``torch.compile``, ``onnxruntime`` the exported file with
-noise that torch draws. They take turns in one process. Before that, compiled and exported networks are held against the
-eager one. ``floor`` is how many images the matrix products of the network would allow at the rate of a large one.
+``network`` is the forward pass alone, ``generate`` what scripts call, and ``sample`` what the command does for as many
+images, bytes included. ``compile`` is ``generate`` of the network under ``torch.compile``, and ``onnxruntime`` the
+exported file, with noise that torch draws. They take turns in one process, after compiled and exported networks were
+held against the eager one. ``floor`` is how many images the network's matrix products allow at the rate of a large one.
 """
 
 import argparse
@@ -133,8 +133,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="of torch and onnxruntime (default 2)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    print(f"torch {torch.__version__}, onnxruntime {onnxruntime.__version__}, {args.threads} threads; images a second")
-    print("| case | batch | floor | " + " | ".join(CONTENDERS) + " | compile takes s |")
+    print(
+        f"torch {torch.__version__}, onnxruntime {onnxruntime.__version__}, {args.threads} threads; images a second",
+        flush=True,
+    )
+    print("| case | batch | floor | " + " | ".join(CONTENDERS) + " | compile takes s |", flush=True)
     print("|---|---|---|" + "---|" * len(CONTENDERS) + "---|")
     rows = []
     for name in [name for name in CASES if args.only in name]:
