@@ -15,6 +15,7 @@ COMMANDS = {
     "evaluate": "measure how good samples are",
     "report": "write a page about one run or several: curves, samples, measures",
     "demo": "serve a page to play with a generator",
+    "export": "write a generator as one file of ONNX or torch.export",
     "convert": "convert the official release's artifacts to our files, or back",
     "cache_latents": "encode images once, to train on their latents",
     "doctor": "list versions, devices and backends, and check each usable backend",

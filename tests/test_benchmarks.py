@@ -241,6 +241,26 @@ def test_training_step_of_a_configuration(tmp_path, command, capsys):
     assert "| operator | " in output and "| generator | " in output
 
 
+# Sampling
+
+
+def test_sampling(monkeypatch, command, capsys, tmp_path):
+    """All contenders draw, and one that errs is told instead of timed. Nothing is compiled here."""
+    pytest.importorskip("onnxscript")
+    from benchmarks import sampling
+
+    monkeypatch.setattr(sampling, "BATCHES", (1, 3))
+    monkeypatch.setattr(torch, "compile", lambda network: network)
+    options = ["--only", "digits", "--seconds", "0", "--threads", str(torch.get_num_threads())]
+    assert command("sampling", *options, "--json", str(tmp_path / "a.json")) is None
+    rows = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert [row["batch"] for row in rows] == [1, 3]
+    assert all(set(row["images_per_second"]) == set(sampling.CONTENDERS) for row in rows)
+    assert "| `digits` | 3 | " in (printed := capsys.readouterr().out) and "one digit by generate: " in printed
+    monkeypatch.setattr(sampling, "exported", lambda generator: lambda drawn, labels, scale: torch.ones(1, 1, 8, 8))
+    assert command("sampling", *options).startswith("onnxruntime in batches of 1 errs by ")
+
+
 # Its report
 
 

@@ -394,7 +394,7 @@ def test_sweep_reports_the_best_scale_and_saves_its_images(trained, guided, tmp_
         assert saved[measure] == swept[measure]
     images, labels = read_samples(path)
     expected = draw_samples(load_generator(trained), torch.from_numpy(labels), best)
-    assert (images == expected).all()
+    assert np.abs(images.astype(int) - expected).max() <= 1  # Batches of other sizes round otherwise.
 
 
 def test_samples_are_let_go_of(trained, tmp_path, capsys, monkeypatch):
@@ -536,7 +536,8 @@ def test_best_weights_are_kept(tmp_path, monkeypatch, capsys):
     assert f"best: 3.00 at step 4, kept in {out / 'best'}" in capsys.readouterr().out
     labels = torch.arange(10).repeat_interleave(2)
     drawn = draw_samples(load_generator(out / "best"), labels)
-    assert (drawn == evaluator.images[2]).all() and (drawn != evaluator.images[3]).any()
+    differences = [np.abs(drawn.astype(int) - images) for images in evaluator.images[2:4]]
+    assert differences[0].max() <= 1 and differences[0].sum() < differences[1].sum()
     train_to(8, 3.5)  # a resumed run knows the best before it
     assert kept_step() == 4
     train_to(10, 2.5)

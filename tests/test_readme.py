@@ -10,7 +10,9 @@ import pytest
 import torch
 
 import drifting
-from drifting.models import MAE, DriftingDiT
+from drifting.generation import Generator
+from drifting.hub.exporting import export
+from drifting.models import MAE, DriftingDiT, ResidualMLP
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
@@ -99,6 +101,16 @@ def test_release_runs(run_page, monkeypatch):
     names = run_page("docs/release.md")
     assert names["latents"].shape == (4, 4, 8, 8)
     assert all(len(activation) == 4 for activation in names["activations"].values())
+
+
+def test_export_runs(run_page):
+    """The page's programs run what its commands wrote, here of an untrained network of the same shapes."""
+    pytest.importorskip("onnxscript")
+    model = ResidualMLP([1, 8, 8], 10, width=16, depth=1).eval()
+    generator = Generator(model, model.noise_shape, (1, 8, 8), tuple("0123456789"), (-1.0, 1.0))
+    for name, kind in (("model.onnx", "onnx"), ("model.pt2", "torch")):
+        export(generator, Path(name), kind, torch.float32, {})
+    assert run_page("docs/export.md")["images"].shape == (10, 1, 8, 8)
 
 
 def test_your_own_runs(run_page, tmp_path, monkeypatch):

@@ -34,10 +34,11 @@ def spread_labels(num: int, choices: Sequence[int]) -> Tensor:
 def draw_samples(generator: Generator, numbers: Tensor, cfg_scale: float | None = None, seed: int = 0) -> Samples:
     """Images uint8 ``[N, H, W, C]``, or else samples float32 ``[N, *sample_shape]``, of the classes ``numbers [N]``.
 
-    None for ``cfg_scale`` is the generator's own. What sample n draws follows from (seed, n) alone.
+    None for ``cfg_scale`` is the generator's own. What sample n draws follows from (seed, n) alone. An evaluation has
+    the same samples, but for roundings where it has so few that its batches are smaller.
     """
     samples, count = np.empty(0), 0
-    for batch in draw_batches(generator, numbers, cfg_scale, seed, Ranks()):
+    for batch in draw_batches(generator, numbers, cfg_scale, seed, None):
         if not count:  # 50,000 images of ImageNet are 10 GB, which concatenation would hold twice.
             samples = np.empty((len(numbers), *batch.shape[1:]), batch.dtype)
         samples[count : count + len(batch)] = batch
@@ -46,9 +47,10 @@ def draw_samples(generator: Generator, numbers: Tensor, cfg_scale: float | None 
 
 
 def draw_batches(
-    generator: Generator, numbers: Tensor, cfg_scale: float | None, seed: int, ranks: Ranks
+    generator: Generator, numbers: Tensor, cfg_scale: float | None, seed: int, ranks: Ranks | None
 ) -> Iterator[Samples]:
-    """Draw this rank's batches of the samples that :func:`draw_samples` returns: the same at any number of ranks."""
+    """Draw this rank's batches of the samples that :func:`draw_samples` returns, the same to the last bit at any number
+    of ranks; None is one process that shares them with nobody, see :func:`.features.batches`."""
     for part in batches(len(numbers), generator.sample_shape, "generate", ranks):
         drawn = draw_inputs(generator, seed, range(part.start, part.stop))
         yield render(generator, drawn, numbers[part], cfg_scale)

@@ -81,16 +81,17 @@ def concatenate(parts: Sequence[Features]) -> Features:
     return Features._make(None if field[0] is None else torch.cat(field) for field in zip(*parts, strict=True))
 
 
-def batches(num: int, shape: Sequence[int], title: str, ranks: Ranks = Ranks()) -> Iterable[slice]:  # noqa: B008
+def batches(num: int, shape: Sequence[int], title: str, ranks: Ranks | None) -> Iterable[slice]:
     """This rank's batches of ``num`` samples of that shape, with a progress bar of that title on rank 0.
 
     Their bounds are the same at any number of ranks: what a network computes of a sample depends on the size of its
-    batch by a rounding, which the pixels of an image enlarge.
+    batch by a rounding, which the pixels of an image enlarge. None shares them with no rank, in as few as can be.
     """
-    size = max(1, min(BATCH, num // LEAST_BATCHES, BATCH_VALUES // max(1, prod(shape))))
+    most = BATCH if ranks is None else min(BATCH, num // LEAST_BATCHES)
+    size = max(1, min(most, BATCH_VALUES // max(1, prod(shape))))
     parts = [slice(at, min(num, at + size)) for at in range(0, num, size)]
-    here = parts[ranks.share(len(parts))]
-    return progress(here, title, "batch") if ranks.main else here
+    here = parts if ranks is None else parts[ranks.share(len(parts))]
+    return progress(here, title, "batch") if ranks is None or ranks.main else here
 
 
 def see(

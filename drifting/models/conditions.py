@@ -12,7 +12,8 @@ def check_conditions(
     ``cfg_scale`` is a number, or a tensor ``[]`` or ``[L]``. A wrong shape or dtype raises ValueError, and on the CPU a
     label from outside 0 … num_classes - 1 does.
     """
-    labels = len(y) if y.ndim == 1 and len(y) and batch_size % len(y) == 0 else batch_size
+    # Networks ask for y.shape[0] rather than len(y), which torch.export would take for a constant.
+    labels = y.shape[0] if y.ndim == 1 and y.shape[0] and batch_size % y.shape[0] == 0 else batch_size
     check_indices("y", y, (labels,), num_classes)
     # A tensor of one number is filled on the device, which copies nothing from the host.
     scale = cfg_scale if isinstance(cfg_scale, Tensor) else torch.full((), float(cfg_scale), device=device)

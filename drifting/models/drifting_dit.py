@@ -98,7 +98,7 @@ class DriftingDiT(Pretrained, kind="gen"):
             raise ValueError(f"z has shape {list(z.shape)}, expected {expected}")
         cond = self.condition(y, cfg_scale, style, batch_size=B)  # [L, cond_dim], with style codes [B, cond_dim]
         x = self.patch_embed(z).flatten(2).transpose(1, 2) + self.pos_embed  # [B, grid², embed_dim]
-        x = x.unflatten(0, (len(cond), B // max(1, len(cond))))  # [L, B/L, grid², embed_dim]
+        x = x.unflatten(0, (cond.shape[0], B // max(1, cond.shape[0])))  # [L, B/L, grid², embed_dim]
         cond = cond[:, None, None]
         if self.n_cls_tokens:
             in_context = self.cls_proj(cond) + self.cls_embed  # [L, 1, n_cls_tokens, embed_dim]
@@ -127,7 +127,7 @@ class DriftingDiT(Pretrained, kind="gen"):
             # As one embedding of all codebooks: unlike indexing's, its gradient adds up in a fixed order.
             row = style + self.style_vocab * torch.arange(self.num_style_tokens, device=style.device)
             of_style = F.embedding(row, self.style_codebooks.flatten(0, 1)).sum(1)
-            each = batch_size // max(1, len(y))
+            each = batch_size // max(1, y.shape[0])
             cond, guidance = (of_labels.repeat_interleave(each, 0) for of_labels in (cond, guidance))
             cond = cond + of_style
         return cond + guidance

@@ -46,13 +46,13 @@ class ConditionedMLP(nn.Module):
         """Features of ``z [B, noise_dim]``, normalised by nothing yet, and condition vectors ``[L, 1, cond_dim]``."""
         if z.shape[1:] != (self.noise_proj.in_features,):
             raise ValueError(f"z has shape {list(z.shape)}, expected [B, {self.noise_proj.in_features}]")
-        scale = check_conditions(y, cfg_scale, len(z), self.class_embed.num_embeddings, z.device)
+        scale = check_conditions(y, cfg_scale, z.shape[0], self.class_embed.num_embeddings, z.device)
         is_seen = scale.device.type == "cpu" and not torch.compiler.is_compiling()  # Looking would stall a GPU's queue.
         if is_seen and not ((scale >= 1) & (scale < math.inf)).all():
             raise ValueError(f"cfg_scale is {shown(scale.tolist())}, expected finite numbers of 1 or more")
         strength = scale.log().unsqueeze(1).to(self.guidance_embed.weight.dtype)
         cond = (self.class_embed(y) + strength * self.guidance_embed(y)).unsqueeze(1)
-        x = self.noise_proj(z).unflatten(0, (len(y), len(z) // max(1, len(y)))) + self.cond_proj(cond)
+        x = self.noise_proj(z).unflatten(0, (y.shape[0], z.shape[0] // max(1, y.shape[0]))) + self.cond_proj(cond)
         for block in self.blocks:
             x = block(x, cond)
         return x, cond
@@ -111,7 +111,7 @@ class ResidualMLP(Pretrained, kind="residual_mlp"):
         """
         x, cond = self.trunk(z, y, cfg_scale)
         samples = self.proj(self.norm(x)) + self.cond_proj(cond)  # [L, B/L, values]
-        return samples.reshape(len(z), *self.sample_shape)
+        return samples.reshape(z.shape[0], *self.sample_shape)
 
 
 class ConvDecoder(Pretrained, kind="conv_decoder"):
@@ -180,6 +180,7 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
         shift, scale = self.modulation(cond)[..., None, None].chunk(2, 2)  # [L, 1, channels, 1, 1] each
-        h = self.norm2(self.conv1(F.silu(self.norm1(x)))).unflatten(0, (len(cond), len(x) // max(1, len(cond))))
+        labels, each = cond.shape[0], x.shape[0] // max(1, cond.shape[0])
+        h = self.norm2(self.conv1(F.silu(self.norm1(x)))).unflatten(0, (labels, each))
         x = x + self.conv2(F.silu((h * (1 + scale) + shift).flatten(0, 1)))
         return F.pixel_shuffle(self.enlarge(F.silu(self.norm3(x))), 2).contiguous(memory_format=torch.channels_last)
