@@ -1,14 +1,17 @@
 """Generators, feature extractors, masked autoencoder, classifier and the drifting loss."""
 
-from .classifier import Classifier
-from .drifting_dit import DriftingDiT, DriftingDiTBase, DriftingDiTLarge, DriftingDiTSmall, DriftingDiTXL
-from .drifting_loss import DriftingLoss, SimpleDriftingLoss
-from .feature_extractor import ConvNeXtFeatureExtractor, FeatureExtractor, FeatureStack
+from ..errors import libraries
 
-from .feature_extractor import InputFeatureExtractor, LatentFeatureExtractor, PyramidExtractor  # isort: skip
-from .fields import FIELDS
-from .mae import MAE
-from .small_generators import ConvDecoder, ResidualMLP
+with libraries():
+    from .classifier import Classifier
+    from .drifting_dit import DriftingDiT, DriftingDiTBase, DriftingDiTLarge, DriftingDiTSmall, DriftingDiTXL
+    from .drifting_loss import DriftingLoss, SimpleDriftingLoss
+    from .feature_extractor import ConvNeXtFeatureExtractor, FeatureExtractor, FeatureStack
+
+    from .feature_extractor import InputFeatureExtractor, LatentFeatureExtractor, PyramidExtractor  # isort: skip
+    from .fields import FIELDS
+    from .mae import MAE
+    from .small_generators import ConvDecoder, ResidualMLP
 
 # Generators by their name in configurations, and what the release has by its kind there.
 NETWORKS = {"drifting_dit": DriftingDiT, "conv_decoder": ConvDecoder, "residual_mlp": ResidualMLP}
