@@ -56,6 +56,23 @@ def test_networks_that_no_run_has(kind, tmp_path):
     assert sample.main([str(tmp_path), "--num", "4", "--labels", "2", "--out", str(tmp_path / f"x.{suffix}")]) == 0
 
 
+class Halved(ResidualMLP):
+    """A user's own, which computes something else."""
+
+    def forward(self, z, y, cfg_scale=1.0):
+        return super().forward(z, y, cfg_scale) / 2
+
+
+def test_a_class_derived_from_ours(tmp_path):
+    network = Halved((7,), **SMALL)
+    network.save_pretrained(tmp_path)
+    again = Halved.from_pretrained(tmp_path)
+    assert type(again) is Halved and again.config == network.config
+    assert_same_weights(again, network)
+    with pytest.raises(UserError, match="holds a network of your own"):
+        ResidualMLP.from_pretrained(tmp_path)
+
+
 def test_a_run_is_shared_with_its_card(run, tmp_path):
     network = ResidualMLP.from_pretrained(run)
     network.save_pretrained(tmp_path / "shared", model_card_kwargs={"license": "mit"})

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from ..errors import explained, require, shown
-from .network_files import DESCRIPTION, KINDS, WEIGHTS, read_model, write_model
+from .network_files import DESCRIPTION, KINDS, OWN, WEIGHTS, read_model, write_model
 
 try:
     from huggingface_hub import PyTorchModelHubMixin as HubMixin
@@ -59,7 +59,8 @@ class Pretrained(nn.Module, HubMixin, library_name="drifting", tags=["drifting",
         It raises ValueError for what holds no network of this class.
         """
         folder = Path(source) if Path(source).is_dir() else download(str(source), **options)
-        network, _ = read_model(folder, kinds=[kind for kind, its in KINDS.items() if its is cls])
+        kinds = [kind for kind, its in KINDS.items() if its is cls]
+        network, _ = read_model(folder, None if kinds else cls, kinds or [OWN])
         assert isinstance(network, cls)
         return network
 
@@ -69,7 +70,7 @@ class Pretrained(nn.Module, HubMixin, library_name="drifting", tags=["drifting",
         return super().push_to_hub(repo_id, model_card_kwargs=of_card, **options)
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        write_model(save_directory, self, dict(self.facts))
+        write_model(save_directory, self, {"model": self.config, **self.facts})
         for name, file in self._of_run().items():
             if file != save_directory / name:
                 shutil.copyfile(file, save_directory / name)
