@@ -106,7 +106,7 @@ def section(name: str, results: Results) -> str:
     )
     return f"""### {machine["device"]}{", the main cases (`STAGE=quick`)" if name.endswith(".quick") else ""}
 
-{versions}; [`benchmarks/results/{name}.json`](../benchmarks/results/{name}.json).
+{versions}; `benchmarks/results/{name}.json`.
 In the same run: copy {ceilings["copy"] / 1e12:.2f} TB/s, read plus written; products of 8192³ in Tflop/s: {rates}.
 
 {table(results)}
