@@ -105,8 +105,8 @@ def locate(source: str | Path, kinds: Sequence[str] = tuple(MODELS)) -> tuple[Pa
 
 def _download(name: str, kinds: Sequence[str]) -> Path:
     if not re.fullmatch(r"[\w.-]+", name):
-        raise UserError(f"{HUB}{name}: expected {HUB}USER/NAME, or a name of the release's such as {HUB}latent_L_sota")
-    hub = require("huggingface_hub", f"{HUB}{name}", "hub")
+        raise UserError(f"{HUB}{name}: expected {HUB}NAME, such as {HUB}latent_L_sota, or {HUB}USER/NAME")
+    hub = require("huggingface_hub", f"{HUB}{name}", "imagenet")
     folders = [f"models/{kind}/jax/{name}" for kind in kinds]
     advice = f"copy its folder {' or '.join(folders)} here and name that, or try again"
     with explained(f"cannot download {HUB}{name} from huggingface.co/{REPOSITORY}: {advice}"):

@@ -78,7 +78,7 @@ def read_description(file: Path, kinds: Collection[str]) -> dict[str, Any]:
     description = {"kind": "mae" if is_mae else "gen", "step": 0} | content
     kind, step = description["kind"], description["step"]
     if not isinstance(kind, str) or kind not in kinds:
-        noun = NOUNS.get(str(kind), "generator" if kind in KINDS else f"network of kind {shown(kind)}")
+        noun = NOUNS.get(str(kind), "generator" if str(kind) in KINDS else f"network of kind {shown(kind)}")
         nouns = dict.fromkeys(NOUNS.get(kind, "generator") for kind in kinds)
         raise UserError(f"{file.parent} holds a {noun}, not a {' or '.join(nouns)}")
     if not is_count(step):
