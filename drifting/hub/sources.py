@@ -98,7 +98,7 @@ def locate(source: str | Path, kinds: Sequence[str] = tuple(MODELS)) -> tuple[Pa
     """Find the folder of ``source``, and tell whether an artifact is there; a model of the hub is downloaded."""
     if isinstance(source, str) and source.startswith(HUB):
         name = source.removeprefix(HUB)
-        source = download(name) if "/" in name else _download(name, kinds)
+        source = download(name) if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) else _download(name, kinds)
     artifacts = [folder for folder in (Path(source), Path(source) / "params_ema") if (folder / WEIGHTS).is_file()]
     return (artifacts or [Path(source)])[0], bool(artifacts)
 
