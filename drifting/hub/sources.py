@@ -76,6 +76,7 @@ def as_generator(source: str | Path, network: nn.Module, description: dict[str, 
     if ours is not None and len(facts["class_names"]) > ours.num_classes:
         raise UserError(f"{source} has {len(facts['class_names'])} class_names, its network {ours.num_classes}")
     facts = {key: tuple(facts[key]) if isinstance(facts[key], list) else facts[key] for key in (*TYPES, "step")}
+    facts["cfg_scale"] = float(facts["cfg_scale"])  # torch takes no integers from 2⁶³ on.
     return Generator(network, arguments=facts.pop("model"), **facts)
 
 
