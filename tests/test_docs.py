@@ -27,7 +27,7 @@ def test_the_notebook_runs(tmp_path):
     pytest.importorskip("onnxruntime")
     notebook = nbformat.read(ROOT / "examples" / "quickstart.ipynb", as_version=4)
     few = '"--out", RUN, "train.steps=20", "evaluation.num_samples=50"]'
-    shorter = {'"--out", RUN]': few, "range(300)": "range(3)"}
+    shorter = {'"--out", RUN]': few, "range(1000)": "range(3)"}
     for cell in notebook.cells:
         for long, short in shorter.items():
             if cell.cell_type == "code" and long in cell.source:
