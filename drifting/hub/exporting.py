@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..errors import UserError, explained, require
 from ..generation import Generator, Signature
 from ..utils.files import atomic_write
+from ..utils.memory import format_bytes
 
 SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
 OPSET = 18  # Of the operators of ONNX, browsers and phones have had these for years.
@@ -91,7 +92,7 @@ def export(generator: Generator, path: Path, kind: str, dtype: torch.dtype, more
     graph = truth if dtype == torch.float32 else Graph(generator, dtype)
     size = sum(weight.nbytes for weight in graph.state_dict().values())
     if kind == "onnx" and size >= MOST_BYTES:
-        raise UserError(f"{name} has {size / 1e9:.1f} GB of weights, a file of ONNX holds 2: try --format torch")
+        raise UserError(f"{name} has {format_bytes(size)} of weights, a file of ONNX holds 2GB: try --format torch")
     facts = _facts(generator, graph) | more
     write, load = (_write_onnx, _load_onnx) if kind == "onnx" else (_write_torch, _load_torch)
     batch = tuple({0: torch.export.Dim("batch")} for _ in graph.names)

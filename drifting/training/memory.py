@@ -11,18 +11,22 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.tensor import DTensor
 
 from ..generation import evaluating
-from ..utils.memory import free_memory
+from ..utils.memory import format_bytes, free_memory
 from .groups import PairGroups
 from .trainer import DriftingTrainer
 
+MOST_TOLD = 5  # So many of the things that memory is needed for are named.
+
 
 def tell_memory(trainer: DriftingTrainer) -> None:
-    """Say in one line on stderr what a step will need, and what to do where there is less. All ranks call this."""
+    """Say in one line on stderr what a step will need, most of it for what, and what to do where there is less. All
+    ranks call this."""
     needs = memory_needed(trainer)
     there = free_memory(trainer.device) + sum(needs[name] for name in ("parameters", "averages", "feature extractor"))
     total = needs.pop("in all")
-    words = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in needs.items())
-    line = f"a step needs about {total / 1e9:.3g} GB of the {there / 1e9:.3g} that a process has: {words}"
+    most = sorted(needs.items(), key=lambda of_name: -of_name[1])[:MOST_TOLD]
+    words = ", ".join(f"{name} {format_bytes(size)}" for name, size in most)
+    line = f"a step needs about {format_bytes(total)} of the {format_bytes(there)} that a process has: {words}, …"
     if total > there:
         line += " (lower step.labels_at_once, set step.activation_checkpointing or step.fsdp, or take more processes)"
     if trainer.ranks.main:

@@ -11,7 +11,7 @@ from ..data import SampleQueue
 from ..errors import UserError
 from ..models import DriftingLoss
 from ..models.resnet_encoder import FeatureMaps
-from ..utils.memory import free_memory
+from ..utils.memory import format_bytes, free_memory
 from .distributed import Ranks
 
 ENCODED_AT_ONCE = 64  # This many samples of a loaded queue.
@@ -106,8 +106,8 @@ def keep_features(
     if need > free / 2:
         if ranks.main:
             print(
-                f"step.queue_features would take {need / 1e9:.3g} GB, more than half of the {free / 1e9:.3g} GB that a "
-                f"process has free on {there.type}: each step encodes its real samples anew; to keep their features, "
+                f"step.queue_features would take {format_bytes(need)}, more than half of the {format_bytes(free)} that "
+                f"a process has free on {there.type}: each step encodes its real samples anew; to keep their features, "
                 f"lower step.queue_size ({rings[0].size}) or step.unconditional_queue_size ({rings[1].size})",
                 file=sys.stderr,
             )

@@ -4,12 +4,15 @@ import ctypes
 import os
 import re
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h calls these options so.
 KEPT = 2**30  # Tensors of up to so many bytes are allocated from kept memory.
+format_bytes = partial(tqdm.format_sizeof, suffix="B")  # 1234567890 is told as 1.23GB.
 
 
 def free_memory(device: torch.device) -> int:
