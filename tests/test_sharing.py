@@ -94,6 +94,22 @@ def test_a_run_is_shared_with_its_card(run, tmp_path):
     assert torch.equal(*drawn)
 
 
+@pytest.mark.parametrize(
+    "facts",
+    [{"quality": 3}, {"quality": {"fid": "low", "recall": 0.5, "sfid": None}}, {"class_names": 7},
+     {"class_names": {"a": 1, "b": 2}}, {"data": ["digits"], "step": None}],
+    ids=str,
+)  # fmt: skip
+def test_a_card_of_odd_facts(facts, tmp_path):
+    """What somebody wrote into a file by hand does not keep its network from being shared."""
+    network = ResidualMLP((7,), **SMALL)
+    network.facts = facts
+    network.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "# ResidualMLP" in card and "low" not in card
+    assert ("| recall | 0.5 |" in card) == ("recall" in str(facts))
+
+
 def test_a_saved_folder_is_trained_on_as_it_is(run):
     """Saving into the run that a network comes from leaves all of it as it was, and adds the card."""
 
