@@ -22,8 +22,13 @@ try:
     _cpu = import_module("._cpu", __package__)
     if _wanted := os.environ.get("DRIFT_OPS_CPU_ISA"):
         _cpu.choose(_wanted)
+except ModuleNotFoundError:  # Python takes the folder of the sources, where it is the working one, for the package.
+    load_error = (
+        f"there are no compiled kernels in {os.path.dirname(__file__)}; `pip install -e .` beside it builds them with "
+        "a C++17 compiler, and those of another installation serve in other working folders"
+    )
 except ImportError as error:
-    load_error = f"drift_ops._cpu cannot be imported ({error}); reinstall with a C++17 compiler: pip install ."
+    load_error = f"drift_ops._cpu cannot be imported ({error}); build it anew with a C++17 compiler: pip install ."
 except ValueError as error:
     load_error = f"DRIFT_OPS_CPU_ISA: {error}"
 

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +14,8 @@ TRAINING = (  # These libraries the extra ``train`` installs, and what it builds
     "torch", "numpy", "yaml", "tqdm", "safetensors", "sklearn", "PIL", "matplotlib", "tensorboard", "msgpack",
     "filelock",
 )  # fmt: skip
-SHOWN, MOST_SHOWN = 200, 600  # This many characters of a value, or of an error, stand in a message.
+SHOWN, MOST_SHOWN, NAME_SHOWN = 200, 600, 60  # This many characters of a value, an error, a name are in a message.
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # Libraries colour some of their errors for terminals.
 
 
 class UserError(ValueError):
@@ -44,13 +46,21 @@ def reason(error: BaseException) -> str:
 
 def shown(value: Any, most: int = SHOWN) -> str:
     """Word a value in one line of bounded length, without control characters."""
-    text = "".join(filter(str.isprintable, value if isinstance(value, str) else repr(value)))
+    text = COLOUR.sub("", value if isinstance(value, str) else repr(value))
+    text = "".join(filter(str.isprintable, text))
     return text if len(text) <= most else f"{text[:most]}…"
 
 
 def some_of(values: Sequence[Any]) -> str:
     """Word the first ten of many values in a list."""
-    return ", ".join(map(str, values[:10])) + (", …" if len(values) > 10 else "")
+    return ", ".join([shown(value, NAME_SHOWN) for value in values[:10]]) + (", …" if len(values) > 10 else "")
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """The error from which, one after another, libraries raised ``error``."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 @contextmanager
@@ -75,10 +85,7 @@ def require(library: str, purpose: str, extra: str = "") -> ModuleType:
         if spec is None or spec.origin is None:
             requirement = f"'drifting[{extra}]'" if extra else package
             raise LibraryError(f"{need} not installed: pip install {requirement}") from error
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        why = shown(reason(cause), MOST_SHOWN)
+        why = shown(reason(cause_of(error)), MOST_SHOWN)
         advice = f"pip install --force-reinstall {packages_distributions().get(package, [package])[0]}"
         if "torch" in f"{library} {why}":
             advice = "see that torch and torchvision are of one release and one build, for the CPU or for the same CUDA"
@@ -97,7 +104,11 @@ def libraries() -> Iterator[None]:
 
 
 def tell_failed_import(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """End a command, as its ``sys.excepthook``, in one line where a library that it imports is missing or broken."""
+    """End a command, as its ``sys.excepthook``, in one line where a library that it imports is missing or broken, or
+    Ctrl-C came before all were imported."""
+    if isinstance(error, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     try:
         with libraries():
             raise error

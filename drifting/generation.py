@@ -51,11 +51,13 @@ class Signature:
                 f"the network {name} does not say what noise it takes: give it an attribute noise_shape, "
                 "or pass noise_shape=(64,) for vectors of 64 numbers"
             )
-        parameters = inspect.signature(model.forward).parameters.values()
-        taken = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        signature = inspect.signature(model.forward)
+        taken = [p for p in signature.parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         if not taken or sum(p.default is p.empty for p in taken) > 3:
-            names = ", ".join(p.name for p in taken)
-            raise ValueError(f"the network {name} takes ({names}), expected (z), (z, y) or (z, y, cfg_scale)")
+            expected = "(z), (z, y) or (z, y, cfg_scale)"
+            if hasattr(model, "draw_extra"):
+                expected += ", and what its draw_extra returns after *"
+            raise ValueError(f"the network {name} takes {shown(signature)}, expected {expected}")
         conditions = 0
         for parameter, optional_names in zip(taken[1:], (LABEL_NAMES, SCALE_NAMES), strict=False):
             if parameter.default is not parameter.empty and parameter.name not in optional_names:
@@ -125,6 +127,14 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return inner
 
 
+def move(model: nn.Module, device: torch.device | str) -> nn.Module:
+    """Move ``model`` to ``device``; it raises ValueError where that cannot be had."""
+    try:
+        return model.to(device)
+    except (AssertionError, RuntimeError) as error:  # Without CUDA, torch raises the first.
+        raise ValueError(f"device is {str(device)!r}, where the network cannot be moved: {reason(error)}") from error
+
+
 @torch.no_grad()
 def generate(
     model: nn.Module, batch_size: int, y: Tensor | Sequence[int] | None = None, cfg_scale: float | Tensor = 1.0,
@@ -146,7 +156,7 @@ def generate(
     It raises ValueError where the noise shape is unknown, or labels that the network takes, or a shape is another.
     """
     if device is not None:
-        model.to(device)
+        move(model, device)
     signature = Signature.of(model, noise_shape)
     source = _weight_of(model).device if generator is None else generator.device
     drawn = signature.draw(model, batch_size, generator, source)

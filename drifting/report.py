@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import compress, count
 from math import prod
 from pathlib import Path
 from statistics import fmean, median
@@ -149,7 +149,8 @@ def facts(run: Recorded) -> dict[str, str]:
         run.missing.append("no weights that can be read")
     told["compared in"] = ", ".join(values.get("loss.feature_extractor", []))
     if records:
-        told["steps"] = f"{records[-1]['step']:,.0f} of {values.get('train.steps', 0):,}"
+        of_all = f" of {values['train.steps']:,}" if values else ""
+        told["steps"] = f"{records[-1]['step']:,.0f}{of_all}"
         steps, seconds = run.series("timing", "step")
         spent = sum(s * (step - last) for last, step, s in zip([0.0, *steps], steps, seconds, strict=False))
         told["time of all steps"] = f"{spent // 3600:.0f}:{spent // 60 % 60:02.0f}:{spent % 60 // 1:02.0f}"
@@ -168,13 +169,13 @@ def measures(run: Recorded) -> dict[str, str]:
         for title, value, real, split in told_measures(quality, name, "sample"):
             told[title] = value.strip() + (f" ({split} samples: {real.strip()})" if real else "")
         steps, distances = run.series("distance")
-        told["lowest Frechet distance"] = f"{min(distances):.2f} at step {steps[distances.index(min(distances))]:,.0f}"
+        told["lowest Fréchet distance"] = f"{min(distances):.2f} at step {steps[distances.index(min(distances))]:,.0f}"
     return told | {key: f"{quality[key]:.4g}" for key in ("recon_loss_test", "cls_loss_test") if key in quality}
 
 
 def settings(runs: Sequence[Recorded]) -> tuple[str, dict[str, list[str]]]:
     """The named configuration to which a run, the first that has any, is nearest, and each key in which runs differ
-    from it or each other: the value there and that of each run."""
+    from it or each other: the value there and that of each run, which is nothing where a run has no configuration."""
     schema, first = next(((run.schema, run.values) for run in runs if run.values), (Config, {}))
     names = sorted(file.stem for file in CONFIG_DIR.glob("*.yaml"))
     names = [name for name in names if name.startswith("mae_") == (schema is PretrainConfig)]
@@ -187,7 +188,8 @@ def settings(runs: Sequence[Recorded]) -> tuple[str, dict[str, list[str]]]:
     columns = [named[nearest], *(run.values for run in runs)]
     keys = dict.fromkeys(key for column in columns[1:] for key in (named[nearest] if column else {}) | column)
     rows = {key: [_setting(column.get(key, "")) for column in columns] for key in keys}
-    return nearest, {key: row for key, row in rows.items() if len({*row}) > 1}
+    there = [bool(column) for column in columns]
+    return nearest, {key: row for key, row in rows.items() if len({*compress(row, there)}) > 1}
 
 
 def _setting(value: Any) -> str:
@@ -317,7 +319,7 @@ def strip(run: Recorded) -> str:
         except Exception:  # The file may hold anything.
             run.missing.append(f"{path.name} is no picture")
             continue
-        half = picture.width // (2 if run.schema is Config else 1)
+        half = -(-picture.width // (2 if run.schema is Config else 1))
         parts.pop("real", None)
         parts[f"step {step:,}"] = picture.crop((0, 0, half, picture.height))
         if half < picture.width:
@@ -333,6 +335,7 @@ def strip(run: Recorded) -> str:
 
 def report(paths: Sequence[Path]) -> str:
     """The page of these runs, which needs no other file and no network."""
+    paths = list(dict.fromkeys(paths))
     names = [path.resolve().name for path in paths]
     names = names if len({*names}) == len(names) else list(map(str, paths))
     runs = [read_run(path, name) for path, name in zip(paths, names, strict=True)]
@@ -351,6 +354,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run directory of drifting.train or pretrain")
     parser.add_argument("--out", metavar="FILE", type=Path, default=Path("report.html"), help="default: report.html")
     arguments = parser.parse_args(argv)
+    if arguments.out.suffix != ".html":
+        raise UserError(f"--out is {arguments.out}, expected a file that ends in .html")
     page = report(arguments.runs)
     with atomic_write(arguments.out) as part:
         part.write_text(page, encoding="utf-8")

@@ -11,7 +11,7 @@ from .cli import ArgumentParser, run_command
 from .errors import UserError, explained, some_of
 from .evaluation.archives import write_samples
 from .evaluation.drawing import DEFAULT_SCALE, check_drawing, draw_samples, spread_labels
-from .generation import ClassNames, label_numbers
+from .generation import ClassNames, Generator, Signature, label_numbers
 from .hub.sources import load_generator
 from .hub.vae import require_vae
 from .utils.images import save_grid
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         labels = torch.tensor(label_numbers(generator.class_names))[numbers].numpy()
         told = f"labels {some_of([generator.class_names[number] for number in numbers.unique().tolist()])}"
     else:
-        conditions = read_conditions(arguments.conditions, generator.condition_shape)
+        conditions = read_conditions(arguments.conditions, generator)
         numbers = conditions[spread_labels(num, range(len(conditions)))]
         labels, told = numbers.numpy(), f"{len(conditions)} conditions"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -62,8 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def read_conditions(path: Path | None, shape: tuple[int, ...] | None) -> torch.Tensor:
-    """The conditions ``[C, *shape]`` of a file; a generator that was trained by pair needs them, another has none."""
+def read_conditions(path: Path | None, generator: Generator) -> torch.Tensor:
+    """The conditions ``[C, *condition_shape]`` of a file, with which the network is tried; a generator that was trained
+    by pair needs them, another has none."""
+    shape = generator.condition_shape
     if path is None or shape is None:
         used = "by class: --labels has what it takes" if shape is None else f"by pair: --conditions must name {shape}"
         raise UserError(f"--conditions is {path}, the generator was trained {used}")
@@ -71,6 +73,10 @@ def read_conditions(path: Path | None, shape: tuple[int, ...] | None) -> torch.T
         conditions = torch.from_numpy(np.load(path, allow_pickle=False))
     if conditions.shape[1:] != shape or not len(conditions):
         raise UserError(f"--conditions: {path} has the shape {list(conditions.shape)}, expected {['C', *shape]}")
+    if not conditions.isfinite().all():
+        raise UserError(f"--conditions: {path} has NaN or infinity, expected finite numbers")
+    with explained(f"--conditions: {path} has {conditions.dtype}"):
+        Signature.of(generator.model, generator.noise_shape).sample_shape(generator.model, conditions[[0, -1]])
     return conditions
 
 

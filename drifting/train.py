@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+import drift_ops
+
 from .cli import parse_training_command, run_command
 from .config import Config, LossConfig
 from .data import Dataset, open_dataset
@@ -52,6 +54,8 @@ def train(config: Config, out: Path, ranks: Ranks = Ranks(), asked: Collection[s
         run = GeneratorRun(directory, trainer, dataset)
         with ranks.agreed():
             tell_memory(trainer)
+        if ranks.main:
+            tell_operator(trainer.device)
         loop.train(run)
 
 
@@ -91,6 +95,15 @@ def build_trainer(config: Config, dataset: Dataset, ranks: Ranks) -> DriftingTra
         raise UserError(f"model.name is {name}, which makes samples {made}, but the data have {list(shape)}: set its "
                         "arguments so that the two are alike")  # fmt: skip
     return trainer
+
+
+def tell_operator(device: torch.device) -> None:
+    """Say in one line on stderr where no compiled kernels compute the field on ``device``, and why."""
+    all_of_them = drift_ops.backends()
+    kernels = [all_of_them[name] for name in (("triton", "cuda") if device.type == "cuda" else ("cpu",))]
+    if not any(backend.usable for backend in kernels):
+        reasons = "; ".join(f"{backend.name}: {backend.reason}" for backend in kernels)
+        print(f"the dense reference, which is slow, computes the drifting field ({reasons})", file=sys.stderr)
 
 
 def _extractor(config: LossConfig, shape: tuple[int, ...]) -> nn.Module:

@@ -50,7 +50,7 @@ def trained(tmp_path_factory):
     out = tmp_path_factory.mktemp("cli") / "run"
     result = run("drifting.train", "--out", out, "train.steps=4", "optimizer.warmup_steps=0", *SMALL)
     assert result.returncode == 0, result.stderr
-    assert "Frechet distance to the test images" in result.stdout
+    assert "Fréchet distance to the test images" in result.stdout
     return out
 
 
@@ -216,7 +216,7 @@ def test_bad_arguments(command, arguments, expected, trained, tmp_path, capsys, 
     np.savez(tmp_path / "odd.npz", np.zeros((2, 8, 8)), np.zeros(2))
     (tmp_path / "broken").mkdir()
     for name in ("model.json", "model.safetensors"):
-        (tmp_path / "broken" / name).write_text("{}")
+        (tmp_path / "broken" / name).write_text('{"kind": "gen"}')
     places = {name: tmp_path / name for name in ("empty", "file", "nowhere", "broken")}
     places |= {"run": trained, "odd": tmp_path / "odd.npz"}
     with pytest.raises(SystemExit) as caught:

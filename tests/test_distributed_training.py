@@ -332,7 +332,7 @@ def test_torchrun_and_going_on_alone(tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     result = subprocess.run([*torchrun, *train, "train.steps=3", "step.fsdp=true"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("Frechet distance to the test images") == 1
+    assert result.stdout.count("Fréchet distance to the test images") == 1
     command_line([*train[2:], "train.steps=5"])
     command_line(["--out", str(tmp_path / "one"), *tiny, "train.steps=5"])
     one, two = (read_records(tmp_path / name) for name in ("one", "two"))

@@ -456,7 +456,7 @@ def test_training_is_measured_against_files(classifier, tmp_path, capsys):
         "evaluation.num_samples=80", "evaluation.cfg_scales=[1.0,2.0]", "train.steps=2",
     ]  # fmt: skip
     train(load_config("digits", [*SMALL, *settings]), tmp_path / "run")
-    assert "Frechet distance to the reference" in capsys.readouterr().out
+    assert "Fréchet distance to the reference" in capsys.readouterr().out
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     measured = report(capsys, tmp_path / "run")  # everything as in training, at the scale that was best
     assert measured["num_samples"] == 80 and "sweep" not in measured

@@ -46,6 +46,16 @@ class OfOneBatch(Noise):
         return self.layer(z).reshape(len(z), 2)
 
 
+class Branching(Noise):
+    def forward(self, z):
+        return super().forward(z if z.mean() > 0 else -z)
+
+
+class Eigen(Noise):
+    def forward(self, z):
+        return super().forward(z * torch.linalg.eigvalsh(z.T @ z).sum())
+
+
 class Random(Noise):
     def forward(self, z):
         return self.layer(z) + torch.randn_like(z[:, :2])
@@ -193,8 +203,12 @@ def test_command_with_a_network_of_ones_own(saved, capsys):
         (["{}/one", "--model", f"{__name__}:OfOneBatch"], r"OfOneBatch cannot be exported .*z.shape\[0\] .* for len"),
         (
             ["{}/random", "--format", "torch", "--model", f"{__name__}:Random"],
-            "what was exported of Random is not to be used: its samples differ from PyTorch's by .*, expected at most",
+            "what was exported of Random is not to be used: its samples differ from PyTorch's by .*, expected at "
+            "most .*; PyTorch's differ from call to call: what is random must come from the network's draw_extra",
         ),
+        (["{}/one", "--model", f"{__name__}:Branching"], "^Branching cannot be exported for any batch size: Guard"),
+        (["{}/one", "--model", f"{__name__}:Eigen"], "^Eigen cannot be written as --format onnx: .*linalg"),
+        (["{}/run", "--out", "/proc/model.onnx"], "^cannot write /proc/model.onnx: "),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(arguments, expected, saved):

@@ -211,10 +211,14 @@ def test_from_the_command_line(parts, capsys):
         file["conditions"], np.load("asked.npy")[[0, 0, 0, 1, 1, 2, 2]]
     )
     np.save("wrong.npy", np.zeros((3, 2)))
+    np.save("nan.npy", np.full((1, 2, 3), np.nan))
+    np.save("complex.npy", np.ones((1, 2, 3), complex))
     for options, message in (
         ([], r"--conditions is None, the generator was trained by pair"),
         (["--conditions", "wrong.npy"], r"wrong.npy has the shape \[3, 2\], expected"),
         (["--conditions", "absent.npy"], "absent.npy cannot be read"),
+        (["--conditions", "nan.npy"], "nan.npy has NaN or infinity, expected finite numbers"),
+        (["--conditions", "complex.npy"], r"complex.npy has torch.complex128: .* \[2, 2, 3\] fails: RuntimeError: "),
     ):
         with pytest.raises(UserError, match=message):
             sample.main([*command, *options])

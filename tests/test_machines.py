@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 
+import drift_ops
 from drifting import evaluate, train
 from drifting.cli import run_command
-from drifting.errors import UserError, require
+from drifting.errors import UserError, require, some_of
 from drifting.experiments import policy
 from drifting.models import drifting_loss
+from drifting.train import tell_operator
 from drifting.training import create_trainer
 from drifting.training.metrics import MetricsLog
 from drifting.utils.progress import progress
@@ -41,6 +44,19 @@ def ended(command) -> int:
     return caught.value.code
 
 
+def test_a_machine_without_kernels_is_told_of_it(monkeypatch, capsys, tmp_path):
+    tell_operator(torch.device("cpu"))
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(drift_ops, "backends", lambda: {"cpu": drift_ops.Backend("cpu", False, "no compiler")})
+    tell_operator(torch.device("cpu"))
+    assert capsys.readouterr().err.endswith("computes the drifting field (cpu: no compiler)\n")
+    shutil.copytree(ROOT / "drift_ops", tmp_path / "drift_ops", ignore=shutil.ignore_patterns("*.so"))
+    elsewhere = 'sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in repr(f)]'  # knows of ours
+    command = f"PYTHON -c 'import sys; {elsewhere}; import drift_ops; print(drift_ops.backends()[\"cpu\"].reason)'"
+    told = run(command, tmp_path, PYTHONPATH=str(tmp_path)).stdout.decode()
+    assert told.startswith(f"there are no compiled kernels in {tmp_path / 'drift_ops'}; `pip install -e .` beside it")
+
+
 # -------------------------------------------------------------------------------------------------------- streams
 
 
@@ -52,6 +68,17 @@ def test_closed_streams_are_missed_by_no_command(tmp_path, closed):
         told = b"" if status == 0 or "2>" in closed else b"error: there is no command 'smaple'"
         assert done.stderr.startswith(told) and done.stderr.count(b"\n") == bool(told)
         assert status == 0 or done.stdout == b""  # Nothing that belongs to stderr goes there.
+
+
+def test_ctrl_c_while_libraries_are_imported_is_told_in_a_word(tmp_path):
+    (tmp_path / "tqdm.py").write_text("raise KeyboardInterrupt")
+    done = run("PYTHON -m drifting.sample", tmp_path, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"interrupted\n")
+
+
+def test_names_from_files_are_words():
+    names = ["\x1b[31mred\x1b[2J", "b\nerror: fake", "c" * 1000, 4]
+    assert some_of(names) == f"red[2J, berror: fake, {'c' * 60}…, 4"
 
 
 @pytest.mark.skipif(not FULL.exists(), reason="there is no /dev/full here")

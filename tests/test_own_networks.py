@@ -9,7 +9,7 @@ from torch import nn
 
 from drifting.config import load_config
 from drifting.errors import UserError
-from drifting.generation import Generator
+from drifting.generation import Generator, generate
 from drifting.hub import RunDirectory, load_generator, load_mae, save_generator, write_model
 from drifting.models import Classifier, DriftingDiT, ResidualMLP
 from drifting.training import DriftingTrainer, create_trainer
@@ -96,6 +96,14 @@ def test_what_is_written(run):
     (folder / "again").mkdir()
     save_generator(RunDirectory(folder / "again"), again)
     assert (folder / "again" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_a_device_that_is_not_there():
+    network = ResidualMLP([5], 2, width=8, depth=1)
+    for use in (lambda: generate(network, 2, device="cuda"), lambda: create_trainer(network, "input", device="cuda")):
+        with pytest.raises(ValueError, match="^device is 'cuda', where the network cannot be moved: AssertionError: "):
+            use()
 
 
 def test_the_kept_guidance_scale_is_the_default():

@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from drifting import report, train
 from drifting.cli import run_command
@@ -64,7 +65,7 @@ def test_one_run(runs, tmp_path):
     assert page.after("data")[0] == "digits, 10 classes: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9"
     assert page.after("steps")[0] == "4 of 4" and page.after("device")[0] == "cpu"
     assert page.after("configuration")[:7] == ["digits", "model.width", "128", "8", "model.depth", "3", "1"]
-    assert re.fullmatch(r"[0-9.]+ \(train samples: [0-9.]+\)", page.after("Frechet distance to the test samples")[0])
+    assert re.fullmatch(r"[0-9.]+ \(train samples: [0-9.]+\)", page.after("Fréchet distance to the test samples")[0])
     last = json.loads((runs / "one" / "metrics.jsonl").read_text().splitlines()[-1])
     assert page.after("recall")[0].startswith(f"{last['recall']:.1%} ")
     titles = ["λ: mean, and thin of each feature map", "learning rate", "milliseconds of a step by phase"]
@@ -80,6 +81,15 @@ def test_several_runs(runs, tmp_path):
     assert page.after("loss.feature_extractor")[:3] == ['["pixels"]', '["pixels"]', '["pyramid"]']
     assert not any(tag == "i" for tag, _ in page.tags)
     assert "milliseconds of a step by phase: <i>two$" in page.texts
+
+
+def test_a_run_without_configuration_is_left_out_of_the_comparison(runs, tmp_path):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "metrics.jsonl").write_text('{"step": 7}\n', encoding="utf-8")
+    alone, beside = (page_of(*paths, out=tmp_path / "a.html") for paths in ([runs / "one"], [bare, runs / "one"] * 2))
+    rows = [sum(tag == "tr" for tag, _ in page.tags) for page in (alone, beside)]
+    assert rows[0] == rows[1] and beside.after("steps")[0] == "7"
 
 
 def test_no_other_file_is_asked_for(runs, tmp_path):
@@ -108,6 +118,7 @@ def test_what_is_missing_is_told(tmp_path):
     run = tmp_path / "run"
     (run / "samples").mkdir(parents=True)
     (run / "samples" / "step_00000001.png").write_text("no picture")
+    Image.new("RGB", (1, 9)).save(run / "samples" / "step_00000002.png")
     (run / "config.yaml").write_text("data: [")
     numbers = {"learning_rate": None, "sample_spread": "1", "lambda": [1], "timing": {"step": True, "data": 1e300}}
     lines = [json.dumps({"step": 10**30} | numbers), "[" * 10**5, "[1]", '{"step": "x"}', "{}", '{"step": 2, "lambda_m']
@@ -152,6 +163,7 @@ def test_mistakes_are_one_line(runs, tmp_path, capsys):
     for arguments, expected in (
         ([tmp_path], "has no config.yaml and no metrics.jsonl: expected a run"),
         ([runs / "one", "--out", runs / "one" / "config.yaml" / "x.html"], "cannot write"),
+        ([runs / "one", "--out", runs / "one" / "metrics.jsonl"], "metrics.jsonl, expected a file that ends in .html"),
     ):
         with pytest.raises(SystemExit) as caught:
             run_command(lambda arguments=arguments: report.main(list(map(str, arguments))))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ from drifting import load_generator, load_mae, sample
 from drifting.config import load_config
 from drifting.errors import UserError
 from drifting.models import MAE, ConvDecoder, DriftingDiT, ResidualMLP
+from drifting.models.network_files import read_model
 from drifting.train import train
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
@@ -178,6 +180,15 @@ def test_what_is_no_network_of_the_class(run, tmp_path):
     (tmp_path / "model.json").write_text("{}")
     with pytest.raises(UserError, match="holds no model.safetensors"):
         ResidualMLP.from_pretrained(tmp_path)
+    shutil.copy(run / "model.safetensors", tmp_path)
+    for text, message in (
+        ("{}", "model.json has no kind, expected the kind of a network, such as"),
+        ('{"kind": "residual_mlp"}', "there is no ResidualMLP of the arguments None: expected an object"),
+        ('{"quality": NaN}', "it is no JSON: it has NaN, which is no number there"),
+    ):
+        (tmp_path / "model.json").write_text(text)
+        with pytest.raises(UserError, match=message):
+            read_model(tmp_path)
 
 
 def test_without_huggingface_hub(run):

@@ -11,7 +11,7 @@ def told_measures(quality: Mapping[str, Any], distance: str, noun: str) -> Itera
     than, or else "", and the split that these are of. All values are as wide."""
     reference = f"test {noun}s" if f"{distance}_train" in quality else "reference"
     rows = [
-        (f"Frechet distance to the {reference}", distance, "8.2f", "train"),
+        (f"Fréchet distance to the {reference}", distance, "8.2f", "train"),
         ("recognised as their class", "recognised_share", "8.1%", "test"),
         (f"distance to the nearest training {noun}", "nearest_distance", "8.2f", "test"),
         ("sFID", "sfid", "8.2f", "train"),

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError, explained, require
+from ..errors import MOST_SHOWN, UserError, cause_of, explained, reason, require, shown
 from ..generation import Generator, Signature
 from ..utils.files import atomic_write
 from ..utils.memory import format_bytes
@@ -97,9 +97,10 @@ def export(generator: Generator, path: Path, kind: str, dtype: torch.dtype, more
     write, load = (_write_onnx, _load_onnx) if kind == "onnx" else (_write_torch, _load_torch)
     batch = tuple({0: torch.export.Dim("batch")} for _ in graph.names)
     with atomic_write(path) as part, _quietly(), torch.no_grad():
-        with explained(f"{name} cannot be exported for any batch size (in its forward, z.shape[0] must be for len(z))"):
+        part.touch()  # What cannot be written to is told before the work.
+        with _caused(f"{name} cannot be exported for any batch size"):
             program = torch.export.export(graph, graph.draw(3, 0), dynamic_shapes={"inputs": batch}, strict=False)
-        with explained(f"{name} cannot be written as --format {kind}"):
+        with _caused(f"{name} cannot be written as --format {kind}"):
             write(program, graph, part, json.dumps(facts))
         with explained(f"what was exported of {name} is not to be used"):
             return Exported(facts, *_compare(load(part), graph, truth))
@@ -154,12 +155,28 @@ def _compare(run: Run, graph: Graph, truth: Graph) -> tuple[float, float, float]
     torch_error = 0.0 if graph is truth else torch_error  # Nor may it differ from itself, by what it draws in forward.
     allowed = min(TOLERANCE + 2 * torch_error, MOST_ERROR)
     if not error <= allowed:
-        raise UserError(f"its samples differ from PyTorch's by {error:.1e}, expected at most {allowed:.1e}")
+        differs = f"its samples differ from PyTorch's by {error:.1e}, expected at most {allowed:.1e}"
+        if not torch.equal(truth(*given), expected):
+            differs += "; PyTorch's differ from call to call: what is random must come from the network's draw_extra"
+        raise UserError(differs)
     for _ in range(TIMED):
         start = time.perf_counter()
         run(*inputs)
         times.append(time.perf_counter() - start)
     return error, torch_error, median(times)
+
+
+@contextmanager
+def _caused(what: str) -> Iterator[None]:
+    """Raise an exporter's error as a UserError that begins with ``what`` and ends with its cause, which is wrapped in
+    reports for the exporter's makers."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        hint = " (in its forward, z.shape[0] must be for len(z))" if "specialized" in str(error) else ""
+        raise UserError(f"{what}{hint}: {shown(reason(cause_of(error)), MOST_SHOWN)}") from error
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Run directories: where the files of a run are, and how its generator is written among them."""
 
 from contextlib import AbstractContextManager
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -32,4 +33,6 @@ def save_generator(run: RunDirectory, generator: Generator, quality: dict[str, A
     network, facts = generator.model, dict(vars(generator))
     facts["model"] = dict(facts.pop("arguments"))
     facts["name"] = generator.name or f"{type(network).__module__}:{type(network).__qualname__}"
-    write_model(run.path, network, facts | more | ({} if quality is None else {"quality": quality}))
+    if quality is not None:  # JSON has no NaN.
+        facts["quality"] = {name: value for name, value in quality.items() if isfinite(value)}
+    write_model(run.path, network, facts | more)

@@ -41,6 +41,7 @@ def read_model(folder: Path, model: Model = None, kinds: Collection[str] = ()) -
     for name in (DESCRIPTION, WEIGHTS):
         if not (folder / name).is_file():
             problem = f"{folder} holds no {name}" if folder.is_dir() else f"there is no run directory {folder}"
+            problem = f"{folder} is a file" if folder.is_file() else problem
             raise UserError(f"{problem}: expected a run directory of `python -m drifting.train`")
     description = read_description(folder / DESCRIPTION, kinds or (*KINDS, OWN))
     kind = description["kind"]
@@ -74,6 +75,8 @@ def read_description(file: Path, kinds: Collection[str]) -> dict[str, Any]:
     with explained(f"{file} cannot be read, and only it tells what the weights are of"):
         content = read_object(file)
     config = content.get("model_config")  # The release may leave out the kind. Every generator of it has cond_dim.
+    if "kind" not in content and file.name == DESCRIPTION:
+        raise UserError(f"{file} has no kind, expected the kind of a network, such as {next(iter(KINDS))!r}")
     is_mae = isinstance(config, dict) and "cond_dim" not in config
     description = {"kind": "mae" if is_mae else "gen", "step": 0} | content
     kind, step = description["kind"], description["step"]
@@ -90,6 +93,8 @@ def build(network: Callable[..., nn.Module], arguments: Any, device: str = "meta
     """Build ``network(**arguments)``, by default on the meta device, where weights of any size take no memory."""
     name = getattr(network, "__name__", type(network).__name__)
     with explained(f"there is no {name} of the arguments {shown(arguments)}"), torch.device(device):
+        if not isinstance(arguments, Mapping):
+            raise UserError("expected an object of JSON, with a value for each")
         built = network(**arguments)
     if not isinstance(built, nn.Module):
         raise UserError(f"{name} returns a {type(built).__name__}, expected a torch.nn.Module")

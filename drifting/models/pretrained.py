@@ -65,9 +65,11 @@ class Pretrained(nn.Module, HubMixin, library_name="drifting", tags=["drifting",
         return network
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Upload the network to ``repo_id``, ``"user/name"``, and return the address: see huggingface_hub's mixin."""
+        """Upload the network to ``repo_id``, ``"user/name"``, and return the address: see huggingface_hub's mixin. It
+        raises ValueError with the hub's reason where that does not work."""
         of_card = {"model_id": repo_id} | (options.pop("model_card_kwargs", None) or {})
-        return super().push_to_hub(repo_id, model_card_kwargs=of_card, **options)
+        with explained(f"cannot upload to {repo_id}"):
+            return super().push_to_hub(repo_id, model_card_kwargs=of_card, **options)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         write_model(save_directory, self, {"model": self.config, **self.facts})

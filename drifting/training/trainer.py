@@ -17,7 +17,7 @@ from ..config.reading import flattened, set_value
 from ..data import Split
 from ..data.own import label_of, number_labels, sample_of
 from ..errors import shown
-from ..generation import ClassNames, Generator, Labels, Signature, plain_labels, unwrapped
+from ..generation import ClassNames, Generator, Labels, Signature, move, plain_labels, unwrapped
 from ..hub.run_directory import RunDirectory, save_generator
 from ..models import FIELDS, NETWORKS, DriftingLoss
 from ..models.drifting_loss import Extractor, split_groups
@@ -61,7 +61,7 @@ class DriftingTrainer:
     ) -> None:  # fmt: skip
         self.config, self.ranks = config, ranks or Ranks()
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.model, self.signature, self.facts = model.to(self.device), Signature.of(model, noise_shape), facts
+        self.model, self.signature, self.facts = move(model, self.device), Signature.of(model, noise_shape), facts
         self.stopwatch, self.images_per_step = Stopwatch(self.device), 0  # So many are generated on all ranks.
         self.feature_extractor, self.field = feature_extractor, drift_of(config)
         if hasattr(model, "activation_checkpointing"):

@@ -78,10 +78,14 @@ def read_object(path: Path) -> dict[str, Any]:
         raise UserError(f"it is no regular file of at most {MOST_JSON} bytes")
     text = path.read_bytes()
     with explained("it is no JSON"):
-        content = json.loads(text, parse_constant=int)  # NaN and Infinity are no JSON, and no int.
+        content = json.loads(text, parse_constant=_refuse_constant)
     if not isinstance(content, dict):
         raise UserError(f"it holds a {type(content).__name__}, expected an object")
     return content
+
+
+def _refuse_constant(name: str) -> None:
+    raise UserError(f"it has {name}, which is no number there")
 
 
 def write_object(path: Path, content: dict[str, Any], indent: int | None = 2) -> None:
