@@ -53,7 +53,7 @@ def shown(value: Any, most: int = SHOWN) -> str:
 
 def some_of(values: Sequence[Any]) -> str:
     """Word the first ten of many values in a list."""
-    return ", ".join([shown(value, NAME_SHOWN) for value in values[:10]]) + (", …" if len(values) > 10 else "")
+    return ", ".join([shown(str(value), NAME_SHOWN) for value in values[:10]]) + (", …" if len(values) > 10 else "")
 
 
 def cause_of(error: BaseException) -> BaseException:
