@@ -7,4 +7,4 @@ from .loss import drift_loss
 from .spec import Field
 
 __all__ = ["Backend", "Field", "backends", "compute_V", "compute_V_multiscale", "drift_field", "drift_loss"]
-__version__ = "0.2.0"  # of both packages; pyproject.toml reads it here
+__version__ = "0.2.1"  # of both packages; pyproject.toml reads it here

@@ -57,7 +57,7 @@ class Signature:
             expected = "(z), (z, y) or (z, y, cfg_scale)"
             if hasattr(model, "draw_extra"):
                 expected += ", and what its draw_extra returns after *"
-            raise ValueError(f"the network {name} takes {shown(signature)}, expected {expected}")
+            raise ValueError(f"the network {name} takes {shown(str(signature))}, expected {expected}")
         conditions = 0
         for parameter, optional_names in zip(taken[1:], (LABEL_NAMES, SCALE_NAMES), strict=False):
             if parameter.default is not parameter.empty and parameter.name not in optional_names:

@@ -258,7 +258,7 @@ def test_generate_leaves_the_global_generator_alone_when_given_one():
 def test_generate_moves_to_the_device_it_is_given():
     model = tiny().to("meta")
     assert model.generate(2, torch.tensor([0, 1]), device="meta").device.type == "meta"
-    with pytest.raises(NotImplementedError):  # nothing can be copied out of meta tensors: the model was to be moved
+    with pytest.raises(ValueError, match="device is 'cpu', where .* Cannot copy out of meta"):  # It was to be moved.
         model.generate(2, device="cpu")
 
 

@@ -284,7 +284,7 @@ def test_they_are_kept_where_they_take_half_of_the_free_memory(share, kept, monk
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == (not kept)
     if not kept:
-        assert "would take 7.68e-06 GB, more than half of the 1.46e-05 GB that a process has free on cpu" in lines[0]
+        assert "would take 7.68kB, more than half of the 14.6kB that a process has free on cpu" in lines[0]
         assert "lower step.queue_size (8) or step.unconditional_queue_size (20)" in lines[0]
         assert_same_metrics(results, train(make_trainer("input"), range(3)), rtol=0, atol=0)
         again = make_trainer("input", queue_features=True)
