@@ -39,7 +39,7 @@ _WHY_NOT: dict[str, Callable[[], str | None]] = {
 }
 
 
-_OF_DEVICE = {"cuda": ("triton", "cuda"), "cpu": ("cpu",)}  # best first
+OF_DEVICE = {"cuda": ("triton", "cuda"), "cpu": ("cpu",)}  # best first
 
 
 def backends() -> dict[str, Backend]:
@@ -57,7 +57,7 @@ def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> str:
     if _forked:
         _use_one_thread_after_fork()
     if name is None:
-        for best in _OF_DEVICE.get(device.type, ()):
+        for best in OF_DEVICE.get(device.type, ()):
             if not _WHY_NOT[best]() and not _why_not_for(best, device, dtype):
                 return best
         return "reference"

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import drift_ops
+from drift_ops.backends import OF_DEVICE
 
 from .cli import parse_training_command, run_command
 from .config import Config, LossConfig
@@ -99,10 +100,10 @@ def build_trainer(config: Config, dataset: Dataset, ranks: Ranks) -> DriftingTra
 
 def tell_operator(device: torch.device) -> None:
     """Say in one line on stderr where no compiled kernels compute the field on ``device``, and why."""
-    all_of_them = drift_ops.backends()
-    kernels = [all_of_them[name] for name in (("triton", "cuda") if device.type == "cuda" else ("cpu",))]
+    found = drift_ops.backends()
+    kernels = [found[name] for name in OF_DEVICE.get(device.type, ())]
     if not any(backend.usable for backend in kernels):
-        reasons = "; ".join(f"{backend.name}: {backend.reason}" for backend in kernels)
+        reasons = "; ".join(f"{backend.name}: {backend.reason}" for backend in kernels) or f"{device.type} has no other"
         print(f"the dense reference, which is slow, computes the drifting field ({reasons})", file=sys.stderr)
 
 

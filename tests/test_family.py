@@ -107,9 +107,9 @@ SMALL = ("log_row_sums", "log_mass", "residual", "grad_R")
 def check(
     field: Field, backend: str, counts, D, options, R_list, far=1.0, dtype=torch.float64, offset=0.0, largest_logit=0.0
 ) -> None:
-    """Loss, gradient and info of random groups against the reference in float64. Kernels add potentials to logits,
-    so that sums and affinities may err by the rounding of the largest one; of forces that then cancel in ``dtype``,
-    as the reference in ``dtype`` shows, nothing is left to compare."""
+    """Loss, gradient and info of random groups against the reference in float64. Kernels that have a potential
+    in one number may err by the rounding of ``largest_logit``; of forces that then cancel in ``dtype``, as the
+    reference in ``dtype`` shows, nothing is left to compare."""
     G, N, M, P = counts
     torch.manual_seed(1)
     gen, neg, pos = ((far * torch.randn(G, n, D, dtype=torch.float64) + offset).to(dtype) for n in (N, M, P))
@@ -158,8 +158,9 @@ def test_groups(field, choice, kernel_backend):
 @pytest.mark.parametrize("field", FIELDS, ids=str)
 def test_logits_far_apart(field, kernel_backend):
     """Widths so small that exponentials of most pairs are 0, and some columns have nothing near."""
-    dtype = torch.float32 if kernel_backend == "triton" else torch.float64
-    largest = 40.0 / 0.02 if field.cost == "l2" else 40.0**2 / 0.02  # No two points are 40 apart.
+    dtype, largest = torch.float64, 0.0
+    if kernel_backend == "triton":
+        dtype, largest = torch.float32, (40.0 if field.cost == "l2" else 40.0**2) / 0.02  # No two points are 40 apart.
     check(field, kernel_backend, (2, 9, 3, 8), 3, {"scale": 1.0}, [0.02, 0.3], 8.0, dtype, largest_logit=largest)
 
 
